@@ -1,0 +1,84 @@
+# Each target does all that it needs; a second run repeats nothing. `make help` lists them.
+
+PYTHON ?= python3
+# Where pip finds a smaller torch, if not in its own index: for example
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n 2 --dist worksteal
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SETUP := $(VENV)/.setup-done
+NATIVE := $(VENV)/.native-done
+ORACLE := .oracle/.coreai-opt-0.3.0
+SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+
+# The pinned versions hold for everything that pip installs below, build tools included.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: help demo test lint bench build doctor gpu-check clean distclean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo       quantization-aware training on real data: a table and demo/report.png'
+	@echo 'make test       all tests          PYTEST_FLAGS="-k name" selects'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
+	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
+	@echo 'make build      set up .venv and build the native extension in place'
+	@echo 'make doctor     what is installed and which backends run'
+	@echo 'make clean      remove build products (distclean: the environments, too)'
+
+demo: $(NATIVE)
+	$(BIN)/python examples/digits_qat.py $(DEMO_FLAGS)
+
+test: $(NATIVE) $(ORACLE)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(NATIVE)
+	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+build: $(NATIVE)
+
+doctor: $(NATIVE)
+	$(BIN)/python -m coreai_opt.doctor
+
+# Not in .venv: the torch that knows the GPU is the one of the machine.
+gpu-check: export PIP_CONSTRAINT :=
+gpu-check:
+	COREAI_BUILD_NATIVE=require $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" \
+		$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
+
+# torch comes first and alone: with it in place no other requirement can pull in another build of it.
+$(SETUP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(PIP_FLAGS) torch setuptools wheel ninja pybind11
+	COREAI_BUILD_NATIVE=skip $(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Not by pip above, which builds in a new folder each time; here only what changed is compiled.
+$(NATIVE): $(SETUP) setup.py $(SOURCES)
+	COREAI_BUILD_NATIVE=require $(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+# Apple's package, which the parity tests compare with in processes of their own.
+$(ORACLE): | $(SETUP)
+	rm -rf .oracle
+	$(PIP) install -q $(PIP_FLAGS) --no-deps --target .oracle coreai-opt==0.3.0
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(NATIVE)
+	rm -f kernels/coreai_kernels/_build_report.json kernels/coreai_kernels/*.so
+	find coreai_opt kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV) .oracle

@@ -1,0 +1,1 @@
+"""Micro-benchmarks: one file an operation, one harness. ``python -m benchmarks --help``."""

@@ -1,0 +1,95 @@
+"""Apple's package as a contender, in a process of its own: both packages own the import name."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from benchmarks.cases import Case
+
+__all__ = ["Apple", "AppleError"]
+
+_ROOT = Path(__file__).parents[1]
+
+
+class AppleError(RuntimeError):
+    """Apple's package raised, or its process ended."""
+
+
+class Apple:
+    """A running worker. Close it, or use it as a context manager.
+
+    Raises:
+        FileNotFoundError: there is no package in ``folder``.
+        AppleError: from any method, if the package fails; the text holds its traceback.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "coreai_opt").is_dir():
+            raise FileNotFoundError(
+                f"no package coreai_opt in {folder}. To fix: "
+                f"pip install --no-deps --target {folder} coreai-opt==0.3.0"
+            )
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close())
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", str(folder.resolve())],
+            cwd=_ROOT,
+            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def prepare(self, case: Case, *, with_digest: bool = False) -> str:
+        """Build the case's simulator; its fingerprint, if so wished."""
+        return self._ask("prepare", case=asdict(case), with_digest=with_digest)  # type: ignore[no-any-return]
+
+    def sample(self, phase: str, calls: int, *, untimed_call: bool) -> float:
+        """Time of a call of what was prepared."""
+        return self._ask("sample", phase=phase, calls=calls, untimed_call=untimed_call)  # type: ignore[no-any-return]
+
+    def release(self) -> None:
+        """Free what was prepared."""
+        self._ask("release")
+
+    def memory(self, case: Case) -> dict[str, float]:
+        """See :func:`benchmarks.memory.of_simulation`."""
+        return self._ask("memory", case=asdict(case))  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        self._process.wait()
+        self._log.close()
+
+    def _ask(self, request: str, **arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(json.dumps({"do": request, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._log.seek(0)
+            raise AppleError(f"the worker ended:\n{self._log.read()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AppleError(f"Apple's package failed:\n{answer['error']}")
+        return answer["value"]

@@ -1,0 +1,30 @@
+"""``fake_quantize_backward``: the gradient times the packed mask, whatever the format."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.cases import Case, Sweep, make_input
+from benchmarks.harness import Bench, add_if_supported
+from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
+from coreai_kernels.ops.library import implementation
+
+__all__ = ["build", "cases"]
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    return sweep.over("fake_quantize_backward", [("int8", "tensor")])
+
+
+def build(case: Case) -> Bench:
+    x = make_input(case)
+    grad = make_input(case, seed=1)
+    scale, zero_point = qparams_of(case, x)
+    args = (x, scale, zero_point, None, case.block_size, *value_range(case), True)
+    _, mask = implementation("fake_quantize_forward")(*args)
+    floor = case.numel * (2 * case.element_bytes + MASK_BYTES)
+    bench = bench_of(case, "fake_quantize_backward", (grad, mask, []), floor, grad.nbytes)
+    inside = torch.ones(x.shape, dtype=torch.bool)
+    backward = torch.ops.aten.fake_quantize_per_tensor_affine_cachemask_backward.default
+    add_if_supported(bench, "torch", lambda: backward(grad, inside))
+    return bench

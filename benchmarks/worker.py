@@ -1,0 +1,68 @@
+"""The process that runs Apple's package: ``python -m benchmarks.worker FOLDER``.
+
+Reads requests from standard input and answers on standard output, one JSON object a line.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import memory
+from benchmarks.cases import Case
+from benchmarks.simulation import Simulation
+from benchmarks.timing import seconds_per_call, settle_allocator
+
+__all__ = ["main"]
+
+
+class Worker:
+    """Answers requests; holds the simulation that is being timed."""
+
+    simulation: Simulation | None = None
+
+    def prepare(self, case: dict[str, Any], with_digest: bool) -> str:
+        parsed = Case(**case)
+        torch.set_num_threads(parsed.threads)
+        self.simulation = Simulation(parsed)
+        return self.simulation.digest() if with_digest else ""
+
+    def sample(self, phase: str, calls: int, untimed_call: bool) -> float:
+        if self.simulation is None:
+            raise RuntimeError("nothing was prepared")
+        return seconds_per_call(self.simulation.call(phase), calls, untimed_call=untimed_call)
+
+    def release(self) -> None:
+        self.simulation = None
+
+    def memory(self, case: dict[str, Any]) -> dict[str, float]:
+        return memory.of_simulation(Simulation(Case(**case)))
+
+
+def main(folder: str) -> None:
+    """Serve until standard input ends."""
+    # Whatever the package prints must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.path.insert(0, folder)
+    import coreai_opt
+
+    if not Path(str(coreai_opt.__file__)).resolve().is_relative_to(Path(folder).resolve()):
+        raise ImportError(f"coreai_opt was imported from {coreai_opt.__file__}, not from {folder}")
+    settle_allocator()
+    worker = Worker()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = {"value": getattr(worker, request.pop("do"))(**request)}
+        except Exception:  # noqa: BLE001  (whatever it is, the process that asked reports it)
+            answer = {"error": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,60 @@
+"""What surrounds the package: another owner of its import name, and a dependency that talks."""
+
+import importlib.metadata
+import logging
+import pathlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["quiet_torchao_import", "warn_of_name_clash"]
+
+_OTHER_DISTRIBUTION = "coreai-opt"
+_OWN_DISTRIBUTION = "coreai-opt-fused"
+
+
+def warn_of_name_clash() -> None:
+    """Warn, once an import, if Apple's ``coreai-opt`` is installed too: both own the name ``coreai_opt``."""
+    try:
+        other = importlib.metadata.distribution(_OTHER_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return
+    here = pathlib.Path(__file__).resolve().parent
+    there = pathlib.Path(str(other.locate_file("coreai_opt"))).resolve()
+    if here == there:
+        state = f"Both have written into {here}, so that modules of the two are mixed there."
+        remedy = (
+            f"Remove both, then install the one you want: `pip uninstall {_OTHER_DISTRIBUTION} "
+            f"{_OWN_DISTRIBUTION}`, then `pip install {_OWN_DISTRIBUTION}`."
+        )
+    else:
+        state = f"Python found this one first, in {here}; the other one, in {there}, is hidden."
+        remedy = f"Keep one in an environment: `pip uninstall {_OTHER_DISTRIBUTION}` to stay with this one."
+    warnings.warn(
+        f"{_OTHER_DISTRIBUTION} {other.version} and {_OWN_DISTRIBUTION} both provide the import package "
+        f"coreai_opt. {state} {remedy}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _is_not_noise(record: logging.LogRecord) -> bool:
+    text = str(record.msg)
+    return not ("Failed to load" in text or "register_constant" in text or "Skipping import of cpp" in text)
+
+
+@contextmanager
+def quiet_torchao_import() -> Iterator[None]:
+    """While it is active, drop the log lines with which torchao reports its own optional parts.
+
+    torchao logs each of its binary extensions that does not fit the machine, none of which is used here, and
+    a deprecation inside its own code. Other records pass, and the logging configuration is left as it was.
+    """
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    for logger in loggers:
+        logger.addFilter(_is_not_noise)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_not_noise)

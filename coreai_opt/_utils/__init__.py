@@ -1,0 +1,1 @@
+"""Mechanisms shared by the parts of the package."""

@@ -1,0 +1,5 @@
+"""Configuration of compression."""
+
+from coreai_opt.config.spec import CompressionSpec, CompressionType
+
+__all__ = ["CompressionSpec", "CompressionType"]

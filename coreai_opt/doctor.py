@@ -1,0 +1,151 @@
+"""What is installed, what runs, and what to do about the rest: ``python -m coreai_opt.doctor``."""
+
+import importlib.metadata
+import platform
+import sys
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["Diagnosis", "Finding", "examine", "main"]
+
+_DISTRIBUTION = "coreai-opt-fused"
+_APPLES_DISTRIBUTION = "coreai-opt"
+_REQUIRED = ("torch", "torchao", "numpy", "pydantic", "PyYAML", "rich", "safetensors", "tqdm")
+_MINIMUM_TORCH = (2, 10)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row: a part, its state (``"ok"``, ``"missing"`` or ``"broken"``), and what to know about it."""
+
+    part: str
+    state: str
+    detail: str
+    fix: str = ""
+
+
+@dataclass
+class Diagnosis:
+    """All findings. The installation is broken if one of them is."""
+
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a part that must work does not. A part that was left out is not broken."""
+        return any(finding.state == "broken" for finding in self.findings)
+
+    def add(self, part: str, state: str, detail: str, fix: str = "") -> None:
+        """Append a finding."""
+        self.findings.append(Finding(part, state, detail, fix))
+
+
+def examine() -> Diagnosis:
+    """Look at this Python environment."""
+    diagnosis = Diagnosis()
+    diagnosis.add("python", "ok", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
+    _examine_distributions(diagnosis)
+    if not diagnosis.broken:
+        _examine_engine(diagnosis)
+    return diagnosis
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _examine_distributions(diagnosis: Diagnosis) -> None:
+    if version := _version(_DISTRIBUTION):
+        diagnosis.add(_DISTRIBUTION, "ok", version)
+    else:
+        diagnosis.add(
+            _DISTRIBUTION,
+            "missing",
+            "used from a source tree, not installed",
+            "pip install . --no-build-isolation",
+        )
+    if version := _version(_APPLES_DISTRIBUTION):
+        diagnosis.add(
+            _APPLES_DISTRIBUTION,
+            "broken",
+            f"{version}: Apple's package, too, is imported as coreai_opt; the two overwrite each other",
+            f"pip uninstall {_APPLES_DISTRIBUTION} {_DISTRIBUTION}, then install one of them again",
+        )
+    for name in _REQUIRED:
+        version = _version(name)
+        if version is None:
+            diagnosis.add(name, "broken", "required, not installed", f"pip install {name}")
+        elif name == "torch" and tuple(int(part) for part in version.split(".")[:2]) < _MINIMUM_TORCH:
+            diagnosis.add(name, "broken", f"{version} is too old", "pip install 'torch>=2.10'")
+        elif name in ("torch", "torchao"):
+            diagnosis.add(name, "ok", version)
+    version = _version("triton")
+    diagnosis.add("triton", "ok" if version else "missing", version or "not installed", _triton_fix(version))
+
+
+def _triton_fix(version: str | None) -> str:
+    if version:
+        return ""
+    if sys.platform != "linux":
+        return "exists for Linux only"
+    return "pip install triton"
+
+
+def _examine_engine(diagnosis: Diagnosis) -> None:
+    import torch
+
+    try:
+        from coreai_kernels import backends, native
+    except (ImportError, RuntimeError, ValueError) as error:
+        # A bad environment variable ends here, too; its text names the variable and the choices.
+        diagnosis.add("coreai_kernels", "broken", f"cannot be imported: {error}", "see the message")
+        return
+    forced = backends.forced()
+    for name, (usable, reason) in backends.available().items():
+        cause, _, fix = reason.partition(". To fix: ")
+        broken = not usable and (
+            name == forced or (name == "native" and native.missing and native.missing.broken)
+        )
+        note = f" (forced by {backends.ENVIRONMENT})" if name == forced else ""
+        state = "ok" if usable else "broken" if broken else "missing"
+        diagnosis.add(f"backend {name}", state, f"{cause or 'usable'}{note}", fix)
+    if native.extension is not None:
+        info = native.extension.build_info()
+        chosen, levels = native.extension.cpu_capability(), info["cpu_levels"]
+        diagnosis.add("CPU instruction set", "ok", f"{chosen} (built: {levels})")
+        diagnosis.add("native build", "ok", f"{info['compiler']}, against torch {info['torch_version']}")
+    if native.cuda_missing is None and native.extension is not None:
+        archs = native.extension.build_info()["cuda_archs"]
+        diagnosis.add("CUDA C++ kernels", "ok", archs)
+    elif native.cuda_missing is not None:
+        state = "broken" if native.cuda_missing.broken else "missing"
+        diagnosis.add("CUDA C++ kernels", state, native.cuda_missing.cause, native.cuda_missing.fix)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        diagnosis.add("GPU", "ok", ", ".join(names))
+    else:
+        diagnosis.add("GPU", "missing", "torch sees none", "only needed for training on a GPU")
+
+
+def main() -> int:
+    """Print the table; return 0 unless the installation is broken, then 1."""
+    diagnosis = examine()
+    table = Table(title="coreai-opt-fused")
+    for heading in ("part", "state", "found", "to fix"):
+        table.add_column(heading, overflow="fold")
+    styles = {"ok": "green", "missing": "yellow", "broken": "bold red"}
+    for finding in diagnosis.findings:
+        state = f"[{styles[finding.state]}]{finding.state}[/]"
+        table.add_row(finding.part, state, escape(finding.detail), escape(finding.fix))
+    Console().print(table)
+    return int(diagnosis.broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

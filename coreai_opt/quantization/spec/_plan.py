@@ -1,0 +1,305 @@
+"""What a fake quantizer's forward needs to know about a tensor, worked out once for each shape and dtype.
+
+A training step calls the forward of every simulator; this takes the reading of specifications out of it.
+"""
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from coreai_kernels import Format, RangeUpdate, grid_shape
+from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
+from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
+from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
+
+if TYPE_CHECKING:
+    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["Facts", "Plan", "facts_of", "make_plan", "settings_of", "simulates_as_built_in", "state_for"]
+
+State = tuple[Tensor | None, ...]
+
+_SIMULATION_METHODS = ("quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant")
+
+_RANGE_METHODS = ("forward", "get_block_size", "_generate_min_max", "_reshape_min_max")
+_CALCULATOR_METHODS = ("forward", "compute_qparams", "_get_min_and_max_val", "_store", "update_running_range")
+_RANGE_UPDATES = {
+    qparams_calculator.StaticQParamsCalculator: RangeUpdate.LATEST,
+    qparams_calculator.DynamicQParamsCalculator: RangeUpdate.LATEST,
+    qparams_calculator.MovingAverageQParamsCalculator: RangeUpdate.MOVING_AVERAGE,
+    qparams_calculator.GlobalMinMaxQParamsCalculator: RangeUpdate.GLOBAL_MINMAX,
+}
+
+
+Facts = tuple[int, float, float, bool, bool, bool, tuple[Any, ...] | None]
+
+
+class Plan:
+    """How to quantize tensors of one shape.
+
+    Attributes:
+        settings: what the plan was made from.
+        block_size, grid: extent of a block, and number of blocks, along each axis.
+        values: ``block_size``, format and range of the quantized values, as the fused operators take them.
+        uses_minval: whether the formulation is the min-value one; never for floating-point values.
+        is_stateless: whether the calculator keeps nothing.
+        keeps_range: whether it keeps a running range.
+        step: the configuration of the fused training step, None if the modules' methods do something else.
+        state: buffers that have been found to suit the fused training step.
+    """
+
+    __slots__ = (
+        "block_size",
+        "grid",
+        "is_stateless",
+        "keeps_range",
+        "settings",
+        "state",
+        "step",
+        "uses_minval",
+        "values",
+    )
+
+    def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
+        fmt, quant_min, quant_max, self.uses_minval, self.is_stateless, self.keeps_range, step = (
+            module.facts()
+        )
+        self.settings = None if torch.compiler.is_compiling() else settings_of(module)
+        self.block_size = module.get_block_size(shape)
+        self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
+        # Blocks without elements have no range; the observation says so.
+        is_empty = 0 in self.block_size
+        self.grid = () if is_empty else grid_shape(shape, self.block_size)
+        self.step = None if is_empty or step is None else (self.block_size, *step)
+        self.state: State = (None,) * 5
+
+    def select(
+        self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The parameters of the formulation in use, in the shape of the grid.
+
+        Raises:
+            ValueError: one is missing, or given for floating-point values.
+            RuntimeError: one has not one value per block.
+        """
+        scale = self._in_grid("scale", scale)
+        if self.values[1] != Format.INT:
+            if zero_point is not None or minval is not None:
+                raise ValueError("zero_point and minval must be None for floating-point quantization")
+            return scale, None, None
+        name, value = ("minval", minval) if self.uses_minval else ("zero_point", zero_point)
+        if value is None:
+            raise ValueError(f"{name} must not be None for integer quantization that uses it")
+        value = self._in_grid(name, value)
+        return (scale, None, value) if self.uses_minval else (scale, value, None)
+
+    def _in_grid(self, name: str, value: Tensor) -> Tensor:
+        if value.shape == self.grid:
+            return value
+        if value.numel() != math.prod(self.grid):
+            raise RuntimeError(
+                f"{name} must have one value for each of the blocks {self.grid}; "
+                f"got shape {tuple(value.shape)}"
+            )
+        return value.reshape(self.grid)
+
+
+def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
+    """The plan for ``tensor``.
+
+    Raises:
+        TypeError: it is not floating point.
+        ValueError: the granularity does not fit its shape.
+    """
+    if not tensor.is_floating_point():
+        raise TypeError(
+            f"tensor {module.tensor_fqn!r} must be floating point to be quantized; got {tensor.dtype}"
+        )
+    return Plan(module, tensor.shape)
+
+
+def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
+    """The tensors that the fused step updates, and whether they hold a running range.
+
+    None if the step cannot update them: a running range of another dtype than the tensor's.
+
+    Raises:
+        RuntimeError: they are for another grid of blocks, or on another device.
+    """
+    if plan.is_stateless:
+        scale = tensor.new_empty(plan.grid, dtype=torch.float32)
+        return (scale, None, None, None, None), False
+    get = calculator._buffers.get
+    scale, zero_point, minval = get("scale"), get("zero_point"), get("minval")
+    running_min, running_max = get("running_min"), get("running_max")
+    known = plan.state
+    if (
+        known[0] is scale
+        and known[1] is zero_point
+        and known[2] is minval
+        and known[3] is running_min
+        and known[4] is running_max
+    ):
+        return known, plan.keeps_range
+    if scale.shape == plan.grid and (
+        not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
+    ):
+        plan.state = (scale, zero_point, minval, running_min, running_max)
+        return plan.state, plan.keeps_range
+    return _state_of_other_shape(plan, calculator, tensor)
+
+
+def _state_of_other_shape(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
+    has_running = is_shaped(calculator.running_min) if plan.keeps_range else False
+    if has_running and calculator.running_min.dtype != tensor.dtype:
+        return None
+    if calculator.scale.device != tensor.device:
+        raise RuntimeError(
+            f"the tensor is on {tensor.device}, its fake quantizer on {calculator.scale.device}: "
+            f"move the module with .to({str(tensor.device)!r})"
+        )
+    state: list[Tensor | None] = []
+    for name in ("scale", "zero_point", "minval", "running_min", "running_max"):
+        buffer = getattr(calculator, name, None)
+        if buffer is not None:
+            if not is_shaped(buffer):
+                dtype = tensor.dtype if name.startswith("running_") else buffer.dtype
+                reshape_buffer(calculator, name, torch.Size(plan.grid), dtype)
+            buffer = _view_as_grid(plan.grid, name, getattr(calculator, name))
+        state.append(buffer)
+    return tuple(state), has_running
+
+
+def _view_as_grid(grid: tuple[int, ...], name: str, buffer: Tensor) -> Tensor:
+    if not same_blocks(buffer.shape, grid):
+        raise RuntimeError(
+            f"the tensor has blocks of shape {grid}, but {name} was observed for {tuple(buffer.shape)}: "
+            f"a fake quantizer serves tensors of one grid of blocks"
+        )
+    return buffer.view(grid)
+
+
+def facts_of(module: "FakeQuantizeImplBase") -> Facts:
+    """What a plan takes from the module, whatever the shape.
+
+    Format and range of the quantized values, whether the formulation is the min-value one, whether the
+    calculator keeps nothing, whether it keeps a running range, and the configuration of the fused training
+    step after the block size.
+    """
+    fmt = _numbers.format_of(module.dtype)
+    quant_min, quant_max = float(module.quant_min), float(module.quant_max)
+    uses_minval = fmt == Format.INT and module.qformulation == QuantizationFormulation.MINVAL
+    update = _range_update_of(module)
+    keeps_range = update is not None and update != RangeUpdate.LATEST
+    calculator: Any = module.qparams_calculator
+    step: tuple[Any, ...] | None = None
+    if update is not None and _observes_for(calculator, module):
+        low, high = calculator.float_range
+        step = (
+            int(calculator.qscheme.kernel_scheme),
+            int(fmt),
+            quant_min,
+            quant_max,
+            uses_minval,
+            int(update),
+            float(getattr(calculator, "averaging_constant", 0.0)),
+            low,
+            high,
+            calculator.has_power_of_two_scale,
+        )
+    # Plain integers: torch.compile takes these as constants, and refuses enumerations.
+    return int(fmt), quant_min, quant_max, uses_minval, module.is_stateless, keeps_range, step
+
+
+def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:
+    """Whether the calculator observes at each forward, for the blocks and values of the module."""
+    ranges = calculator.range_calculator
+    return (
+        not getattr(calculator, "_export_mode", False)
+        and None in calculator.float_range
+        and calculator.dtype == module.dtype
+        and calculator.quant_min == module.quant_min
+        and calculator.quant_max == module.quant_max
+        and ranges.granularity == module.granularity
+        and ranges.quantization_target == module.quantization_target
+    )
+
+
+def simulates_as_built_in(module: "FakeQuantizeImplBase") -> bool:
+    """Whether the module quantizes with the built-in methods, which the fused operators reproduce."""
+    return _same_methods(module, module.built_in_class(), _SIMULATION_METHODS)
+
+
+def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
+    """What the calculator does with a range; None unless all three modules have the built-in methods."""
+    if not simulates_as_built_in(module):
+        return None
+    calculator = module.qparams_calculator
+    ranges = getattr(calculator, "range_calculator", None)
+    if ranges is None or not _same_methods(ranges, range_calculator.MinMaxRangeCalculator, _RANGE_METHODS):
+        return None
+    if _is_hooked(vars(calculator), vars(ranges)):
+        return None
+    for built_in, update in _RANGE_UPDATES.items():
+        if isinstance(calculator, built_in) and _same_methods(calculator, built_in, _CALCULATOR_METHODS):
+            return update
+    return None
+
+
+def _same_methods(obj: torch.nn.Module, built_in: type, names: tuple[str, ...]) -> bool:
+    if not vars(obj).keys().isdisjoint(names):
+        return False
+    return _same_class_methods(type(obj), built_in, names)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _same_class_methods(cls: type, built_in: type, names: tuple[str, ...]) -> bool:
+    return all(getattr(cls, name, None) is getattr(built_in, name, None) for name in names)
+
+
+def settings_of(module: "FakeQuantizeImplBase") -> tuple[Any, ...]:
+    """All that a plan depends on and that may be assigned to: compared at each forward."""
+    own = module.__dict__
+    calculator = own["_modules"].get("qparams_calculator")
+    ranges = calculator and calculator._modules.get("range_calculator")
+    if ranges is None:
+        return (object(),)  # equal to nothing: the methods decide each time
+    its, range_its = calculator.__dict__, ranges.__dict__
+    get = its.get
+    return (
+        own["_granularity"],
+        own["quant_min"],
+        own["quant_max"],
+        own["qformulation"],
+        own["dtype"],
+        calculator,
+        ranges,
+        get("qscheme"),
+        get("quant_min"),
+        get("quant_max"),
+        get("dtype"),
+        get("scale_dtype"),
+        get("float_range"),
+        get("averaging_constant"),
+        get("_export_mode"),
+        range_its.get("granularity"),
+        range_its.get("quantization_target"),
+        _is_hooked(its, range_its),
+        # A method replaced on the instance shows as one more attribute.
+        len(own),
+        len(its),
+        len(range_its),
+    )
+
+
+def _is_hooked(its: dict[str, Any], range_its: dict[str, Any]) -> bool:
+    """Whether somebody listens to the calculators' calls, so that they must take place."""
+    return bool(
+        its["_forward_hooks"]
+        or its["_forward_pre_hooks"]
+        or range_its["_forward_hooks"]
+        or range_its["_forward_pre_hooks"]
+    )

@@ -1,0 +1,124 @@
+// Element maths: what happens to one value, written once for every lane width.
+//
+// `S` is a set of lanes (csrc/cpu/simd_*.h on the CPU, one lane per thread on a GPU) with types F (float32),
+// I (int32) and M (mask), and the operations used below. Arithmetic is IEEE: no reassociation, no contraction.
+#pragma once
+
+#include "common/types.h"
+
+#if defined(__CUDACC__)
+#define COREAI_HD __host__ __device__ __forceinline__
+#else
+#define COREAI_HD inline __attribute__((always_inline))
+#endif
+
+namespace coreai {
+
+template <Format kFormat>
+struct FormatFacts;
+template <>
+struct FormatFacts<Format::kE4M3> {
+  static constexpr int kMantissaBits = 3, kMinExponent = -6;
+};
+template <>
+struct FormatFacts<Format::kE5M2> {
+  static constexpr int kMantissaBits = 2, kMinExponent = -14;
+};
+template <>
+struct FormatFacts<Format::kE2M1> {
+  static constexpr int kMantissaBits = 1, kMinExponent = 0;
+};
+
+COREAI_HD int max_exponent(Format format) {
+  return format == Format::kE4M3 ? 8 : format == Format::kE5M2 ? 15 : 2;
+}
+
+// Round to a 16-bit type and back: what storing an intermediate result in a tensor of that type does.
+template <class S>
+COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
+  if (element == Element::kFloat16) return S::round_half(x);
+  if (element != Element::kBFloat16) return x;
+  const auto bits = S::as_int(x);
+  const auto odd = S::iand(S::template shr<16>(bits), S::iset(1));
+  const auto rounded = S::iadd(bits, S::iadd(odd, S::iset(0x7fff)));
+  const auto kept = S::as_float(S::iand(rounded, S::iset(static_cast<int32_t>(0xffff0000))));
+  return S::select(S::unordered(x, x), x, kept);
+}
+
+// Round to nearest even at the format's last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa bits)
+// does it without a branch; e is clamped from below, so subnormals round at the format's own quantum.
+template <class S, Format kFormat>
+COREAI_HD typename S::F round_to_format(typename S::F x) {
+  if constexpr (kFormat == Format::kInt) {
+    return S::round(x);
+  } else {
+    using Facts = FormatFacts<kFormat>;
+    const auto bits = S::as_int(x);
+    const auto sign = S::iand(bits, S::iset(INT32_MIN));
+    const auto magnitude = S::as_float(S::iand(bits, S::iset(0x7fffffff)));
+    auto exponent = S::iand(bits, S::iset(0x7f800000));
+    exponent = S::imax(exponent, S::iset((127 + Facts::kMinExponent) << 23));
+    const auto magic = S::as_float(S::iadd(exponent, S::iset((23 - Facts::kMantissaBits) << 23)));
+    const auto rounded = S::sub(S::add(magnitude, magic), magic);
+    const auto with_sign = S::as_float(S::ior(S::as_int(rounded), sign));
+    return S::select(S::unordered(x, x), x, with_sign);
+  }
+}
+
+// What a quantized element is: a number format, and for integers whether an offset (the min-value formulation)
+// is taken from the values.
+template <Format kFormat_, bool kHasOffset_ = false>
+struct Kind {
+  static constexpr Format kFormat = kFormat_;
+  static constexpr bool kHasOffset = kHasOffset_;
+};
+
+// Parameters of the affine map for the lanes at hand. The range is the quantized range less the zero point.
+template <class S>
+struct Params {
+  typename S::F scale, low, high, offset;
+};
+
+// The value in units of the scale; for integers less the offset and rounded.
+template <class S, class K>
+COREAI_HD typename S::F quotient_lanes(typename S::F x, const Params<S>& p) {
+  if constexpr (K::kHasOffset) x = S::sub(x, p.offset);
+  const auto q = S::div(x, p.scale);
+  if constexpr (K::kFormat == Format::kInt) {
+    return S::round(q);
+  } else {
+    return q;
+  }
+}
+
+// min and max return their second operand when unordered: NaN passes through.
+template <class S>
+COREAI_HD typename S::F clamp_lanes(typename S::F q, typename S::F low, typename S::F high) {
+  return S::min(high, S::max(low, q));
+}
+
+// Quantized value less the zero point; `inside` tells where it was in range before clamping: NaN nowhere.
+template <class S, class K>
+COREAI_HD typename S::F quantize_lanes(typename S::F x, const Params<S>& p, typename S::M& inside) {
+  const auto q = quotient_lanes<S, K>(x, p);
+  const auto clamped = clamp_lanes<S>(q, p.low, p.high);
+  inside = S::equal(q, clamped);
+  if constexpr (K::kFormat == Format::kInt) {
+    return clamped;
+  } else {
+    return round_to_format<S, K::kFormat>(clamped);
+  }
+}
+
+template <class S, class K>
+COREAI_HD typename S::F dequantize_lanes(typename S::F q, const Params<S>& p) {
+  if constexpr (K::kFormat != Format::kInt) {
+    return S::mul(q, p.scale);
+  } else if constexpr (K::kHasOffset) {
+    return S::add(S::mul(q, p.scale), p.offset);
+  } else {
+    return S::mul_add_zero(q, p.scale);  // the sum turns -0.0 into 0.0
+  }
+}
+
+}  // namespace coreai

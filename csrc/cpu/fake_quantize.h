@@ -1,0 +1,230 @@
+// fake_quantize and its gradient.
+#pragma once
+
+#include "cpu/loops.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+template <class Bits, class K, class T>
+COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
+                                   typename Bits::Cursor& cursor) {
+  M inside;
+  const F q = quantize_lanes<Simd, K>(Simd::load(x), p, inside);
+  Simd::store(y, dequantize_lanes<Simd, K>(q, p));
+  Bits::put_lanes(cursor, Simd::bits(inside));
+}
+
+template <class Bits, class K, class T>
+COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
+                                  typename Bits::Cursor& cursor) {
+  M inside[2];
+  const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
+  const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
+  Simd::store_pair(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
+  Bits::put_lanes(cursor, Simd::bits(inside[0]));
+  Bits::put_lanes(cursor, Simd::bits(inside[1]));
+}
+
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_some(const T* x, T* y, int n, const Params<Simd>& p,
+                                  Bits& bits) {
+  M inside;
+  const F q = quantize_lanes<Simd, K>(Simd::load_n(x, n), p, inside);
+  Simd::store_n(y, dequantize_lanes<Simd, K>(q, p), n);
+  bits.push(Simd::bits(inside) & ((1u << n) - 1u), n);
+}
+
+// Elements that share their parameters.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>& p,
+                                 Bits& bits) {
+  int64_t i = 0;
+  if (bits.aligned()) {
+    auto cursor = bits.cursor();
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    if (i + kWidth <= n) {
+      fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
+      i += kWidth;
+    }
+    bits.resume(cursor);
+  }
+  for (; i < n; i += kWidth) {
+    fake_quantize_some<K>(x + i, y + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)), p, bits);
+  }
+}
+
+template <class = void>
+COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
+  return a.zero_point ? static_cast<float>(a.zero_point[block]) : a.constant;
+}
+
+// Parameters of up to kWidth neighbouring blocks, ready to be broadcast one by one.
+struct BlockParams {
+  alignas(64) float scale[kWidth], low[kWidth], high[kWidth], offset[kWidth];
+
+  COREAI_HD void load(const Affine& a, int64_t block, int n) {
+    F zero_point = Simd::set(a.constant);
+    if (a.zero_point && n == kWidth) {
+      zero_point = Simd::to_float(Simd::load(a.zero_point + block));
+    } else if (a.zero_point) {
+      alignas(64) float values[kWidth] = {};
+      for (int i = 0; i < n; ++i) values[i] = static_cast<float>(a.zero_point[block + i]);
+      zero_point = Simd::load(values);
+    }
+    Simd::store(scale, Simd::load_n(a.scale + block, n));
+    Simd::store(low, Simd::sub(Simd::set(a.low), zero_point));
+    Simd::store(high, Simd::sub(Simd::set(a.high), zero_point));
+    Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
+  }
+  COREAI_HD Params<Simd> operator[](int i) const {
+    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i])};
+  }
+};
+
+template <class = void>
+COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
+  const float zero_point = zero_point_of(a, block);
+  return {Simd::set(a.scale[block]), Simd::set(a.low - zero_point), Simd::set(a.high - zero_point),
+          Simd::set(a.offset ? a.offset[block] : 0.0f)};
+}
+
+// Neighbouring blocks of `run` elements each.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+  if (run == 2 * kWidth && bits.aligned()) {
+    auto cursor = bits.cursor();
+    for (int i = 0; i < blocks; ++i) {
+      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
+      x += 2 * kWidth, y += 2 * kWidth;
+    }
+    bits.resume(cursor);
+    return;
+  }
+  for (int i = 0; i < blocks; ++i, x += run, y += run) fake_quantize_run<K>(x, y, run, params[i], bits);
+}
+
+// Parameters of kWidth neighbouring blocks, one a lane.
+template <class = void>
+COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
+  const F zero_point = a.zero_point ? Simd::to_float(Simd::load(a.zero_point + block)) : Simd::set(a.constant);
+  return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point),
+          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f)};
+}
+
+// Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
+template <class = void>
+COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t column, int64_t run, int n) {
+  if (run == 1 && n == kWidth) return params_of_lanes(a, base + column);
+  alignas(64) float scale[kWidth], zero_point[kWidth], offset[kWidth];
+  for (int i = 0; i < n; ++i) {
+    const int64_t block = base + (run == 1 ? column + i : (column + i) / run);
+    scale[i] = a.scale[block];
+    zero_point[i] = zero_point_of(a, block);
+    offset[i] = a.offset ? a.offset[block] : 0.0f;
+  }
+  for (int i = n; i < kWidth; ++i) scale[i] = 1.0f, zero_point[i] = offset[i] = 0.0f;
+  const F zero = Simd::load(zero_point);
+  return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero),
+          Simd::load(offset)};
+}
+
+// Elements [column, column + n) of a row whose first block is `base`.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, int64_t base, int64_t run,
+                                 const Affine& a, Bits& bits) {
+  if (run >= kWidth) {
+    BlockParams params;
+    while (n > 0) {
+      const int64_t block = base + column / run, inside = column % run;
+      const int64_t whole = inside == 0 ? n / run : 0;
+      const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
+      int64_t piece = smaller(n, run - inside);
+      if (blocks > 1) {
+        params.load(a, block, blocks);
+        fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
+        piece = blocks * run;
+      } else {
+        fake_quantize_run<K>(x, y, piece, params_of_block(a, block), bits);
+      }
+      x += piece, y += piece, column += piece, n -= piece;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
+    const auto p = params_of_columns(a, base, column + i, run, some);
+    if (some == kWidth && bits.aligned()) {
+      auto cursor = bits.cursor();
+      fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
+      bits.resume(cursor);
+    } else {
+      fake_quantize_some<K>(x + i, y + i, some, p, bits);
+    }
+  }
+}
+
+// Elements [begin, end) in memory order; begin is a multiple of eight.
+template <class K, class T, class Bits>
+void fake_quantize_elements(const FakeQuantize& job, int64_t begin, int64_t end, Bits bits) {
+  const Geometry& g = *job.geometry;
+  const T* x = static_cast<const T*>(job.input);
+  T* y = static_cast<T*>(job.output);
+  const int64_t length = row_length(g);
+  for (int64_t row = begin / length, column = begin % length; begin < end; ++row, column = 0) {
+    const int64_t n = smaller(end - begin, length - column);
+    fake_quantize_row<K>(x + begin, y + begin, column, n, row_base(g, row), g.run, job.affine, bits);
+    begin += n;
+  }
+  bits.flush();
+}
+
+template <class K, class T>
+void fake_quantize_range(const FakeQuantize& job, int64_t begin, int64_t end) {
+  if (job.mask) {
+    fake_quantize_elements<K, T>(job, begin, end, BitWriter(job.mask + begin / 8));
+  } else {
+    fake_quantize_elements<K, T>(job, begin, end, NoBits());
+  }
+}
+
+void fake_quantize(const FakeQuantize& job) {
+  with_type(job.element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
+      using K = decltype(kind);
+      share(job.geometry->numel, kAlignment, kParallelElements,
+            [&](int64_t begin, int64_t end) { fake_quantize_range<K, T>(job, begin, end); });
+    });
+  });
+}
+
+// A product with 0 or 1, so that NaN and infinite gradients behave as IEEE 754 says.
+template <class T>
+void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n) {
+  const F one = Simd::set(1.0f), zero = Simd::set(0.0f);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    uint32_t bits = 0;
+    for (int byte = 0; byte < kWidth / 8; ++byte) bits |= static_cast<uint32_t>(mask[i / 8 + byte]) << (8 * byte);
+    Simd::store(out + i, Simd::mul(Simd::load(grad + i), Simd::select(Simd::from_bits(bits), one, zero)));
+  }
+  for (; i < n; i += 8) {
+    const int some = static_cast<int>(smaller<int64_t>(8, n - i));
+    const F factor = Simd::select(Simd::from_bits(mask[i / 8]), one, zero);
+    Simd::store_n(out + i, Simd::mul(Simd::load_n(grad + i, some), factor), some);
+  }
+}
+
+void masked_gradient(Element element, const void* grad, void* out, const uint8_t* mask, int64_t numel) {
+  with_type(element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+      masked_gradient_range(static_cast<const T*>(grad) + begin, static_cast<T*>(out) + begin, mask + begin / 8,
+                            end - begin);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,128 @@
+// What the operators ask of the CPU kernels. One table per instruction set, filled by kernels_<level>.cpp.
+//
+// Inputs and outputs are dense, of one memory order, and may be the same memory. Block parameters are arrays
+// in memory order of the blocks. Masks are packed bits in memory order of the elements.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace coreai::cpu {
+
+// In memory order every axis splits into (blocks, block); neighbours of one kind merge. What remains, from the
+// inside out: `run` neighbouring elements share a block, `columns` blocks follow each other, and the rows so
+// formed are addressed by `outer` axes whose stride in blocks is zero where they stay within a block.
+struct Geometry {
+  static constexpr int kMaxOuter = 32;
+  struct Outer {
+    int64_t size;
+    int64_t stride;
+  };
+
+  int64_t numel = 1;
+  int64_t blocks = 1;
+  int64_t run = 1;
+  int64_t columns = 1;
+  int outer_axes = 0;
+  Outer outer[kMaxOuter];
+};
+
+struct Affine {
+  Format format;
+  float low, high;        // quantized range
+  const float* scale;
+  const int32_t* zero_point;  // null: `constant` everywhere
+  const float* offset;    // null: zero everywhere
+  float constant;
+};
+
+struct FakeQuantize {
+  const Geometry* geometry;
+  Element element;
+  const void* input;
+  void* output;
+  uint8_t* mask;  // null: not wanted
+  Affine affine;
+};
+
+struct RangeRequest {
+  const Geometry* geometry;
+  Element element;
+  const void* input;
+  float* low;  // one a block
+  float* high;
+};
+
+// How a range becomes parameters. `rounding`: the type that every intermediate result is rounded to.
+struct QParamsRule {
+  Scheme scheme;
+  Format format;
+  double quant_min, quant_max;
+  bool power_of_two;
+  Element rounding;
+};
+
+struct UpdateRule {
+  RangeUpdate update;
+  bool has_running;
+  float constant, one_minus_constant;
+  bool fix_low, fix_high;
+  float low, high;  // already rounded to the input's type
+};
+
+struct QParams {
+  float* scale;
+  int32_t* zero_point;
+  float* minval;
+};
+
+struct Observe {
+  FakeQuantize quantize;  // its affine names the arrays below
+  QParamsRule rule;
+  UpdateRule update;
+  QParams out;
+  float* running_low;  // before (if rule says so) and after
+  float* running_high;
+};
+
+enum class Storage : int { kInt8, kUInt8, kE4M3, kE5M2, kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+struct Convert {
+  const Geometry* geometry;
+  const void* input;
+  void* output;
+  Affine affine;
+  Element element;  // the floating-point side: input of quantize, output of dequantize
+  Storage storage;  // the quantized side
+};
+
+struct Kernels {
+  void (*fake_quantize)(const FakeQuantize&);
+  void (*masked_gradient)(Element, const void* grad, void* out, const uint8_t* mask, int64_t numel);
+  void (*observe_range)(const RangeRequest&);
+  void (*choose_qparams)(const QParamsRule&, const float* low, const float* high, int64_t blocks, const QParams&);
+  void (*observe_and_fake_quantize)(const Observe&);
+  void (*quantize)(const Convert&);
+  void (*dequantize)(const Convert&);
+};
+
+const Kernels& kernels();  // of the instruction set in use
+
+namespace generic {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+// Calls body(begin, end, context) on torch's threads, with boundaries at multiples of `grain`. The files
+// compiled for one instruction set must not include torch's headers: an inline function compiled there could be
+// the copy that the linker keeps for everyone.
+void parallel(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+int64_t threads();
+
+}  // namespace coreai::cpu

@@ -1,0 +1,3 @@
+#define COREAI_LEVEL avx2
+#include "cpu/simd_avx2.h"
+#include "cpu/table.h"

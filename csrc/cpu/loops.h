@@ -1,0 +1,132 @@
+// Type dispatch, threads and bit streams for the kernels of one instruction set.
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+using F = Simd::F;
+using I = Simd::I;
+using M = Simd::M;
+constexpr int kWidth = Simd::kWidth;
+
+// Elements that are worth a thread: waking one costs as much as quantizing some hundred thousand.
+constexpr int64_t kParallelElements = 1 << 17;
+// Work is shared out in multiples of this many elements, so that threads never write the same byte of a mask.
+constexpr int64_t kAlignment = 512;
+
+template <class T>
+COREAI_HD T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+COREAI_HD T larger(T a, T b) {
+  return a > b ? a : b;
+}
+
+COREAI_HD int64_t row_length(const Geometry& g) { return g.run * g.columns; }
+
+// First block of a row.
+COREAI_HD int64_t row_base(const Geometry& g, int64_t row) {
+  int64_t base = 0;
+  for (int axis = g.outer_axes - 1; axis >= 0; --axis) {
+    base += row % g.outer[axis].size * g.outer[axis].stride;
+    row /= g.outer[axis].size;
+  }
+  return base;
+}
+
+// body(begin, end) over [0, count) in pieces that start at multiples of `unit` and hold about `grain` or more.
+template <class Body>
+void share(int64_t count, int64_t unit, int64_t grain, Body body) {
+  const int64_t units = (count + unit - 1) / unit;
+  if (count <= grain || threads() == 1) {
+    body(int64_t{0}, count);
+    return;
+  }
+  struct Context {
+    Body* body;
+    int64_t unit, count;
+  } context{&body, unit, count};
+  parallel(
+      0, units, larger<int64_t>(1, grain / unit),
+      [](int64_t begin, int64_t end, void* raw) {
+        auto* c = static_cast<Context*>(raw);
+        (*c->body)(begin * c->unit, smaller(end * c->unit, c->count));
+      },
+      &context);
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// float64 never gets here: operators convert it, for arithmetic is in float32 anyway.
+template <class Body>
+void with_type(Element element, Body body) {
+  switch (element) {
+    case Element::kBFloat16:
+      return body(Type<BFloat16>{});
+    case Element::kFloat16:
+      return body(Type<Float16>{});
+    default:
+      return body(Type<float>{});
+  }
+}
+
+template <class Body>
+void with_kind(Format format, bool has_offset, Body body) {
+  switch (format) {
+    case Format::kInt:
+      return has_offset ? body(Kind<Format::kInt, true>{}) : body(Kind<Format::kInt>{});
+    case Format::kE4M3:
+      return body(Kind<Format::kE4M3>{});
+    case Format::kE5M2:
+      return body(Kind<Format::kE5M2>{});
+    case Format::kE2M1:
+      return body(Kind<Format::kE2M1>{});
+  }
+}
+
+// Bits in sequence, the lowest of a byte first, from a byte boundary on.
+class BitWriter {
+ public:
+  // Where whole bytes go. Loops keep it in a register: stores of bytes may alias any member.
+  using Cursor = uint8_t*;
+  explicit BitWriter(uint8_t* out) : out_(out) {}
+  COREAI_HD bool aligned() const { return fill_ == 0; }
+  COREAI_HD Cursor cursor() const { return out_; }
+  COREAI_HD void resume(Cursor cursor) { out_ = cursor; }
+  static COREAI_HD void put_lanes(Cursor& cursor, uint32_t bits) {
+    __builtin_memcpy(cursor, &bits, kWidth / 8);
+    cursor += kWidth / 8;
+  }
+  COREAI_HD void push(uint32_t bits, int count) {
+    pending_ |= static_cast<uint64_t>(bits) << fill_;
+    fill_ += count;
+    for (; fill_ >= 8; fill_ -= 8, pending_ >>= 8) *out_++ = static_cast<uint8_t>(pending_);
+  }
+  COREAI_HD void flush() {
+    if (fill_ > 0) *out_ = static_cast<uint8_t>(pending_);
+  }
+
+ private:
+  uint8_t* out_;
+  uint64_t pending_ = 0;
+  int fill_ = 0;
+};
+
+struct NoBits {
+  struct Cursor {};
+  COREAI_HD bool aligned() const { return true; }
+  COREAI_HD Cursor cursor() const { return {}; }
+  COREAI_HD void resume(Cursor) {}
+  static COREAI_HD void put_lanes(Cursor&, uint32_t) {}
+  COREAI_HD void push(uint32_t, int) {}
+  COREAI_HD void flush() {}
+};
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,91 @@
+// Observe, update, choose and fake-quantize. Row-wise blocks go through the cache once.
+#pragma once
+
+#include "cpu/fake_quantize.h"
+#include "cpu/observe_range.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+// Elements handled between the two looks at them: what a first-level cache holds of float32.
+constexpr int64_t kCachedElements = 8192;
+
+inline void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
+  const Range range =
+      update_lanes(job.update, job.quantize.element, batch, job.running_low + block, job.running_high + block, n);
+  if (job.running_low) {
+    Simd::store_n(job.running_low + block, range.low, n);
+    Simd::store_n(job.running_high + block, range.high, n);
+  }
+  store_qparams(choose_lanes(job.rule, range), job.out, block, n);
+}
+
+// Blocks [begin, end); the first element of `begin` is at a multiple of eight.
+template <class K, class T, class Bits>
+void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits) {
+  const FakeQuantize& quantize = job.quantize;
+  const int64_t run = quantize.geometry->run;
+  const T* x = static_cast<const T*>(quantize.input);
+  T* y = static_cast<T*>(quantize.output);
+  BlockParams params;
+  const int64_t group = larger<int64_t>(1, smaller<int64_t>(kWidth, kCachedElements / run));
+  const auto observe = [&](int64_t i) __attribute__((always_inline)) {
+    const int n = static_cast<int>(smaller(group, end - i));
+    set_qparams(job, range_of_blocks(x + i * run, run, n), i, n);
+  };
+  // One group ahead: what the next group's parameters wait for overlaps with quantizing this one.
+  if (begin < end) observe(begin);
+  for (int64_t i = begin; i < end; i += group) {
+    const int n = static_cast<int>(smaller(group, end - i));
+    params.load(quantize.affine, i, n);
+    if (i + group < end) observe(i + group);
+    fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
+  }
+  bits.flush();
+}
+
+template <class K, class T>
+void observe_and_quantize_rows(const Observe& job) {
+  const FakeQuantize& quantize = job.quantize;
+  const int64_t run = quantize.geometry->run;
+  int64_t unit = 1;  // blocks up to the next byte of the mask
+  while (unit * run % 8 != 0) unit *= 2;
+  const int64_t grain = larger<int64_t>(1, kParallelElements / run);
+  share(quantize.geometry->columns, larger<int64_t>(unit, run < kAlignment ? kWidth : 1), grain,
+        [&](int64_t begin, int64_t end) {
+          if (quantize.mask) {
+            observe_and_quantize_blocks<K, T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8));
+          } else {
+            observe_and_quantize_blocks<K, T>(job, begin, end, NoBits());
+          }
+        });
+}
+
+void observe_and_fake_quantize(const Observe& job) {
+  const FakeQuantize& quantize = job.quantize;
+  const Geometry& g = *quantize.geometry;
+  // Few long rows would leave threads idle.
+  const bool enough_rows = g.columns >= 2 * threads() || g.numel < kParallelElements;
+  if (is_row_wise(g) && enough_rows) {
+    with_type(quantize.element, [&](auto type) {
+      using T = typename decltype(type)::type;
+      with_kind(quantize.affine.format, quantize.affine.offset != nullptr,
+                [&](auto kind) { observe_and_quantize_rows<decltype(kind), T>(job); });
+    });
+    return;
+  }
+  float* low = new float[static_cast<uint64_t>(2 * g.blocks)];
+  float* high = low + g.blocks;
+  observe_range({&g, quantize.element, quantize.input, low, high});
+  share(g.blocks, kWidth, kParallelElements / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      set_qparams(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);
+    }
+  });
+  delete[] low;
+  fake_quantize(quantize);
+}
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,107 @@
+// From ranges to parameters, kWidth blocks at a time. The formulas are those of reference/qparams.py.
+#pragma once
+
+#include "cpu/loops.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+struct Range {
+  F low, high;
+};
+
+struct QParamsLanes {
+  F scale;
+  I zero_point;
+  F minval;
+};
+
+// min and max return their second operand when unordered; adding +0.0 turns -0.0 into it.
+template <class = void>
+COREAI_HD F at_most_zero(F x) {
+  return Simd::add(Simd::min(Simd::set(0.0f), x), Simd::set(0.0f));
+}
+template <class = void>
+COREAI_HD F at_least_zero(F x) {
+  return Simd::add(Simd::max(Simd::set(0.0f), x), Simd::set(0.0f));
+}
+template <class = void>
+COREAI_HD F nan_min(F a, F b) {
+  return Simd::select(Simd::unordered(a, a), a, Simd::min(a, b));
+}
+template <class = void>
+COREAI_HD F nan_max(F a, F b) {
+  return Simd::select(Simd::unordered(a, a), a, Simd::max(a, b));
+}
+
+// The running range after a batch whose range is `batch`.
+inline Range update_lanes(const UpdateRule& rule, Element element, Range batch, const float* running_low,
+                          const float* running_high, int n) {
+  Range range = {at_most_zero(batch.low), at_least_zero(batch.high)};
+  if (rule.fix_low) range.low = Simd::set(rule.low);
+  if (rule.fix_high) range.high = Simd::set(rule.high);
+  if (rule.update == RangeUpdate::kLatest || !rule.has_running) return range;
+  const Range old = {Simd::load_n(running_low, n), Simd::load_n(running_high, n)};
+  if (rule.update == RangeUpdate::kGlobalMinMax) {
+    return {nan_min(range.low, old.low), nan_max(range.high, old.high)};
+  }
+  const auto average = [&](F now, F before) {
+    const F new_part = round_to_element<Simd>(Simd::mul(now, Simd::set(rule.constant)), element);
+    const F old_part = round_to_element<Simd>(Simd::mul(before, Simd::set(rule.one_minus_constant)), element);
+    return round_to_element<Simd>(Simd::add(new_part, old_part), element);
+  };
+  return {average(range.low, old.low), average(range.high, old.high)};
+}
+
+template <class = void>
+COREAI_HD F power_of_two_scale(F amax, Format format) {
+  const I exponent = Simd::iand(Simd::template shr<23>(Simd::as_int(amax)), Simd::iset(0xff));
+  const I biased = Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-max_exponent(format)))));
+  return Simd::max(Simd::set(0x1p-126f), Simd::as_float(Simd::template shl<23>(biased)));
+}
+
+inline QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
+  const auto rounded = [&](F x) { return round_to_element<Simd>(x, rule.rounding); };
+  const F low = at_most_zero(range.low), high = at_least_zero(range.high);
+  const F amax = Simd::add(nan_max(Simd::sub(Simd::set(-0.0f), low), high), Simd::set(0.0f));
+  const F smallest = Simd::set(0x1p-23f);
+  const double width = rule.quant_max - rule.quant_min;
+  if (rule.power_of_two) {
+    return {power_of_two_scale(amax, rule.format), Simd::iset(0), Simd::set(0.0f)};
+  }
+  if (rule.format != Format::kInt) {
+    const F scale = rounded(Simd::div(amax, Simd::set(static_cast<float>(rule.quant_max))));
+    return {Simd::max(smallest, scale), Simd::iset(0), Simd::set(0.0f)};
+  }
+  if (rule.scheme == Scheme::kAsymmetric) {
+    const F extent = rounded(Simd::sub(high, low));
+    const F scale = Simd::max(smallest, rounded(Simd::div(extent, Simd::set(static_cast<float>(width)))));
+    const F quant_min = Simd::set(static_cast<float>(rule.quant_min));
+    const F quant_max = Simd::set(static_cast<float>(rule.quant_max));
+    const F zero_point = rounded(Simd::sub(quant_min, Simd::round(rounded(Simd::div(low, scale)))));
+    const F clamped = Simd::min(quant_max, Simd::max(quant_min, zero_point));
+    return {scale, Simd::truncate(clamped), low};
+  }
+  const F scale = rounded(Simd::div(amax, Simd::set(static_cast<float>(width / 2))));
+  const double middle = rule.quant_min + rule.quant_max + 1;
+  const int32_t zero_point = static_cast<int32_t>(__builtin_floor(middle / 2));
+  return {Simd::max(smallest, scale), Simd::iset(zero_point), Simd::sub(Simd::set(-0.0f), amax)};
+}
+
+inline void store_qparams(const QParamsLanes& lanes, const QParams& out, int64_t block, int n) {
+  Simd::store_n(out.scale + block, lanes.scale, n);
+  if (out.zero_point) Simd::store_n(out.zero_point + block, lanes.zero_point, n);
+  if (out.minval) Simd::store_n(out.minval + block, lanes.minval, n);
+}
+
+void choose_qparams(const QParamsRule& rule, const float* low, const float* high, int64_t blocks, const QParams& out) {
+  share(blocks, kWidth, kParallelElements / 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      store_qparams(choose_lanes(rule, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}), out, i, n);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,261 @@
+// Tensors of the stable ABI as the kernels take them: shapes, memory orders, outputs, block parameters.
+// For ops.cpp alone, hence the unnamed namespace.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <numeric>
+#include <optional>
+#include <vector>
+
+#include "cpu/geometry.h"
+#include "cpu/huge_pages.h"
+#include "cpu/kernels.h"
+
+namespace coreai {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using cpu::Ints;
+using Blocks = std::vector<int64_t>;
+using Optional = std::optional<Tensor>;
+
+Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return Ints(values.begin(), values.end()); }
+
+Ints one_axis(int64_t size) { return Ints(1, size); }
+
+Element element_of(const char* name, const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Element::kFloat32;
+    case ScalarType::BFloat16:
+      return Element::kBFloat16;
+    case ScalarType::Half:
+      return Element::kFloat16;
+    case ScalarType::Double:
+      return Element::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16, float16 or float64");
+  }
+}
+
+cpu::Storage storage_of(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Char:
+      return cpu::Storage::kInt8;
+    case ScalarType::Byte:
+      return cpu::Storage::kUInt8;
+    case ScalarType::Float8_e4m3fn:
+      return cpu::Storage::kE4M3;
+    case ScalarType::Float8_e5m2:
+      return cpu::Storage::kE5M2;
+    case ScalarType::Float:
+      return cpu::Storage::kFloat32;
+    case ScalarType::BFloat16:
+      return cpu::Storage::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Storage::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be int8, uint8, float8_e4m3fn, float8_e5m2, float32, bfloat16 or float16");
+  }
+}
+
+Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
+}
+
+Ints contiguous_strides(const Ints& shape) {
+  Ints strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
+  return strides;
+}
+
+Tensor empty(const Ints& shape, ScalarType type) { return empty(shape, contiguous_strides(shape), type); }
+
+Ints natural_order(size_t axes) {
+  Ints order(axes);
+  std::iota(order.begin(), order.end(), 0);
+  return order;
+}
+
+bool is_dense(const Ints& shape, const Ints& strides, const Ints& order) {
+  int64_t expected = 1;
+  for (size_t i = order.size(); i-- > 0;) {
+    const auto axis = static_cast<size_t>(order[i]);
+    if (shape[axis] == 1) continue;
+    if (strides[axis] != expected) return false;
+    expected *= shape[axis];
+  }
+  return true;
+}
+
+// The axes from the outermost in memory to the innermost; axes of size one come last, in order.
+Ints memory_order(const Ints& shape, const Ints& strides) {
+  Ints order = natural_order(shape.size());
+  if (is_dense(shape, strides, order)) return order;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
+    if (shape[i] == 1 || shape[j] == 1) return shape[i] != 1 && shape[j] == 1;
+    return strides[i] > strides[j];
+  });
+  return order;
+}
+
+// float64 is computed in float32: operators convert, call themselves and convert back.
+bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+Tensor to_float(const Tensor& x) { return torch::stable::to(x, ScalarType::Float); }
+Tensor to_double(const Tensor& x) { return torch::stable::to(x, ScalarType::Double); }
+Optional to_float(const Optional& x) { return x ? Optional(to_float(*x)) : x; }
+
+// An input, a fresh output in the input's memory format, and the memory that kernels read: the input's own if it
+// is dense; else the output, into which the input was copied.
+struct Operand {
+  Ints shape, order;
+  Tensor output;
+  const void* data;
+
+  Operand(const Tensor& input, ScalarType output_type) : Operand(input, output_type, to_ints(input.strides())) {}
+
+ private:
+  Operand(const Tensor& input, ScalarType output_type, const Ints& strides)
+      : shape(to_ints(input.sizes())), order(memory_order(shape, strides)), output(input), data(nullptr) {
+    if (is_dense(shape, strides, order)) {
+      output = empty(shape, strides, output_type);
+      data = input.const_data_ptr();
+      return;
+    }
+    dense_ = torch::stable::empty_like(input);
+    torch::stable::copy_(*dense_, input);
+    const Ints dense_strides = to_ints(dense_->strides());
+    order = memory_order(shape, dense_strides);
+    output = output_type == input.scalar_type() ? *dense_ : empty(shape, dense_strides, output_type);
+    data = dense_->const_data_ptr();
+  }
+  std::optional<Tensor> dense_;
+};
+
+// A block parameter in memory order of the blocks: the tensor itself where that is row-major order.
+template <class T>
+class BlockValues {
+ public:
+  BlockValues(const Tensor& tensor, const Blocks& index, bool read) : tensor_(&tensor), index_(&index) {
+    auto* data = static_cast<T*>(tensor.mutable_data_ptr());
+    if (index.empty() && tensor.is_contiguous()) {
+      data_ = data;
+      return;
+    }
+    STD_TORCH_CHECK(tensor.is_contiguous(), "block parameters must be contiguous");
+    copy_.resize(index.size());
+    data_ = copy_.data();
+    for (size_t i = 0; read && i < index.size(); ++i) copy_[i] = data[index[i]];
+  }
+  BlockValues(const BlockValues&) = delete;
+
+  T* data() { return data_; }
+  void write_back() {
+    if (copy_.empty()) return;
+    auto* data = static_cast<T*>(tensor_->mutable_data_ptr());
+    for (size_t i = 0; i < index_->size(); ++i) data[(*index_)[i]] = copy_[i];
+  }
+
+ private:
+  const Tensor* tensor_;
+  const Blocks* index_;
+  std::vector<T> copy_;
+  T* data_;
+};
+
+template <class T>
+T* data_or_null(std::optional<BlockValues<T>>& values) {
+  return values ? values->data() : nullptr;
+}
+
+void check_block_values(const char* name, const Tensor& values, ScalarType type, int64_t blocks) {
+  STD_TORCH_CHECK(values.is_cpu(), name, " must be on the CPU, as the input is");
+  STD_TORCH_CHECK(values.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
+  STD_TORCH_CHECK(values.numel() == blocks, name, " must have one value per block, that is ", blocks, "; it has ",
+                  values.numel());
+}
+
+Tensor empty_mask(int64_t numel, bool wanted) { return empty(one_axis(wanted ? (numel + 7) / 8 : 0), ScalarType::Byte); }
+
+uint8_t* bytes_of(const Tensor& mask) {
+  return mask.numel() == 0 ? nullptr : static_cast<uint8_t*>(mask.mutable_data_ptr());
+}
+
+// Scale, zero point and offset as the kernels take them.
+class AffineValues {
+ public:
+  AffineValues(const cpu::Layout& layout, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+               int64_t format, double low, double high) {
+    const int64_t blocks = layout.geometry.blocks;
+    check_block_values("scale", scale, ScalarType::Float, blocks);
+    scale_.emplace(scale, layout.block_index, true);
+    if (zero_point) {
+      check_block_values("zero_point", *zero_point, ScalarType::Int, blocks);
+      zero_point_.emplace(*zero_point, layout.block_index, true);
+    }
+    if (minval) {
+      check_block_values("minval", *minval, ScalarType::Float, blocks);
+      minval_.emplace(*minval, layout.block_index, true);
+    }
+    affine = {static_cast<Format>(format), static_cast<float>(low),     static_cast<float>(high),
+              scale_->data(),              data_or_null(zero_point_),   data_or_null(minval_),
+              minval ? static_cast<float>(low) : 0.0f};
+  }
+  cpu::Affine affine;
+
+ private:
+  std::optional<BlockValues<float>> scale_, minval_;
+  std::optional<BlockValues<int32_t>> zero_point_;
+};
+
+Tensor as_float32(const Tensor& x) {
+  const Tensor converted = x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
+// A constant as the input's type holds it.
+float rounded_to(double value, ScalarType type) {
+  if (type == ScalarType::Half) return static_cast<float>(torch::headeronly::Half(static_cast<float>(value)));
+  if (type == ScalarType::BFloat16) return static_cast<float>(torch::headeronly::BFloat16(static_cast<float>(value)));
+  return static_cast<float>(value);
+}
+
+// The running range is kept in the input's type; the kernels work on float32.
+class RunningValues {
+ public:
+  RunningValues(const char* name, const Optional& tensor, ScalarType type, const cpu::Layout& layout, bool read)
+      : tensor_(tensor) {
+    if (!tensor) return;
+    STD_TORCH_CHECK(tensor->numel() == layout.geometry.blocks && tensor->scalar_type() == type, name,
+                    " must have the input's dtype and one value per block (", layout.geometry.blocks, ")");
+    float32_ = type == ScalarType::Float && tensor->is_contiguous() ? *tensor : as_float32(*tensor);
+    values_.emplace(*float32_, layout.block_index, read);
+  }
+  float* data() { return data_or_null(values_); }
+  void write_back() {
+    if (!tensor_) return;
+    values_->write_back();
+    if (float32_->get() != tensor_->get()) torch::stable::copy_(*tensor_, *float32_);
+  }
+
+ private:
+  Optional tensor_, float32_;
+  std::optional<BlockValues<float>> values_;
+};
+
+}  // namespace
+}  // namespace coreai

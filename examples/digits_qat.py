@@ -1,0 +1,191 @@
+"""Quantization-aware training of a small network on handwritten digits, on fused and on plain kernels.
+
+    python examples/digits_qat.py            # prints a table, writes demo/report.png
+
+The steps, one function each in :func:`main`:
+
+1. train a network in float32;
+2. put simulators on its weights (int4 in blocks) and on the inputs of its layers (int8): rounding alone;
+3. train on with the simulators in place, once on the fused kernels and once on plain torch. Both runs must
+   give the same losses and the same model, bit for bit, or the script fails;
+4. pack the weights as a file would hold them, and time single steps.
+
+How a simulator meets a model is in ``quantized_layer.py``; network and data are in ``digits_model.py``.
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from digits_model import Digits, DigitsNet, load_data
+from measure import median_seconds, peak_bytes
+from quantized_layer import float_size, frozen_ranges, packed_size, quantized_copy
+from report import Report, Result, print_table, write_plots
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import coreai_kernels
+
+BATCH = 256
+# Of `coreai_kernels.use_backend`: "auto" takes the fused kernels of the device at hand.
+BACKENDS = {"fused": "auto", "reference": "reference"}
+
+
+@dataclass
+class History:
+    """Training losses, one a step, and test accuracies, one an epoch."""
+
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Scores of the ten digits for each image."""
+    model.eval()
+    with frozen_ranges(model):
+        return model(images)
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    return (scores.argmax(1) == labels).float().mean().item()
+
+
+def training_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+) -> Tensor:
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def train(
+    model: nn.Module, data: Digits, title: str, *, epochs: int, learning_rate: float, seed: int
+) -> History:
+    """Train ``model`` in place. The seed alone decides the order of the images."""
+    shuffling = torch.Generator().manual_seed(seed)
+    steps = len(data.train_labels) // BATCH
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
+    history = History()
+    with tqdm(total=epochs * steps, desc=f"{title:<13}", unit="step") as progress:
+        for _ in range(epochs):
+            model.train()
+            for batch in torch.randperm(len(data.train_labels), generator=shuffling).split(BATCH)[:steps]:
+                loss = training_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
+                schedule.step()
+                history.losses.append(loss.item())
+                progress.update()
+            history.accuracies.append(accuracy(predict(model, data.test_images), data.test_labels))
+            progress.set_postfix(loss=f"{history.losses[-1]:.4f}", test=f"{history.accuracies[-1]:.2%}")
+    return history
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, images: Tensor) -> None:
+    """Show the activations' simulators some data: a forward is all that they need to find their ranges."""
+    model.eval()
+    for batch in images.split(BATCH):
+        model(batch)
+
+
+def require_identical(runs: dict[str, History], models: dict[str, nn.Module]) -> None:
+    """Exit with a message unless both runs gave the same losses and the same model, bit for bit."""
+    fused, reference = runs["fused"].losses, runs["reference"].losses
+    for step, (a, b) in enumerate(zip(fused, reference, strict=True)):
+        if a != b:
+            sys.exit(f"the backends differ: step {step} has loss {a!r} fused and {b!r} on reference")
+    other = models["reference"].state_dict()
+    for name, value in models["fused"].state_dict().items():
+        if not torch.equal(value, other[name]):
+            sys.exit(f"the backends differ: after training, {name} is not the same")
+
+
+def step_on(backend: str, model: nn.Module, data: Digits) -> Callable[[], object]:
+    """A function that does one training step of a copy of ``model``."""
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+    images, labels = data.train_images[:BATCH], data.train_labels[:BATCH]
+
+    def step() -> None:
+        with coreai_kernels.use_backend(backend):
+            training_step(model, optimizer, images, labels)
+
+    return step
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder of the results")
+    parser.add_argument("--epochs", type=int, help="of training in float; half as many with simulators")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, as a test")
+    arguments = parser.parse_args()
+    arguments.epochs = arguments.epochs or (3 if arguments.quick else 40)
+    if arguments.epochs < 2:
+        parser.error("--epochs must be at least 2")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(arguments.seed)
+    torch.use_deterministic_algorithms(True)
+    data = load_data(arguments.seed)
+
+    model = DigitsNet()
+    epochs, seed = arguments.epochs, arguments.seed
+    runs = {"float32": train(model, data, "float32", epochs=epochs, learning_rate=2e-3, seed=seed)}
+
+    rounded = quantized_copy(model)
+    calibrate(rounded, data.train_images)
+
+    trained = {}
+    for name, backend in BACKENDS.items():
+        trained[name] = copy.deepcopy(rounded)
+        with coreai_kernels.use_backend(backend):
+            runs[name] = train(
+                trained[name], data, f"QAT {name}", epochs=epochs // 2, learning_rate=5e-4, seed=seed
+            )
+    require_identical(runs, trained)
+
+    models = {"float32": model, "rounded": rounded, **trained}
+    steps = {name: step_on(BACKENDS.get(name, "auto"), models[name], data) for name in runs}
+    seconds = median_seconds(steps, rounds=2 if arguments.quick else 25)
+    peaks = {name: peak_bytes(step) for name, step in steps.items()}
+    results = {}
+    for name, each in models.items():
+        scores = predict(each, data.test_images)
+        results[name] = Result(
+            accuracy=accuracy(scores, data.test_labels),
+            loss=F.cross_entropy(scores, data.test_labels).item(),
+            size=float_size(each) if name == "float32" else packed_size(each),
+            seconds=seconds.get(name),
+            peak=peaks.get(name),
+            predictions=scores.argmax(1),
+        )
+
+    console = Console()
+    report = Report(results, {name: (run.losses, run.accuracies) for name, run in runs.items()})
+    print_table(report, console)
+    same = f"The {len(runs['fused'].losses)} QAT losses and the final models of both backends are identical."
+    console.print(same, "Packed weights, unpacked, equal the simulated ones bit for bit.", sep="\n")
+    for name, run in runs.items():
+        console.print(f"last training loss, {name}: {run.losses[-1]!r}", highlight=False)
+    write_plots(report, data, arguments.out / "report.png")
+    (arguments.out / "losses.json").write_text(json.dumps({name: run.losses for name, run in runs.items()}))
+    console.print(f"Wrote {arguments.out / 'report.png'} and losses.json.", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

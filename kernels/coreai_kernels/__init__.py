@@ -1,0 +1,30 @@
+"""Fused kernels for training compressed models: functions on tensors, on CPUs and GPUs.
+
+Every function has a reference in plain torch, which defines its result; the native (C++) and Triton backends
+give the same bits. See :func:`use_backend` to choose one.
+"""
+
+from coreai_kernels.backends import use_backend
+from coreai_kernels.ops.bits import pack_bits, unpack_bits
+from coreai_kernels.ops.fake_quantize import fake_quantize
+from coreai_kernels.ops.observe_and_fake_quantize import observe_and_fake_quantize
+from coreai_kernels.ops.observe_range import observe_range
+from coreai_kernels.ops.qparams import choose_qparams
+from coreai_kernels.ops.quantize import dequantize, quantize
+from coreai_kernels.types import Format, RangeUpdate, Scheme, grid_shape
+
+__all__ = [
+    "Format",
+    "RangeUpdate",
+    "Scheme",
+    "choose_qparams",
+    "dequantize",
+    "fake_quantize",
+    "grid_shape",
+    "observe_and_fake_quantize",
+    "observe_range",
+    "pack_bits",
+    "quantize",
+    "unpack_bits",
+    "use_backend",
+]

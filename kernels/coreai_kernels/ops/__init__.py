@@ -1,0 +1,1 @@
+"""The operations: schema, shape function, gradient and choice of backend, one file each."""

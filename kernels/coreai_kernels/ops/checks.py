@@ -1,0 +1,67 @@
+"""Argument checks shared by the operations: errors that name the argument, what it was and what it may be."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from coreai_kernels.types import Format, grid_shape
+
+__all__ = ["INPUT_DTYPES", "check_blocks", "check_float_input", "check_params", "check_range"]
+
+INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_cached_grid_shape = functools.lru_cache(maxsize=4096)(grid_shape)
+
+
+def check_blocks(name: str, tensor: Tensor, block_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Grid shape of ``tensor``; ValueError if the blocks do not tile it."""
+    try:
+        if torch.compiler.is_compiling():
+            return grid_shape(tensor.shape, block_size)
+        return _cached_grid_shape(tensor.shape, block_size)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def check_float_input(name: str, tensor: Tensor) -> None:
+    """TypeError unless the tensor is one of :data:`INPUT_DTYPES`."""
+    if tensor.dtype not in INPUT_DTYPES:
+        allowed = ", ".join(map(str, INPUT_DTYPES))
+        raise TypeError(f"{name} must be one of {allowed}; got {tensor.dtype}")
+
+
+def check_range(fmt: Format, quant_min: float, quant_max: float) -> None:
+    """ValueError unless ``quant_min < quant_max`` and the format can hold both."""
+    if not quant_min < quant_max:
+        raise ValueError(f"quant_min must be below quant_max; got [{quant_min}, {quant_max}]")
+    if fmt != Format.INT:
+        largest = (2.0 - 2.0**-fmt.mantissa_bits) * 2.0**fmt.max_exponent
+        if fmt == Format.E4M3:  # its last mantissa pattern is NaN
+            largest = 448.0
+        if max(-quant_min, quant_max) > largest:
+            raise ValueError(
+                f"[quant_min, quant_max] must lie in [-{largest}, {largest}] for {fmt.name}; "
+                f"got [{quant_min}, {quant_max}]"
+            )
+
+
+def check_params(
+    grid: tuple[int, ...],
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minval: Tensor | None,
+) -> None:
+    """ValueError unless all quantization parameters have the grid's shape and the input's device."""
+    for name, value in (("scale", scale), ("zero_point", zero_point), ("minval", minval)):
+        if value is None:
+            continue
+        if value.shape != grid:
+            raise ValueError(
+                f"{name} must have one value per block, shape {grid}; got shape {tuple(value.shape)}"
+            )
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on the input's device {input.device}; got {value.device}")
+    if zero_point is not None and minval is not None:
+        raise ValueError("zero_point and minval exclude each other: give the one of the formulation in use")

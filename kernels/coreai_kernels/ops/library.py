@@ -1,0 +1,76 @@
+"""The operator library ``coreai_kernels`` and the choice between backends.
+
+Schemas are defined here, in Python, whichever backends exist. The native extension adds its CPU kernels to
+the same dispatcher entries from C++; what it leaves open is filled with the reference, which says once that
+it stands in for something faster.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from coreai_kernels import backends, native  # noqa: F401  (importing native registers the C++ kernels)
+
+__all__ = ["define", "implementation"]
+
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+_library = torch.library.Library("coreai_kernels", "DEF")
+_functions: dict[str, dict[str, Callable[..., Any]]] = {}
+_operators: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: Callable[..., Any] | None = None,
+) -> None:
+    """Register operator ``coreai_kernels::name``.
+
+    Args:
+        name: name without namespace.
+        schema: arguments and results in torch's schema language, e.g. ``"(Tensor x) -> Tensor"``.
+        reference: implementation in plain torch, for any device.
+        fake: shape function, run on fake tensors.
+        triton: implementation for CUDA tensors.
+    """
+    _library.define(name + schema)
+    torch.library.register_fake(f"coreai_kernels::{name}", fake, lib=_library)
+    _operators[name] = getattr(torch.ops.coreai_kernels, name).default
+    _functions[name] = {"reference": reference} | ({"triton": triton} if triton else {})
+    on_gpu = triton if _TRITON_IS_INSTALLED else None
+    for key, missing, kernel in (("CPU", "native", None), ("CUDA", "triton", on_gpu)):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key):
+            _library.impl(name, kernel or _standing_in(missing, reference), key)
+
+
+def implementation(name: str) -> Callable[..., Any]:
+    """The operator, or the function of the backend that is forced.
+
+    Raises:
+        RuntimeError: if the forced backend is missing or lacks the operation.
+    """
+    forced = backends.forced()
+    if forced is None:
+        return _operators[name]
+    backends.require(forced)
+    if forced == "native":
+        return _operators[name]
+    functions = _functions[name]
+    if forced not in functions:
+        raise RuntimeError(f"backend {forced!r} has no operation {name!r}; it exists in {sorted(functions)}")
+    return functions[forced]
+
+
+def _standing_in(missing: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reference)
+    def call(*args: Any) -> Any:
+        backends.warn_missing_once(missing)
+        return reference(*args)
+
+    return call

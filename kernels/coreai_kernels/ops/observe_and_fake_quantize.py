@@ -1,0 +1,243 @@
+"""``observe_and_fake_quantize``: the whole training step of a fake quantizer in one operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coreai_kernels import backends
+from coreai_kernels.ops import checks, fake_quantize
+from coreai_kernels.ops.library import define, implementation
+from coreai_kernels.reference.observe_and_fake_quantize import constant_like
+from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
+from coreai_kernels.reference.qparams import update_range
+from coreai_kernels.triton import registry as triton
+from coreai_kernels.types import Format, RangeUpdate, grid_shape
+
+__all__ = ["apply", "observe_and_fake_quantize"]
+
+_CONFIG = (
+    "int[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
+    "int update, float averaging_constant, float? range_min, float? range_max, bool power_of_two_scale, "
+    "bool with_mask"
+)
+
+
+def _fake(
+    input: Tensor, running_min: Tensor | None, running_max: Tensor | None, block_size: list[int], *rest: Any
+) -> tuple[Tensor, ...]:
+    grid = grid_shape(input.shape, tuple(block_size))
+
+    def values(dtype: torch.dtype) -> Tensor:
+        return input.new_empty(grid, dtype=dtype)
+
+    scale, zero_point, minval = values(torch.float32), values(torch.int32), values(torch.float32)
+    mask = fake_quantize.mask_bytes(input, rest[-1])
+    return torch.empty_like(input), mask, scale, zero_point, minval, values(input.dtype), values(input.dtype)
+
+
+def _fake_in_place(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(input), fake_quantize.mask_bytes(input, rest[-1])
+
+
+def _reference_in_place(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minval: Tensor | None,
+    running_min: Tensor | None,
+    running_max: Tensor | None,
+    has_running: bool,
+    *config: Any,
+) -> tuple[Tensor, Tensor]:
+    state = (scale, zero_point, minval, running_min, running_max)
+    running = (running_min, running_max) if has_running else (None, None)
+    output, mask, *new = reference(input, *running, *config)
+    for old, value in zip(state, new, strict=True):
+        if old is not None:
+            old.copy_(value)
+    return output, mask
+
+
+# In place, without a registered gradient: eager mode wraps it in its own autograd function.
+define(
+    "observe_and_fake_quantize_",
+    "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
+    f"Tensor(e!)? running_max, bool has_running, {_CONFIG}) -> (Tensor, Tensor)",
+    reference=_reference_in_place,
+    fake=_fake_in_place,
+    triton=triton.get("observe_and_fake_quantize_"),
+)
+# Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
+define(
+    "observe_and_fake_quantize",
+    f"(Tensor input, Tensor? running_min, Tensor? running_max, {_CONFIG}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=_fake,
+    triton=triton.get("observe_and_fake_quantize"),
+)
+
+
+fake_quantize.register_straight_through("observe_and_fake_quantize")
+
+
+def observe_and_fake_quantize(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    minval: Tensor | None = None,
+    running_min: Tensor | None = None,
+    running_max: Tensor | None = None,
+    *,
+    block_size: tuple[int, ...],
+    scheme: int,
+    quant_min: float,
+    quant_max: float,
+    format: int = Format.INT,
+    use_minval: bool = False,
+    update: int = RangeUpdate.LATEST,
+    has_running: bool = False,
+    averaging_constant: float = 0.01,
+    range_min: float | None = None,
+    range_max: float | None = None,
+    power_of_two_scale: bool = False,
+) -> Tensor:
+    """Observe ``input``, update the running range, choose parameters and fake-quantize with them.
+
+    The same result as :func:`coreai_kernels.observe_range`, the range update,
+    :func:`coreai_kernels.choose_qparams` and :func:`coreai_kernels.fake_quantize` one after the other, with
+    as few passes over the input as its blocks allow. Straight-through gradient to ``input``. Nothing waits
+    for the device.
+
+    Args:
+        input: float32, bfloat16, float16 or float64 tensor.
+        scale: receives the scale; shape ``input.shape[i] / block_size[i]``.
+        zero_point: receives the zero point (int32), if given. Integers only.
+        minval: receives the minimum, if given. Integers only.
+        running_min: running minimum before and after; needed unless ``update`` is ``LATEST``.
+        running_max: running maximum, likewise.
+        block_size: extent of a block along each axis; must divide the shape.
+        scheme: a :class:`coreai_kernels.Scheme`.
+        quant_min: smallest quantized value.
+        quant_max: largest quantized value.
+        format: a :class:`coreai_kernels.Format`.
+        use_minval: min-value formulation instead of zero point.
+        update: a :class:`coreai_kernels.RangeUpdate`. ``MOVING_AVERAGE``: ``c * batch + (1 - c) * running``.
+        has_running: whether the running range holds one already; if not it becomes the batch's.
+        averaging_constant: ``c`` above.
+        range_min: a fixed lower bound, at most 0, in place of the batch's minimum.
+        range_max: a fixed upper bound, at least 0.
+        power_of_two_scale: e8m0 scales, floor mode; floating-point formats only.
+
+    Returns:
+        Tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError: block size, shapes or range do not fit, or a running range is missing.
+        IndexError: a block is empty.
+        TypeError: ``input`` is not floating point.
+    """
+    checks.check_float_input("input", input)
+    checks.check_range(Format(format), quant_min, quant_max)
+    grid = checks.check_blocks("block_size", input, block_size)
+    for name, value in (
+        ("scale", scale),
+        ("zero_point", zero_point),
+        ("minval", minval),
+        ("running_min", running_min),
+        ("running_max", running_max),
+    ):
+        if value is not None and value.shape != grid:
+            raise ValueError(
+                f"{name} must have one value per block, shape {grid}; got shape {tuple(value.shape)}"
+            )
+    if update != RangeUpdate.LATEST and (running_min is None or running_max is None):
+        raise ValueError(f"update={RangeUpdate(update).name} needs running_min and running_max")
+    if (range_min is not None and range_min > 0) or (range_max is not None and range_max < 0):
+        raise ValueError(f"the fixed range must contain 0; got [{range_min}, {range_max}]")
+    if power_of_two_scale and format == Format.INT:
+        raise ValueError("power_of_two_scale needs a floating-point format; got INT")
+    state = (scale, zero_point, minval, running_min, running_max)
+    config = (
+        block_size,
+        scheme,
+        format,
+        quant_min,
+        quant_max,
+        use_minval,
+        update,
+        averaging_constant,
+        range_min,
+        range_max,
+        power_of_two_scale,
+    )
+    return apply(input, state, has_running, config)
+
+
+def apply(
+    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: tuple[Any, ...]
+) -> Tensor:
+    """:func:`observe_and_fake_quantize` without the argument checks, for callers that have made them.
+
+    Args:
+        input: the tensor.
+        state: scale, zero point, minimum, running minimum, running maximum.
+        has_running: whether the running range holds one already.
+        config: the operator's arguments from ``block_size`` to ``power_of_two_scale``, in order.
+    """
+    scale, _, minval, running_min, _ = state
+    plain = (
+        scale.dtype == torch.float32  # type: ignore[union-attr]
+        and (minval is None or minval.dtype == torch.float32)
+        and (running_min is None or running_min.dtype == input.dtype)
+    )
+    if not plain:
+        return _with_converted_state(input, state, has_running, config)
+    needs_grad = input.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling() and backends.forced() != "reference":
+        running = state[3:] if has_running else (None, None)
+        output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
+            input, *running, *config, needs_grad
+        )
+        for old, value in zip(state, new, strict=True):
+            if old is not None:
+                old.copy_(value.detach())
+        return output  # type: ignore[no-any-return]
+    operator = implementation("observe_and_fake_quantize_")
+    args = (*state, has_running, *config)
+    if needs_grad:
+        return fake_quantize.StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
+    return operator(input, *args, False)[0]  # type: ignore[no-any-return]
+
+
+def _with_converted_state(
+    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: tuple[Any, ...]
+) -> Tensor:
+    """The step for state of other dtypes than the kernels keep, in one more pass over the input."""
+    block_size, scheme, format, quant_min, quant_max, use_minval, update, constant, *rest = config
+    range_min, range_max, power_of_two_scale = rest
+    low, high = implementation("observe_range")(input.detach(), block_size)
+    low, high = low.clamp(max=0.0) + 0.0, high.clamp(min=0.0) + 0.0
+    low = low if range_min is None else constant_like(low, range_min)
+    high = high if range_max is None else constant_like(high, range_max)
+    running_min, running_max = state[3:]
+    if has_running and update != RangeUpdate.LATEST and running_min is not None and running_max is not None:
+        low, high = update_range(low, high, running_min, running_max, update, constant)
+    new = implementation("choose_qparams")(
+        low, high, scheme, format, quant_min, quant_max, power_of_two_scale
+    )
+    for old, value in zip(state, (*new, low, high), strict=True):
+        if old is not None:
+            old.copy_(value)
+    is_int = format == Format.INT
+    return fake_quantize.apply(
+        input,
+        new[0],
+        new[1] if is_int and not use_minval else None,
+        new[2] if is_int and use_minval else None,
+        block_size,
+        format,
+        quant_min,
+        quant_max,
+    )

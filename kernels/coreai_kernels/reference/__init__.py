@@ -1,0 +1,1 @@
+"""Plain torch definitions of every operation: what the other backends must reproduce bit for bit."""

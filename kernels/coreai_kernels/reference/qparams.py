@@ -1,0 +1,94 @@
+"""From a range to scale, zero point and minimum; and how a batch's range enters the running one."""
+
+import torch
+from torch import Tensor
+
+from coreai_kernels.types import Format, RangeUpdate, Scheme
+
+__all__ = ["choose_qparams", "update_range"]
+
+SMALLEST_SCALE = 2.0**-23
+SMALLEST_POWER_OF_TWO_SCALE = 2.0**-126
+INT32_MIN = -(2**31)
+
+
+class _Arithmetic:
+    """float32 arithmetic with each result rounded to ``dtype``, as a chain of torch operators does it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = torch.float32 if dtype == torch.float64 else dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x if self.dtype == torch.float32 else x.to(self.dtype).float()
+
+
+def update_range(
+    low: Tensor,
+    high: Tensor,
+    running_min: Tensor,
+    running_max: Tensor,
+    update: int,
+    averaging_constant: float,
+) -> tuple[Tensor, Tensor]:
+    """New running minimum and maximum, in the dtype of ``low`` and ``high``."""
+    if update == RangeUpdate.GLOBAL_MINMAX:
+        return torch.minimum(low, running_min.to(low.dtype)), torch.maximum(high, running_max.to(high.dtype))
+
+    def average(batch: Tensor, running: Tensor) -> Tensor:
+        rounded = _Arithmetic(batch.dtype)
+        # Host scalars enter float32 arithmetic as float32, whatever the tensor's dtype.
+        new, old = batch.float() * averaging_constant, running.float() * (1.0 - averaging_constant)
+        return (rounded(new) + rounded(old)).to(batch.dtype)
+
+    return average(low, running_min), average(high, running_max)
+
+
+def choose_qparams(
+    min_val: Tensor,
+    max_val: Tensor,
+    scheme: int,
+    format: int,
+    quant_min: float,
+    quant_max: float,
+    power_of_two_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale (float32), zero point (int32) and minimum (float32), all of the shape of ``min_val``.
+
+    The arithmetic is that of the wider dtype of the two bounds, each step rounded to it. For floating-point
+    formats zero point and minimum carry no information and are zero.
+    """
+    rounded = _Arithmetic(torch.promote_types(min_val.dtype, max_val.dtype))
+    low = min_val.float().clamp(max=0.0) + 0.0
+    high = max_val.float().clamp(min=0.0) + 0.0
+    amax = torch.maximum(-low, high) + 0.0
+    fmt = Format(format)
+    if power_of_two_scale:
+        scale = _power_of_two_scale(amax, fmt)
+        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
+    if fmt != Format.INT:
+        scale = rounded(_divide(amax, quant_max)).clamp(min=SMALLEST_SCALE)
+        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
+    if scheme == Scheme.ASYMMETRIC:
+        scale = rounded(_divide(rounded(high - low), quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
+        zero_point = rounded(quant_min - torch.round(rounded(low / scale))).clamp(quant_min, quant_max)
+        return scale, _to_int32(zero_point), low
+    scale = rounded(_divide(amax, (quant_max - quant_min) / 2)).clamp(min=SMALLEST_SCALE)
+    zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
+    return scale, zero_point, -amax
+
+
+def _divide(x: Tensor, divisor: float) -> Tensor:
+    """IEEE quotient: CUDA turns the division by a host scalar into a product with its reciprocal."""
+    return x / torch.full_like(x, divisor)
+
+
+def _to_int32(x: Tensor) -> Tensor:
+    """Truncate; NaN becomes the smallest integer, as on x86, where C++ leaves it undefined."""
+    return torch.where(x.isnan(), INT32_MIN, x.nan_to_num().to(torch.int32)).to(torch.int32)
+
+
+def _power_of_two_scale(amax: Tensor, fmt: Format) -> Tensor:
+    """e8m0 scale, floor mode (OCP microscaling specification 1.0, section 6.3)."""
+    exponent = ((amax.view(torch.int32) >> 23) & 0xFF) - 127 - fmt.max_exponent
+    biased = exponent.clamp(-127, 128) + 127
+    return (biased << 23).view(torch.float32).clamp(min=SMALLEST_POWER_OF_TWO_SCALE)

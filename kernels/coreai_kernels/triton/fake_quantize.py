@@ -1,0 +1,85 @@
+"""``fake_quantize_forward`` and ``fake_quantize_backward``: one read, one write and one bit an element."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coreai_kernels.triton import tiles
+from coreai_kernels.triton.elementwise import fp32, narrow
+from coreai_kernels.triton.launch import launch
+from coreai_kernels.triton.layout import dense, geometry_of
+
+__all__ = ["empty_mask", "fake_quantize_backward", "fake_quantize_forward"]
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _backward(grad, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * TILE
+    group = tl.arange(0, TILE // 8)
+    lane = tl.arange(0, 8)
+    element = group[:, None] * 8 + lane[None, :]
+    left = numel.to(tl.int64) * UNIT - start
+    valid = element < left
+    bits = tl.load(mask + start // 8 + group, mask=group * 8 < left, other=0).to(tl.int32)
+    g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
+    inside = ((bits[:, None] >> lane[None, :]) & 1).to(tl.float32)
+    # A product, not a selection: the reference lets NaN and infinity through.
+    tl.store(output + start + element, narrow(g * inside, output.dtype.element_ty), mask=valid)
+
+
+def empty_mask(numel: int, with_mask: bool, like: Tensor) -> Tensor:
+    """Uninitialised packed mask: one bit an element, or nothing."""
+    return torch.empty((numel + 7) // 8 if with_mask else 0, dtype=torch.uint8, device=like.device)
+
+
+def fake_quantize_forward(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minval: Tensor | None,
+    block_size: list[int],
+    format: int,
+    quant_min: float,
+    quant_max: float,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """See ``reference/fake_quantize.py``. A strided input is copied once, and quantized in place."""
+    source = dense(input)
+    output = torch.empty_like(input) if source is input else source
+    mask = empty_mask(source.numel(), with_mask, source)
+    tiles.run(
+        tiles.FAKE_QUANTIZE,
+        geometry_of(source, block_size),
+        source,
+        output,
+        mask if with_mask else None,
+        scale,
+        zero_point,
+        minval,
+        format,
+        quant_min,
+        quant_max,
+    )
+    return output, mask
+
+
+def fake_quantize_backward(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
+    """See ``reference/fake_quantize.py``. ``order`` empty means row-major."""
+    axes = list(order) or list(range(grad.dim()))
+    output = torch.empty_strided(grad.shape, _strides(grad, axes), dtype=grad.dtype, device=grad.device)
+    source = grad if grad.permute(axes).is_contiguous() else output.copy_(grad)
+    numel = grad.numel()
+    if numel:
+        tile, unit = tiles.tile_elements(numel, grad.element_size()), tiles.unit_of(numel)
+        programs = triton.cdiv(numel, tile)
+        launch(_backward, programs, grad, source, mask, output, numel // unit, UNIT=unit, TILE=tile, warps=4)
+    return output
+
+
+def _strides(x: Tensor, order: list[int]) -> list[int]:
+    strides, step = [0] * x.dim(), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(x.size(axis), 1)
+    return strides

@@ -1,0 +1,323 @@
+"""``observe_and_fake_quantize`` and its in-place form: the whole training step of a fake quantizer.
+
+Three ways, by the size and place of the blocks:
+
+- a block that fits the registers of a program: one launch, one read (``_held``);
+- one large block, the whole tensor: two launches, a reduction and a quantization whose programs each finish
+  the reduction for themselves (``one_block.py``), which saves the third;
+- other large or oddly shaped blocks: reduction, finish, quantization.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coreai_kernels.triton import tiles
+from coreai_kernels.triton.elementwise import (
+    block_range,
+    dequantize_value,
+    fp32,
+    inside_bits,
+    narrow,
+    quantize_value,
+)
+from coreai_kernels.triton.fake_quantize import empty_mask
+from coreai_kernels.triton.launch import launch
+from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
+from coreai_kernels.triton.observe_range import observe, reduce_blocks
+from coreai_kernels.triton.one_block import quantize_one_block
+from coreai_kernels.triton.qparams import config_of, finish, numbers_of, tl_dtype
+from coreai_kernels.types import Format, RangeUpdate
+
+__all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_"]
+
+# Bytes of the largest block that one program holds: 64 float32 registers in each of 512 threads for a run of
+# memory; half of that where every thread also keeps parameters of several columns.
+_LARGEST_RUN = 128 * 1024
+_LARGEST_BLOCK = 64 * 1024
+
+State = tuple[Tensor | None, ...]
+
+
+@triton.jit(do_not_specialize=["depth", "width", "run", "blocks", "chunks", "sizes", "strides"])
+def _held(
+    input,
+    output,
+    mask,
+    depth,
+    width,
+    run,
+    blocks,
+    block_stride,
+    chunks,
+    sizes,
+    strides,
+    state,
+    numbers,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    USE_MINVAL: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    RUN_UNIT: tl.constexpr,
+    BLOCKS_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    if WIDE:
+        width = width.to(tl.int64)
+    width = width * WIDTH_UNIT
+    if RUN_UNIT == 0:
+        run = RUN
+    else:
+        run = run * RUN_UNIT
+    blocks = blocks * BLOCKS_UNIT
+    program = tl.program_id(0)
+    chunk = program % chunks
+    outer = program // chunks
+    first_block = chunk * BLOCKS
+    d = tl.arange(0, DEPTH)[:, None, None]
+    b = tl.arange(0, BLOCKS)[None, :, None]
+    r = tl.arange(0, RUN)[None, None, :]
+    valid = first_block + b < blocks
+    if not FULL:
+        valid = valid & (d < depth) & (r < run)
+    start = outer.to(tl.int64) * depth * width + first_block.to(tl.int64) * run
+    tile = d * width + b * run + r
+    x = tl.load(input + start + tile, mask=valid, other=0.0)
+    # The zeros of the padding change nothing: every range is widened to hold zero.
+    low, high = block_range(fp32(x), fp32(x), 2)
+    low, high = block_range(low, high, 0)
+    block = first_block + tl.arange(0, BLOCKS)
+    index = grid_index(outer, sizes, strides, LEVELS).to(tl.int64) + block.to(tl.int64) * block_stride
+    exists = block < blocks
+    scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
+    s = scale[None, :, None]
+    zp = 0.0
+    off = 0.0
+    if CONFIG[0] == 0 and USE_MINVAL:
+        zp = numbers[0]
+        off = minval[None, :, None]
+    elif CONFIG[0] == 0:
+        zp = zero_point.to(tl.float32)[None, :, None]
+    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG[0])
+    y = dequantize_value(q, s, zp, off, CONFIG[0])
+    tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
+    if mask is not None:
+        bits = inside_bits(tl.reshape(inside, (DEPTH, BLOCKS * RUN // 8, 8)))
+        group = tl.arange(0, BLOCKS * RUN // 8)[None, :]
+        row = tl.arange(0, DEPTH)[:, None]
+        if RUN_UNIT == 0:
+            byte = group
+            valid_byte = group * 8 < (blocks - first_block) * run
+        else:
+            within = group % (RUN // 8)
+            byte = group // (RUN // 8) * (run // 8) + within
+            valid_byte = (first_block + group // (RUN // 8) < blocks) & (within * 8 < run)
+        valid_byte = valid_byte & (row < depth)
+        tl.store(mask + start // 8 + row * (width // 8) + byte, bits, mask=valid_byte)
+
+
+@functools.lru_cache(maxsize=8192)
+def _held_plan(
+    geometry: Geometry, element_size: int, with_mask: bool
+) -> tuple[int, tuple[Any, ...], dict[str, Any], int] | None:
+    """Programs, arguments, constants and warps for :func:`_held`; None if it cannot do it.
+
+    A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two or four
+    loads of 16 bytes, more when 512 threads are not enough. Masks need bytes that no two programs share.
+    """
+    nest = geometry.nest
+    if nest is None:
+        return None
+    depth, run = power_of_two(nest.depth), power_of_two(nest.run)
+    size = depth * run
+    # Elements are held in float32, or as they are if wider.
+    held_size = max(element_size, 4)
+    largest = (_LARGEST_RUN if depth == 1 else _LARGEST_BLOCK) // held_size
+    if size > largest:
+        return None
+    exact = run == nest.run and run < 8
+    if with_mask and (nest.width % 8 if exact else nest.run % 8):
+        return None
+    wanted = max(8192 // (size * element_size), 64 // (run * element_size), 8 // run, 1)
+    blocks = min(power_of_two(wanted), power_of_two(nest.blocks))
+    while blocks > 1 and size * blocks > largest:
+        blocks //= 2
+    if blocks * run * element_size < 32 and depth > 1 and blocks < nest.blocks:
+        return None  # columns too tall to be read in pieces worth a transaction
+    chunks = triton.cdiv(nest.blocks, blocks)
+    width_unit, blocks_unit = tiles.unit_of(nest.width), tiles.unit_of(nest.blocks)
+    run_unit = 0 if run == nest.run else tiles.unit_of(nest.run)
+    sizes = tuple(level for level, _ in reversed(nest.outer))
+    strides = tuple(stride for _, stride in reversed(nest.outer))
+    arguments = (
+        nest.depth,
+        nest.width // width_unit,
+        nest.run // (run_unit or 1),
+        nest.blocks // blocks_unit,
+        nest.block_stride,
+        chunks,
+        sizes,
+        strides,
+    )
+    constants = {
+        "LEVELS": len(sizes),
+        "WIDTH_UNIT": width_unit,
+        "RUN_UNIT": run_unit,
+        "BLOCKS_UNIT": blocks_unit,
+        "WIDE": geometry.wide,
+        "FULL": depth == nest.depth and run == nest.run,
+        "DEPTH": depth,
+        "BLOCKS": blocks,
+        "RUN": run,
+    }
+    # Many blocks leave a thread less room: it also computes the parameters of several.
+    bytes_per_thread = 32 if blocks > 32 and element_size < 4 else 64
+    warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
+    return nest.outer_size * chunks, arguments, constants, warps
+
+
+def _step(
+    input: Tensor,
+    old: tuple[Tensor | None, Tensor | None],
+    new: State,
+    block_size: list[int],
+    scheme: int,
+    format: int,
+    quant_min: float,
+    quant_max: float,
+    use_minval: bool,
+    update: int,
+    averaging_constant: float,
+    range_min: float | None,
+    range_max: float | None,
+    power_of_two_scale: bool,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and mask; ``new`` (scale, zero point, minimum, new range; contiguous) is written."""
+    source = dense(input)
+    output = torch.empty_like(input) if source is input else source
+    mask = empty_mask(source.numel(), with_mask, source)
+    geometry = geometry_of(source, block_size)
+    if update == RangeUpdate.LATEST:
+        old = (None, None)
+    numbers = numbers_of(scheme, format, quant_min, quant_max, averaging_constant, range_min, range_max)
+    config = config_of(scheme, format, power_of_two_scale, update)
+    dtype = tl_dtype(source.dtype)
+    plan = _held_plan(geometry, source.element_size(), with_mask)
+    if plan is not None:
+        programs, arguments, constants, warps = plan
+        launch(
+            _held,
+            programs,
+            source,
+            source,
+            output,
+            mask if with_mask else None,
+            *arguments,
+            (*old, *new),
+            numbers,
+            CONFIG=config,
+            DTYPE=dtype,
+            USE_MINVAL=bool(use_minval),
+            warps=warps,
+            **constants,
+        )
+        return output, mask
+    new = _with_parameters(new, geometry, source, format, use_minval)
+    state = (*old, *new)
+    if geometry.blocks > 1:
+        observe(geometry, source, state, numbers, config)
+    else:
+        keep = None if old[0] is None else torch.empty(2, dtype=old[0].dtype, device=source.device)
+        partials = reduce_blocks(geometry, source, state, numbers, config, keep)
+        if partials is not None:
+            kept = (None, None) if keep is None else (keep[:1], keep[1:])
+            quantize_one_block(
+                source,
+                output,
+                mask if with_mask else None,
+                partials,
+                (*kept, *new),
+                numbers,
+                config,
+                use_minval,
+            )
+            return output, mask
+    is_int = format == Format.INT
+    tiles.run(
+        tiles.FAKE_QUANTIZE,
+        geometry,
+        source,
+        output,
+        mask if with_mask else None,
+        new[0],  # type: ignore[arg-type]
+        new[1] if is_int and not use_minval else None,
+        new[2] if is_int and use_minval else None,
+        format,
+        quant_min,
+        quant_max,
+    )
+    return output, mask
+
+
+def _with_parameters(new: State, geometry: Geometry, like: Tensor, format: int, use_minval: bool) -> State:
+    """The state with room for the parameters that a later launch has to read."""
+    scale, zero_point, minval, low, high = new
+    if format == Format.INT and not use_minval and zero_point is None:
+        zero_point = torch.empty(geometry.grid, dtype=torch.int32, device=like.device)
+    if format == Format.INT and use_minval and minval is None:
+        minval = torch.empty(geometry.grid, dtype=torch.float32, device=like.device)
+    return scale, zero_point, minval, low, high
+
+
+def observe_and_fake_quantize(
+    input: Tensor,
+    running_min: Tensor | None,
+    running_max: Tensor | None,
+    block_size: list[int],
+    *config: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See ``reference/observe_and_fake_quantize.py``."""
+    grid = [size // block for size, block in zip(input.shape, block_size, strict=True)]
+    scale = torch.empty(grid, dtype=torch.float32, device=input.device)
+    zero_point, minval = torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
+    low = torch.empty(grid, dtype=input.dtype, device=input.device)
+    high = torch.empty_like(low)
+    old = (_contiguous(running_min), _contiguous(running_max))
+    output, mask = _step(input, old, (scale, zero_point, minval, low, high), block_size, *config)
+    return output, mask, scale, zero_point, minval, low, high
+
+
+def observe_and_fake_quantize_(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minval: Tensor | None,
+    running_min: Tensor | None,
+    running_max: Tensor | None,
+    has_running: bool,
+    block_size: list[int],
+    *config: Any,
+) -> tuple[Tensor, Tensor]:
+    """The same with the state written in place."""
+    given = (scale, zero_point, minval, running_min, running_max)
+    new = tuple(_contiguous(value) for value in given)
+    old = new[3:] if has_running else (None, None)
+    result = _step(input, old, new, block_size, *config)  # type: ignore[arg-type]
+    for value, written in zip(given, new, strict=True):
+        if value is not None and written is not value:
+            value.copy_(written)  # type: ignore[arg-type]
+    return result
+
+
+def _contiguous(value: Tensor | None) -> Tensor | None:
+    return value if value is None else value.contiguous()

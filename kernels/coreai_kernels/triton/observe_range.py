@@ -1,0 +1,379 @@
+"""``observe_range``: minimum and maximum of each block; also the reduction that precedes a quantization."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coreai_kernels.triton.elementwise import block_range, fp32, wider_range
+from coreai_kernels.triton.launch import launch, multiprocessors
+from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
+from coreai_kernels.triton.qparams import finish, tl_dtype
+from coreai_kernels.triton.tiles import unit_of
+
+__all__ = ["Partials", "finish_blocks", "observe", "observe_range", "reduce_blocks"]
+
+# Elements that a program of 128 threads reads at a time, and the most programs that share a block.
+_TILE = 4096
+_MOST_PARTS = 1024
+
+
+@triton.jit(
+    do_not_specialize=[
+        "depth",
+        "width",
+        "run",
+        "blocks",
+        "chunks",
+        "parts",
+        "steps",
+        "run_steps",
+        "all_blocks",
+        "sizes",
+        "strides",
+    ]
+)
+def _nest(
+    input,
+    partial_low,
+    partial_high,
+    depth,
+    width,
+    run,
+    blocks,
+    block_stride,
+    chunks,
+    parts,
+    steps,
+    run_steps,
+    all_blocks,
+    sizes,
+    strides,
+    state,
+    numbers,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    RUN_UNIT: tl.constexpr,
+    BLOCKS_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """Ranges of ``BLOCKS`` blocks of a nest, or of one part of them."""
+    if WIDE:
+        width = width.to(tl.int64)
+        run = run.to(tl.int64)
+    width = width * WIDTH_UNIT
+    if RUN_UNIT == 0:
+        run = RUN
+    else:
+        run = run * RUN_UNIT
+    blocks = blocks * BLOCKS_UNIT
+    program = tl.program_id(0)
+    chunk = program % chunks
+    part = (program // chunks) % parts
+    outer = program // (chunks * parts)
+    d = tl.arange(0, DEPTH)[:, None, None]
+    b = tl.arange(0, BLOCKS)[None, :, None]
+    r = tl.arange(0, RUN)[None, None, :]
+    valid_block = chunk * BLOCKS + b < blocks
+    start = outer.to(tl.int64) * depth * width + chunk.to(tl.int64) * BLOCKS * run
+    tile = d * width + b * run + r
+    first = 0
+    last = steps
+    if SPLIT:
+        first = ((steps * part.to(tl.int64)) // parts).to(tl.int32)
+        last = ((steps * (part.to(tl.int64) + 1)) // parts).to(tl.int32)
+    low = tl.full((DEPTH, BLOCKS, RUN), float("inf"), tl.float32)
+    high = tl.full((DEPTH, BLOCKS, RUN), float("-inf"), tl.float32)
+    for step in range(first, last):
+        if ONE_STEP:
+            d0 = tl.cast(step, tl.int64) * DEPTH
+            r0 = 0
+        else:
+            d0 = tl.cast(step // run_steps, tl.int64) * DEPTH
+            r0 = tl.cast(step % run_steps, tl.int64) * RUN
+        if FULL:
+            valid = valid_block
+        else:
+            valid = valid_block & (d < depth - d0) & (r < run - r0)
+        x = fp32(tl.load(input + (start + d0 * width + r0) + tile, mask=valid, other=0.0))
+        if FULL:
+            low, high = wider_range(low, high, x, x)
+        else:
+            low, high = wider_range(
+                low, high, tl.where(valid, x, float("inf")), tl.where(valid, x, float("-inf"))
+            )
+    low, high = block_range(low, high, 2)
+    low, high = block_range(low, high, 0)
+    block = chunk * BLOCKS + tl.arange(0, BLOCKS)
+    index = grid_index(outer, sizes, strides, LEVELS).to(tl.int64) + block.to(tl.int64) * block_stride
+    if SPLIT:
+        place = part.to(tl.int64) * all_blocks + index
+        tl.store(partial_low + place, low, mask=block < blocks)
+        tl.store(partial_high + place, high, mask=block < blocks)
+        if state[7] is not None:
+            # The old range is kept aside: programs of the next kernel all read it, one overwrites it.
+            tl.store(state[7], tl.load(state[0]), mask=program == 0)
+            tl.store(state[7] + 1, tl.load(state[1]), mask=program == 0)
+    else:
+        finish(low, high, index, block < blocks, block < blocks, state, numbers, CONFIG, DTYPE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "numel",
+        "grid_sizes",
+        "grid_steps",
+        "grid_strides",
+        "block_sizes",
+        "block_steps",
+    ]
+)
+def _any_block(
+    input,
+    numel,
+    grid_sizes,
+    grid_steps,
+    grid_strides,
+    block_sizes,
+    block_steps,
+    state,
+    numbers,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    GRID_LEVELS: tl.constexpr,
+    BLOCK_LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Range of one block of any form: every element's place is computed."""
+    program = tl.program_id(0).to(tl.int64)
+    start = grid_index(program, grid_sizes, grid_steps, GRID_LEVELS)
+    low = tl.full((TILE,), float("inf"), tl.float32)
+    high = tl.full((TILE,), float("-inf"), tl.float32)
+    for first in range(0, numel, TILE):
+        element = first + tl.arange(0, TILE).to(tl.int64)
+        valid = element < numel
+        place = grid_index(element, block_sizes, block_steps, BLOCK_LEVELS)
+        x = fp32(tl.load(input + start + place, mask=valid, other=0.0))
+        low, high = wider_range(
+            low, high, tl.where(valid, x, float("inf")), tl.where(valid, x, float("-inf"))
+        )
+    low, high = block_range(low[None, :], high[None, :], 1)
+    index = grid_index(program, grid_sizes, grid_strides, GRID_LEVELS) + tl.arange(0, 1)
+    finish(low, high, index, None, None, state, numbers, CONFIG, DTYPE)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _finish(
+    partial_low,
+    partial_high,
+    parts,
+    blocks,
+    state,
+    numbers,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Ranges of the blocks from the ranges of their parts."""
+    index = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    part = tl.arange(0, PARTS)[:, None]
+    place = part.to(tl.int64) * blocks + index[None, :]
+    valid = (part < parts) & (index < blocks)[None, :]
+    low = tl.load(partial_low + place, mask=valid, other=float("inf"))
+    high = tl.load(partial_high + place, mask=valid, other=float("-inf"))
+    low, high = block_range(low, high, 0)
+    finish(low, high, index, index < blocks, index < blocks, state, numbers, CONFIG, DTYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class Partials:
+    """Ranges of ``parts`` parts of each block: two tensors of shape ``(parts, blocks)``."""
+
+    low: Tensor
+    high: Tensor
+    parts: int
+
+
+@functools.lru_cache(maxsize=8192)
+def _plan(
+    geometry: Geometry, element_size: int, multiprocessor_count: int
+) -> tuple[int, int, tuple[Any, ...], dict[str, Any]]:
+    """Parts of a block, number of programs, arguments and constants for :func:`_nest`.
+
+    A tile is 128 bytes wide at least, where the tensor is; blocks are split until there are four programs for
+    each multiprocessor.
+    """
+    nest = geometry.nest
+    if nest is None:
+        raise ValueError("these levels are no nest")
+    run = min(power_of_two(nest.run), _TILE)
+    side_by_side = max(1, 128 // (run * element_size))
+    if nest.depth * nest.run < _TILE // 4:
+        side_by_side = max(side_by_side, _TILE // (power_of_two(nest.depth) * run))
+    blocks = min(power_of_two(nest.blocks), side_by_side)
+    depth = min(power_of_two(nest.depth), max(1, _TILE // (run * blocks)))
+    chunks = triton.cdiv(nest.blocks, blocks)
+    run_steps = triton.cdiv(nest.run, run)
+    steps = triton.cdiv(nest.depth, depth) * run_steps
+    whole = nest.outer_size * chunks
+    parts = max(1, min(steps, _MOST_PARTS, triton.cdiv(4 * multiprocessor_count, whole)))
+    width_unit, blocks_unit = unit_of(nest.width), unit_of(nest.blocks)
+    run_unit = 0 if run == nest.run else unit_of(nest.run)
+    sizes = tuple(size for size, _ in reversed(nest.outer))
+    strides = tuple(stride for _, stride in reversed(nest.outer))
+    arguments = (
+        nest.depth,
+        nest.width // width_unit,
+        nest.run // (run_unit or 1),
+        nest.blocks // blocks_unit,
+        nest.block_stride,
+        chunks,
+        parts,
+        steps,
+        run_steps,
+        geometry.blocks,
+        sizes,
+        strides,
+    )
+    constants = {
+        "LEVELS": len(sizes),
+        "WIDTH_UNIT": width_unit,
+        "RUN_UNIT": run_unit,
+        "BLOCKS_UNIT": blocks_unit,
+        "WIDE": geometry.wide,
+        "FULL": nest.depth % depth == 0 and nest.run % run == 0,
+        "ONE_STEP": run_steps == 1,
+        "SPLIT": parts > 1,
+        "DEPTH": depth,
+        "BLOCKS": blocks,
+        "RUN": run,
+    }
+    return parts, whole * parts, arguments, constants
+
+
+def reduce_blocks(
+    geometry: Geometry,
+    input: Tensor,
+    state: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    config: tuple[int, ...] | None,
+    keep_old: Tensor | None = None,
+) -> Partials | None:
+    """Range of each block of a dense tensor, finished as :func:`coreai_kernels.triton.qparams.finish` says.
+
+    Returns:
+        None if that is done. Else the ranges of parts of the blocks, for :func:`finish_blocks`; ``keep_old``
+        then holds a copy of the old range (of the only block).
+    """
+    dtype = tl_dtype(input.dtype)
+    if geometry.nest is None:
+        grid, block = geometry.grid_parts, geometry.block_parts
+        launch(
+            _any_block,
+            geometry.blocks,
+            input,
+            input,
+            geometry.numel // geometry.blocks,
+            tuple(size for size, _, _ in grid),
+            tuple(step for _, step, _ in grid),
+            tuple(stride for _, _, stride in grid),
+            tuple(size for size, _ in block),
+            tuple(step for _, step in block),
+            state,
+            numbers,
+            CONFIG=config,
+            DTYPE=dtype,
+            GRID_LEVELS=len(grid),
+            BLOCK_LEVELS=len(block),
+            TILE=min(1024, power_of_two(geometry.numel // geometry.blocks)),
+            warps=4,
+        )
+        return None
+    parts, programs, arguments, constants = _plan(geometry, input.element_size(), multiprocessors(input))
+    partials = None
+    if parts > 1:
+        low, high = torch.empty(
+            (2, parts, geometry.blocks), dtype=torch.float32, device=input.device
+        ).unbind()
+        partials = Partials(low, high, parts)
+    launch(
+        _nest,
+        programs,
+        input,
+        input,
+        partials and partials.low,
+        partials and partials.high,
+        *arguments,
+        (*state, keep_old if parts > 1 else None),
+        numbers,
+        CONFIG=config,
+        DTYPE=dtype,
+        warps=4,
+        **constants,
+    )
+    return partials
+
+
+def finish_blocks(
+    geometry: Geometry,
+    partials: Partials,
+    dtype: torch.dtype,
+    state: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    config: tuple[int, ...] | None,
+) -> None:
+    """Finish what :func:`reduce_blocks` left in parts."""
+    parts = power_of_two(partials.parts)
+    blocks = min(power_of_two(geometry.blocks), max(1, 1024 // parts))
+    launch(
+        _finish,
+        triton.cdiv(geometry.blocks, blocks),
+        partials.low,
+        partials.low,
+        partials.high,
+        partials.parts,
+        geometry.blocks,
+        state,
+        numbers,
+        CONFIG=config,
+        DTYPE=tl_dtype(dtype),
+        PARTS=parts,
+        BLOCKS=blocks,
+        warps=4,
+    )
+
+
+def observe(
+    geometry: Geometry,
+    input: Tensor,
+    state: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...] = (),
+    config: tuple[int, ...] | None = None,
+) -> None:
+    """Range of each block of a dense tensor, and what follows from it, in one or two launches."""
+    partials = reduce_blocks(geometry, input, state, numbers, config)
+    if partials is not None:
+        finish_blocks(geometry, partials, input.dtype, state, numbers, config)
+
+
+def observe_range(input: Tensor, block_size: list[int]) -> tuple[Tensor, Tensor]:
+    """See ``reference/observe_range.py``."""
+    input = dense(input)
+    geometry = geometry_of(input, block_size)
+    low = torch.empty(geometry.grid, dtype=input.dtype, device=input.device)
+    high = torch.empty_like(low)
+    observe(geometry, input, (None, None, None, None, None, low, high))
+    return low, high

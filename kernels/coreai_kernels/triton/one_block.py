@@ -1,0 +1,128 @@
+"""The second launch of a step on a tensor that is one large block."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coreai_kernels.triton import tiles
+from coreai_kernels.triton.elementwise import (
+    block_range,
+    dequantize_value,
+    fp32,
+    inside_bits,
+    narrow,
+    quantize_value,
+)
+from coreai_kernels.triton.launch import launch
+from coreai_kernels.triton.layout import power_of_two
+from coreai_kernels.triton.observe_range import Partials
+from coreai_kernels.triton.qparams import finish, tl_dtype
+
+__all__ = ["quantize_one_block"]
+
+# Elements from which a program, once it has finished the reduction, does several tiles.
+_REPEAT_FROM = 1 << 22
+
+
+@triton.jit(do_not_specialize=["numel", "parts"])
+def _one_block(
+    input,
+    output,
+    mask,
+    partial_low,
+    partial_high,
+    numel,
+    parts,
+    state,
+    numbers,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    USE_MINVAL: tl.constexpr,
+    PARTS: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    REPEAT: tl.constexpr,
+):
+    # The reduction read the tensor from its start: its end is what a cache still holds.
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = tl.arange(0, PARTS)
+    low = tl.load(partial_low + part, mask=part < parts, other=float("inf"))
+    high = tl.load(partial_high + part, mask=part < parts, other=float("-inf"))
+    low, high = block_range(low[None, :], high[None, :], 1)
+    index = tl.arange(0, 1)
+    owned = (index == 0) & (program == 0)
+    scale, zero_point, minval = finish(low, high, index, None, owned, state, numbers, CONFIG, DTYPE)
+    # One value each: as tensors of one element they would go through shared memory in every tile.
+    s = tl.sum(scale, 0)
+    zp = 0.0
+    off = 0.0
+    if CONFIG[0] == 0 and USE_MINVAL:
+        zp = numbers[0]
+        off = tl.sum(minval, 0)
+    elif CONFIG[0] == 0:
+        zp = tl.sum(zero_point.to(tl.float32), 0)
+    group = tl.arange(0, TILE // 8)
+    element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+    for step in range(REPEAT):
+        start = (program.to(tl.int64) * REPEAT + (REPEAT - 1 - step)) * TILE
+        left = numel.to(tl.int64) * UNIT - start
+        valid = element < left
+        x = fp32(tl.load(input + start + element, mask=valid, other=0.0))
+        q, inside = quantize_value(x, s, zp, off, numbers[0], numbers[1], CONFIG[0])
+        y = dequantize_value(q, s, zp, off, CONFIG[0])
+        tl.store(output + start + element, narrow(y, DTYPE), mask=valid)
+        if mask is not None:
+            tl.store(mask + start // 8 + group, inside_bits(inside & valid), mask=group * 8 < left)
+
+
+def quantize_one_block(
+    source: Tensor,
+    output: Tensor,
+    mask: Tensor | None,
+    partials: Partials,
+    state: tuple[Tensor | None, ...],
+    numbers: tuple[Any, ...],
+    config: tuple[int, ...],
+    use_minval: bool,
+) -> None:
+    """Finish the reduction of a dense tensor that is one block, and fake-quantize it.
+
+    Args:
+        source: the tensor.
+        output: receives the result; may be ``source``.
+        mask: receives the packed mask, if given.
+        partials: what :func:`coreai_kernels.triton.observe_range.reduce_blocks` left.
+        state: as :func:`coreai_kernels.triton.qparams.finish` has it; the old range must not be the new one.
+        numbers: likewise.
+        config: likewise.
+        use_minval: min-value formulation.
+    """
+    numel = source.numel()
+    unit = tiles.unit_of(numel)
+    tile = tiles.tile_elements(numel, source.element_size())
+    # Finishing the reduction costs a program about as much as a tile.
+    repeat = 4 if numel >= _REPEAT_FROM else 1
+    launch(
+        _one_block,
+        triton.cdiv(numel, tile * repeat),
+        source,
+        source,
+        output,
+        mask,
+        partials.low,
+        partials.high,
+        numel // unit,
+        partials.parts,
+        state,
+        numbers,
+        CONFIG=config,
+        DTYPE=tl_dtype(source.dtype),
+        USE_MINVAL=bool(use_minval),
+        PARTS=power_of_two(partials.parts),
+        UNIT=unit,
+        TILE=tile,
+        REPEAT=repeat,
+        warps=4,
+    )

@@ -1,0 +1,37 @@
+"""Which operations have a Triton implementation; triton itself is imported at their first call."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["get"]
+
+_MODULES = {
+    "choose_qparams": "qparams",
+    "dequantize": "quantize",
+    "fake_quantize_backward": "fake_quantize",
+    "fake_quantize_forward": "fake_quantize",
+    "observe_and_fake_quantize": "observe_and_fake_quantize",
+    "observe_and_fake_quantize_": "observe_and_fake_quantize",
+    "observe_range": "observe_range",
+    "pack_bits": "bits",
+    "quantize": "quantize",
+    "unpack_bits": "bits",
+}
+
+
+def get(name: str) -> Callable[..., Any] | None:
+    """The Triton implementation of operator ``name``, if there is one."""
+    module = _MODULES.get(name)
+    if module is None:
+        return None
+
+    found: Callable[..., Any] | None = None
+
+    def call(*args: Any) -> Any:
+        nonlocal found
+        if found is None:
+            found = getattr(importlib.import_module(f"coreai_kernels.triton.{module}"), name)
+        return found(*args)
+
+    return call

@@ -1,0 +1,354 @@
+"""Builds the native parts of coreai_kernels; everything else about the package is in pyproject.toml.
+
+Made here: ``coreai_kernels/_C`` (a Python module: CPU kernels), ``coreai_kernels/_C_cuda.so`` (a plain
+library, loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs), and
+``coreai_kernels/_build_report.json``, which tells the library at run time what is missing and why.
+
+Why not torch's own extension builder: it gives all sources the same flags, and here each instruction-set
+level has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files
+that need only the stable headers a thread pool is as quick, and building takes one tool less.
+
+Environment:
+    CXX                   C++20 compiler (default: the first of c++, g++, clang++)
+    MAX_JOBS              compilers run at the same time (default: number of CPUs)
+    COREAI_BUILD_NATIVE   auto (default: a failure is recorded and the pure Python package is installed),
+                          require (a failure is an error), skip
+    COREAI_BUILD_CUDA     1 or 0 (default: 1 if the installed torch is a CUDA build)
+    TORCH_CUDA_ARCH_LIST  as for torch, e.g. "8.0;9.0+PTX" (default: 8.0;9.0;10.0+PTX, what nvcc knows of it)
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+REPORT = "_build_report.json"
+CUDA_LIBRARY = "_C_cuda.so"
+REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
+
+# The stable ABI of this torch version: the binary runs with it and everything newer.
+TARGET_VERSION = "0x020a000000000000ULL"
+MINIMUM_TORCH = (2, 10)
+
+# No fast-math and no contraction: NaN, infinities and every rounding are part of the results.
+CXX_FLAGS = (
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi "
+    f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"
+).split()
+NVCC_FLAGS = (
+    "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden --fmad=false --expt-relaxed-constexpr "
+    f"-DUSE_CUDA -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+).split()
+
+# Each level includes those before it. The order matters when linking, too: of an inline function that several
+# files emit the linker keeps the first, so the copy kept never needs more than its other users have.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+LEVELS = {
+    "generic": [],
+    "avx2": _AVX2,
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2],
+}
+
+
+class BuildError(Exception):
+    """What stops a native part from being built, and what the user can do."""
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason)
+        self.reason, self.fix = reason, fix
+
+
+@dataclass(frozen=True)
+class Torch:
+    root: Path
+    version: str
+    cuda: str | None
+
+    @classmethod
+    def find(cls) -> "Torch":
+        """Read the installed torch's facts without importing it, which takes seconds."""
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            raise BuildError(
+                "torch was not there when the package was built (isolated builds hide it)",
+                f"pip install 'torch>=2.10', then {REINSTALL}",
+            )
+        root = Path(spec.origin).parent
+        text = (root / "version.py").read_text()
+        version = _quoted(r"__version__", text) or "unknown"
+        numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if numbers < MINIMUM_TORCH:
+            raise BuildError(f"torch {version} is too old", f"pip install 'torch>=2.10', then {REINSTALL}")
+        return cls(root, version, _quoted(r"cuda(?:: Optional\[str\])?", text))
+
+
+def _quoted(name: str, text: str) -> str | None:
+    match = re.search(rf"^{name}\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One source and the command that compiles it, all but the output's name."""
+
+    source: Path
+    command: list[str]
+
+
+class Builder:
+    """Compiles what is out of date and links it."""
+
+    def __init__(self, directory: Path, torch: Torch) -> None:
+        self.directory, self.torch = directory, torch
+        self.cxx = _compiler()
+        # Part of each object's name: another torch, Python or compiler makes other objects.
+        version = _output([*self.cxx, "--version"])
+        self.identity = [torch.version, sys.version, version]
+        # GCC takes its own AVX-512 intrinsics for reads of uninitialised variables (its bug 105593).
+        self.quiet = [] if "clang" in version else ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def build(self, jobs: list[Job], link: list[str], output: Path) -> None:
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            objects = list(pool.map(self._compile, jobs))
+        libraries = self.torch.root / "lib"
+        flags = [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        command = [*link, *map(str, objects), *flags]
+        stamp = self.directory / f"{output.name}.{_digest([*command, *self.identity])}"
+        if output.exists() and stamp.exists() and _newer(stamp, objects) and _newer(output, objects):
+            return
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _run([*command, "-o", f"{output}.new"], f"link {output.name}")
+        os.replace(f"{output}.new", output)
+        stamp.touch()
+
+    def _compile(self, job: Job) -> Path:
+        name = "-".join(job.source.relative_to(CSRC).with_suffix("").parts)
+        target = self.directory / f"{name}-{_digest([*job.command, *self.identity])}.o"
+        dependencies = target.with_suffix(".d")
+        if target.exists() and dependencies.exists() and _newer(target, _read_dependencies(dependencies)):
+            return target
+        partial = target.with_suffix(".new.o")
+        command = [*job.command, "-c", str(job.source), "-MMD", "-MF", str(dependencies), "-o", str(partial)]
+        _run(command, f"compile {job.source.relative_to(ROOT)}")
+        os.replace(partial, target)
+        return target
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _newer(target: Path, sources: list[Path]) -> bool:
+    time = target.stat().st_mtime_ns
+    return all(source.exists() and source.stat().st_mtime_ns <= time for source in sources)
+
+
+def _read_dependencies(path: Path) -> list[Path]:
+    text = path.read_text().replace("\\\n", " ").split(":", 1)[-1]
+    return [Path(part.replace("\\ ", " ")) for part in re.findall(r"(?:\\ |\S)+", text)]
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}", _COMPILER_FIX) from error
+
+
+def _say(text: str) -> None:
+    # One write: print's text and line end are two, and the compilers' threads come between them.
+    sys.stdout.write(f"[coreai_kernels] {text}\n")
+    sys.stdout.flush()
+
+
+def _run(command: list[str], what: str) -> None:
+    _say(what)
+    try:
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}", _COMPILER_FIX) from error
+    if result.stdout:
+        _say(f"{what}:\n{result.stdout[:20_000]}")
+    if result.returncode != 0:
+        lines = [line for line in result.stdout.splitlines() if "error" in line.lower()] or [
+            result.stdout[-300:]
+        ]
+        _say(f"failed: {shlex.join(command)}")
+        raise BuildError(
+            f"{what} failed: {' | '.join(lines[:3])}",
+            f"set CXX to a C++20 compiler (GCC 11 or Clang 14 at least), then {REINSTALL}",
+        )
+
+
+_COMPILER_FIX = f"install a C++20 compiler (Debian: apt install g++; or set CXX), then {REINSTALL}"
+
+
+def _compiler() -> list[str]:
+    if wanted := os.environ.get("CXX"):
+        return shlex.split(wanted)
+    for name in ("c++", "g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError("no C++ compiler was found", _COMPILER_FIX)
+
+
+def _pybind11_include() -> list[str]:
+    spec = importlib.util.find_spec("pybind11")
+    if spec is None or spec.origin is None:
+        return []  # torch's include folder, which is on the path anyway, holds a copy
+    return ["-isystem", str(Path(spec.origin).parent / "include")]
+
+
+def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    present = {level: CSRC / "cpu" / f"kernels_{level}.cpp" for level in LEVELS}
+    unknown = set(CSRC.glob("cpu/kernels_*.cpp")) - set(present.values())
+    if unknown:
+        raise BuildError(f"no flags are known for {sorted(map(str, unknown))}", "add the level to setup.py")
+    present = {n: path for n, path in present.items() if path.exists() and (is_x86 or n == "generic")}
+    macros = [f"-DCOREAI_HAVE_{level.upper()}" for level in present if level != "generic"]
+    facts = [
+        f'-DCOREAI_LEVELS="{" ".join(dict.fromkeys(["generic", *present]))}"',
+        f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
+        f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
+    ]
+    includes = [
+        *(f"-I{CSRC}", *_pybind11_include()),
+        *("-isystem", str(builder.torch.root / "include"), "-isystem", sysconfig.get_path("include")),
+    ]
+    base = [*builder.cxx, *CXX_FLAGS, *includes, *macros]
+    sources = sorted({*CSRC.glob("*.cpp"), *CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")})
+    jobs = [
+        Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
+        for source in sources
+        if not source.name.startswith("kernels_")
+    ]
+    jobs += [Job(path, [*base, *LEVELS[level], *builder.quiet]) for level, path in present.items()]
+    # No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
+    kind = (
+        ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
+    )
+    builder.build(jobs, [*builder.cxx, *kind], output)
+
+
+def build_cuda(builder: Builder, output: Path) -> str:
+    """Build the CUDA library; return the architectures in it."""
+    sources = sorted(CSRC.glob("cuda/*.cu"))
+    if not sources:
+        raise BuildError("this version has no CUDA C++ sources", "nothing to do: GPUs are served by Triton")
+    wish = os.environ.get("COREAI_BUILD_CUDA")
+    if wish == "0":
+        raise BuildError("switched off by COREAI_BUILD_CUDA=0", f"unset it, then {REINSTALL}")
+    if wish != "1" and not builder.torch.cuda:
+        raise BuildError(
+            f"torch {builder.torch.version} is not a CUDA build",
+            f"install a CUDA build of torch, then {REINSTALL}",
+        )
+    nvcc = shutil.which("nvcc") or shutil.which(f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc")
+    if nvcc is None:
+        raise BuildError("nvcc was not found", f"install the CUDA toolkit or set CUDA_HOME, then {REINSTALL}")
+    known = _output([nvcc, "--list-gpu-arch"]).split()
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+    targets, archs = [], []
+    for entry in re.split(r"[;\s]+", wanted.strip()):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        if f"compute_{number}" not in known and not number.endswith(("a", "f")):
+            _say(f"{nvcc} does not know architecture {entry}: left out")
+            continue
+        codes = [f"sm_{number}", *([f"compute_{number}"] if entry.endswith("+PTX") else [])]
+        targets += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        archs += codes
+    if not archs:
+        raise BuildError(f"nvcc knows none of {wanted}", "set TORCH_CUDA_ARCH_LIST to architectures it knows")
+    command = [nvcc, "-ccbin", builder.cxx[0], *NVCC_FLAGS, *targets, f"-I{CSRC}"]
+    command += ["-isystem", str(builder.torch.root / "include")]
+    builder.build([Job(source, command) for source in sources], [nvcc, "-shared"], output)
+    return " ".join(archs)
+
+
+class BuildNative(build_ext):
+    """setuptools' place for extensions, with the builder above in place of its compiler driver."""
+
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        report = build_all(Path(self.build_temp), output)
+        (output.parent / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib, self.get_ext_filename(ext.name))
+            target = Path(self.get_ext_fullpath(ext.name))
+            for name in (built.name, CUDA_LIBRARY, REPORT):
+                if (built.parent / name).exists():
+                    self.copy_file(str(built.parent / name), str(target.parent / name))
+                else:
+                    (target.parent / name).unlink(missing_ok=True)
+
+
+def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
+    """Build both parts into ``output``'s folder; the report says which exist and why others do not."""
+    mode = os.environ.get("COREAI_BUILD_NATIVE") or "auto"
+    if mode not in ("auto", "require", "skip"):
+        raise SystemExit(f"COREAI_BUILD_NATIVE={mode}: use auto, require or skip")
+    report: dict[str, dict[str, object]] = {}
+    cuda_library = output.with_name(CUDA_LIBRARY)
+    builder, archs = None, ""
+    try:
+        if mode == "skip":
+            raise BuildError("switched off by COREAI_BUILD_NATIVE=skip", f"unset it, then {REINSTALL}")
+        if sys.platform == "win32":
+            raise BuildError("native kernels are not built on Windows", "use Linux or macOS (WSL is Linux)")
+        builder = Builder(directory.resolve() / "native", Torch.find())
+    except BuildError as error:
+        report["native"] = report["cuda"] = _failure(error, mode)
+    if builder is not None:
+        try:
+            archs = build_cuda(builder, cuda_library)
+            report["cuda"] = {"built": True}
+        except BuildError as error:
+            report["cuda"] = _failure(error, "auto")
+        try:
+            build_native(builder, output, archs)
+            report["native"] = {"built": True}
+        except BuildError as error:
+            report["native"] = _failure(error, mode)
+    # What an earlier build left must not pass for this one's.
+    for part, path in (("native", output), ("cuda", cuda_library)):
+        if not report[part]["built"]:
+            path.unlink(missing_ok=True)
+    return report
+
+
+def _failure(error: BuildError, mode: str) -> dict[str, object]:
+    if mode == "require":
+        raise SystemExit(f"[coreai_kernels] not built: {error.reason}\n  to fix: {error.fix}")
+    _say(f"not built: {error.reason}\n  to fix: {error.fix}")
+    return {"built": False, "reason": error.reason, "fix": error.fix}
+
+
+setup(
+    # The list of sources serves only to show setuptools that there is something to build.
+    ext_modules=[Extension("coreai_kernels._C", ["csrc/bindings.cpp"], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -1,0 +1,155 @@
+"""Every Triton operator under Triton's interpreter against the reference, bit for bit.
+
+Not collected by itself: the variable TRITON_INTERPRET must be set before anything imports triton.
+``test_triton_interpreter.py`` runs this file in processes of its own; by hand:
+``TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreted.py``.
+"""
+
+import os
+
+import pytest
+import torch
+
+import coreai_kernels as ck
+from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.support import assert_same_bits
+from tests.kernels.triton_support import (
+    DTYPES,
+    KINDS,
+    LAYOUTS,
+    STEPS,
+    Kind,
+    Layout,
+    Step,
+    check_fake_quantize,
+    check_observe_range,
+    check_quantize,
+    check_step,
+    ids_of,
+)
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
+
+# NumPy, on which the interpreter runs, warns of every NaN and overflow; they are among the inputs on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def table(choices: list, every: int = 1) -> list:
+    """Layouts by choices, the dtypes taking turns; large layouts, which are slow here, with one choice."""
+    rows = []
+    for i, layout in enumerate(LAYOUTS):
+        large = torch.Size(layout.shape).numel() > 4096
+        for j, choice in enumerate(choices):
+            wanted = j == i % len(choices) if large else (i + j) % every == 0
+            if wanted:
+                dtype = DTYPES[(i + j) % len(DTYPES)]
+                name = f"{layout.name}-{choice.name}-{str(dtype).removeprefix('torch.')}"
+                rows.append(pytest.param(layout, choice, dtype, id=name))
+    return rows
+
+
+@pytest.mark.parametrize(("layout", "kind", "dtype"), table(KINDS))
+def test_fake_quantize(layout: Layout, kind: Kind, dtype: torch.dtype) -> None:
+    check_fake_quantize("triton", "cpu", layout, kind, dtype)
+
+
+@pytest.mark.parametrize(("layout", "kind", "dtype"), table(KINDS, every=2))
+def test_quantize_and_dequantize(layout: Layout, kind: Kind, dtype: torch.dtype) -> None:
+    check_quantize("triton", "cpu", layout, kind, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=ids_of)
+def test_observe_range(layout: Layout) -> None:
+    for dtype in DTYPES:
+        check_observe_range("triton", "cpu", layout, dtype)
+
+
+@pytest.mark.parametrize(("layout", "step", "dtype"), table(STEPS))
+def test_observe_and_fake_quantize(layout: Layout, step: Step, dtype: torch.dtype) -> None:
+    check_step("triton", "cpu", layout, step, dtype)
+
+
+@pytest.mark.parametrize("step", STEPS[:3], ids=ids_of)
+@pytest.mark.parametrize("functional", [False, True], ids=["in_place", "functional"])
+def test_tensor_in_parts(step: Step, functional: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole tensor as one block too large for a program, several tiles to a program."""
+    from coreai_kernels.triton import one_block
+
+    monkeypatch.setattr(one_block, "_REPEAT_FROM", 1000)
+    layout = Layout("large", (3, 41, 283), (3, 41, 283))
+    check_step("triton", "cpu", layout, step, torch.bfloat16, functional=functional)
+
+
+SMALL = [layout for layout in LAYOUTS if torch.Size(layout.shape).numel() <= 4096]
+
+
+@pytest.mark.parametrize("layout", SMALL[2::3], ids=ids_of)
+def test_64_bit_positions(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variants for more than 2**31 elements, on small tensors."""
+    from coreai_kernels.triton import layout as geometry
+
+    monkeypatch.setattr(geometry, "_WIDE_FROM", 0)
+    geometry._geometry.cache_clear()
+    try:
+        check_fake_quantize("triton", "cpu", layout, KINDS[0], torch.float32)
+        check_observe_range("triton", "cpu", layout, torch.bfloat16)
+        check_step("triton", "cpu", layout, STEPS[1], torch.float32)
+    finally:
+        geometry._geometry.cache_clear()
+
+
+def test_reduction_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The combine function itself, element by element, instead of NumPy's reductions."""
+    import triton.language as tl
+
+    from coreai_kernels.triton import elementwise
+
+    monkeypatch.setattr(elementwise, "INTERPRETED", tl.constexpr(False))
+    check_observe_range("triton", "cpu", Layout("rows", (6, 40), (1, 20)), torch.float32)
+    check_observe_range("triton", "cpu", Layout("columns", (24, 4), (12, 1)), torch.float16)
+
+
+@pytest.mark.parametrize("format", list(Format), ids=lambda fmt: fmt.name)
+@pytest.mark.parametrize("scheme", list(Scheme), ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("dtypes", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float16)], ids=str)
+def test_choose_qparams(format: Format, scheme: Scheme, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    flat = Layout("flat", (300,), (300,))
+    low, high = flat.tensor(dtypes[0]), flat.tensor(dtypes[1], seed=1)
+    limits = {Format.INT: (-8.0, 7.0), Format.E4M3: (-448.0, 448.0), Format.E5M2: (-57344.0, 57344.0)}
+    quant_min, quant_max = limits.get(format, (-6.0, 6.0))
+    for power_of_two in (False, True) if format != Format.INT else (False,):
+        results = {}
+        for backend in ("reference", "triton"):
+            with ck.use_backend(backend):
+                results[backend] = ck.choose_qparams(
+                    low,
+                    high,
+                    scheme=scheme,
+                    format=format,
+                    quant_min=quant_min,
+                    quant_max=quant_max,
+                    power_of_two_scale=power_of_two,
+                )
+        for got, wanted, what in zip(*results.values(), ("scale", "zero point", "minimum"), strict=True):
+            assert (got is None) == (wanted is None)
+            if got is not None:
+                assert_same_bits(wanted, got, what)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("numel", [1, 7, 8, 1001, 5000])
+def test_bits(bits: int, numel: int) -> None:
+    values = torch.randint(0, 256, (numel,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    results = {}
+    for backend in ("reference", "triton"):
+        with ck.use_backend(backend):
+            packed = ck.pack_bits(values, bits)
+            both = [ck.unpack_bits(packed, bits, numel, signed=signed) for signed in (False, True)]
+            results[backend] = [packed, *both]
+    for got, wanted in zip(results["triton"], results["reference"], strict=True):
+        assert_same_bits(got, wanted)
+
+
+def test_every_update_is_here() -> None:
+    assert {step.update for step in STEPS} == set(RangeUpdate)
+    assert {step.scheme for step in STEPS} == set(Scheme)

@@ -1,0 +1,59 @@
+"""The oracle's answers, computed once a session, and the backends that ours runs on."""
+
+import fcntl
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coreai_kernels import backends, use_backend
+
+from . import oracle
+
+
+class Oracle:
+    """Asks Apple's package each job once a session, whichever worker comes first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ask(self, name: str, job: dict[str, Any]) -> Any:
+        """The answer to ``job``, which must be the same whenever ``name`` is."""
+        answer = self.folder / f"{name}.pickle"
+        with (self.folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not answer.exists():
+                answer.write_bytes(pickle.dumps(oracle.ask(job, self.folder / name)))
+        return pickle.loads(answer.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def asked_oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """Apple's package. Skips where it is not installed, except in CI, where the set-up installs it."""
+    if not oracle.find():
+        if os.environ.get("CI", "").lower() in ("1", "true"):
+            pytest.fail(oracle.INSTALL, pytrace=False)
+        pytest.skip(oracle.INSTALL)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
+    folder.mkdir(exist_ok=True)
+    return Oracle(folder)
+
+
+@pytest.fixture(scope="session")
+def oracle_answers(asked_oracle: Oracle) -> dict[str, Any]:
+    """``{"cases": {name: log}, "calls": {name: value}}`` from Apple's package."""
+    return asked_oracle.ask("table", {"what": "table"})
+
+
+BACKENDS = ["reference"] + ["auto"] * backends.available()["native"][0]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend of ours: the definition, and what the device picks where that is another one."""
+    with use_backend(request.param):
+        yield request.param

@@ -1,0 +1,52 @@
+"""Apple's package, in a process of its own: where it is, and how it is asked."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["INSTALL", "ask", "find"]
+
+ROOT = Path(__file__).parents[2]
+VERSION = "0.3.0"
+FOLDER = Path(os.environ.get("COREAI_ORACLE", ROOT / ".oracle"))
+INSTALL = (
+    f"the parity tests need Apple's coreai-opt {VERSION} in {FOLDER} (COREAI_ORACLE names another folder): "
+    f"pip install --no-deps --target .oracle coreai-opt=={VERSION}"
+)
+
+
+def find() -> bool:
+    """Whether the oracle is there, in the version that we compare with."""
+    return (FOLDER / "coreai_opt" / "__init__.py").exists() and bool(
+        list(FOLDER.glob(f"coreai_opt-{VERSION}.dist-info"))
+    )
+
+
+def ask(job: dict[str, Any], folder: Path) -> Any:
+    """The answer of `runner.main` to ``job``; ``folder`` receives the files in between.
+
+    Raises:
+        RuntimeError: if the process fails; the text is what it wrote.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    job_file, result_file = folder / "job.pickle", folder / "result.pickle"
+    job_file.write_bytes(pickle.dumps(job | {"package_folder": str(FOLDER.resolve())}))
+    # -P and no PYTHONPATH: the package under test must be the one in the oracle's folder, whoever starts us.
+    program = (
+        f"import sys; sys.path.append({str(ROOT)!r}); "
+        f"from {__package__}.runner import main; main(*sys.argv[1:])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, str(job_file), str(result_file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the oracle process failed:\n{done.stderr[-5000:]}")
+    return pickle.loads(result_file.read_bytes())

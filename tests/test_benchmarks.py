@@ -1,0 +1,271 @@
+"""The benchmark suite end to end on tiny matrices: what it writes, not how fast anything is."""
+
+import io
+import json
+import math
+import os
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import cli, targets
+from benchmarks.apple import Apple, AppleError
+from benchmarks.cases import Case, Sweep, geometric_mean
+from benchmarks.harness import COPY, NATIVE, Bench, Effort, Local, Result, add_if_supported, measure
+from benchmarks.memory import held_and_peak_bytes
+from benchmarks.plot import save_plot
+from benchmarks.report import Report, print_comparison, print_report
+from benchmarks.simulation import FORWARD, TRAINING
+from benchmarks.suite import OPERATIONS, Options, run
+
+TINY = Effort(rounds=2, sample_seconds=1e-5)
+
+
+def fake_result(native: float = 1.0, **seconds: float) -> Result:
+    case = Case("simulator", "int8", "tensor", 1024, "fp32", 1, FORWARD, "static")
+    times = {COPY: 0.5, NATIVE: native, **seconds}
+    return Result(case, times, dict.fromkeys(times, 0.0), floor_bytes=8 * case.numel)
+
+
+def fake_report(*results: Result) -> Report:
+    machine = {"cpu": "a", "isa": "avx2", "torch": "2", "huge_pages": False, "date": "today"}
+    return Report(machine, "command", 1.0, list(results), targets.evaluate(results, "avx2"), [])
+
+
+def text_of(function, *args) -> str:
+    console = Console(width=250, record=True, file=io.StringIO())
+    function(*args, console)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    sweep = Sweep((64,), ("fp32", "bf16"), (1,), quick=True)
+    return run(Options(OPERATIONS, sweep, TINY, apple=None, compile="none", command="a command"))
+
+
+def test_every_operation_is_measured_on_both_backends(report):
+    assert {result.case.op for result in report.results} == set(OPERATIONS) - {"memory"}
+    assert len({result.case.key for result in report.results}) == len(report.results)
+    for result in report.results:
+        assert {COPY, NATIVE, "reference"} <= set(result.seconds)
+        assert all(seconds > 0 for seconds in result.seconds.values())
+        assert math.isfinite(result.share_of_floor)
+
+
+def test_torch_competes_where_it_has_the_operation(report):
+    with_torch = {result.case.op for result in report.results if "torch" in result.seconds}
+    assert with_torch >= {"fake_quantize", "fake_quantize_backward", "observe_and_fake_quantize", "simulator"}
+
+
+def test_memory_of_a_step(report):
+    fp32, bf16 = (row["ours"] for row in report.memory)
+    assert fp32["saved_per_element"] == pytest.approx(1 / 8, abs=0.01)
+    assert bf16["saved_per_element"] == pytest.approx(1 / 8, abs=0.01)
+    assert fp32["peak_per_element"] == pytest.approx(8 + 1 / 8, abs=0.5)
+    assert bf16["peak_per_element"] == pytest.approx(4 + 1 / 8, abs=0.5)
+
+
+def test_json_round_trip_and_schema(report, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    report.save(path)
+    data = json.loads(path.read_text(), parse_constant=pytest.fail)  # no NaN, which is not JSON
+    assert set(data) == {"schema", "machine", "command", "seconds", "results", "targets", "memory"}
+    assert {"cpu", "isa", "torch", "date", "threads", "cores", "load"} <= set(data["machine"])
+    assert {"key", "case", "seconds", "spread", "ratios", "floor_seconds", "memory"} <= set(
+        data["results"][0]
+    )
+    loaded = Report.load(path)
+    assert loaded.results == report.results
+    path.write_text(json.dumps(data | {"schema": -1}))
+    with pytest.raises(ValueError, match="schema -1"):
+        Report.load(path)
+
+
+def test_tables_name_operations_and_figures(report):
+    text = text_of(print_report, report)
+    for word in (
+        *OPERATIONS[:-1],
+        "block 32",
+        "reference/ours",
+        "torch/ours",
+        "of floor",
+        "Memory of a training step",
+    ):
+        assert word in text
+    assert "fake_quantize_backward\n" not in text_of(lambda r, c: print_report(r, c, details=False), report)
+
+
+def test_command_line_writes_files_and_compares(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_options", shortened(cli._options))
+    new, plot = tmp_path / "new.json", tmp_path / "new.png"
+    arguments = ["--op", "fake_quantize", "--sizes", "32", "--dtypes", "bf16", "--threads", "1", "--quick"]
+    assert cli.main([*arguments, "--json", str(new), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(new.read_text())["command"].startswith("python -m benchmarks --op fake_quantize")
+    assert cli.main([*arguments, "--summary", "--compare", str(new)]) == 0
+    assert "speed-up" in capsys.readouterr().out
+
+
+def shortened(options):
+    def shorter(*args):
+        return Options(**(vars(options(*args)) | {"effort": TINY, "apple": None}))
+
+    return shorter
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--cpu-capability", "avx2"], {"COREAI_CPU_CAPABILITY": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}),
+        (["--huge-pages"], {"THP_MEM_ALLOC_ENABLE": "1"}),
+    ],
+)
+def test_settings_that_precede_the_interpreter(flags, expected, monkeypatch):
+    started = []
+
+    def execve(program, arguments, environment):
+        started.append((arguments, environment))
+        raise SystemExit
+
+    for name in expected:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit):
+        cli.main(flags)
+    (arguments, environment) = started[0]
+    assert arguments[1:] == ["-m", "benchmarks", *flags]
+    assert expected.items() <= environment.items()
+
+
+def test_sizes_must_fit_blocks_of_32(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--sizes", "33"])
+    assert "multiple of 32" in capsys.readouterr().err
+
+
+def test_comparison_is_old_over_new():
+    old, new = fake_report(fake_result(native=3.0)), fake_report(fake_result(native=2.0))
+    new.machine["cpu"] = "b"
+    text = text_of(print_comparison, new, old)
+    assert "Not the same cpu: a then, b now" in text
+    assert "1.50" in text
+
+
+def test_targets_tell_the_mean_from_single_cases():
+    fast, slow = fake_result(apple=40.0), fake_result(apple=10.0)
+    for isa, results, met in (
+        ("avx512", [fast, slow], "yes"),  # 20 on average, 10 at least; wanted 18 and 8
+        ("avx512", [fake_result(apple=100.0), fake_result(apple=7.0)], "on average"),
+        ("avx512", [slow], "no"),
+        ("avx2", [slow], "yes"),
+    ):
+        (row,) = targets.evaluate(results, isa)
+        assert row["met"] == met
+    assert targets.evaluate([fake_result()], "avx512") == []
+
+
+def test_plot_of_single_cases(tmp_path):
+    # Ratios whose geometric mean, of one value, comes out greater or less than the value.
+    results = [fake_result(apple=5.0 + i / 7) for i in range(4)]
+    for number, result in enumerate(results):
+        save_plot(fake_report(result), tmp_path / f"{number}.png")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_floor_follows_the_copy():
+    result = fake_result(native=1.0)
+    assert result.floor_seconds == pytest.approx(0.5)  # as many bytes as the copy moves
+    assert result.share_of_floor == pytest.approx(0.5)
+
+
+def test_contenders_take_turns():
+    order: list[str] = []
+    case = Case("fake_quantize", "int8", "tensor", 32, "fp32", 1)
+    contenders = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    result = measure(case, Bench(dict(contenders), 1.0), Effort(2, 1e-9), warm=True)
+    turns = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
+    assert turns == ["a", "b"] * 3  # once to estimate, twice to measure
+    assert set(result.seconds) == {COPY, "a", "b"}
+
+
+def test_what_is_not_supported_becomes_a_note():
+    def fail():
+        raise NotImplementedError("no such kernel")
+
+    bench = Bench({}, 1.0)
+    add_if_supported(bench, "torch", fail)
+    assert bench.contenders == {}
+    assert bench.notes == ["torch: no such kernel"]
+
+
+def test_peak_counts_temporaries_and_held_the_result():
+    def call() -> torch.Tensor:
+        return torch.ones(1000) + torch.ones(1000)
+
+    held, peak = held_and_peak_bytes(call)
+    assert held == 4000
+    assert peak == 12000
+
+
+def test_geometric_mean():
+    assert geometric_mean([1, 4]) == pytest.approx(2)
+    assert math.isnan(geometric_mean([]))
+
+
+FAKE_PACKAGE = """
+import torch
+class CompressionTargetTensor: WEIGHT = ACTIVATION = None
+class PerTensorGranularity: pass
+class PerChannelGranularity: pass
+class PerBlockGranularity: pass
+class QuantizationSpec:
+    def __init__(self, dtype, **rest):
+        if dtype == "int4":
+            raise ValueError("not today")
+class QuantizationComponentFactory:
+    construct = staticmethod(lambda spec, target: torch.nn.Identity())
+"""
+
+
+@pytest.fixture
+def other_package(tmp_path):
+    """A stand-in for Apple's package, which need not be installed."""
+    for module in ("", "config", "config/spec", "quantization", "quantization/spec"):
+        folder = tmp_path / "coreai_opt" / module
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / "__init__.py").write_text(FAKE_PACKAGE if module.endswith("spec") else "print('hello')")
+    return tmp_path
+
+
+def test_the_worker_runs_the_other_package(other_package):
+    case = Case("simulator", "int8", "tensor", 32, "fp32", 1, TRAINING, "static")
+    with Apple(other_package) as apple:
+        assert len(apple.prepare(case, with_digest=True)) == 32
+        assert apple.sample(TRAINING, 3, untimed_call=True) > 0
+        assert apple.memory(case)["saved_per_element"] <= 0
+        with pytest.raises(AppleError, match="not today"):
+            apple.prepare(Case("simulator", "int4", "tensor", 32, "fp32", 1, TRAINING, "static"))
+        apple.release()
+        with pytest.raises(AppleError, match="nothing was prepared"):
+            apple.sample(TRAINING, 1, untimed_call=False)
+
+
+def test_a_missing_package_is_an_error_that_says_how_to_get_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pip install"):
+        Apple(tmp_path)
+
+
+def test_local_contender_is_timed_inside_its_context():
+    entered = []
+
+    class Context:
+        def __enter__(self):
+            entered.append(True)
+
+        def __exit__(self, *_):
+            entered.append(False)
+
+    assert Local(lambda: entered.append("call"), Context).sample(1, untimed_call=True) >= 0
+    assert entered == [True, "call", "call", False]

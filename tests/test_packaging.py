@@ -1,0 +1,295 @@
+"""Builds and installs of a small copy of the tree: with a compiler, without one, and again after a change.
+
+The copy holds the build files, the extension module and one tiny kernel file a level: what is tested is how
+they are built, and the real kernels would take minutes.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from coreai_kernels import native
+from coreai_opt import doctor
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler"
+)
+
+KERNEL = """
+#include <vector>
+namespace coreai::cpu {
+float LEVEL_sum(const std::vector<float>& x) {
+  float sum = 0;
+  for (float value : x) sum += value;
+  return sum;
+}
+}
+"""
+
+
+def make_tree(path: Path) -> Path:
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "LICENSE",
+        "README.md",
+        "Makefile",
+        "constraints.txt",
+    ):
+        shutil.copy(ROOT / name, path / name)
+    for name in ("csrc/bindings.cpp", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, path / name)
+    for level in ("generic", "avx2", "avx512"):
+        (path / f"csrc/cpu/kernels_{level}.cpp").write_text(KERNEL.replace("LEVEL", level))
+    (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
+    (path / "kernels/coreai_kernels/__init__.py").touch()
+    (path / "kernels/coreai_kernels/ops/__init__.py").touch()
+    shutil.copy(ROOT / "kernels/coreai_kernels/native.py", path / "kernels/coreai_kernels/native.py")
+    (path / "coreai_opt").mkdir()
+    (path / "coreai_opt/__init__.py").touch()
+    (path / "coreai_opt/py.typed").touch()
+    return path
+
+
+def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    settings = ("CXX", "COREAI_BUILD_NATIVE", "COREAI_BUILD_CUDA", "COREAI_CPU_CAPABILITY", "PYTHONPATH")
+    inherited = {name: value for name, value in os.environ.items() if name not in settings}
+    result = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=inherited | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert not check or result.returncode == 0, result.stdout[-3000:]
+    return result
+
+
+def install(tree: Path, target: Path, **environment: str) -> str:
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v")
+    return run(
+        "-m", "pip", "install", *options, "--target", str(target), str(tree), cwd=tree, **environment
+    ).stdout
+
+
+def build_in_place(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("setup.py", "-q", "build_ext", "--inplace", cwd=tree, **environment)
+
+
+def compiled(output: str) -> list[str]:
+    return sorted(
+        line.split()[-1] for line in output.splitlines() if line.startswith("[coreai_kernels] compile")
+    )
+
+
+def ask(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("-c", code, cwd=folder.parent, check=False, PYTHONPATH=str(folder), **environment)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    tree = make_tree(tmp_path_factory.mktemp("built"))
+    output = build_in_place(tree, COREAI_BUILD_NATIVE="require").stdout
+    assert "csrc/bindings.cpp" in compiled(output)
+    return tree
+
+
+@needs_compiler
+class TestNativeBuild:
+    def test_module_tells_what_was_built(self, built):
+        code = (
+            "import json; from coreai_kernels import native as n; print(json.dumps(n.extension.build_info()))"
+        )
+        info = json.loads(ask(built / "kernels", code).stdout)
+        is_x86 = platform.machine() in ("x86_64", "AMD64")
+        assert info["cpu_levels"].split() == (["generic", "avx2", "avx512"] if is_x86 else ["generic"])
+        assert info["torch_target_version"] == 0x020A000000000000
+        assert set(info) == {"compiler", "cpu_levels", "torch_version", "torch_target_version", "cuda_archs"}
+
+    def test_second_build_compiles_nothing(self, built):
+        assert compiled(build_in_place(built).stdout) == []
+
+    def test_changed_header_compiles_its_users(self, built):
+        (built / "csrc/cpu/dispatch.h").touch()
+        assert compiled(build_in_place(built).stdout) == ["csrc/bindings.cpp", "csrc/cpu/dispatch.cpp"]
+
+    def test_changed_source_compiles_itself(self, built):
+        (built / "csrc/cpu/kernels_generic.cpp").touch()
+        assert compiled(build_in_place(built).stdout) == ["csrc/cpu/kernels_generic.cpp"]
+
+    def test_no_path_of_this_machine_in_the_binary(self, built):
+        if shutil.which("readelf") is None:
+            pytest.skip("no readelf")
+        (library,) = (built / "kernels/coreai_kernels").glob("_C.*.so")
+        dynamic = subprocess.run(
+            ["readelf", "-d", library], capture_output=True, text=True, check=True
+        ).stdout
+        assert "RPATH" not in dynamic
+        assert "RUNPATH" not in dynamic
+
+    def test_install_holds_both_packages_and_no_sources(self, built, tmp_path):
+        install(built, tmp_path / "site")
+        names = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
+        assert {"coreai_opt/__init__.py", "coreai_opt/py.typed", "coreai_kernels/ops/__init__.py"} <= names
+        assert any(name.startswith("coreai_kernels/_C.") for name in names)
+        assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
+        result = ask(tmp_path / "site", "from coreai_kernels import native; print(native.missing)")
+        assert result.stdout.split() == ["None"]
+
+    def test_failed_compilation_removes_what_an_earlier_one_left(self, built, tmp_path):
+        tree = shutil.copytree(built, tmp_path / "tree")
+        (tree / "csrc/cpu/kernels_generic.cpp").write_text("this is an error;\n")
+        build_in_place(tree)
+        assert list((tree / "kernels/coreai_kernels").glob("*.so")) == []
+        report = json.loads((tree / "kernels/coreai_kernels/_build_report.json").read_text())
+        assert "compile csrc/cpu/kernels_generic.cpp failed" in report["native"]["reason"]
+        assert run(
+            *("setup.py", "build_ext", "--inplace"), cwd=tree, check=False, COREAI_BUILD_NATIVE="require"
+        ).returncode
+
+    def test_library_of_another_python_is_explained(self, built, tmp_path):
+        folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
+        (library,) = folder.glob("_C.*.so")
+        library.rename(folder / "_C.cpython-399-x86_64-linux-gnu.so")
+        result = ask(folder.parent, "from coreai_kernels import native; print(native.missing)")
+        assert "built for another Python" in result.stdout
+
+    def test_library_that_does_not_load_is_explained(self, built, tmp_path):
+        folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
+        (library,) = folder.glob("_C.*.so")
+        library.write_bytes(b"not a library")
+        result = ask(folder.parent, "from coreai_kernels import native; print(native.missing)")
+        assert "does not load beside torch" in result.stdout
+        assert "To fix: pip install" in result.stdout
+
+
+def test_install_without_a_compiler(tmp_path):
+    (tmp_path / "tree").mkdir()
+    tree = make_tree(tmp_path / "tree")
+    site = tmp_path / "site"
+    output = install(tree, site, CXX="/nonexistent/c++")
+    assert "[coreai_kernels] not built: /nonexistent/c++ cannot be run" in output
+    result = ask(site, "from coreai_kernels import native; print(native.extension, native.missing)")
+    assert result.stdout.startswith("None /nonexistent/c++ cannot be run")
+    assert "To fix: install a C++20 compiler" in result.stdout
+
+
+def test_sdist_is_complete_and_holds_no_build_products(tmp_path):
+    (tmp_path / "tree").mkdir()
+    tree = make_tree(tmp_path / "tree")
+    (tree / "kernels/coreai_kernels/_C.cpython-311-x86_64-linux-gnu.so").touch()
+    (tree / "kernels/coreai_kernels/_build_report.json").touch()
+    run("setup.py", "-q", "sdist", cwd=tree)
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[-1] for name in tar.getnames()}
+    assert {"setup.py", "LICENSE", "csrc/cpu/dispatch.h", "csrc/bindings.cpp", "coreai_opt/py.typed"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_report.json"))]
+
+
+def test_wheel_without_torch_at_hand_says_so(tmp_path):
+    (tmp_path / "tree").mkdir()
+    tree = make_tree(tmp_path / "tree")
+    # What an isolated build sees: setuptools, no torch.
+    hide = "import importlib.util as u, runpy, sys; find = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+    hide += "sys.argv = ['setup.py', '-q', 'bdist_wheel']; runpy.run_path('setup.py', run_name='__main__')"
+    run("-c", hide, cwd=tree)
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        report = json.loads(archive.read("coreai_kernels/_build_report.json"))
+    assert "torch was not there" in report["native"]["reason"]
+    assert "--no-build-isolation" in report["native"]["fix"]
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_library_compiles_beside_a_cpu_torch(tmp_path):
+    (tmp_path / "tree").mkdir()
+    tree = make_tree(tmp_path / "tree")
+    (tree / "csrc/cuda").mkdir()
+    (tree / "csrc/cuda/twice.cu").write_text(
+        """#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+        __global__ void twice(float* x) { x[threadIdx.x] *= 2; }
+        void run(float* x) {
+          void* stream = nullptr;
+          aoti_torch_get_current_cuda_stream(0, &stream);
+          twice<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(x);
+        }"""
+    )
+    build_in_place(tree, COREAI_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    folder = tree / "kernels/coreai_kernels"
+    assert json.loads((folder / "_build_report.json").read_text())["cuda"] == {"built": True}
+    assert (folder / "_C_cuda.so").exists()
+    code = "from coreai_kernels import native as n; print(n.extension.build_info()['cuda_archs'])"
+    assert ask(tree / "kernels", code).stdout.split() == ["sm_80", "sm_90", "compute_90"]
+
+
+class TestDoctor:
+    def test_healthy_installation(self, capsys, monkeypatch):
+        monkeypatch.delenv("COREAI_KERNELS_BACKEND", raising=False)
+        assert doctor.main() == 0
+        printed = capsys.readouterr().out
+        for part in ("python", "torchao", "backend native", "backend triton", "CUDA C++ kernels", "GPU"):
+            assert part in printed
+
+    def test_every_missing_part_has_a_fix(self):
+        diagnosis = doctor.examine()
+        assert all(finding.fix for finding in diagnosis.findings if finding.state != "ok")
+
+    def test_part_left_out_is_not_broken(self, monkeypatch):
+        monkeypatch.setattr(native, "extension", None)
+        monkeypatch.setattr(native, "missing", native.Missing("no C++ compiler was found", "apt install g++"))
+        diagnosis = doctor.examine()
+        finding = next(item for item in diagnosis.findings if item.part == "backend native")
+        assert (finding.state, finding.detail, finding.fix) == (
+            "missing",
+            "no C++ compiler was found",
+            "apt install g++",
+        )
+        assert not diagnosis.broken
+
+    def test_extension_that_does_not_load_is_broken(self, monkeypatch):
+        monkeypatch.setattr(native, "extension", None)
+        monkeypatch.setattr(native, "missing", native.Missing("undefined symbol", "reinstall", broken=True))
+        assert doctor.examine().broken
+
+    @pytest.mark.parametrize(
+        ("distribution", "version", "text"),
+        [
+            ("coreai-opt", "0.3.0", "overwrite each other"),
+            ("torch", "2.9.1", "too old"),
+            ("pydantic", None, "required, not installed"),
+        ],
+    )
+    def test_broken_environment(self, monkeypatch, distribution, version, text):
+        real = doctor._version
+        monkeypatch.setattr(doctor, "_version", lambda name: version if name == distribution else real(name))
+        diagnosis = doctor.examine()
+        assert diagnosis.broken
+        assert any(text in finding.detail for finding in diagnosis.findings if finding.state == "broken")
+
+
+def test_readme_example_runs(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    example = text.split("```python\n", 1)[1].split("```", 1)[0]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    result = run("-c", example, cwd=tmp_path, PYTHONPATH=paths)
+    assert "loss with int4 weights" in result.stdout
