@@ -22,7 +22,7 @@ from .quantizer_configs import CONFIGS
 from .runner import captured_log
 from .snapshots import Raised, Snapshot, freeze
 
-__all__ = ["RUNS", "answer", "continue_from", "places", "train"]
+__all__ = ["RUNS", "continue_from", "places", "quiet", "simulators", "train"]
 
 STEPS, CALIBRATION_BATCHES = 5, 2
 RUNS = tuple(product(MODELS, CONFIGS))
@@ -162,12 +162,3 @@ def continue_from(model: str, config: str, state: dict[str, Snapshot]) -> dict[s
         except Exception as error:  # noqa: BLE001 - compared
             return {"raised": Raised.of(error)}
     return loaded | {"step": step}
-
-
-def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """All runs, and what follows on states that the other package wrote."""
-    states = job["states"].items()
-    return {
-        "runs": {run: train(*run) for run in RUNS},
-        "continued": {model: continue_from(model, "default", state) for model, state in states},
-    }

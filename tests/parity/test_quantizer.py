@@ -10,8 +10,10 @@ from benchmarks.models import MODELS
 from coreai_kernels import use_backend
 
 from .conftest import Oracle
+from .quantizer_calls import CALLS, call
 from .quantizer_configs import CONFIGS
 from .quantizer_runs import RUNS, continue_from, train
+from .quantizer_scopes import PLACES, place
 from .snapshots import Raised, differences
 
 REFERENCE_TOO = ("default", "floats")
@@ -28,10 +30,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
-    """From Apple's package: ``{"runs": {(model, config): log}, "continued": {model: log}}``."""
+    """From Apple's package, see `quantizer_answers.answer`."""
     ours = {model: train(model, "default") for model in MODELS}
     states = {model: log["trained"]["state"] for model, log in ours.items() if "raised" not in log}
-    return asked_oracle.ask("quantizer", {"module": "quantizer_runs", "states": states})
+    return asked_oracle.ask("quantizer", {"module": "quantizer_answers", "states": states})
 
 
 def check(expected: Any, found: Any) -> None:
@@ -69,6 +71,16 @@ def test_the_oracle_reads_our_state(model: str, answers: dict[str, Any]) -> None
     assert "raised" not in continued, continued
     trained = answers["runs"][model, "default"]["trained"]
     check({"state": trained["state"]}, {"state": continued["state"]})
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_places_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
+    check(answers["places"][name], place(name))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
+    check({"value": answers["calls"][name]}, {"value": call(name)})
 
 
 def test_the_runs_cover_what_they_are_meant_to_cover(answers: dict[str, Any]) -> None:
