@@ -94,7 +94,7 @@ class NMStructured(PruningScheme):
     @property
     def sparsity(self) -> float:
         """The fraction that the whole pattern prunes."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m
 
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """See the base; the number of pruned elements in a group is rounded to the nearest."""
