@@ -374,10 +374,16 @@ def test_finalize_leaves_plain_weights_with_zeros(model, x):
 def test_finalize_a_copy(model, x):
     pruner = MagnitudePruner(model)
     pruner.prepare((x,))
+    model.eval()
     twin = copy.deepcopy(model)
+    expected = model(x)
     assert pruner.finalize(twin, backend="_torch") is twin
     assert type(twin.fc) is nn.Linear
     assert parametrize.is_parametrized(model.fc)
+    assert torch.equal(twin(x), expected)
+    assert torch.equal(model(x), expected)
+    pruner.finalize(backend=TORCH)
+    assert torch.equal(model(x), expected)
 
 
 class Half(nn.Module):
