@@ -350,5 +350,5 @@ def test_yaml_cannot_name_an_unregistered_class():
     config = Config()
     spec = PruningSpec().model_copy(update={"pruning_algo": Unregistered})
     config.global_config.op_state_spec = {"weight": spec}
-    with pytest.raises(ValueError, match=r"Unregistered is not registered under a key"):
+    with pytest.raises(ValueError, match=r"Unregistered has no registry key"):
         config.to_yaml()

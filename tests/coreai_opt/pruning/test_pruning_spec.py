@@ -199,7 +199,7 @@ def test_weights_must_be_floating_point(scheme, dtype):
 @pytest.mark.parametrize(
     ("shape", "scheme", "message"),
     [
-        ((4, 4), ChannelStructured(axis=2), r"axis must be in \[-2, 2\) for shape \(4, 4\); got 2"),
+        ((4, 4), ChannelStructured(axis=2), r"axis must be in \[-2, 2\) for a tensor of 2 dimensions; got 2"),
         ((), ChannelStructured(), r"axis must be in \[0, 0\)"),
         ((4, 4), NMStructured(axis=-3), r"axis must be in \[-2, 2\)"),
         ((4, 6), NMStructured(), "6"),
