@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import coreai_kernels
+from coreai_kernels.ops import apply_mask as apply_mask_op
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
 from coreai_opt.pruning.spec.scheme import PruningScheme
@@ -142,7 +142,7 @@ class PruneImplBase(CompressionSimulatorBase):
                 f"Tensor {self.tensor_fqn!r}: the mask has shape {tuple(self.mask.shape)}, "
                 f"the weight has {tuple(weight.shape)}"
             )
-        return coreai_kernels.apply_mask(weight, self.mask)
+        return apply_mask_op.apply(weight, self.mask)
 
     def mask_for(self, weight: Tensor) -> Tensor:
         """The mask for ``weight`` at the present sparsity; nothing changes."""
