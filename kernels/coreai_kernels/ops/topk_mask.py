@@ -73,4 +73,6 @@ def topk_masks(weights: Sequence[Tensor], num_keep: int) -> list[Tensor]:
                 f"weights[{i}] on {weight.device}"
             )
     checks.check_num_keep(num_keep, sum(weight.numel() for weight in weights), "elements")
+    if not weights:  # no tensor to choose a backend by
+        return []
     return implementation("topk_masks")([weight.detach() for weight in weights], num_keep)  # type: ignore[no-any-return]
