@@ -26,12 +26,13 @@ namespace coreai::cuda {
 
 #if defined(COREAI_EMULATED_THREADS)
 constexpr int kThreads = COREAI_EMULATED_THREADS;
+constexpr int64_t kMostChunks = 5;
 #else
 constexpr int kThreads = 512;
+constexpr int64_t kMostChunks = 2048;
 #endif
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 constexpr int kCopies = 4;  // of the bins of a block, against conflicts: elements are mostly of a few magnitudes
-constexpr int64_t kMostChunks = 2048;
 
 using Count = unsigned long long;
 

@@ -16,12 +16,14 @@ define(
     "(Tensor weight, int num_keep) -> Tensor",
     reference=reference.topk_mask,
     fake=lambda weight, num_keep: torch.empty_like(weight),
+    on_cuda="cuda",
 )
 define(
     "topk_masks",
     "(Tensor[] weights, int num_keep) -> Tensor[]",
     reference=reference.topk_masks,
     fake=lambda weights, num_keep: [torch.empty_like(weight) for weight in weights],
+    on_cuda="cuda",
 )
 
 
