@@ -10,6 +10,7 @@
 #include "cpu/select.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstring>
@@ -24,6 +25,7 @@ namespace {
 constexpr int64_t kPiece = 1 << 17;      // elements of a piece: what a thread takes at a time
 constexpr int64_t kWithoutSample = 8192;  // elements that are all listed
 constexpr int kBins = 2048;
+constexpr double kSampling = 0.75;  // size of the sample over that of the elements to the power of 2/3
 
 template <class Body>
 auto with_element(Element element, Body body) {
@@ -90,11 +92,12 @@ uint64_t narrow_key_down(Element from, Element to, uint64_t bound) {
   return bound >= nan_key(to) ? nan_key(from) : narrow_key(from, to, bound + 1) - 1;
 }
 
-uint64_t scrambled(uint64_t x) {  // splitmix64
-  x += 0x9e3779b97f4a7c15;
+// A number below `limit` (of 32 bits) that looks random: splitmix64's mixing of x, scaled.
+uint64_t scaled(uint64_t x, uint64_t limit) {
+  x = (x + 1) * 0x9e3779b97f4a7c15;
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
   x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return x ^ (x >> 31);
+  return (x >> 32) * limit >> 32;
 }
 
 template <class Word>
@@ -114,6 +117,7 @@ struct Piece {
   std::unique_ptr<uint64_t[]> keys;
   std::unique_ptr<uint32_t[]> offsets;
   int64_t ties, quota;
+  size_t listed_end;  // of this piece's keys among those of all pieces in one bin
 };
 
 class Selection {
@@ -122,7 +126,7 @@ class Selection {
       : tensors_(tensors), common_(common_element(tensors)), num_keep_(num_keep) {
     for (const MaskTensor& t : tensors) {
       for (int64_t begin = 0; begin < t.numel; begin += kPiece) {
-        pieces_.push_back({&t, begin, std::min(kPiece, t.numel - begin), {}, nullptr, nullptr, 0, 0});
+        pieces_.push_back({&t, begin, std::min(kPiece, t.numel - begin), {}, nullptr, nullptr, 0, 0, 0});
       }
       total_ += t.numel;
       row_major_ = row_major_ && t.order.empty();
@@ -134,7 +138,7 @@ class Selection {
       fill(num_keep_ != 0);
       return true;
     }
-    const Band band = total_ <= kWithoutSample ? Band{0, nan_key(common_)} : sample();
+    const Band band = total_ <= kWithoutSample ? Band{0, nan_key(common_)} : likely_band();
     if (split(band) && above_ <= num_keep_ && num_keep_ <= above_ + listed_) {
       if (num_keep_ > above_) enter(band, num_keep_ - above_);
       return true;
@@ -179,43 +183,54 @@ class Selection {
     });
   }
 
-  // Keys at one random place in each of equal stretches, sorted out around the rank of the threshold: three
-  // standard deviations of a binomial distribution to either side.
-  Band sample() {
-    const double wanted = std::cbrt(static_cast<double>(total_)) * std::cbrt(static_cast<double>(total_)) / 4;
-    const auto count = static_cast<int64_t>(std::clamp(wanted, 1024.0, 65536.0));
+  // Keys at one random place in each of equal stretches.
+  std::vector<uint64_t> sample(int64_t count) {
     const int64_t stretch = total_ / count;
     std::vector<uint64_t> keys(static_cast<size_t>(count));
     int64_t first = 0;  // of the tensor at hand
     auto tensor = tensors_.begin();
-    for (int64_t i = 0; i < count;) {
+    for (int64_t i = 0; i < count; first += tensor->numel, ++tensor) {
       with_elements(tensor->element, common_, [&]<Element kFrom, Element kTo>() {
         for (; i < count; ++i) {
-          const int64_t index = i * stretch + static_cast<int64_t>(scrambled(static_cast<uint64_t>(i)) % static_cast<uint64_t>(stretch));
-          if (index >= first + tensor->numel) break;
-          keys[static_cast<size_t>(i)] =
-              widen_key<kFrom, kTo>(magnitude_key<kFrom>(word_at<WordOf<kFrom>>(tensor->input, index - first)));
+          const int64_t index = i * stretch + static_cast<int64_t>(scaled(static_cast<uint64_t>(i), static_cast<uint64_t>(stretch)));
+          if (index >= first + tensor->numel) return;
+          const auto bits = word_at<WordOf<kFrom>>(tensor->input, index - first);
+          keys[static_cast<size_t>(i)] = widen_key<kFrom, kTo>(magnitude_key<kFrom>(bits));
         }
       });
-      first += tensor->numel;
-      ++tensor;
     }
+    return keys;
+  }
+
+  // A band around the threshold's rank in a sample: three standard deviations of a binomial distribution to
+  // either side.
+  Band likely_band() {
+    const double root = std::cbrt(static_cast<double>(total_));
+    const auto count = static_cast<int64_t>(std::clamp(root * root * kSampling, 1024.0, 65536.0));
+    std::vector<uint64_t> keys = sample(count);
     const double share = static_cast<double>(num_keep_) / static_cast<double>(total_);
     const double rank = share * static_cast<double>(count);
-    const double margin = 3.0 * std::sqrt(static_cast<double>(count) * share * (1.0 - share)) + 3.0;
+    const double margin = 3.0 * std::sqrt(rank * (1.0 - share)) + 3.0;
     const auto upper = static_cast<int64_t>(rank - margin), lower = static_cast<int64_t>(rank + margin);
-    Band band = {0, nan_key(common_)};
-    auto rest = keys.begin();
-    if (upper >= 0) {
-      std::nth_element(keys.begin(), keys.begin() + upper, keys.end(), std::greater<>());
-      band.high = keys[static_cast<size_t>(upper)];
-      rest = keys.begin() + upper;
+    // Only keys whose leading bits may be those of the two ranks need sorting.
+    const int shift = key_bits(common_) - 11;
+    std::array<int64_t, kBins> bins = {};
+    for (const uint64_t key : keys) ++bins[key >> shift];
+    int64_t before = 0, skipped = 0;
+    uint64_t first = kBins, last = kBins;  // bins from the top
+    while (last > 0 && before <= lower) {
+      before += bins[--last];
+      if (before <= upper) skipped = before, first = last;
     }
-    if (lower < count) {
-      std::nth_element(rest, keys.begin() + lower, keys.end(), std::greater<>());
-      band.low = keys[static_cast<size_t>(lower)];
-    }
-    return band;
+    const auto end = std::partition(keys.begin(), keys.end(), [&](uint64_t key) {
+      return key >> shift >= last && key >> shift < first;
+    });
+    const auto at = [&](int64_t place) {
+      const auto position = keys.begin() + (place - skipped);
+      std::nth_element(keys.begin(), position, end, std::greater<>());
+      return *position;
+    };
+    return {lower < count ? at(lower) : 0, upper >= 0 ? at(upper) : nan_key(common_)};
   }
 
   // False if too many elements are in the band.
@@ -270,25 +285,38 @@ class Selection {
     });
   }
 
-  // Key of the listed element of rank `keep`, and how many of the elements with that key are to be kept.
+  // Key of the listed element of rank `keep`, and how many of the elements with that key are to be kept. Counts
+  // those of each piece.
   uint64_t threshold_of_listed(Band band, int64_t keep, int64_t& ties) {
     int shift = 0;
     while (((band.high - band.low) >> shift) >= kBins) ++shift;
     const auto bins = histogram([&](const Piece& p, int64_t* counts) {
       over_listed(p, [&](uint64_t key, uint32_t) { ++counts[(key - band.low) >> shift]; });
     });
-    int bin = kBins - 1;
-    for (; bins[static_cast<size_t>(bin)] < keep; --bin) keep -= bins[static_cast<size_t>(bin)];
-    std::vector<uint64_t> keys;
-    keys.reserve(static_cast<size_t>(bins[static_cast<size_t>(bin)]));
-    for (const Piece& p : pieces_) {
-      over_listed(p, [&](uint64_t key, uint32_t) {
-        if ((key - band.low) >> shift == static_cast<uint64_t>(bin)) keys.push_back(key);
+    uint64_t bin = kBins - 1;
+    for (; bins[bin] < keep; --bin) keep -= bins[bin];
+    const auto size = static_cast<size_t>(bins[bin]);
+    std::vector<uint64_t> keys(size + 1), ranked;
+    size_t end = 0;
+    for (Piece& p : pieces_) {
+      over_listed(p, [&](uint64_t key, uint32_t) {  // without a branch: which keys are in the bin is random
+        keys[end] = key;
+        end += (key - band.low) >> shift == bin;
       });
+      p.listed_end = end;
     }
-    std::nth_element(keys.begin(), keys.begin() + (keep - 1), keys.end(), std::greater<>());
-    const uint64_t threshold = keys[static_cast<size_t>(keep - 1)];
-    ties = keep - std::count_if(keys.begin(), keys.begin() + keep, [&](uint64_t key) { return key > threshold; });
+    keys.resize(size);
+    ranked = keys;
+    const auto place = ranked.begin() + (keep - 1);
+    std::nth_element(ranked.begin(), place, ranked.end(), std::greater<>());
+    const uint64_t threshold = *place;
+    ties = keep - std::count_if(ranked.begin(), place, [&](uint64_t key) { return key > threshold; });
+    auto from = keys.begin();
+    for (Piece& p : pieces_) {
+      const auto to = keys.begin() + static_cast<std::ptrdiff_t>(p.listed_end);
+      p.ties = std::count(from, to, threshold);
+      from = to;
+    }
     return threshold;
   }
 
@@ -297,17 +325,15 @@ class Selection {
     int64_t ties = 0;
     const uint64_t threshold = threshold_of_listed(band, keep, ties);
     if (!row_major_) return enter_by_index(threshold, ties);
-    over_pieces([&](Piece& p) {
-      p.ties = 0;
-      over_listed(p, [&](uint64_t key, uint32_t) { p.ties += key == threshold; });
-    });
     for (Piece& p : pieces_) {
       p.quota = std::min(ties, p.ties);
       ties -= p.quota;
     }
     over_pieces([&](Piece& p) {
       enter_if(p, [&, left = p.quota](uint64_t key, uint32_t) mutable {
-        return key > threshold || (key == threshold && left-- > 0);
+        const bool tie = key == threshold, kept = (key > threshold) | (tie & (left > 0));
+        left -= tie;
+        return kept;
       });
     });
   }
@@ -315,9 +341,10 @@ class Selection {
   template <class Wanted>
   void enter_if(const Piece& p, Wanted wanted) {
     with_element(p.tensor->element, [&]<Element kElement>() {
-      auto* mask = static_cast<WordOf<kElement>*>(p.tensor->mask) + p.begin;
+      using Word = WordOf<kElement>;
+      auto* mask = static_cast<Word*>(p.tensor->mask) + p.begin;
       over_listed(p, [&](uint64_t key, uint32_t offset) {
-        if (wanted(key, offset)) mask[offset] = Magnitude<kElement>::kOne;
+        mask[offset] = static_cast<Word>(Magnitude<kElement>::kOne * static_cast<Word>(wanted(key, offset)));
       });
     });
   }

@@ -8,6 +8,8 @@
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
+constexpr int kListedBlindly = 3;
+
 template <Element kElement>
 struct Keys {
   using Word = WordOf<kElement>;
@@ -40,6 +42,7 @@ void topk_split(TopkSplit& job) {
   const Word* x = static_cast<const Word*>(job.input);
   Word* mask = static_cast<Word*>(job.mask);
   Word* keys = static_cast<Word*>(job.keys);
+  uint32_t* offsets = job.offsets;
   // NaNs have many patterns; a band that starts or ends at NaN takes them all.
   const Word largest = static_cast<Word>(~Word{0}) >> 1;
   const Word high = job.high >= kNanKey<kElement> ? largest : static_cast<Word>(job.high);
@@ -51,11 +54,16 @@ void topk_split(TopkSplit& job) {
     uint64_t above, inside;
     K::compare(x + i, mask + i, high_lanes, below_lanes, above, inside);
     total += __builtin_popcountll(above);
-    for (; inside != 0; inside &= inside - 1, ++count) {
-      const int64_t at = i + __builtin_ctzll(inside);
+    const auto list_first = [&]() __attribute__((always_inline)) {
+      const int64_t at = i + __builtin_ctzll(inside | uint64_t{1} << 63);
       keys[count] = magnitude_key<kElement>(x[at]);
-      job.offsets[count] = static_cast<uint32_t>(at);
-    }
+      offsets[count] = static_cast<uint32_t>(at);
+      count += inside != 0;
+      inside &= inside - 1;
+    };
+    // Mostly there are a few. How many is random: a branch for each would be mispredicted once a block.
+    for (int j = 0; j < kListedBlindly; ++j) list_first();
+    while (__builtin_expect(inside != 0, false)) list_first();
   }
   if (job.length - i < K::kBlock && count + K::kBlock <= job.capacity) {
     for (; i < job.length; ++i) {
@@ -63,7 +71,7 @@ void topk_split(TopkSplit& job) {
       const bool over = key > high;
       mask[i] = over ? Magnitude<kElement>::kOne : Word{0};
       total += over;
-      if (!over && key >= job.low) keys[count] = key, job.offsets[count++] = static_cast<uint32_t>(i);
+      if (!over && key >= job.low) keys[count] = key, offsets[count++] = static_cast<uint32_t>(i);
     }
   }
   job.done = i, job.count = count, job.above = total;

@@ -97,7 +97,10 @@ def warn_missing_once(name: str) -> None:
     if name in _warned:
         return
     _warned.add(name)
-    usable, reason = available()[name]
+    if name == "cuda":  # no backend to choose, but a part of the package that may be missing
+        usable, reason = native.cuda_missing is None, str(native.cuda_missing)
+    else:
+        usable, reason = available()[name]
     if usable:
         reason = f"it has no such operation. To fix: {ENVIRONMENT}=reference says that this is intended"
     warnings.warn(

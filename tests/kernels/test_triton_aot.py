@@ -28,6 +28,7 @@ from coreai_kernels import Format, RangeUpdate, Scheme  # noqa: E402
 from coreai_kernels.triton import (  # noqa: E402
     bits,
     fake_quantize,
+    masks,
     observe_and_fake_quantize,
     observe_range,
     qparams,
@@ -267,6 +268,35 @@ def _bits(width: int) -> list[Variant]:
     ]
 
 
+def _nm(dtype: torch.dtype, n: int, m: int, axis: int) -> Variant:
+    in_registers = (m, axis) == (4, 1)
+    return Variant(
+        f"nm-{short(dtype)}-{n}_{m}-axis_{axis}",
+        lambda: masks.nm_mask(meta(1024, 4096, dtype=dtype), n, m, axis),
+        ("quads" if in_registers else "groups",),
+        wide_loads=in_registers,
+        wide_stores=in_registers,
+        divides=False,
+    )
+
+
+def _norms(dtype: torch.dtype, axis: int) -> Variant:
+    block_size = [1, 4096] if axis == 0 else [1024, 1]
+
+    def run() -> Any:
+        return masks._block_norms(meta(1024, 4096, dtype=dtype), block_size)
+
+    name = f"norms-{short(dtype)}-axis_{axis}"
+    return Variant(name, run, ("norms",), wide_loads=False, wide_stores=False, divides=False)
+
+
+def _product(dtype: torch.dtype) -> Variant:
+    def run() -> Any:
+        return masks.apply_mask(meta(1024, 4096, dtype=dtype), meta(1024, 4096, dtype=dtype))
+
+    return Variant(f"product-{short(dtype)}", run, ("product",), divides=False)
+
+
 ASYMMETRIC, GLOBAL, LATEST = Scheme.ASYMMETRIC, RangeUpdate.GLOBAL_MINMAX, RangeUpdate.LATEST
 VARIANTS = [
     *(forward(blocks, dtype, "int4") for blocks in BLOCKS for dtype in (FP32, BF16)),
@@ -326,6 +356,15 @@ VARIANTS = [
     _choose(FP32, Scheme.SYMMETRIC, "e2m1", power_of_two=True),
     *_bits(4),
     *_bits(3),
+    _nm(FP32, 2, 4, 1),
+    _nm(BF16, 1, 4, 1),
+    _nm(FP32, 2, 4, 0),
+    _nm(BF16, 4, 8, 1),
+    _nm(FP32, 5, 32, 1),
+    _norms(FP32, 0),
+    _norms(BF16, 1),
+    _product(FP32),
+    _product(BF16),
 ]
 
 

@@ -24,7 +24,7 @@ if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4)
     pytest.skip(reason, allow_module_level=True)
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
-_ELEMENTS = "test_fake_quantize or test_quantize or test_bits or test_64"
+_ELEMENTS = "test_fake_quantize or test_quantize or test_bits or test_64 or test_masks"
 _STEPS = "test_observe_and_fake_quantize or test_tensor_in_parts"
 PARTS = {"elements": _ELEMENTS, "steps": _STEPS, "others": f"not ({_ELEMENTS} or {_STEPS})"}
 

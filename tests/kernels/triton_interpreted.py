@@ -12,6 +12,7 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
 from tests.kernels.support import assert_same_bits
 from tests.kernels.triton_support import (
     DTYPES,
@@ -148,6 +149,21 @@ def test_bits(bits: int, numel: int) -> None:
             results[backend] = [packed, *both]
     for got, wanted in zip(results["triton"], results["reference"], strict=True):
         assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+def test_masks(content: str, layout: str) -> None:
+    turn = CONTENTS.index(content)
+    for i, dtype in ((turn, DTYPES[turn % 4]), (turn + 1, DTYPES[(turn + len(layout)) % 4])):
+        weight = Weight((4, 8, 3, 6), content, layout, dtype, seed=i)
+        for n, m, axis in ((2, 4, 1), (1, 4, 0), (3, 6, 3), (1, 2, -1), (2, 3, 2), (5, 8, 1)):
+            check_nm("triton", "cpu", weight, n, m, axis)
+        check_nm("triton", "cpu", Weight((6, 40), content, layout, dtype, seed=i), 2, 4, 1)
+        for block_size in ((1, 8, 3, 6), (4, 1, 3, 6), (4, 8, 3, 1), (4, 8, 3, 6), (2, 1, 3, 2)):
+            check_blocks("triton", "cpu", weight, 1, block_size)
+        check_blocks("triton", "cpu", Weight((70, 40), content, layout, dtype, seed=i), 13, (70, 1))
+        check_product("triton", "cpu", weight, Weight((4, 8, 3, 6), "special", "contiguous", dtype))
 
 
 def test_every_update_is_here() -> None:

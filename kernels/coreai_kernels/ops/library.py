@@ -29,6 +29,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     triton: Callable[..., Any] | None = None,
+    on_cuda: str = "triton",
 ) -> None:
     """Register operator ``coreai_kernels::name``.
 
@@ -38,13 +39,15 @@ def define(
         reference: implementation in plain torch, for any device.
         fake: shape function, run on fake tensors.
         triton: implementation for CUDA tensors.
+        on_cuda: what the reference stands in for where CUDA tensors have nothing faster: ``triton``, or
+            ``cuda`` for an operator that is written in CUDA C++.
     """
     _library.define(name + schema)
     torch.library.register_fake(f"coreai_kernels::{name}", fake, lib=_library)
     _operators[name] = getattr(torch.ops.coreai_kernels, name).default
     _functions[name] = {"reference": reference} | ({"triton": triton} if triton else {})
     on_gpu = triton if _TRITON_IS_INSTALLED else None
-    for key, missing, kernel in (("CPU", "native", None), ("CUDA", "triton", on_gpu)):
+    for key, missing, kernel in (("CPU", "native", None), ("CUDA", on_cuda, on_gpu)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key):
             _library.impl(name, kernel or _standing_in(missing, reference), key)
 

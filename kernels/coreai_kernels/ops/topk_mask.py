@@ -16,12 +16,14 @@ define(
     "(Tensor weight, int num_keep) -> Tensor",
     reference=reference.topk_mask,
     fake=lambda weight, num_keep: torch.empty_like(weight),
+    on_cuda="cuda",
 )
 define(
     "topk_masks",
     "(Tensor[] weights, int num_keep) -> Tensor[]",
     reference=reference.topk_masks,
     fake=lambda weights, num_keep: [torch.empty_like(weight) for weight in weights],
+    on_cuda="cuda",
 )
 
 
@@ -73,4 +75,6 @@ def topk_masks(weights: Sequence[Tensor], num_keep: int) -> list[Tensor]:
                 f"weights[{i}] on {weight.device}"
             )
     checks.check_num_keep(num_keep, sum(weight.numel() for weight in weights), "elements")
+    if not weights:  # no tensor to choose a backend by
+        return []
     return implementation("topk_masks")([weight.detach() for weight in weights], num_keep)  # type: ignore[no-any-return]

@@ -7,10 +7,13 @@ from typing import Any
 __all__ = ["get"]
 
 _MODULES = {
+    "apply_mask": "masks",
+    "block_mask": "masks",
     "choose_qparams": "qparams",
     "dequantize": "quantize",
     "fake_quantize_backward": "fake_quantize",
     "fake_quantize_forward": "fake_quantize",
+    "nm_mask": "masks",
     "observe_and_fake_quantize": "observe_and_fake_quantize",
     "observe_and_fake_quantize_": "observe_and_fake_quantize",
     "observe_range": "observe_range",

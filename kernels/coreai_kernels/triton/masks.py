@@ -1,0 +1,234 @@
+"""``nm_mask``, ``block_mask`` and ``apply_mask``. The selection of ``topk_mask`` is CUDA C++."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from coreai_kernels.reference import block_mask as reference
+from coreai_kernels.triton import tiles
+from coreai_kernels.triton.elementwise import fp32, narrow
+from coreai_kernels.triton.launch import launch
+from coreai_kernels.triton.layout import dense
+
+__all__ = ["apply_mask", "block_mask", "nm_mask"]
+
+_INFINITY = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def magnitude_key(x):
+    """Integer that ranks as ``|x|`` does: see ``reference/magnitude.py``. All NaNs are one above infinity."""
+    if x.dtype == tl.float64:
+        key = x.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+        key = tl.minimum(key, 0x7FF0000000000001)
+    elif x.dtype == tl.float32:
+        key = tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+    elif x.dtype == tl.bfloat16:
+        key = tl.minimum(x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0x7F81)
+    else:
+        key = tl.minimum(x.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 0x7C01)
+    return key
+
+
+@triton.jit
+def _before(other, key, FIRST: tl.constexpr):
+    """1 where an element with key ``other`` ranks before one with ``key``; ``FIRST``: its index is lower."""
+    if FIRST:
+        before = other >= key
+    else:
+        before = other > key
+    return before.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _quads(weight, mask, numel, N: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+    # Groups of four neighbours: a thread holds whole groups, and compares them without the others.
+    start = tl.program_id(0).to(tl.int64) * TILE
+    element = tl.arange(0, TILE)
+    valid = element < numel.to(tl.int64) * UNIT - start
+    x = tl.load(weight + start + element, mask=valid, other=0.0)
+    even, odd = tl.split(tl.reshape(magnitude_key(x), (TILE // 4, 2, 2)))
+    k0, k2 = tl.split(even)
+    k1, k3 = tl.split(odd)
+    r0 = _before(k1, k0, False) + _before(k2, k0, False) + _before(k3, k0, False)
+    r1 = _before(k0, k1, True) + _before(k2, k1, False) + _before(k3, k1, False)
+    r2 = _before(k0, k2, True) + _before(k1, k2, True) + _before(k3, k2, False)
+    r3 = _before(k0, k3, True) + _before(k1, k3, True) + _before(k2, k3, True)
+    rank = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (TILE,))
+    tl.store(mask + start + element, tl.where(rank < N, 1.0, 0.0).to(mask.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["groups", "inner"])
+def _groups(
+    weight, mask, groups, inner, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr
+):
+    # Groups of any size, whose elements are ``inner`` apart.
+    group = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    place = tl.arange(0, PADDED)
+    inner = inner.to(tl.int64)
+    element = (group // inner * M * inner + group % inner)[:, None] + place[None, :] * inner
+    valid = (group < groups)[:, None] & (place < M)[None, :]
+    key = magnitude_key(tl.load(weight + element, mask=valid, other=0.0))
+    key = tl.where(valid, key, -1)
+    other, own = key[:, None, :], key[:, :, None]
+    lower = (place[None, :] < place[:, None])[None, :, :]
+    rank = tl.sum(((other > own) | ((other == own) & lower)).to(tl.int32), 2)
+    tl.store(mask + element, tl.where(rank < N, 1.0, 0.0).to(mask.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["channels", "outer", "inner"])
+def _norms(
+    weight,
+    norms,
+    channels,
+    outer,
+    inner,
+    BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Slices [:, channel, :] of outer x channels x inner elements: the largest magnitude, then the sum. A
+    # program takes one slice, or if COLUMNS (inner is one) as many as are WIDTH.
+    program = tl.program_id(0).to(tl.int64)
+    stride = channels.to(tl.int64) * inner
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    if COLUMNS:
+        base = program * WIDTH
+        span = channels - base
+        steps = span * 0 + 1
+    else:
+        base = program * inner
+        span = inner.to(tl.int64)
+        steps = span
+    peaks = tl.zeros((ROWS, WIDTH), tl.int32)
+    for first in range(0, outer, ROWS):
+        for step in range(0, steps, WIDTH):
+            element = base + (first + row).to(tl.int64)[:, None] * stride + (step + column)[None, :]
+            valid = (first + row < outer)[:, None] & (step + column < span)[None, :]
+            x = fp32(tl.load(weight + element, mask=valid, other=0.0))
+            peaks = tl.maximum(peaks, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    peak = tl.max(peaks, 0)
+    if not COLUMNS:
+        peak = tl.zeros_like(peak) + tl.max(peak, 0)
+    largest = tl.minimum(peak, _INFINITY - 1).to(tl.float32, bitcast=True).to(tl.float64)
+    # 2**52 units: adding and taking it away rounds to a whole number of units. See the reference.
+    exponent = tl.maximum((largest.to(tl.int64, bitcast=True) >> 52) + 1 + BITS - 52, 1) + 52
+    shift = (exponent << 52).to(tl.float64, bitcast=True)
+    sums = tl.zeros((ROWS, WIDTH), tl.float64)
+    for first in range(0, outer, ROWS):
+        for step in range(0, steps, WIDTH):
+            element = base + (first + row).to(tl.int64)[:, None] * stride + (step + column)[None, :]
+            valid = (first + row < outer)[:, None] & (step + column < span)[None, :]
+            x = fp32(tl.load(weight + element, mask=valid, other=0.0))
+            sums += (tl.abs(x).to(tl.float64) + shift[None, :]) - shift[None, :]
+    norm = tl.sum(sums, 0)
+    if not COLUMNS:
+        norm = tl.zeros_like(norm) + tl.sum(norm, 0)
+    norm = tl.where(peak == _INFINITY, float("inf"), norm)
+    norm = tl.where(peak > _INFINITY, float("nan"), norm)
+    if COLUMNS:
+        tl.store(norms + base + column, norm, mask=column < span)
+    else:
+        tl.store(norms + program + column, norm, mask=column < 1)
+
+
+@triton.jit(do_not_specialize=["numel"])
+def _product(weight, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * TILE
+    element = tl.arange(0, TILE)
+    valid = element < numel.to(tl.int64) * UNIT - start
+    x = tl.load(weight + start + element, mask=valid, other=0.0)
+    m = tl.load(mask + start + element, mask=valid, other=0.0)
+    if x.dtype == tl.float64:
+        y = x * m
+    else:
+        y = narrow(fp32(x) * fp32(m), output.dtype.element_ty)
+    tl.store(output + start + element, y, mask=valid)
+
+
+def _same_strides(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor`` with its elements where ``like`` has them."""
+    return tensor if tensor.stride() == like.stride() else torch.empty_like(like).copy_(tensor)
+
+
+def nm_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """See ``reference/nm_mask.py``."""
+    source = dense(weight)
+    mask = torch.empty_like(source)
+    numel = source.numel()
+    if numel == 0:
+        return mask
+    inner = source.stride(axis) if source.size(axis) > 1 else 1
+    if m == 4 and inner == 1:
+        tile, unit = tiles.tile_elements(numel, source.element_size()), tiles.unit_of(numel)
+        programs = triton.cdiv(numel, tile)
+        launch(_quads, programs, source, source, mask, numel // unit, N=int(n), UNIT=unit, TILE=tile, warps=4)
+        return mask
+    padded = triton.next_power_of_2(m)
+    tile = max(1, 4096 // (padded * padded))
+    groups = numel // m
+    programs = triton.cdiv(groups, tile)
+    constants = {"N": int(n), "M": int(m), "PADDED": padded, "TILE": tile}
+    launch(_groups, programs, source, source, mask, groups, inner, **constants, warps=4)
+    return mask
+
+
+def _channels(source: Tensor, block_size: list[int]) -> tuple[int, int, int] | None:
+    """The memory as outer x channels x inner where blocks are slices along one axis; else None."""
+    grid = [axis for axis, block in enumerate(block_size) if block != source.size(axis)]
+    if len(grid) > 1 or any(block_size[axis] != 1 for axis in grid):
+        return None
+    if not grid:
+        return 1, 1, source.numel()
+    channels, inner = source.size(grid[0]), source.stride(grid[0])
+    return source.numel() // (channels * inner), channels, inner
+
+
+def _block_norms(source: Tensor, block_size: list[int]) -> Tensor:
+    """See ``reference/block_mask.py``, which also serves float64 and blocks that are not slices."""
+    channels = _channels(source, block_size)
+    if channels is None or source.dtype == torch.float64:
+        return reference.block_norms(source, tuple(block_size))
+    outer, count, inner = channels
+    grid = [size // block for size, block in zip(source.shape, block_size, strict=True)]
+    norms = torch.empty(grid, dtype=torch.float64, device=source.device)
+    columns = inner == 1 and count > 1
+    width = 32 if columns else min(1024, triton.next_power_of_2(inner))
+    programs = triton.cdiv(count, width) if columns else count
+    constants = {"BITS": (math.prod(block_size) - 1).bit_length(), "COLUMNS": columns}
+    shape = {"ROWS": 1024 // width, "WIDTH": width}
+    launch(_norms, programs, source, source, norms, count, outer, inner, **constants, **shape, warps=4)
+    return norms
+
+
+def block_mask(weight: Tensor, num_keep: int, block_size: list[int]) -> Tensor:
+    """See ``reference/block_mask.py``."""
+    source = dense(weight)
+    if source.numel() == 0:
+        return torch.empty_like(source)
+    keep = torch.ops.coreai_kernels.topk_mask(_block_norms(source, block_size), num_keep)
+    expanded = keep.to(weight.dtype)
+    for axis, block in enumerate(block_size):
+        if block > 1 and expanded.size(axis) > 1:
+            expanded = expanded.repeat_interleave(block, axis)
+    return torch.empty_like(source).copy_(expanded)
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """See ``reference/apply_mask.py``."""
+    source = dense(weight)
+    factor = _same_strides(mask, source)
+    output = torch.empty_like(source)
+    numel = source.numel()
+    if numel:
+        tile, unit = tiles.tile_elements(numel, source.element_size()), tiles.unit_of(numel)
+        programs = triton.cdiv(numel, tile)
+        launch(
+            _product, programs, source, source, factor, output, numel // unit, UNIT=unit, TILE=tile, warps=4
+        )
+    return output
