@@ -7,6 +7,7 @@ give the same bits. See :func:`use_backend` to choose one.
 from coreai_kernels.backends import use_backend
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.fake_quantize import fake_quantize
+from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
 from coreai_kernels.ops.observe_and_fake_quantize import observe_and_fake_quantize
 from coreai_kernels.ops.observe_range import observe_range
 from coreai_kernels.ops.qparams import choose_qparams
@@ -20,6 +21,8 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "foreach_fake_quantize",
+    "foreach_observe_and_fake_quantize",
     "grid_shape",
     "observe_and_fake_quantize",
     "observe_range",
