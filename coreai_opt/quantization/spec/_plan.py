@@ -51,6 +51,7 @@ class Plan:
         is_built_in: whether the forward quantizes as the built-in class's does.
         step: the configuration of the fused training step, None if the modules' methods do something else.
         state: buffers that have been found to suit the fused training step.
+        setting: what the step on them shares with other simulators' steps, once somebody has asked.
     """
 
     __slots__ = (
@@ -59,6 +60,7 @@ class Plan:
         "is_built_in",
         "is_stateless",
         "keeps_range",
+        "setting",
         "settings",
         "state",
         "step",
@@ -77,6 +79,7 @@ class Plan:
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
         self.step = None if is_empty or step is None else (self.block_size, *step)
         self.state: State = (None,) * 5
+        self.setting: tuple[Any, ...] | None = None
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -150,6 +153,7 @@ def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool]
         not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
     ):
         plan.state = (scale, zero_point, minval, running_min, running_max)
+        plan.setting = None
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
 

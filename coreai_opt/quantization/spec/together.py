@@ -73,7 +73,8 @@ def simulate_together(simulators: Sequence[FakeQuantizeImplBase], tensors: Seque
 
 def _task_of(simulator: FakeQuantizeImplBase, tensor: Tensor) -> Task | None:
     """What the fused operators have to do for the simulator; None if its own forward has to."""
-    flags = simulator._current_flags()
+    flags = simulator._flags
+    flags.update(simulator._buffers)
     if flags.disabled or not flags.fake_quant or tensor.numel() >= _LARGE or _is_hooked(simulator):
         return None
     try:
@@ -84,7 +85,9 @@ def _task_of(simulator: FakeQuantizeImplBase, tensor: Tensor) -> Task | None:
         return None
     calculator: Any = simulator._modules["qparams_calculator"]
     scale = calculator._buffers.get("scale")
-    if not plan.is_stateless and (scale is None or not is_shaped(scale)):
+    # The first observation gives the buffers their shape, which no error further down the list should leave
+    # without values.
+    if scale is not plan.state[0] and (scale is None or not is_shaped(scale)):
         return None
     if flags.observe or plan.is_stateless:
         return _step_of(plan, calculator, tensor)
@@ -99,7 +102,11 @@ def _step_of(plan: Plan, calculator: Any, tensor: Tensor) -> Task | None:
     if found is None:
         return None
     state, has_running = found
-    return (True, plan.step[1:], *_kinds(state), has_running), state, plan.block_size
+    if state is not plan.state:
+        return (True, plan.step[1:], *_kinds(state), has_running), state, plan.block_size
+    if plan.setting is None:
+        plan.setting = (True, plan.step[1:], *_kinds(state), has_running)
+    return plan.setting, state, plan.block_size
 
 
 def _kinds(row: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
