@@ -16,7 +16,7 @@ __all__ = ["CallPlan", "ModuleConfigs", "Plan", "StatePlan", "boundary_modules",
 logger = logging.getLogger(__name__)
 
 Specs = Mapping[Any, QuantizationSpec | None]
-ModuleConfigs = Mapping[ConfigLevel, Mapping[str, ModuleQuantizerConfig]]
+ModuleConfigs = Mapping[ConfigLevel, dict[str, ModuleQuantizerConfig]]
 
 _MISSING: Any = object()
 
@@ -104,9 +104,7 @@ def _boundaries(
     """Specifications of the tensors that modules receive and return, by their identity."""
     received: dict[int, QuantizationSpec | None] = {}
     returned: dict[int, QuantizationSpec | None] = {}
-    passed: dict[str, set[int]] = {}
     for name, tensors in trace.inputs:
-        passed.setdefault(name, set()).update(identity for _, identity in tensors)
         for index, identity in tensors:
             spec = _lookup(configs[name].module_input_spec, index)
             if spec is not _MISSING:
@@ -114,8 +112,8 @@ def _boundaries(
     for name, tensors in trace.outputs:
         for index, identity in tensors:
             spec = _lookup(configs[name].module_output_spec, index)
-            # Inner modules return first, and theirs holds. What only passes through is no result.
-            if spec is not _MISSING and identity not in passed.get(name, ()):
+            # Inner modules return first, and theirs holds.
+            if spec is not _MISSING:
                 returned.setdefault(identity, spec)
     return received, returned
 
@@ -158,7 +156,6 @@ def _plan_call(
 def _plan_states(
     trace: Trace, configs: ModuleConfigs, by_name: Mapping[str, ModuleQuantizerConfig]
 ) -> list[StatePlan]:
-    # Keyed by the tensor; a later decision keeps the place of the first in the order.
     chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None]] = {}
     for traced in _in_order_of_precedence(trace, configs):
         for call in traced.calls.values():
@@ -175,7 +172,8 @@ def _plan_states(
                     spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
                     if spec is not _MISSING and operand.is_quantizable:
                         chosen[operand.tensor_id] = (operand.owners, spec)
-    return [StatePlan(places, spec) for places, spec in chosen.values() if spec is not None]
+    found = [StatePlan(places, spec) for places, spec in chosen.values() if spec is not None]
+    return sorted(found, key=lambda plan: plan.places[0].rank)
 
 
 def _name_in(operand: Operand, module_name: str) -> str:
@@ -187,9 +185,8 @@ def _name_in(operand: Operand, module_name: str) -> str:
 def _in_order_of_precedence(trace: Trace, configs: ModuleConfigs) -> Iterator[ModuleTrace]:
     by_name = {traced.name: traced for traced in trace.modules.values()}
     for level in sorted(configs, key=lambda each: each.value, reverse=True):
-        names = list(configs[level])
-        # Among names and types the later entry of a configuration comes first.
-        for name in names if level is ConfigLevel.GLOBAL else reversed(names):
+        # What takes precedence comes first in a level.
+        for name in reversed(configs[level]):
             if name in by_name:
                 yield by_name[name]
 

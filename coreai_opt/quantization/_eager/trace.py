@@ -22,11 +22,12 @@ def is_quantizable(value: object) -> bool:
 
 @dataclass(frozen=True)
 class State:
-    """A parameter or buffer, where a module owns it."""
+    """A parameter or buffer, where a module owns it; ``rank`` orders those of a model."""
 
     module: nn.Module
     module_name: str
     name: str
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class _Recorder(TorchFunctionMode):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     known = self.owners.get(id(tensor), ())
-                    self.owners[id(tensor)] = (*known, State(module, module_name, name))
+                    self.owners[id(tensor)] = (*known, State(module, module_name, name, len(self.owners)))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -135,6 +136,8 @@ class _Recorder(TorchFunctionMode):
         if operation is None:
             return func(*args, **kwargs)
         operands = self._operands(func, args, kwargs)
+        if not operands:
+            return func(*args, **kwargs)
         label = self.frames[-1].next_label(operation)
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
