@@ -122,7 +122,7 @@ def warned(make: Callable[[], Any]) -> tuple[str, ...]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make()
-    words = ("prepared", "graph mode")
+    words = ("prepared", "graph mode", "qat_schedule")
     return tuple(w.category.__name__ for w in caught if any(word in str(w.message) for word in words))
 
 
@@ -196,6 +196,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "preserved attributes, warnings": lambda: warned(
         lambda: Quantizer(Model(), eager(preserved_attributes=[]))
     ),
+    "step without a schedule, warnings": lambda: warned(lambda: within("training_mode", lambda q: q.step())),
     "a submodule alone": lambda: prepared().model.layer(X),
     "another branch": lambda: prepared().model(X, 2, False, torch.ones(4)),
     "more calls than prepared": lambda: prepared().model(X, 3),
