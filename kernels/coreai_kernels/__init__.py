@@ -9,6 +9,7 @@ from coreai_kernels.ops.apply_mask import apply_mask
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
 from coreai_kernels.ops.fake_quantize import fake_quantize
+from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
 from coreai_kernels.ops.nm_mask import nm_mask
 from coreai_kernels.ops.observe_and_fake_quantize import observe_and_fake_quantize
 from coreai_kernels.ops.observe_range import observe_range
@@ -27,6 +28,8 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "foreach_fake_quantize",
+    "foreach_observe_and_fake_quantize",
     "grid_shape",
     "nm_mask",
     "observe_and_fake_quantize",
