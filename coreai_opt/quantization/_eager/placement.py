@@ -54,8 +54,8 @@ def build(plan: Plan) -> Simulators:
             full_name = f"{traced.name}.{name}".lstrip(".")
             if hasattr(traced.module, name):
                 raise RuntimeError(
-                    f"{type(traced.module).__name__} {traced.name!r} has an attribute {name!r}, the name of a "
-                    f"simulator to be put there. Rename the attribute."
+                    f"{type(traced.module).__name__} {traced.name!r} has an attribute {name!r}, the name "
+                    f"of a simulator to be put there. Rename the attribute."
                 )
             if has_open_axis(spec.granularity):
                 open_axes.append(full_name)
