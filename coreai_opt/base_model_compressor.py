@@ -177,11 +177,23 @@ def remove_first(module: nn.Module, attribute: str) -> None:
     """Take the first parametrization off an attribute, and leave its result in the tensor."""
     chain: Any = getattr(module.parametrizations, attribute)
     if len(chain) == 1:
+        _give_own_class(module)
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
         return
     with torch.no_grad():
         chain.original.set_(chain[0](chain.original))
     del chain[0]
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Let ``module`` share its class with no other.
+
+    torch makes a class for each parametrized module, which its copies share, and takes the attribute off that
+    class when a parametrization goes: off all copies.
+    """
+    shared = type(module)
+    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def _parametrizations(module: nn.Module) -> Iterable[tuple[str, Any]]:

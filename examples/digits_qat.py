@@ -1,4 +1,4 @@
-"""Quantization-aware training of a small network on handwritten digits, on fused and on plain kernels.
+"""Quantization-aware training and pruning of a small network on handwritten digits.
 
     python examples/digits_qat.py            # prints a table, writes demo/report.png
 
@@ -8,9 +8,11 @@ The steps, one function each in :func:`main`:
 2. put simulators on its weights (int4 in blocks) and on the inputs of its layers (int8): rounding alone;
 3. train on with the simulators in place, once on the fused kernels and once on plain torch. Both runs must
    give the same losses and the same model, bit for bit, or the script fails;
-4. pack the weights as a file would hold them, and time single steps.
+4. prune the float network while it trains on: three quarters of each weight, and two of every four elements;
+5. pack the weights as a file would hold them, and time single steps.
 
-How a simulator meets a model is in ``quantized_layer.py``; network and data are in ``digits_model.py``.
+How a simulator meets a model is in ``quantized_layer.py``, how a model is pruned in ``pruned_model.py``;
+network and data are in ``digits_model.py``.
 """
 
 import argparse
@@ -25,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from digits_model import Digits, DigitsNet, load_data
 from measure import median_seconds, peak_bytes
-from quantized_layer import float_size, frozen_ranges, packed_size, quantized_copy
-from report import Report, Result, print_table, write_plots
+from pruned_model import PATTERNS, Pruning, sparse_size, zeros
+from quantized_layer import Size, float_size, frozen_ranges, packed_size, quantized_copy
+from report import TITLES, Report, Result, print_table, write_plots
 from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -69,7 +72,14 @@ def training_step(
 
 
 def train(
-    model: nn.Module, data: Digits, title: str, *, epochs: int, learning_rate: float, seed: int
+    model: nn.Module,
+    data: Digits,
+    title: str,
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    after_step: Callable[[], None] = lambda: None,
 ) -> History:
     """Train ``model`` in place. The seed alone decides the order of the images."""
     shuffling = torch.Generator().manual_seed(seed)
@@ -83,6 +93,7 @@ def train(
             for batch in torch.randperm(len(data.train_labels), generator=shuffling).split(BATCH)[:steps]:
                 loss = training_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
                 schedule.step()
+                after_step()
                 history.losses.append(loss.item())
                 progress.update()
             history.accuracies.append(accuracy(predict(model, data.test_images), data.test_labels))
@@ -108,6 +119,13 @@ def require_identical(runs: dict[str, History], models: dict[str, nn.Module]) ->
     for name, value in models["fused"].state_dict().items():
         if not torch.equal(value, other[name]):
             sys.exit(f"the backends differ: after training, {name} is not the same")
+
+
+def size_of(name: str, model: nn.Module) -> Size:
+    """Bytes of a model as a file would hold it."""
+    if name == "float32":
+        return float_size(model)
+    return sparse_size(model) if name in PATTERNS else packed_size(model)
 
 
 def step_on(backend: str, model: nn.Module, data: Digits) -> Callable[[], object]:
@@ -159,8 +177,24 @@ def main() -> None:
             )
     require_identical(runs, trained)
 
-    models = {"float32": model, "rounded": rounded, **trained}
-    steps = {name: step_on(BACKENDS.get(name, "auto"), models[name], data) for name in runs}
+    prunings = {}
+    steps_to_come = epochs // 2 * (len(data.train_labels) // BATCH)
+    for name, spec in PATTERNS.items():
+        prunings[name] = Pruning.of(model, spec, data.train_images[:1], steps_to_come)
+        runs[name] = train(
+            prunings[name].model,
+            data,
+            TITLES[name].replace("\n", " "),
+            epochs=epochs // 2,
+            learning_rate=5e-4,
+            seed=seed,
+            after_step=prunings[name].step,
+        )
+    in_training = {"float32": model, **trained, **{name: each.model for name, each in prunings.items()}}
+    pruned = {name: each.finished() for name, each in prunings.items()}
+
+    models = {"float32": model, "rounded": rounded, **trained, **pruned}
+    steps = {name: step_on(BACKENDS.get(name, "auto"), in_training[name], data) for name in runs}
     seconds = median_seconds(steps, rounds=2 if arguments.quick else 25)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
     results = {}
@@ -169,17 +203,24 @@ def main() -> None:
         results[name] = Result(
             accuracy=accuracy(scores, data.test_labels),
             loss=F.cross_entropy(scores, data.test_labels).item(),
-            size=float_size(each) if name == "float32" else packed_size(each),
+            size=size_of(name, each),
+            zeros=zeros(each) if name in pruned else None,
             seconds=seconds.get(name),
             peak=peaks.get(name),
             predictions=scores.argmax(1),
         )
 
     console = Console()
-    report = Report(results, {name: (run.losses, run.accuracies) for name, run in runs.items()})
+    report = Report(
+        results,
+        {name: (run.losses, run.accuracies) for name, run in runs.items()},
+        {name: each.sparsities for name, each in prunings.items()},
+    )
     print_table(report, console)
     same = f"The {len(runs['fused'].losses)} QAT losses and the final models of both backends are identical."
-    console.print(same, "Packed weights, unpacked, equal the simulated ones bit for bit.", sep="\n")
+    console.print(
+        same, "Packed weights, unpacked, equal the simulated and the pruned ones bit for bit.", sep="\n"
+    )
     for name, run in runs.items():
         console.print(f"last training loss, {name}: {run.losses[-1]!r}", highlight=False)
     write_plots(report, data, arguments.out / "report.png")

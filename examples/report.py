@@ -22,17 +22,30 @@ TITLES = {
     "rounded": "rounded,\nno training",
     "fused": "QAT,\nfused",
     "reference": "QAT,\nreference",
+    "sparse75": "pruned,\n75 %",
+    "sparse24": "pruned,\n2:4",
 }
-COLOURS = {"float32": "#7f7f7f", "rounded": "#e69f00", "fused": "#0072b2", "reference": "#d55e00"}
+COLOURS = {
+    "float32": "#7f7f7f",
+    "rounded": "#e69f00",
+    "fused": "#0072b2",
+    "reference": "#d55e00",
+    "sparse75": "#009e73",
+    "sparse24": "#cc79a7",
+}
 
 
 @dataclass(frozen=True)
 class Result:
-    """Facts of one model. ``seconds`` and ``peak`` (bytes) are those of a training step, if it has any."""
+    """Facts of one model. ``seconds`` and ``peak`` (bytes) are those of a training step, if it has any.
+
+    ``zeros`` is the fraction of the weights that are zero, where the model was pruned.
+    """
 
     accuracy: float
     loss: float
     size: Size
+    zeros: float | None
     seconds: float | None
     peak: int | None
     predictions: Tensor
@@ -40,16 +53,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Report:
-    """Results by model; training losses (a step each) and test accuracies (an epoch each) by run."""
+    """Results by model; training losses and sparsities (a step each), test accuracies (an epoch each)."""
 
     results: dict[str, Result]
     curves: dict[str, tuple[list[float], list[float]]]
+    sparsities: dict[str, list[float]]
 
 
 def print_table(report: Report, console: Console) -> None:
     table = Table(
-        title="Handwritten digits: int4 weights in blocks, int8 activations",
-        caption="QAT adds epochs to the float32 training: part of its gain comes from them.",
+        title="Handwritten digits: int4 weights and int8 activations, or pruned weights",
+        caption="QAT and pruning add epochs to the float32 training: part of their gain comes from them.",
     )
     table.add_column("")
     for name in report.results:
@@ -64,9 +78,10 @@ def print_table(report: Report, console: Console) -> None:
     table.add_section()
     add("model size (bytes)", lambda r: f"{r.size.total:,}")
     add("  packed weights", lambda r: f"{r.size.weights:,}" if r.size.weights else "–")
-    add("  their scales", lambda r: f"{r.size.scales:,}" if r.size.scales else "–")
+    add("  their scales, or masks", lambda r: f"{r.size.scales:,}" if r.size.scales else "–")
     add("  the rest, float32", lambda r: f"{r.size.rest:,}")
     add("  smaller than float32", lambda r: f"{base.size.total / r.size.total:.2f} ×")
+    add("weights that are zero", lambda r: f"{r.zeros:.1%}" if r.zeros is not None else "–")
     table.add_section()
     add("median step time (ms)", lambda r: f"{1e3 * r.seconds:.1f}" if r.seconds else "–")
     add("  simulation adds (ms)", lambda r: f"{1e3 * (r.seconds - base.seconds):.1f}" if r.seconds else "–")
@@ -76,18 +91,20 @@ def print_table(report: Report, console: Console) -> None:
 
 def write_plots(report: Report, data: Digits, path: Path) -> None:
     """Training curves, costs of a step, and digits that the models read differently, as a PNG."""
-    figure = plt.figure(figsize=(13, 11), layout="constrained")
-    figure.suptitle("Quantization-aware training on digits: int4 weights, int8 activations", size=15)
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=[1.15, 1, 0.85])
+    figure = plt.figure(figsize=(13, 15), layout="constrained")
+    figure.suptitle("Quantization-aware training and pruning on digits", size=15)
+    top, pruning, middle, bottom = figure.subfigures(4, 1, height_ratios=[1.15, 1, 1, 0.85])
 
     loss_axes, accuracy_axes = top.subplots(1, 2)
     _plot_curves(report, loss_axes, accuracy_axes)
+
+    _plot_pruning(report, *pruning.subplots(1, 2))
 
     time_axes, memory_axes, size_axes = middle.subplots(1, 3)
     results = report.results
     times = {name: 1e3 * r.seconds for name, r in results.items() if r.seconds}
     peaks = {name: r.peak / 2**20 for name, r in results.items() if r.peak}
-    sizes = {name: r.size.total / 1024 for name, r in results.items() if name in ("float32", "fused")}
+    sizes = {name: r.size.total / 1024 for name, r in results.items() if name not in ("rounded", "reference")}
     _plot_bars(time_axes, "median training step (ms)", times)
     _plot_bars(memory_axes, "peak memory of a step (MiB)", peaks)
     _plot_bars(size_axes, "model size (KiB)", sizes)
@@ -101,6 +118,8 @@ def write_plots(report: Report, data: Digits, path: Path) -> None:
 def _plot_curves(report: Report, loss_axes: Axes, accuracy_axes: Axes) -> None:
     start, start_epoch = 0, 0
     for name, (losses, accuracies) in report.curves.items():
+        if name in report.sparsities:
+            continue
         # Both QAT runs continue the float one on the same line: dashes over a broad one show both.
         style = {"color": COLOURS[name], "label": TITLES[name].replace("\n", " ")}
         style |= {"reference": {"linestyle": "--", "linewidth": 1.6}, "fused": {"linewidth": 4}}.get(name, {})
@@ -118,6 +137,21 @@ def _plot_curves(report: Report, loss_axes: Axes, accuracy_axes: Axes) -> None:
     lowest = min(rounded, 100 * min(report.curves["fused"][1]))
     accuracy_axes.set(title="test accuracy (%)", xlabel="epoch", ylim=(lowest - 6, 100.5))
     for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def _plot_pruning(report: Report, level_axes: Axes, accuracy_axes: Axes) -> None:
+    for name, levels in report.sparsities.items():
+        style = {"color": COLOURS[name], "label": TITLES[name].replace("\n", " ")}
+        level_axes.plot(np.arange(len(levels)) + 1, [100 * level for level in levels], **style)
+        accuracies = [100 * accuracy for accuracy in report.curves[name][1]]
+        accuracy_axes.plot(np.arange(len(accuracies)) + 1, accuracies, "o-", **style)
+    before = 100 * report.results["float32"].accuracy
+    accuracy_axes.axhline(before, color=COLOURS["float32"], linestyle="--", label="float32, before")
+    level_axes.set(title="pruned weights (%)", xlabel="step", ylim=(0, 100))
+    accuracy_axes.set(title="test accuracy while pruning (%)", xlabel="epoch")
+    for axes in (level_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.legend()
 

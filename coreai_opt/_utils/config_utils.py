@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from coreai_opt._utils.registry_utils import RegistryMixin
+from coreai_opt._utils.registry_utils import registry_key
 
 __all__ = [
     "ConfigLevel",
@@ -96,14 +96,8 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, type):
-        return _registry_key(value)
+        key = registry_key(value)
+        if key is None:
+            raise ValueError(f"{qualified_name(value)} has no registry key, so that YAML cannot name it")
+        return key
     return value
-
-
-def _registry_key(cls: type) -> Any:
-    for base in cls.__mro__[1:]:
-        if issubclass(base, RegistryMixin):
-            for key, registered in vars(base).get("REGISTRY", {}).items():
-                if registered is cls:
-                    return key
-    raise ValueError(f"{qualified_name(cls)} is not registered under a key, so that YAML cannot name it")

@@ -10,7 +10,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
-__all__ = ["ClassRegistryMixin", "ConfigRegistryMixin", "FunctionRegistryMixin", "RegistryMixin"]
+from pydantic import BaseModel, ConfigDict, model_serializer
+
+__all__ = [
+    "ClassRegistryMixin",
+    "ConfigRegistryMixin",
+    "FunctionRegistryMixin",
+    "RegisteredConfig",
+    "RegistryMixin",
+    "registry_key",
+]
 
 T = TypeVar("T")
 ConfigType = TypeVar("ConfigType", bound="ConfigRegistryMixin")
@@ -117,6 +126,30 @@ class ConfigRegistryMixin(ClassRegistryMixin):
         arguments = dict(data)
         variant = cls.get_class(arguments.pop("type"))
         return cast(ConfigType, variant(**arguments))
+
+
+def registry_key(cls: type) -> Any:
+    """The key of a class in the registry of its nearest base that has it; None if no base does."""
+    for base in cls.__mro__[1:]:
+        for key, registered in vars(base).get("REGISTRY", {}).items():
+            if registered is cls:
+                return key
+    return None
+
+
+class RegisteredConfig(BaseModel, ConfigRegistryMixin):
+    """Base of immutable configuration classes whose variants a dict names by ``type``.
+
+    A dump holds the ``type`` too, so that loading it gives the same object.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_serializer
+    def _serialize_model(self) -> dict[str, Any]:
+        data = {name: getattr(self, name) for name in type(self).model_fields}
+        key = registry_key(type(self))
+        return data if key is None else data | {"type": key}
 
 
 class FunctionRegistryMixin(RegistryMixin):

@@ -3,11 +3,11 @@
 import bisect
 import math
 from abc import abstractmethod
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import Field, model_validator
 
-from coreai_opt._utils.registry_utils import ConfigRegistryMixin
+from coreai_opt._utils.registry_utils import RegisteredConfig
 
 __all__ = [
     "ConstantSparsitySchedule",
@@ -19,10 +19,8 @@ __all__ = [
 ]
 
 
-class SparsityScheduleBase(BaseModel, ConfigRegistryMixin):
+class SparsityScheduleBase(RegisteredConfig):
     """Base of the schedules. Registered under a key, a schedule can be named as ``{"type": key, ...}``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
     def compute_sparsity(
@@ -35,14 +33,6 @@ class SparsityScheduleBase(BaseModel, ConfigRegistryMixin):
             target_sparsity: the sparsity to reach.
             prev_sparsity: the sparsity before, which stays between two updates.
         """
-
-    @model_serializer
-    def _serialize_model(self) -> dict[str, Any]:
-        data = {name: getattr(self, name) for name in type(self).model_fields}
-        for key, registered in SparsityScheduleBase.REGISTRY.items():
-            if registered is type(self):
-                data["type"] = key
-        return data
 
 
 @SparsityScheduleBase.register("constant")

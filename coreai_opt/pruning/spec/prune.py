@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -226,6 +225,6 @@ class _MagnitudePruneImpl(PruneImplBase):
 
 def _checked_sparsity(sparsity: float, what: str) -> float:
     """``sparsity``; ValueError unless it is in [0, 1]."""
-    if math.isnan(sparsity) or not 0 <= sparsity <= 1:
+    if not 0 <= sparsity <= 1:
         raise ValueError(f"{what} must be in [0, 1], got {sparsity}")
     return sparsity

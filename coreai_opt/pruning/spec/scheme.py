@@ -1,14 +1,15 @@
 """Which elements of a tensor are pruned together."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import coreai_kernels
-from coreai_opt._utils.registry_utils import ConfigRegistryMixin
+from coreai_opt._utils.registry_utils import RegisteredConfig
+from coreai_opt._utils.tensor_utils import normalize_axis
 
 __all__ = ["BlockStructured", "ChannelStructured", "NMStructured", "PruningScheme", "Unstructured"]
 
@@ -18,24 +19,14 @@ def kept_of(count: int, sparsity: float) -> int:
     return count - int(count * sparsity)
 
 
-class PruningScheme(BaseModel, ConfigRegistryMixin):
+class PruningScheme(RegisteredConfig):
     """Base of the schemes, by itself the unstructured one.
 
     A subclass registered under a key can be named in a specification as ``{"type": key, ...}``. Where it
     prunes by another rule than its base, it overrides :meth:`magnitude_mask`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     axis: int | None = None
-
-    @model_serializer
-    def _serialize_model(self) -> dict[str, Any]:
-        data = {name: getattr(self, name) for name in type(self).model_fields}
-        for key, registered in PruningScheme.REGISTRY.items():
-            if registered is type(self):
-                data["type"] = key
-        return data
 
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """1 for what stays and 0 for what is pruned, by magnitude; in the shape and dtype of ``weight``.
@@ -67,7 +58,7 @@ class ChannelStructured(PruningScheme):
 
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """See the base; the number of pruned slices is rounded down."""
-        axis = _axis_of(weight, self.axis)
+        axis = normalize_axis(self.axis, weight.ndim)
         return coreai_kernels.channel_mask(weight, kept_of(weight.shape[axis], sparsity), axis)
 
 
@@ -94,11 +85,11 @@ class NMStructured(PruningScheme):
     @property
     def sparsity(self) -> float:
         """The fraction that the whole pattern prunes."""
-        return 1 - self.n / self.m
+        return (self.m - self.n) / self.m
 
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """See the base; the number of pruned elements in a group is rounded to the nearest."""
-        axis = _axis_of(weight, self.axis)
+        axis = normalize_axis(self.axis, weight.ndim)
         kept = max(self.n, self.m - round(self.m * sparsity))
         if kept < self.m:
             return coreai_kernels.nm_mask(weight, kept, self.m, axis)
@@ -137,11 +128,3 @@ class BlockStructured(PruningScheme):
             for size, block in zip(weight.shape, self.block_size, strict=True)
         )
         return coreai_kernels.block_mask(weight, kept_of(blocks, sparsity), self.block_size)
-
-
-def _axis_of(weight: Tensor, axis: int) -> int:
-    if not -weight.ndim <= axis < weight.ndim:
-        raise ValueError(
-            f"axis must be in [{-weight.ndim}, {weight.ndim}) for shape {tuple(weight.shape)}; got {axis}"
-        )
-    return axis % weight.ndim

@@ -2,12 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_serializer
+from pydantic import Field
 
-from coreai_opt._utils.registry_utils import ConfigRegistryMixin
+from coreai_opt._utils.registry_utils import RegisteredConfig
+from coreai_opt._utils.tensor_utils import normalize_axis
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec.errors import _BlockSizeMismatchError
 
@@ -54,31 +55,14 @@ def resolve_block_sizes(tensor_shape: Sequence[int], block_sizes: Sequence[int])
     return resolved
 
 
-def _normalize_axis(axis: int, rank: int) -> int:
-    """``axis`` counted from the front; ValueError if the tensor has no such axis."""
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis must be in [{-rank}, {rank}) for a tensor of {rank} dimensions; got {axis}")
-    return axis % rank
-
-
-class QuantizationGranularity(BaseModel, ConfigRegistryMixin):
+class QuantizationGranularity(RegisteredConfig):
     """Base of the granularities. A granularity cuts a tensor into equal blocks, each with its own parameters.
 
     A subclass implements ``_get_block_size(shape, target)``; registered under a key, it can be named in a
     specification as ``{"type": key, ...}``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     axis: int | None = None
-
-    @model_serializer
-    def _serialize_model(self) -> dict[str, Any]:
-        data = {name: getattr(self, name) for name in type(self).model_fields}
-        for key, registered in QuantizationGranularity.REGISTRY.items():
-            if registered is type(self):
-                data["type"] = key
-        return data
 
     @abstractmethod
     def _get_block_size(
@@ -125,7 +109,7 @@ class PerChannelGranularity(QuantizationGranularity):
                 "PerChannelGranularity() without an axis leaves it to whoever knows the operation; "
                 "here nobody does: give one, e.g. PerChannelGranularity(axis=0)"
             )
-        block_sizes_list[_normalize_axis(self.axis, len(block_sizes_list))] = 1
+        block_sizes_list[normalize_axis(self.axis, len(block_sizes_list))] = 1
         return block_sizes_list
 
 
@@ -159,7 +143,7 @@ class PerBlockGranularity(QuantizationGranularity):
             raise ValueError(
                 f"block_size={self.block_size} needs an axis; or give a tuple, one entry per dimension"
             )
-        axis = _normalize_axis(self.axis, len(shape))
+        axis = normalize_axis(self.axis, len(shape))
         if shape[axis] % block_size:
             raise _BlockSizeMismatchError(
                 f"size {shape[axis]} of axis {axis} is not divisible by the block size {block_size}"

@@ -1,0 +1,86 @@
+"""Configurations and pruning as in Apple's package: masks, schedules, trained models, errors, checkpoints."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .conftest import Oracle
+from .oracle import ROOT
+from .pruning_calls import CALLS, call
+from .pruning_runs import MODELS, prepare, resume, train
+from .snapshots import differences, freeze
+
+# Calls whose answers differ on purpose, and the headings under which docs/differences.md says why.
+INTENDED = {
+    "int weights": "Inputs that are not floating point are refused",
+    "complex weights": "Inputs that are not floating point are refused",
+    "sparsity 1.5": "Sparsities outside [0, 1] are refused everywhere",
+    "mask sparsity -1": "Sparsities outside [0, 1] are refused everywhere",
+    "vector channels": "Channels of a vector are its elements",
+    "spec unknown field": "Unknown fields of a specification are errors",
+    "type by a shorter name": "Configurations refuse and find more",
+    "set name 3": "Configurations refuse and find more",
+    "yaml schedule": "Schedules can be written down",
+    "model None": "Errors by kind",
+    "config dict": "Errors by kind",
+    "fresh checkpoint": "A checkpoint loads into a fresh simulator",
+    "step count": "The step of a sparsity schedule is part of a checkpoint",
+    "statistics": "prepare leaves no trace",
+    "finalized weights": "MagnitudePruner.finalize gives plain weights, for torch alone",
+    "finalize for Core ML": "MagnitudePruner.finalize gives plain weights, for torch alone",
+    "supported modules": "supported_modules names the modules",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the oracle's process: sums over a batch depend on how torch splits them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trained_state(model_name: str) -> Any:
+    model, pruner, inputs = prepare(model_name, "default")
+    train(model, pruner, inputs, 3)
+    return freeze(dict(model.state_dict()))
+
+
+@pytest.fixture(scope="module")
+def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
+    """From Apple's package, see `pruning_calls.answer`."""
+    states = {name: trained_state(name) for name in MODELS}
+    return asked_oracle.ask("pruning", {"module": "pruning_calls", "states": states})
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])
+def test_like_the_oracle(name: str, answers: dict[str, Any]) -> None:
+    lines = list(differences(answers["calls"][name], call(name)))
+    if lines:
+        pytest.fail("\n".join(lines[:20]), pytrace=False)
+
+
+@pytest.mark.parametrize(("name", "title"), INTENDED.items())
+def test_intended_differences_are_still_there_and_documented(
+    name: str, title: str, answers: dict[str, Any]
+) -> None:
+    assert f"## {title}\n" in Path(ROOT, "docs", "differences.md").read_text()
+    assert any(differences(answers["calls"][name], call(name)))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_oracle_loads_our_checkpoints(model: str, answers: dict[str, Any]) -> None:
+    lines = list(differences(answers["resumed"][model], resume(model, trained_state(model))))
+    if lines:
+        pytest.fail("\n".join(lines[:20]), pytrace=False)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_checkpoints_of_the_oracle_load(model: str, answers: dict[str, Any]) -> None:
+    state = answers["calls"][f"run {model} default"]["trained"][2]["state"]
+    resumed = resume(model, state)
+    assert not any(differences(state, resumed["state"]))
