@@ -122,7 +122,7 @@ def warned(make: Callable[[], Any]) -> tuple[str, ...]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make()
-    words = ("prepared", "graph mode", "qat_schedule")
+    words = ("prepared", "graph mode", "eager mode", "qat_schedule")
     return tuple(w.category.__name__ for w in caught if any(word in str(w.message) for word in words))
 
 
@@ -173,6 +173,10 @@ def with_attribute() -> nn.Module:
 
 def cache() -> OpQuantizerConfig:
     return OpQuantizerConfig(op_input_spec={1: ASYMMETRIC}, op_output_spec=None, op_state_spec=None)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -248,7 +252,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "execution mode": lambda: (
         QuantizerConfig().set_execution_mode("eager").execution_mode is ExecutionMode.EAGER
     ),
-    "execution mode error": lambda: str(InvalidExecutionModeError("lazy")),
+    "execution mode error": lambda: raised(InvalidExecutionModeError("lazy")),
     "schedule observer after fake quant": lambda: QATSchedule(enable_observer=1),
     "schedule off before on": lambda: QATSchedule(enable_fake_quant=3, disable_observer=2),
     "schedule off at 0": lambda: QATSchedule(disable_observer=0),

@@ -54,8 +54,8 @@ def build(plan: Plan) -> Simulators:
             full_name = f"{traced.name}.{name}".lstrip(".")
             if hasattr(traced.module, name):
                 raise RuntimeError(
-                    f"{type(traced.module).__name__} {traced.name!r} has an attribute {name!r}, the name "
-                    f"of a simulator to be put there. Rename the attribute."
+                    f"{type(traced.module).__name__} {traced.name!r} has an attribute {name!r}, "
+                    f"the name of a simulator to be put there. Rename the attribute."
                 )
             if has_open_axis(spec.granularity):
                 open_axes.append(full_name)
@@ -136,17 +136,27 @@ def install_forwards(model: nn.Module, plan: Plan) -> None:
         else:
             forwards.append(ScopeForward(traced.module, traced.name, _groups(calls, sites)))
     intercepts = any(isinstance(each, ScopeForward) for each in forwards)
-    for name, module in model.named_modules():
-        if module in simulated or isinstance(module, FakeQuantizeImplBase | torch.jit.ScriptModule):
-            continue
-        if isinstance(module, WITH_SHORTCUT) or (intercepts and _is_callable(module)):
+    for name, module in _modules_of_the_user(model):
+        if module not in simulated and (isinstance(module, WITH_SHORTCUT) or intercepts):
             forwards.append(ScopeForward(module, name, {}))
     for forward in forwards:
         forward.install()
 
 
-def _is_callable(module: nn.Module) -> bool:
-    return type(module).forward is not nn.Module.forward
+def _modules_of_the_user(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have a forward, without simulators and what belongs to them."""
+    ours: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeImplBase):
+            ours.update(module.modules())
+        elif isinstance(module, parametrize.ParametrizationList) and any(
+            isinstance(each, FakeQuantizeImplBase) for each in module
+        ):
+            ours.add(module)
+    for name, module in model.named_modules():
+        has_forward = type(module).forward is not nn.Module.forward
+        if has_forward and module not in ours and not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
 
 
 def _site(module: nn.Module, plan: CallPlan) -> Site | None:

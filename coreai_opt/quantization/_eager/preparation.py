@@ -20,6 +20,7 @@ from coreai_opt.quantization._eager.placement import (
 )
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
+from coreai_opt.quantization._eager.weights import install_weight_access
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -52,6 +53,7 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         if _drop_disabled(simulators):
             remove_forwards(model)
             install_forwards(model, plan)
+        install_weight_access(model)
 
 
 def _observe_unread_states(simulators: Simulators) -> None:
