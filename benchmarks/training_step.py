@@ -4,12 +4,15 @@ Both contenders run this very file, ours in this process and Apple's in the work
 """
 
 import hashlib
+import logging
+import time
 import warnings
 from typing import Any
 
 import torch
 
 from benchmarks.models import build
+from benchmarks.timing import seconds_per_call
 
 __all__ = ["CONFIGS", "FLOAT", "INT4", "TrainingStep"]
 
@@ -47,6 +50,11 @@ class TrainingStep:
         self._optimizer.step()
         return loss
 
+    def seconds(self, calls: int, cpu_time: bool) -> float:
+        """Mean time of ``calls`` steps in a row: elapsed, or what the process used of the processors."""
+        clock = time.process_time if cpu_time else time.perf_counter
+        return seconds_per_call(self, calls, untimed_call=False, clock=clock)
+
     def digest(self) -> str:
         """Fingerprint of the losses of the next steps: contenders must agree on it."""
         torch.manual_seed(0)
@@ -59,6 +67,8 @@ def _prepare(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], config: s
 
     from coreai_opt.quantization import Quantizer, QuantizerConfig
 
+    # Blocks of 32 fit not every weight, which is said of each.
+    logging.getLogger("coreai_opt").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if config == INT8:

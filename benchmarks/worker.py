@@ -49,8 +49,8 @@ class Worker:
         step = self.steps[config] = TrainingStep(model, config)
         return {"digest": step.digest(), "simulators": step.simulators}
 
-    def sample_training(self, config: str, calls: int) -> float:
-        return seconds_per_call(self.steps[config], calls, untimed_call=False)
+    def sample_training(self, config: str, calls: int, cpu_time: bool) -> float:
+        return self.steps[config].seconds(calls, cpu_time)
 
     def memory(self, case: dict[str, Any]) -> dict[str, float]:
         return memory.of_simulation(Simulation(Case(**case)))
