@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
 
-__all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting"]
+__all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting", "simulate"]
 
 # Modules whose forward takes a shortcut around their submodules unless functions are intercepted.
 WITH_SHORTCUT = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -72,6 +72,14 @@ _active = _Active()
 def is_intercepting() -> bool:
     """Whether the current thread runs a forward that is intercepted."""
     return _active.mode is not None
+
+
+def simulate(simulator: nn.Module, tensor: Tensor) -> Tensor:
+    """The simulator's output. The functions that it calls are none of the forward that is running."""
+    if torch.compiler.is_compiling() or _active.mode is None:
+        return simulator(tensor)  # type: ignore[no-any-return]
+    with torch._C.DisableTorchFunction():
+        return simulator(tensor)  # type: ignore[no-any-return]
 
 
 class ReplacedForward:
@@ -151,11 +159,11 @@ class LeafForward(ReplacedForward):
         simulators: Any = module._modules
         if self.input_name is not None:
             if args:
-                args = (simulators[self.input_name](args[0]), *args[1:])
+                args = (simulate(simulators[self.input_name], args[0]), *args[1:])
             else:
-                kwargs["input"] = simulators[self.input_name](kwargs["input"])
+                kwargs["input"] = simulate(simulators[self.input_name], kwargs["input"])
         result = self._run_unseen(module, args, kwargs)
-        return result if self.output_name is None else simulators[self.output_name](result)
+        return result if self.output_name is None else simulate(simulators[self.output_name], result)
 
 
 class ScopeForward(ReplacedForward):

@@ -7,15 +7,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import resolve_name
 
 __all__ = [
     "FUNCTIONS",
-    "IN_PLACE",
     "LEAF_FORWARDS",
     "MODULES",
     "OPERATIONS",
     "argument_name",
     "function_name",
+    "is_in_place",
 ]
 
 Function = Callable[..., Any]
@@ -48,8 +49,6 @@ FUNCTIONS: dict[Function, str] = {
     function: name for name, (_, functions) in OPERATIONS.items() for function in functions
 }
 
-IN_PLACE = frozenset(name for name in OPERATIONS if name.endswith("_"))
-
 # Forwards of torch's own modules that call one operation, once, on their first argument.
 LEAF_FORWARDS: dict[Function, str] = {
     nn.AdaptiveAvgPool2d.forward: "adaptive_avg_pool2d",
@@ -77,13 +76,18 @@ MODULES: tuple[type[nn.Module], ...] = (
 )
 
 
+def is_in_place(operation: str) -> bool:
+    """Whether the operation writes its result into its first operand."""
+    return operation.endswith("_") and not operation.endswith("__")
+
+
 def function_name(function: Function) -> str | None:
     """What the function is called in names of operations; None for attributes of tensors, such as shape."""
     known = FUNCTIONS.get(function)
     if known is not None:
         return known
-    name = getattr(function, "__name__", None)
-    return None if name in (None, "__get__", "__set__", "__delete__") else name
+    name = (resolve_name(function) or getattr(function, "__name__", "__get__")).rpartition(".")[2]
+    return None if name in ("__get__", "__set__", "__delete__", "__setitem__") else name
 
 
 def argument_name(function: Function, position: int, count: int) -> str:
@@ -97,23 +101,18 @@ def argument_name(function: Function, position: int, count: int) -> str:
 
 
 def _signature(function: Function, count: int) -> tuple[str, ...]:
-    if inspect.isfunction(function):
-        names = []
-        for parameter in inspect.signature(function).parameters.values():
-            if parameter.kind == parameter.VAR_POSITIONAL:
-                break
-            names.append(parameter.name)
+    try:
+        parameters = inspect.signature(function).parameters.values() if inspect.isfunction(function) else ()
+    except ValueError:  # a wrapper of what has no signature
+        parameters = ()
+    names = [each.name for each in parameters if each.kind != each.VAR_POSITIONAL]
+    if names:
         return tuple(names)
-    packet = getattr(torch.ops.aten, function.__name__, None) if _is_public(function.__name__) else None
-    if packet is None:
-        return ()
-    for overload in packet.overloads():
+    name = function.__name__
+    packet = None if name.startswith("__") else getattr(torch.ops.aten, name, None)
+    for overload in packet.overloads() if packet is not None else ():
         schema = getattr(packet, overload)._schema
         positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
         if len(positional) >= count:
-            return tuple("input" if name == "self" else name for name in positional)
+            return tuple("input" if each == "self" else each for each in positional)
     return ()
-
-
-def _is_public(name: str) -> bool:
-    return not name.startswith("__")

@@ -18,7 +18,7 @@ from coreai_opt.quantization._eager.interception import (
     ReplacedForward,
     ScopeForward,
 )
-from coreai_opt.quantization._eager.operations import IN_PLACE, LEAF_FORWARDS, OPERATIONS
+from coreai_opt.quantization._eager.operations import LEAF_FORWARDS, OPERATIONS, is_in_place
 from coreai_opt.quantization._eager.resolution import CallPlan, Plan, StatePlan
 from coreai_opt.quantization._eager.trace import ModuleTrace
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
@@ -167,7 +167,7 @@ def _site(module: nn.Module, plan: CallPlan) -> Site | None:
     outputs = [each for each in outputs if each[1] in module._modules]
     if not inputs and not outputs:
         return None
-    return Site(tuple(inputs), tuple(outputs), plan.call.operation in IN_PLACE)
+    return Site(tuple(inputs), tuple(outputs), is_in_place(plan.call.operation))
 
 
 def _leaf_site(traced: ModuleTrace, sites: dict[str, Site | None]) -> Site | None:
@@ -212,8 +212,7 @@ def _groups(calls: list[CallPlan], sites: dict[str, Site | None]) -> dict[Callab
 def remove_forwards(model: nn.Module) -> None:
     """Give all modules their own forwards back."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, ReplacedForward):
+        while isinstance(forward := module.__dict__.get("forward"), ReplacedForward):
             forward.remove()
 
 

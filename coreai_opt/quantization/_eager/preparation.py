@@ -45,6 +45,7 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         simulators = build(plan)
         insert(simulators)
         install_forwards(model, plan)
+        install_weight_access(model)
         set_flags(simulators.all(), observe=True, simulate=False)
         with training_flags(model, False), torch.no_grad():
             model(*example_inputs)
@@ -53,7 +54,7 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         if _drop_disabled(simulators):
             remove_forwards(model)
             install_forwards(model, plan)
-        install_weight_access(model)
+            install_weight_access(model)
 
 
 def _observe_unread_states(simulators: Simulators) -> None:

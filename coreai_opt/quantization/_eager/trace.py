@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
+from coreai_opt.quantization._eager.operations import argument_name, function_name
 
-__all__ = ["Call", "Identity", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
-
-# A tensor object and how often it was written to: what an operation in place leaves is another tensor.
-Identity = tuple[int, int]
+__all__ = ["Call", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
 
 
 def is_quantizable(value: object) -> bool:
@@ -25,11 +22,12 @@ def is_quantizable(value: object) -> bool:
 
 @dataclass(frozen=True)
 class State:
-    """A parameter or buffer, where a module owns it."""
+    """A parameter or buffer, where a module owns it; ``rank`` orders those of a model."""
 
     module: nn.Module
     module_name: str
     name: str
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Operand:
         position: the place among the arguments; for a keyword, the place that the signature gives it.
         name: what the signature calls it.
         is_keyword: whether it was passed by its name.
-        identity: of the tensor after the call, for as long as the trace runs.
+        tensor_id: identity of the tensor, for as long as the trace runs.
         is_quantizable: whether a simulator can serve it.
         device: where it lies.
         owners: the modules that own it, if it is a parameter or buffer of the model.
@@ -49,7 +47,7 @@ class Operand:
     position: int
     name: str
     is_keyword: bool
-    identity: Identity
+    tensor_id: int
     is_quantizable: bool
     device: torch.device
     owners: tuple[State, ...] = ()
@@ -71,7 +69,7 @@ class Call:
     operation: str
     label: str
     operands: tuple[Operand, ...]
-    results: tuple[tuple[Identity, torch.device] | None, ...]
+    results: tuple[tuple[int, torch.device] | None, ...]
 
 
 @dataclass
@@ -96,16 +94,15 @@ class Trace:
     """
 
     modules: dict[nn.Module, ModuleTrace] = field(default_factory=dict)
-    inputs: list[tuple[str, list[tuple[int, Identity]]]] = field(default_factory=list)
-    outputs: list[tuple[str, list[tuple[int, Identity]]]] = field(default_factory=list)
+    inputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+    outputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
 
 
 class _Frame:
-    """A forward in progress; ``is_bounded`` in and below a module whose boundaries are asked for."""
+    """A forward in progress."""
 
-    def __init__(self, trace: ModuleTrace, is_bounded: bool) -> None:
+    def __init__(self, trace: ModuleTrace) -> None:
         self.trace = trace
-        self.is_bounded = is_bounded
         self.counts: dict[str, int] = {}
 
     def next_label(self, operation: str) -> str:
@@ -129,29 +126,26 @@ class _Recorder(TorchFunctionMode):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
                     known = self.owners.get(id(tensor), ())
-                    self.owners[id(tensor)] = (*known, State(module, module_name, name))
+                    self.owners[id(tensor)] = (*known, State(module, module_name, name, len(self.owners)))
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         operation = function_name(func) if self.frames else None
-        result = func(*args, **kwargs)
         if operation is None:
-            return result
-        frame = self.frames[-1]
-        label = frame.next_label(operation)
+            return func(*args, **kwargs)
         operands = self._operands(func, args, kwargs)
+        if not operands:
+            return func(*args, **kwargs)
+        label = self.frames[-1].next_label(operation)
+        result = func(*args, **kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        if func not in FUNCTIONS and not frame.is_bounded:
-            # Only the parameters and buffers that it reads matter.
-            operands, outputs = tuple(operand for operand in operands if operand.owners), ()
-        if operands:
-            results = tuple(
-                (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
-            )
-            call = Call(func, operation, label, operands, results)
-            frame.trace.calls.setdefault(label, call)
+        results = tuple(
+            (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
+        )
+        call = Call(func, operation, label, operands, results)
+        self.frames[-1].trace.calls.setdefault(label, call)
         return result
 
     def _operands(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
@@ -172,18 +166,17 @@ class _Recorder(TorchFunctionMode):
         quantizable = is_quantizable(value)
         return Operand(position, name, is_keyword, self._identity(value), quantizable, value.device, owners)
 
-    def _identity(self, tensor: Tensor) -> Identity:
+    def _identity(self, tensor: Tensor) -> int:
         if self.boundaries:
             self.kept.append(tensor)
-        with torch._C.DisableTorchFunction():
-            return id(tensor), 0 if tensor.is_inference() else tensor._version
+        return id(tensor)
 
     @contextmanager
     def forward_of(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Iterator[_Frame]:
         trace = self.trace.modules.setdefault(module, ModuleTrace(module, name))
         if name in self.boundaries:
             self.trace.inputs.append((name, self._tensors_in(args)))
-        frame = _Frame(trace, name in self.boundaries or bool(self.frames and self.frames[-1].is_bounded))
+        frame = _Frame(trace)
         self.frames.append(frame)
         try:
             yield frame
@@ -196,7 +189,7 @@ class _Recorder(TorchFunctionMode):
         if name in self.boundaries:
             self.trace.outputs.append((name, self._tensors_in(result)))
 
-    def _tensors_in(self, structure: Any) -> list[tuple[int, Identity]]:
+    def _tensors_in(self, structure: Any) -> list[tuple[int, int]]:
         tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
         return [(index, self._identity(tensor)) for index, tensor in enumerate(tensors)]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from coreai_opt.quantization._eager.interception import ReplacedForward, is_intercepting
+from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
@@ -111,7 +111,7 @@ class WeightRead(ReplacedForward):
         module: Any = self.module
         parts = module._modules
         if torch.compiler.is_compiling() or len(parts) != 1:
-            return self._run(module, (), {})  # type: ignore[no-any-return]
+            return self._run_unseen(module, (), {})  # type: ignore[no-any-return]
         original, simulator = module.original, parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
@@ -124,11 +124,11 @@ class WeightRead(ReplacedForward):
                 and not _are_saved_tensors_hooked()
             ):
                 return fresh[0]
-            return _simulate(simulator, original)
+            return simulate(simulator, original)
         held = self._held
         if held is not None and held.is_valid(original, simulator):
             return held.output
-        output = _simulate(simulator, original)
+        output = simulate(simulator, original)
         self._held = None
         if output is not original and gives_the_same_again(simulator):
             self._held = _Held(original, simulator, output)
@@ -158,14 +158,6 @@ def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:
         and simulates_as_built_in(simulator)
         and (type(simulator.qparams_calculator) is StaticQParamsCalculator or not flags.observe)
     )
-
-
-def _simulate(simulator: FakeQuantizeImplBase, original: Tensor) -> Tensor:
-    if not is_intercepting():
-        return simulator(original)  # type: ignore[no-any-return]
-    # The simulator's own calls are none of the forward that reads the weight.
-    with torch._C.DisableTorchFunction():
-        return simulator(original)  # type: ignore[no-any-return]
 
 
 def _are_saved_tensors_hooked() -> bool:

@@ -3,7 +3,7 @@
 from enum import StrEnum, auto
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from coreai_opt._utils.config_utils import did_you_mean
@@ -198,13 +198,14 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
     execution_mode: ExecutionMode = ExecutionMode.GRAPH
     kv_cache_quant_configs: dict[str, KVCacheQuantConfig] | None = None
 
-    @model_validator(mode="after")
-    def _check_kv_cache(self) -> Self:
-        if self.kv_cache_quant_configs is not None and self.execution_mode is not ExecutionMode.GRAPH:
-            raise ValueError(
-                f"kv_cache_quant_configs are for graph mode only; got execution_mode={self.execution_mode}"
-            )
-        return self
+    @field_validator("execution_mode", "kv_cache_quant_configs")
+    @classmethod
+    def _check_kv_cache(cls, value: Any, info: ValidationInfo) -> Any:
+        fields: dict[Any, Any] = {"kv_cache_quant_configs": None, **info.data, info.field_name: value}
+        mode = fields.get("execution_mode", ExecutionMode.GRAPH)
+        if fields["kv_cache_quant_configs"] is not None and mode is not ExecutionMode.GRAPH:
+            raise ValueError(f"kv_cache_quant_configs are for graph mode only; got execution_mode={mode}")
+        return value
 
     def set_execution_mode(self, mode: ExecutionMode | str) -> Self:
         """Set what the quantizer works on. Returns self.
