@@ -21,7 +21,7 @@ from benchmarks.networks import (
     Shared,
 )
 
-__all__ = ["MODELS", "Task", "build"]
+__all__ = ["MANY", "MODELS", "ONE", "Task", "build"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 
@@ -176,6 +176,25 @@ MODELS: dict[str, Callable[[bool], Task]] = {
 }
 
 
+MANY, ONE = "200 layers", "one layer"
+_LAYERS, _WIDTH = 200, 64
+
+
+def _many(_: bool) -> Task:
+    model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(_LAYERS)))
+    return Task(model, _regression(1, _WIDTH), F.mse_loss)
+
+
+def _one(_: bool) -> Task:
+    model = nn.Linear(_LAYERS * _WIDTH, _WIDTH, bias=False)
+    draw = _classification(1, _LAYERS * _WIDTH, classes=_WIDTH)
+    return Task(model, draw, F.cross_entropy)
+
+
+# As many weights in many tensors as in one; not among the models, for they are no task worth comparing.
+_SIZES: dict[str, Callable[[bool], Task]] = {MANY: _many, ONE: _one}
+
+
 def build(name: str, *, large: bool = False, seed: int = 0) -> Task:
     """The task of that name, with the same weights for the same seed.
 
@@ -183,4 +202,4 @@ def build(name: str, *, large: bool = False, seed: int = 0) -> Task:
         KeyError: there is none.
     """
     torch.manual_seed(seed)
-    return MODELS[name](large)
+    return (MODELS | _SIZES)[name](large)

@@ -22,17 +22,23 @@ def settle_allocator() -> None:
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def seconds_per_call(call: Callable[[], object], calls: int, *, untimed_call: bool) -> float:
+def seconds_per_call(
+    call: Callable[[], object],
+    calls: int,
+    *,
+    untimed_call: bool,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Mean time of ``calls`` calls in a row, after one that is not counted if so wished."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
         if untimed_call:
             call()
-        start = time.perf_counter()
+        start = clock()
         for _ in repeat(None, calls):
             call()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
     finally:
         if was_enabled:
             gc.enable()

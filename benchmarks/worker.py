@@ -16,14 +16,18 @@ from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
+from benchmarks.training_step import TrainingStep
 
 __all__ = ["main"]
 
 
 class Worker:
-    """Answers requests; holds the simulation that is being timed."""
+    """Answers requests; holds the simulation, or the training steps by config, that are being timed."""
 
     simulation: Simulation | None = None
+
+    def __init__(self) -> None:
+        self.steps: dict[str, TrainingStep] = {}
 
     def prepare(self, case: dict[str, Any], with_digest: bool) -> str:
         parsed = Case(**case)
@@ -38,6 +42,15 @@ class Worker:
 
     def release(self) -> None:
         self.simulation = None
+        self.steps.clear()
+
+    def prepare_training(self, model: str, config: str, threads: int) -> dict[str, Any]:
+        torch.set_num_threads(threads)
+        step = self.steps[config] = TrainingStep(model, config)
+        return {"digest": step.digest(), "simulators": step.simulators}
+
+    def sample_training(self, config: str, calls: int, cpu_time: bool) -> float:
+        return self.steps[config].seconds(calls, cpu_time)
 
     def memory(self, case: dict[str, Any]) -> dict[str, float]:
         return memory.of_simulation(Simulation(Case(**case)))

@@ -122,7 +122,7 @@ def warned(make: Callable[[], Any]) -> tuple[str, ...]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         make()
-    words = ("prepared", "graph mode")
+    words = ("prepared", "graph mode", "eager mode", "qat_schedule")
     return tuple(w.category.__name__ for w in caught if any(word in str(w.message) for word in words))
 
 
@@ -175,6 +175,10 @@ def cache() -> OpQuantizerConfig:
     return OpQuantizerConfig(op_input_spec={1: ASYMMETRIC}, op_output_spec=None, op_state_spec=None)
 
 
+def raised(error: Exception) -> None:
+    raise error
+
+
 CALLS: dict[str, Callable[[], Any]] = {
     "calibration mode": lambda: within("calibration_mode", lambda q: q.model(X)),
     "training mode": lambda: within("training_mode", lambda q: q.model(X).shape),
@@ -196,6 +200,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "preserved attributes, warnings": lambda: warned(
         lambda: Quantizer(Model(), eager(preserved_attributes=[]))
     ),
+    "step without a schedule, warnings": lambda: warned(lambda: within("training_mode", lambda q: q.step())),
     "a submodule alone": lambda: prepared().model.layer(X),
     "another branch": lambda: prepared().model(X, 2, False, torch.ones(4)),
     "more calls than prepared": lambda: prepared().model(X, 3),
@@ -247,7 +252,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "execution mode": lambda: (
         QuantizerConfig().set_execution_mode("eager").execution_mode is ExecutionMode.EAGER
     ),
-    "execution mode error": lambda: str(InvalidExecutionModeError("lazy")),
+    "execution mode error": lambda: raised(InvalidExecutionModeError("lazy")),
     "schedule observer after fake quant": lambda: QATSchedule(enable_observer=1),
     "schedule off before on": lambda: QATSchedule(enable_fake_quant=3, disable_observer=2),
     "schedule off at 0": lambda: QATSchedule(disable_observer=0),

@@ -91,7 +91,7 @@ def overrides(name: str) -> QuantizerConfig:
         ),
         module_type_configs={
             nn.Linear: module(op_state_spec={"*": INT4}, op_input_spec={0: GLOBAL}),
-            "torch.nn.Conv2d": ModuleQuantizerConfig(op_output_spec=None),
+            "torch.nn.modules.conv.Conv2d": ModuleQuantizerConfig(op_output_spec=None),
             nn.Embedding: None,
         },
         module_name_configs={NAMES[name]: module(op_state_spec={"weight": weight})},

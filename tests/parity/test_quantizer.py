@@ -10,13 +10,22 @@ from benchmarks.models import MODELS
 from coreai_kernels import use_backend
 
 from .conftest import Oracle
+from .oracle import ROOT
 from .quantizer_calls import CALLS, call
-from .quantizer_configs import CONFIGS
 from .quantizer_runs import RUNS, continue_from, train
 from .quantizer_scopes import PLACES, place
 from .snapshots import Raised, differences
 
 REFERENCE_TOO = ("default", "floats")
+# What differs on purpose, and the headings under which docs/differences.md says why.
+RUNS_INTENDED = {("shared", "schedule"): "Schedules reach what the model itself owns"}
+INTENDED = {
+    "config type by public name": "Configurations refuse and find more",
+    "operation dropout": "prepare leaves no trace",
+    "config a dict": "Errors by kind",
+    "config of a module": "Errors by kind",
+    "model None": "Errors by kind",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +47,8 @@ def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
 
 def check(expected: Any, found: Any) -> None:
     """Fail with the first stage that differs: what comes after follows from it."""
+    if "raised" in found and "raised" not in expected:
+        pytest.fail(str(found["raised"]), pytrace=False)
     for stage in expected:
         lines = list(differences(expected[stage], found.get(stage), stage))
         if lines:
@@ -45,8 +56,7 @@ def check(expected: Any, found: Any) -> None:
     assert list(found) == list(expected)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "config"), [run for run in RUNS if run not in RUNS_INTENDED])
 def test_like_the_oracle(model: str, config: str, answers: dict[str, Any]) -> None:
     check(answers["runs"][model, config], train(model, config))
 
@@ -73,14 +83,27 @@ def test_the_oracle_reads_our_state(model: str, answers: dict[str, Any]) -> None
     check({"state": trained["state"]}, {"state": continued["state"]})
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", [name for name in PLACES if name not in INTENDED])
 def test_places_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
     check(answers["places"][name], place(name))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])
 def test_calls_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
     check({"value": answers["calls"][name]}, {"value": call(name)})
+
+
+@pytest.mark.parametrize("name", [*RUNS_INTENDED, *INTENDED], ids=str)
+def test_intended_differences_are_still_there_and_documented(name: Any, answers: dict[str, Any]) -> None:
+    heading = (RUNS_INTENDED | INTENDED)[name]
+    assert f"## {heading}\n" in (ROOT / "docs" / "differences.md").read_text()
+    if name in RUNS_INTENDED:
+        expected, found = answers["runs"][name], train(*name)
+    elif name in PLACES:
+        expected, found = answers["places"][name], place(name)
+    else:
+        expected, found = answers["calls"][name], call(name)
+    assert list(differences(expected, found))
 
 
 def test_the_runs_cover_what_they_are_meant_to_cover(answers: dict[str, Any]) -> None:
