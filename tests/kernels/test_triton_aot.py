@@ -28,6 +28,7 @@ from coreai_kernels import Format, RangeUpdate, Scheme  # noqa: E402
 from coreai_kernels.triton import (  # noqa: E402
     bits,
     fake_quantize,
+    foreach,
     masks,
     observe_and_fake_quantize,
     observe_range,
@@ -200,6 +201,63 @@ def step(
     return Variant(name + "_minval" * use_minval, run, kernels, **expected)
 
 
+def foreach_step(
+    blocks: str, dtype: torch.dtype, format: str, shape: tuple[int, ...] = (128, 96), **expected: Any
+) -> Variant:
+    block = {"rows": (1, 96), "columns": (128, 1), "tensor": shape}.get(blocks, BLOCKS.get(blocks))
+    scale, zero_point, minval = _parameters(shape, block)
+    running = torch.empty_like(scale, dtype=dtype)
+    fmt, quant_min, quant_max = FORMATS[format]
+
+    def run() -> Any:
+        is_int = fmt == Format.INT
+        return foreach.foreach_observe_and_fake_quantize_(
+            [meta(*shape, dtype=dtype)] * 3,
+            [scale] * 3,
+            [zero_point] * 3 if is_int else [],
+            [minval] * 3 if is_int else [],
+            [running] * 3,
+            [running] * 3,
+            True,
+            [*block] * 3,
+            ASYMMETRIC,
+            fmt,
+            quant_min,
+            quant_max,
+            False,
+            RangeUpdate.MOVING_AVERAGE,
+            0.01,
+            None,
+            None,
+            fmt == Format.E2M1,
+            True,
+        )
+
+    return Variant(f"foreach-step-{blocks}-{short(dtype)}-{format}", run, ("held_list",), **expected)
+
+
+def _foreach_forward(dtype: torch.dtype, format: str) -> Variant:
+    scale, zero_point, _ = _parameters((64, 128), (1, 32))
+    fmt, quant_min, quant_max = FORMATS[format]
+
+    def run() -> Any:
+        zero_points = [zero_point] * 2 if fmt == Format.INT else []
+        inputs = [meta(64, 128, dtype=dtype)] * 2
+        return foreach.foreach_fake_quantize_forward(
+            inputs, [scale] * 2, zero_points, [], [1, 32] * 2, fmt, quant_min, quant_max, True
+        )
+
+    return Variant(f"foreach-forward-{short(dtype)}-{format}", run, ("held_list",))
+
+
+def _foreach_backward(dtype: torch.dtype) -> Variant:
+    def run() -> Any:
+        grads = [meta(64, 128, dtype=dtype), meta(96, 96, dtype=dtype)]
+        return foreach.foreach_fake_quantize_backward(grads, meta(2304, dtype=torch.uint8), [0, 1024], [])
+
+    return Variant(f"foreach-backward-{short(dtype)}", run, ("backward_list",), divides=False)
+
+
 def observation(blocks: str, dtype: torch.dtype, kernels: tuple[str, ...], **expected: Any) -> Variant:
     def run() -> Any:
         return observe_range.observe_range(meta(1024, 4096, dtype=dtype), list(BLOCKS[blocks]))
@@ -341,6 +399,13 @@ VARIANTS = [
         block=(32, 32, 1, 1),
         wide_loads=False,
     ),
+    *(foreach_step(blocks, FP32, "int4") for blocks in ("runs_32", "rows", "columns", "tensor")),
+    foreach_step("runs_32", BF16, "e2m1"),
+    foreach_step("rows", BF16, "uint8"),
+    _foreach_forward(FP32, "int4"),
+    _foreach_forward(BF16, "e4m3"),
+    _foreach_backward(FP32),
+    _foreach_backward(BF16),
     observation("tensor", FP32, ("nest", "finish")),
     observation("rows", BF16, ("nest",)),
     observation("columns", FP32, ("nest", "finish")),

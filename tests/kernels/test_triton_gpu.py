@@ -16,6 +16,8 @@ from tests.kernels.triton_support import (
     STEPS,
     Layout,
     check_fake_quantize,
+    check_foreach_fake_quantize,
+    check_foreach_step,
     check_observe_range,
     check_quantize,
     check_step,
@@ -81,6 +83,14 @@ def test_observe_and_fake_quantize(layout: Layout) -> None:
     for turn, step in enumerate(STEPS):
         for dtype in dtypes_for(layout, turn):
             check_step("triton", "cuda", layout, step, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_foreach(dtype: torch.dtype) -> None:
+    for kind in KINDS:
+        check_foreach_fake_quantize("triton", "cuda", [*LAYOUTS, *LARGE], kind, dtype)
+    for step in STEPS:
+        check_foreach_step("triton", "cuda", [*LAYOUTS, *LARGE], step, dtype)
 
 
 @pytest.mark.parametrize("format", list(Format), ids=lambda fmt: fmt.name)

@@ -6,6 +6,7 @@ Not collected by itself: the variable TRITON_INTERPRET must be set before anythi
 """
 
 import os
+from itertools import cycle
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm,
 from tests.kernels.support import assert_same_bits
 from tests.kernels.triton_support import (
     DTYPES,
+    FOREACH,
     KINDS,
     LAYOUTS,
     STEPS,
@@ -23,6 +25,8 @@ from tests.kernels.triton_support import (
     Layout,
     Step,
     check_fake_quantize,
+    check_foreach_fake_quantize,
+    check_foreach_step,
     check_observe_range,
     check_quantize,
     check_step,
@@ -79,6 +83,16 @@ def test_tensor_in_parts(step: Step, functional: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(one_block, "_REPEAT_FROM", 1000)
     layout = Layout("large", (3, 41, 283), (3, 41, 283))
     check_step("triton", "cpu", layout, step, torch.bfloat16, functional=functional)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), list(zip(KINDS, cycle(DTYPES), strict=False)), ids=str)
+def test_foreach_fake_quantize(kind: Kind, dtype: torch.dtype) -> None:
+    check_foreach_fake_quantize("triton", "cpu", FOREACH, kind, dtype)
+
+
+@pytest.mark.parametrize(("step", "dtype"), list(zip(STEPS, cycle(DTYPES), strict=False)), ids=str)
+def test_foreach_observe_and_fake_quantize(step: Step, dtype: torch.dtype) -> None:
+    check_foreach_step("triton", "cpu", FOREACH, step, dtype)
 
 
 SMALL = [layout for layout in LAYOUTS if torch.Size(layout.shape).numel() <= 4096]

@@ -83,6 +83,15 @@ LAYOUTS = [
 ]
 
 
+# Three that share a launch, and some that have one of their own or no place in a launch for several tensors.
+FOREACH = [
+    Layout("runs_32_of_18", (9, 64), (1, 32)),
+    Layout("runs_32_of_20", (10, 64), (1, 32)),
+    Layout("runs_32_of_30", (10, 96), (1, 32)),
+    *[layout for layout in LAYOUTS if torch.Size(layout.shape).numel() <= 600][::2],
+]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A number format and a formulation."""
@@ -224,6 +233,77 @@ def check_observe_range(backend: str, device: str, layout: Layout, dtype: torch.
         return {"minimum": low, "maximum": high}
 
     _compare(*_on_both(backend, device, run), dtype)
+
+
+def check_foreach_fake_quantize(
+    backend: str, device: str, layouts: list[Layout], kind: Kind, dtype: torch.dtype
+) -> None:
+    """A list of all layouts at once, forward and backward."""
+
+    def run(on: str) -> dict[str, Tensor]:
+        params = [kind.params(layout, on) for layout in layouts]
+        lists = {f"{name}s": [row[name] for row in params] for name in params[0]}
+        inputs = [layout.tensor(dtype, device=on).detach().requires_grad_() for layout in layouts]
+        outputs = ck.foreach_fake_quantize(
+            inputs, **lists, block_sizes=[layout.block_size for layout in layouts], **kind.config
+        )
+        return _and_gradients(layouts, inputs, outputs, on)
+
+    _compare(*_on_both(backend, device, run), kind.name, dtype)
+
+
+def check_foreach_step(
+    backend: str, device: str, layouts: list[Layout], step: Step, dtype: torch.dtype
+) -> None:
+    """Two steps of a list of all layouts: outputs, gradients and states."""
+
+    def run(on: str) -> dict[str, Tensor]:
+        states: dict[str, list[Tensor]] = {"scales": [], "zero_points": [], "minvals": []}
+        states |= {"running_mins": [], "running_maxs": []}
+        for layout in layouts:
+            states["scales"].append(torch.zeros(layout.grid, device=on))
+            if step.kind.format == Format.INT:
+                states["zero_points"].append(torch.zeros(layout.grid, device=on, dtype=torch.int32))
+                states["minvals"].append(torch.zeros(layout.grid, device=on))
+            if step.update != RangeUpdate.LATEST:
+                states["running_mins"].append(torch.zeros(layout.grid, device=on, dtype=dtype))
+                states["running_maxs"].append(torch.zeros(layout.grid, device=on, dtype=dtype))
+        given = {name: values for name, values in states.items() if values}
+        results: dict[str, Tensor] = {}
+        for i in range(2):
+            inputs = [layout.tensor(dtype, seed=i, device=on).detach().requires_grad_() for layout in layouts]
+            outputs = ck.foreach_observe_and_fake_quantize(
+                inputs,
+                **given,
+                block_sizes=[layout.block_size for layout in layouts],
+                has_running=i > 0,
+                **step.config,
+            )
+            found = _and_gradients(layouts, inputs, outputs, on)
+            for name, values in given.items():
+                found |= {
+                    f"{name} {layout.name}": v.clone() for layout, v in zip(layouts, values, strict=True)
+                }
+            results |= {f"{name} {i}": value for name, value in found.items()}
+        return results
+
+    _compare(*_on_both(backend, device, run), step.name, dtype)
+
+
+def _and_gradients(
+    layouts: list[Layout], inputs: list[Tensor], outputs: list[Tensor], device: str
+) -> dict[str, Tensor]:
+    """Outputs, and gradients of all but the first."""
+    gradients = [
+        layout.tensor(y.dtype, seed=1, device=device) for layout, y in zip(layouts, outputs, strict=True)
+    ]
+    torch.autograd.backward(outputs[1:], gradients[1:])
+    results = {}
+    for layout, x, y in zip(layouts, inputs, outputs, strict=True):
+        results[f"output {layout.name}"] = y.detach()
+        if x.grad is not None:
+            results[f"gradient {layout.name}"] = x.grad
+    return results
 
 
 def check_step(

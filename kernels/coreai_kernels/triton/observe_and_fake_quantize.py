@@ -33,7 +33,7 @@ from coreai_kernels.triton.one_block import quantize_one_block
 from coreai_kernels.triton.qparams import config_of, finish, numbers_of, tl_dtype
 from coreai_kernels.types import Format, RangeUpdate
 
-__all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_"]
+__all__ = ["held_plan", "held_tile", "observe_and_fake_quantize", "observe_and_fake_quantize_"]
 
 # Bytes of the largest block that one program holds: 64 float32 registers in each of 512 threads for a run of
 # memory; half of that where every thread also keeps parameters of several columns.
@@ -41,6 +41,97 @@ _LARGEST_RUN = 128 * 1024
 _LARGEST_BLOCK = 64 * 1024
 
 State = tuple[Tensor | None, ...]
+
+
+@triton.jit
+def held_tile(
+    input,
+    output,
+    mask,
+    depth,
+    width,
+    run,
+    blocks,
+    block_stride,
+    outer,
+    place,
+    chunk,
+    state,
+    numbers,
+    OBSERVE: tl.constexpr,
+    CONFIG: tl.constexpr,
+    DTYPE: tl.constexpr,
+    USE_MINVAL: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    RUN_UNIT: tl.constexpr,
+    BLOCKS_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """One chunk of row ``outer`` of a nest; the row's parameters start at ``place``.
+
+    Without ``OBSERVE`` the parameters are taken from ``state``.
+    """
+    if WIDE:
+        width = width.to(tl.int64)
+    width = width * WIDTH_UNIT
+    if RUN_UNIT == 0:
+        run = RUN
+    else:
+        run = run * RUN_UNIT
+    blocks = blocks * BLOCKS_UNIT
+    first_block = chunk * BLOCKS
+    d = tl.arange(0, DEPTH)[:, None, None]
+    b = tl.arange(0, BLOCKS)[None, :, None]
+    r = tl.arange(0, RUN)[None, None, :]
+    valid = first_block + b < blocks
+    if not FULL:
+        valid = valid & (d < depth) & (r < run)
+    start = outer.to(tl.int64) * depth * width + first_block.to(tl.int64) * run
+    tile = d * width + b * run + r
+    x = tl.load(input + start + tile, mask=valid, other=0.0)
+    block = first_block + tl.arange(0, BLOCKS)
+    index = place.to(tl.int64) + block.to(tl.int64) * block_stride
+    exists = block < blocks
+    zp = 0.0
+    off = 0.0
+    if OBSERVE:
+        # The zeros of the padding change nothing: every range is widened to hold zero.
+        low, high = block_range(fp32(x), fp32(x), 2)
+        low, high = block_range(low, high, 0)
+        scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
+        if CONFIG[0] == 0 and USE_MINVAL:
+            zp = numbers[0]
+            off = minval[None, :, None]
+        elif CONFIG[0] == 0:
+            zp = zero_point.to(tl.float32)[None, :, None]
+    else:
+        scale = tl.load(state[2] + index, mask=exists, other=1.0)
+        if CONFIG[0] == 0 and USE_MINVAL:
+            zp = numbers[0]
+            off = tl.load(state[4] + index, mask=exists, other=0.0)[None, :, None]
+        elif CONFIG[0] == 0 and state[3] is not None:
+            zp = tl.load(state[3] + index, mask=exists, other=0).to(tl.float32)[None, :, None]
+    s = scale[None, :, None]
+    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG[0])
+    y = dequantize_value(q, s, zp, off, CONFIG[0])
+    tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
+    if mask is not None:
+        bits = inside_bits(tl.reshape(inside, (DEPTH, BLOCKS * RUN // 8, 8)))
+        group = tl.arange(0, BLOCKS * RUN // 8)[None, :]
+        row = tl.arange(0, DEPTH)[:, None]
+        if RUN_UNIT == 0:
+            byte = group
+            valid_byte = group * 8 < (blocks - first_block) * run
+        else:
+            within = group % (RUN // 8)
+            byte = group // (RUN // 8) * (run // 8) + within
+            valid_byte = (first_block + group // (RUN // 8) < blocks) & (within * 8 < run)
+        valid_byte = valid_byte & (row < depth)
+        tl.store(mask + start // 8 + row * (width // 8) + byte, bits, mask=valid_byte)
 
 
 @triton.jit(do_not_specialize=["depth", "width", "run", "blocks", "chunks", "sizes", "strides"])
@@ -71,65 +162,42 @@ def _held(
     BLOCKS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    if WIDE:
-        width = width.to(tl.int64)
-    width = width * WIDTH_UNIT
-    if RUN_UNIT == 0:
-        run = RUN
-    else:
-        run = run * RUN_UNIT
-    blocks = blocks * BLOCKS_UNIT
     program = tl.program_id(0)
-    chunk = program % chunks
     outer = program // chunks
-    first_block = chunk * BLOCKS
-    d = tl.arange(0, DEPTH)[:, None, None]
-    b = tl.arange(0, BLOCKS)[None, :, None]
-    r = tl.arange(0, RUN)[None, None, :]
-    valid = first_block + b < blocks
-    if not FULL:
-        valid = valid & (d < depth) & (r < run)
-    start = outer.to(tl.int64) * depth * width + first_block.to(tl.int64) * run
-    tile = d * width + b * run + r
-    x = tl.load(input + start + tile, mask=valid, other=0.0)
-    # The zeros of the padding change nothing: every range is widened to hold zero.
-    low, high = block_range(fp32(x), fp32(x), 2)
-    low, high = block_range(low, high, 0)
-    block = first_block + tl.arange(0, BLOCKS)
-    index = grid_index(outer, sizes, strides, LEVELS).to(tl.int64) + block.to(tl.int64) * block_stride
-    exists = block < blocks
-    scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
-    s = scale[None, :, None]
-    zp = 0.0
-    off = 0.0
-    if CONFIG[0] == 0 and USE_MINVAL:
-        zp = numbers[0]
-        off = minval[None, :, None]
-    elif CONFIG[0] == 0:
-        zp = zero_point.to(tl.float32)[None, :, None]
-    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG[0])
-    y = dequantize_value(q, s, zp, off, CONFIG[0])
-    tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
-    if mask is not None:
-        bits = inside_bits(tl.reshape(inside, (DEPTH, BLOCKS * RUN // 8, 8)))
-        group = tl.arange(0, BLOCKS * RUN // 8)[None, :]
-        row = tl.arange(0, DEPTH)[:, None]
-        if RUN_UNIT == 0:
-            byte = group
-            valid_byte = group * 8 < (blocks - first_block) * run
-        else:
-            within = group % (RUN // 8)
-            byte = group // (RUN // 8) * (run // 8) + within
-            valid_byte = (first_block + group // (RUN // 8) < blocks) & (within * 8 < run)
-        valid_byte = valid_byte & (row < depth)
-        tl.store(mask + start // 8 + row * (width // 8) + byte, bits, mask=valid_byte)
+    held_tile(
+        input,
+        output,
+        mask,
+        depth,
+        width,
+        run,
+        blocks,
+        block_stride,
+        outer,
+        grid_index(outer, sizes, strides, LEVELS),
+        program % chunks,
+        state,
+        numbers,
+        True,
+        CONFIG,
+        DTYPE,
+        USE_MINVAL,
+        WIDTH_UNIT,
+        RUN_UNIT,
+        BLOCKS_UNIT,
+        WIDE,
+        FULL,
+        DEPTH,
+        BLOCKS,
+        RUN,
+    )
 
 
 @functools.lru_cache(maxsize=8192)
-def _held_plan(
+def held_plan(
     geometry: Geometry, element_size: int, with_mask: bool
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], int] | None:
-    """Programs, arguments, constants and warps for :func:`_held`; None if it cannot do it.
+    """Programs, arguments, constants and warps for :func:`held_tile`; None if it cannot do it.
 
     A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two or four
     loads of 16 bytes, more when 512 threads are not enough. Masks need bytes that no two programs share.
@@ -212,7 +280,7 @@ def _step(
     numbers = numbers_of(scheme, format, quant_min, quant_max, averaging_constant, range_min, range_max)
     config = config_of(scheme, format, power_of_two_scale, update)
     dtype = tl_dtype(source.dtype)
-    plan = _held_plan(geometry, source.element_size(), with_mask)
+    plan = held_plan(geometry, source.element_size(), with_mask)
     if plan is not None:
         programs, arguments, constants, warps = plan
         launch(
