@@ -7,10 +7,15 @@ give the same bits. See :func:`use_backend` to choose one.
 from coreai_kernels.backends import use_backend
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.fake_quantize import fake_quantize
+from coreai_kernels.ops.kmeans import kmeans
+from coreai_kernels.ops.kmeans_1d import kmeans_1d
+from coreai_kernels.ops.lookup import lookup, lookup_packed
 from coreai_kernels.ops.observe_and_fake_quantize import observe_and_fake_quantize
 from coreai_kernels.ops.observe_range import observe_range
+from coreai_kernels.ops.palettize import palettize
 from coreai_kernels.ops.qparams import choose_qparams
 from coreai_kernels.ops.quantize import dequantize, quantize
+from coreai_kernels.ops.soft_palettize import soft_centroids, soft_palettize
 from coreai_kernels.types import Format, RangeUpdate, Scheme, grid_shape
 
 __all__ = [
@@ -21,10 +26,17 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "grid_shape",
+    "kmeans",
+    "kmeans_1d",
+    "lookup",
+    "lookup_packed",
     "observe_and_fake_quantize",
     "observe_range",
     "pack_bits",
+    "palettize",
     "quantize",
+    "soft_centroids",
+    "soft_palettize",
     "unpack_bits",
     "use_backend",
 ]
