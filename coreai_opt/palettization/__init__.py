@@ -1,0 +1,1 @@
+"""Palettization: weights that take their values from small palettes."""
