@@ -63,7 +63,9 @@ def _centroids_and_indices(
             weight, count, cluster_dim=simulator.cluster_dim, block_size=block_size, weights=weights
         )
     else:
-        decimals = simulator.rounding_precision if simulator.enable_fast_kmeans_mode else None
+        decimals = _decimals(simulator, weight)
+        if decimals is not None:
+            weight = weight.to(torch.float16)
         centroids = coreai_kernels.kmeans_1d(
             weight, count, block_size=block_size, weights=weights, decimals=decimals
         )
@@ -71,6 +73,20 @@ def _centroids_and_indices(
             # A value belongs to the cluster that it was rounded into.
             weight = torch.round(weight.to(torch.float32), decimals=decimals)
     return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
+
+
+def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:
+    """Decimals to which float16 values are rounded before clustering; None to cluster them as they are.
+
+    Fast mode is for weights that float16 can hold, and that are not so small that rounding would leave fewer
+    values than the palette has entries.
+    """
+    if not simulator.enable_fast_kmeans_mode:
+        return None
+    decimals = simulator.rounding_precision
+    largest = weight.abs().amax().item()
+    fits = 2**simulator.n_bits * 10.0**-decimals <= largest <= torch.finfo(torch.float16).max
+    return decimals if fits else None
 
 
 def checked_sensitivities(sensitivities: Any) -> Tensor | None:

@@ -11,6 +11,7 @@ import coreai_kernels
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.palettization.kmeans import _clustering
 from coreai_opt.palettization.kmeans._blocks import Blocks
+from coreai_opt.palettization.kmeans._supported import OP_TYPES, TRANSPOSED_OPS
 from coreai_opt.palettization.spec.fake_palettize import _FakePalettizeImplBase
 from coreai_opt.palettization.spec.granularity import (
     PalettizationGranularity,
@@ -25,10 +26,6 @@ from coreai_opt.quantization.spec import (
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__: list[str] = []
-
-# The functions whose weight has its output channels in axis 1.
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
 
 @_FakePalettizeImplBase.register("default")
 class _KMeansFakePalettize(_FakePalettizeImplBase):
@@ -65,8 +62,8 @@ class _KMeansFakePalettize(_FakePalettizeImplBase):
         training_strategy_spec: TrainingStrategySpec | None = None,
     ) -> None:
         if isinstance(granularity, PerGroupedChannelGranularity) and granularity.axis is None:
-            name = getattr(op_to_optimize, "__name__", "")
-            granularity = granularity.model_copy(update={"axis": int(name in _TRANSPOSED)})
+            op_type = OP_TYPES.get(op_to_optimize) if op_to_optimize is not None else None
+            granularity = granularity.model_copy(update={"axis": int(op_type in TRANSPOSED_OPS)})
         super().__init__(n_bits, lut_qspec, granularity, cluster_dim, enable_per_channel_scale)
         self.enable_fast_kmeans_mode = enable_fast_kmeans_mode
         self.rounding_precision = rounding_precision
@@ -81,6 +78,12 @@ class _KMeansFakePalettize(_FakePalettizeImplBase):
         self._centroids_initialized = False
         self._indices_stale = False
         self._sensitivities = _clustering.checked_sensitivities(sensitivities)
+        self._frozen = False
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether training is over: the values are fixed."""
+        return self._frozen
 
     @property
     def sensitivities(self) -> Tensor | None:
@@ -172,6 +175,8 @@ class _KMeansFakePalettize(_FakePalettizeImplBase):
             return
         with torch.no_grad():
             self._cluster(tensor.detach())
+            # Observes the palettes, so that the state holds their scales from the start.
+            self.palettes()
         self._training_strategy.on_palette_computed(self)
 
     def forward_enabled(self, tensor: Tensor) -> Tensor:
@@ -244,6 +249,20 @@ class _KMeansFakePalettize(_FakePalettizeImplBase):
                 )
             self._centroids().copy_(centroids)
         self._indices_stale = True
+
+    def step(self, weight: Tensor, step: int) -> None:
+        """A training step is over: let the training strategy do what it does between steps."""
+        self._training_strategy.on_step(self, weight, step)
+
+    def freeze(self, weight: Tensor) -> None:
+        """Fix the palettized values of ``weight``, whatever the training strategy was."""
+        self.ensure_initialized(weight)
+        self.refresh_indices(weight)
+        centroids = self._centroids().detach()
+        self._parameters.pop("centroids", None)
+        self.register_buffer("centroids", centroids)
+        self._training_strategy = DefaultTrainingSpec().build_strategy()
+        self._frozen = True
 
     def train(self, mode: bool = True) -> "_KMeansFakePalettize":
         """Switch between training and evaluation; after training the indices are out of date."""

@@ -97,6 +97,11 @@ class _FakePalettizeImplBase(CompressionSimulatorBase):
         """Whether the specification does not fit the weight, so that it passes unchanged."""
         return self._disabled
 
+    def is_on(self) -> bool:
+        """Whether the module palettizes, or would if it had its palettes."""
+        self._switch.update(self.fake_palett_enabled)
+        return self._switch.on and not self._disabled
+
     def enable_fake_palett(self, enabled: bool = True, reinitialize: bool = False) -> None:
         """Switch palettization on or off.
 

@@ -10,10 +10,12 @@ from coreai_kernels.types import Format, grid_shape
 
 __all__ = [
     "INPUT_DTYPES",
+    "check_axis",
     "check_blocks",
     "check_centroids",
     "check_float_input",
     "check_num_clusters",
+    "check_num_keep",
     "check_params",
     "check_range",
     "check_vectors",
@@ -22,6 +24,13 @@ __all__ = [
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _cached_grid_shape = functools.lru_cache(maxsize=4096)(grid_shape)
+
+
+def check_axis(tensor: Tensor, axis: int) -> int:
+    """``axis`` counted from the front; IndexError if the tensor has no such axis."""
+    if not -tensor.dim() <= axis < tensor.dim():
+        raise IndexError(f"axis {axis} is out of range for shape {tuple(tensor.shape)}")
+    return axis % tensor.dim()
 
 
 def check_blocks(name: str, tensor: Tensor, block_size: tuple[int, ...]) -> tuple[int, ...]:
@@ -72,6 +81,14 @@ def check_float_input(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in INPUT_DTYPES:
         allowed = ", ".join(map(str, INPUT_DTYPES))
         raise TypeError(f"{name} must be one of {allowed}; got {tensor.dtype}")
+
+
+def check_num_keep(num_keep: int, available: int, what: str) -> None:
+    """ValueError unless so many can be kept."""
+    if not 0 <= num_keep <= available:
+        raise ValueError(
+            f"num_keep must lie in [0, {available}], for there are {available} {what}; got {num_keep}"
+        )
 
 
 def check_range(fmt: Format, quant_min: float, quant_max: float) -> None:

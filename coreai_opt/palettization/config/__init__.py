@@ -1,0 +1,3 @@
+"""Configuration of palettization."""
+
+from coreai_opt.palettization.config.palettization_config import *
