@@ -20,12 +20,11 @@ from coreai_opt.palettization import (
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
-from coreai_opt.palettization.config import PATSchedule
 from coreai_opt.quantization.spec import QuantizationSpec
 
 from .snapshots import Raised, freeze
 
-__all__ = ["CASES", "Case", "answer", "build_model", "continue_from", "prepare", "run"]
+__all__ = ["CASES", "Case", "answer", "attempt", "build_model", "continue_from", "prepare", "run"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,11 @@ def _all_cases() -> Iterator[Case]:
     for precision in (1, 2, 3, 6):
         yield Case(f"{precision} decimals", spec={"n_bits": 3}, config={"rounding_precision": precision})
     for axis, size, model in itertools.product((None, 0, 1), (2, 3, 4), ("linear", "convolutions")):
-        yield Case(f"groups of {size}, axis {axis}, {model}", model, {"n_bits": 2, "granularity": _grouped(axis, size)})
+        yield Case(
+            f"groups of {size}, axis {axis}, {model}",
+            model,
+            {"n_bits": 2, "granularity": _grouped(axis, size)},
+        )
     for model in ("attention", "shared", "conv1d", "conv3d", "embedding"):
         yield Case(model, model, {"n_bits": 2})
         yield Case(f"{model}, groups", model, {"n_bits": 2, "granularity": _grouped(None, 2)})
@@ -108,15 +111,27 @@ def _all_cases() -> Iterator[Case]:
         yield Case(f"per-channel scale, {model}", model, scaled)
         yield Case(f"per-channel scale, groups, {model}", model, scaled | {"granularity": _grouped(1, 2)})
     yield Case("per-channel scale, bfloat16", spec=scaled, dtype="bfloat16")
-    for dtype, qscheme in itertools.product(("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), ("symmetric", "asymmetric")):
+    for dtype, qscheme in itertools.product(
+        ("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), ("symmetric", "asymmetric")
+    ):
         if not (dtype.startswith("float") and qscheme == "asymmetric"):
             lut = {"dtype": dtype, "qscheme": qscheme}
-            yield Case(f"LUT in {dtype}, {qscheme}", spec={"n_bits": 3, "lut_qspec": lut, "granularity": _grouped(0, 8)})
+            yield Case(
+                f"LUT in {dtype}, {qscheme}",
+                spec={"n_bits": 3, "lut_qspec": lut, "granularity": _grouped(0, 8)},
+            )
     for weights in ("constant", "few values", "zeros", "a zero row", "ties"):
         for spec in ({"n_bits": 2}, scaled):
             yield Case(f"{weights}, {spec}", spec=spec, weights=weights)
-    for fast, spec in itertools.product((True, False), ({"n_bits": 2}, {"n_bits": 4, "granularity": _grouped(0, 4)}, scaled)):
-        yield Case(f"sensitivities, {'fast' if fast else 'exact'}, {spec}", spec=spec, config={"enable_fast_kmeans_mode": fast}, sensitive=True)
+    for fast, spec in itertools.product(
+        (True, False), ({"n_bits": 2}, {"n_bits": 4, "granularity": _grouped(0, 4)}, scaled)
+    ):
+        yield Case(
+            f"sensitivities, {'fast' if fast else 'exact'}, {spec}",
+            spec=spec,
+            config={"enable_fast_kmeans_mode": fast},
+            sensitive=True,
+        )
     for size, dim in itertools.product((None, 8), (2, 4)):
         spec = {"n_bits": 2, "cluster_dim": dim} | ({"granularity": _grouped(0, size)} if size else {})
         yield Case(f"vectors of {dim}, groups {size}", spec=spec, config={"enable_fast_kmeans_mode": False})
@@ -177,7 +192,9 @@ def _sensitivities(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         path, _, attribute = name.rpartition(".")
-        found[f"{path}.parametrizations.{attribute}.original"] = torch.rand(parameter.shape, generator=generator)
+        found[f"{path}.parametrizations.{attribute}.original"] = torch.rand(
+            parameter.shape, generator=generator
+        )
     return found
 
 
@@ -192,7 +209,7 @@ def palettized(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """State, weights and output after preparation; the gradients of a step in training mode; the final state."""
+    """State, weights and output after preparation; which parameters get gradients; the final output."""
     palettizer, model, inputs = prepare(case)
     result = freeze({"state": model.state_dict(), "weights": palettized(model), "output": model(*inputs)})
     with palettizer.training_mode():
@@ -210,9 +227,10 @@ def continue_from(case: Case, state: dict[str, Any]) -> Any:
     return freeze({"weights": palettized(model), "output": model.eval()(*inputs)})
 
 
-def _attempt(function: Callable[[], Any]) -> Any:
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or the exception that it raises."""
     try:
-        return function()
+        return function(*arguments)
     except Exception as error:  # noqa: BLE001 - which exception it is, is what we compare
         return Raised.of(error)
 
@@ -220,5 +238,6 @@ def _attempt(function: Callable[[], Any]) -> Any:
 def answer(job: dict[str, Any]) -> Any:
     """What each case shows; or with ``states``, what the cases do after loading them."""
     if "states" in job:
-        return {name: _attempt(lambda: continue_from(CASES[name], state)) for name, state in job["states"].items()}
-    return {name: _attempt(lambda: run(case)) for name, case in CASES.items()}
+        states = job["states"].items()
+        return {name: attempt(continue_from, CASES[name], state) for name, state in states}
+    return {name: attempt(run, case) for name, case in CASES.items()}

@@ -1,6 +1,6 @@
 """Configurations that have proved themselves."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from coreai_opt.palettization.spec import (
     PalettizationGranularity,
@@ -50,7 +50,9 @@ class KMeansPalettizerPresets:
         return _config(ModuleKMeansPalettizerPresets().w8())
 
 
-def _module_config(n_bits: int, granularity: PalettizationGranularity) -> "ModuleKMeansPalettizerConfig":
+def _module_config(
+    n_bits: Literal[4, 6, 8], granularity: PalettizationGranularity
+) -> "ModuleKMeansPalettizerConfig":
     from coreai_opt.palettization.config.palettization_config import ModuleKMeansPalettizerConfig
 
     spec = PalettizationSpec(n_bits=n_bits, granularity=granularity)

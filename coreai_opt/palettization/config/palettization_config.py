@@ -27,8 +27,8 @@ class PATSchedule(BaseModel):
     """When palettization-aware training palettizes. Immutable.
 
     Fields:
-        enable_fake_palettize: the step from which on weights are palettized; before it they train as they are,
-            and at that step they are clustered anew.
+        enable_fake_palettize: the step from which on weights are palettized. Before it they train as they
+            are, and at that step they are clustered anew.
     """
 
     model_config = ConfigDict(frozen=True)

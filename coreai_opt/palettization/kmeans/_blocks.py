@@ -49,8 +49,8 @@ class Blocks:
         if block_size[0] % cluster_dim:
             what = "the weight" if block_size[0] == shape[0] else "a group"
             raise _IncompatibleClusterDimError(
-                f"the {block_size[0]} output channels of {what} are not divisible by cluster_dim {cluster_dim} "
-                f"(shape {tuple(shape)})"
+                f"the {block_size[0]} output channels of {what} are not divisible by "
+                f"cluster_dim {cluster_dim} (shape {tuple(shape)})"
             )
         return cls(tuple(shape), block_size, cluster_dim)
 

@@ -11,7 +11,7 @@ from coreai_opt.palettization.kmeans._blocks import Blocks
 if TYPE_CHECKING:
     from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
-__all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "state_problems"]
+__all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
 class Clusters(NamedTuple):
@@ -109,22 +109,19 @@ def checked_sensitivities(sensitivities: Any) -> Tensor | None:
     return sensitivities
 
 
-def state_problems(
-    simulator: "_KMeansFakePalettize", state_dict: dict[str, Any], prefix: str
-) -> list[str]:
-    """Why the palettes in a ``state_dict`` do not fit the simulator's specification; empty if they do."""
-    problems = []
-    centroids, indices = state_dict.get(f"{prefix}centroids"), state_dict.get(f"{prefix}indices")
-    expected = (2**simulator.n_bits, simulator.cluster_dim)
-    if centroids is not None and (centroids.dim() != 3 or tuple(centroids.shape[1:]) != expected):
-        problems.append(
-            f"{prefix}centroids has shape {tuple(centroids.shape)}; a specification with n_bits="
-            f"{simulator.n_bits} and cluster_dim={simulator.cluster_dim} has (blocks, {expected[0]}, {expected[1]})"
-        )
-    if indices is not None and (indices.is_floating_point() or indices.is_complex()):
-        problems.append(f"{prefix}indices has dtype {indices.dtype}; indices are integers")
-    if not simulator.enable_per_channel_scale and f"{prefix}per_channel_scale" in state_dict:
-        problems.append(
-            f"{prefix}per_channel_scale is in the checkpoint, but enable_per_channel_scale is off"
-        )
-    return problems
+def cluster_means(
+    weight: Tensor, indices: Tensor, centroids: Tensor, block_size: tuple[int, ...], weights: Tensor | None
+) -> Tensor:
+    """The (weighted) mean of each cluster, float32; an entry of ``centroids`` where a cluster has no weight.
+
+    Nothing waits for the device, and the sums are deterministic.
+    """
+    palette = centroids.detach().to(torch.float32).requires_grad_()
+    values = weight.detach().to(torch.float32)
+    mass = torch.ones_like(values) if weights is None else weights.to(values.device, torch.float32)
+    with torch.enable_grad():
+        looked_up = coreai_kernels.lookup(indices, palette, block_size=block_size)
+    # The gradient of a look-up sums over each cluster.
+    (sums,) = torch.autograd.grad(looked_up, palette, values * mass, retain_graph=True)
+    (total,) = torch.autograd.grad(looked_up, palette, mass)
+    return torch.where(total > 0, sums / total, palette.detach())

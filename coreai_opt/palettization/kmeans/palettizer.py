@@ -1,6 +1,5 @@
 """The compressor that palettizes a model's weights."""
 
-import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
-from coreai_opt.palettization.kmeans._blocks import Blocks
+from coreai_opt.palettization.kmeans._placed import placed_simulators, refresh_before_saving
+from coreai_opt.palettization.kmeans._plan import plan
 from coreai_opt.palettization.kmeans._sensitivities import (
     CalibrationHelper,
     load_sensitivities,
@@ -23,16 +22,8 @@ from coreai_opt.palettization.kmeans._sensitivities import (
 )
 from coreai_opt.palettization.kmeans._supported import OP_TYPES, SUPPORTED_MODULES
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
-from coreai_opt.palettization.spec.errors import (
-    _IncompatibleClusterDimError,
-    _IncompatibleGranularityError,
-)
 
 __all__ = ["KMeansPalettizer"]
-
-logger = logging.getLogger(__name__)
-
-_FUNCTIONS: dict[str | None, Callable[..., Any]] = {op_type: function for function, op_type in OP_TYPES.items()}
 
 
 class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompressor):
@@ -83,8 +74,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         Raises:
             RuntimeError: the model is prepared already.
             TypeError: an argument has the wrong type.
-            ValueError: ``num_workers`` is not positive; a weight is not finite; sensitivities are negative, not
-                finite, or have another shape than their weight.
+            ValueError: ``num_workers`` is not positive; a weight is not finite; sensitivities are negative,
+                not finite, or have another shape than their weight.
             FileNotFoundError: there is no file of sensitivities. After any error the model is as it was.
         """
         self._require_unprepared()
@@ -93,31 +84,19 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1; got {num_workers}")
         sensitivities = None if sensitivity_path is None else load_sensitivities(sensitivity_path)
-        uses = record_state_uses(self._model, example_inputs, self._op_types)
-        functions = {id(tensor): _FUNCTIONS.get(use.op_type) for use in uses for tensor in use.tensors}
-        targets = [
-            target
-            for target in configured_targets(self._model, self._config, uses)
-            if _is_palettizable(target)
-        ]
-        simulators = [_build_simulator(target, functions[id(target.tensor)]) for target in targets]
-        jobs = []
-        for target, simulator in zip(targets, simulators, strict=True):
-            if _fits(simulator, target):
-                if sensitivities is not None:
-                    name = _original_name(target)
-                    simulator.sensitivities = sensitivity_of(name, target.tensor.shape, sensitivities)
-                jobs.append((target, simulator))
-        _cluster_all([(simulator, target.tensor) for target, simulator in jobs], num_workers)
-        for target, simulator in jobs:
-            self._insert(target, simulator)
-            simulator.train(target.places[0][0].training)
-            for module, attribute in target.places:
-                chain = module.parametrizations[attribute]  # type: ignore[index]
-                chain.register_state_dict_pre_hook(_refresh_before_saving)
-            schedule = target.config.pat_schedule
-            if schedule is not None:
-                self._start_steps[target.fqn] = schedule.enable_fake_palettize
+        planned = plan(self._model, self._config, example_inputs)
+        if sensitivities is not None:
+            for each in planned:
+                shape = each.target.tensor.shape
+                each.simulator.sensitivities = sensitivity_of(each.original_name, shape, sensitivities)
+        _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers)
+        for each in planned:
+            self._insert(each.target, each.simulator)
+            for module, attribute in each.target.places:
+                chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+                chain.register_state_dict_pre_hook(refresh_before_saving)
+            if each.schedule is not None:
+                self._start_steps[each.target.fqn] = each.schedule.enable_fake_palettize
         self._prepared = True
         return self._model
 
@@ -146,7 +125,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             ValueError: at the end, a gradient was not finite. The palettes are as they were after any error.
         """
         model = self._require_prepared(model, "calibration_mode")
-        simulators = [each for _, _, each in self._inserted(model)]
+        simulators = [each.simulator for each in placed_simulators(model)]
         was_on = [simulator.is_on() for simulator in simulators]
         for simulator in simulators:
             simulator.disable_fake_palett()
@@ -166,11 +145,10 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             ValueError: no weight has sensitivities.
         """
         model = self._require_prepared(None, "save_sensitivities")
-        names = _names_of_originals(model)
         found = {
-            names[id(module.parametrizations[attribute].original)]: simulator.sensitivities  # type: ignore[index, union-attr]
-            for module, attribute, simulator in self._inserted(model)
-            if simulator.sensitivities is not None
+            each.original_name: each.simulator.sensitivities
+            for each in placed_simulators(model)
+            if each.simulator.sensitivities is not None
         }
         if not found:
             raise ValueError(
@@ -200,13 +178,14 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             RuntimeError: outside of :meth:`training_mode`.
         """
         if not self._training_depth:
-            raise RuntimeError("step() belongs to training: call it within `with palettizer.training_mode():`")
+            raise RuntimeError(
+                "step() belongs to training: call it within `with palettizer.training_mode():`"
+            )
         super().step()
         self._apply_schedules(self._model)
-        with torch.no_grad():
-            for module, attribute, simulator in self._inserted(self._model):
-                if simulator.is_on():
-                    simulator.step(_weight_for(module, attribute, simulator), self._step_count)
+        for each in placed_simulators(self._model):
+            if each.simulator.is_on():
+                each.simulator.step(each.weight(), self._step_count)
 
     def finalize(
         self,
@@ -231,8 +210,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend!r}")
         self._require_torch(backend)
-        for module, attribute, simulator in self._inserted(model):
-            simulator.freeze(_weight_for(module, attribute, simulator))
+        for each in placed_simulators(model):
+            each.simulator.freeze(each.weight())
         self._prepared = self._prepared and model is not self._model
         return model
 
@@ -244,7 +223,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
     @classmethod
     def _is_prepared(cls, model: nn.Module) -> bool:
         return any(
-            isinstance(module, cls._simulator_class) and not module.is_frozen for module in model.modules()
+            isinstance(module, _KMeansFakePalettize) and not module.is_frozen for module in model.modules()
         )
 
     def _require_unprepared(self) -> None:
@@ -262,54 +241,24 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
     ) -> None:
         if path is not None:
             torch.save(sensitivities, path)
-        names = _names_of_originals(model)
-        jobs = []
-        for module, attribute, simulator in self._inserted(model):
-            original = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
-            name = names[id(original)]
-            simulator.sensitivities = sensitivity_of(name, original.shape, sensitivities)
-            jobs.append((simulator, _weight_for(module, attribute, simulator)))
-        _cluster_all(jobs, num_workers=1)
+        placed = list(placed_simulators(model))
+        new = [
+            sensitivity_of(each.original_name, each.chain.original.shape, sensitivities) for each in placed
+        ]
+        for each, sensitivity in zip(placed, new, strict=True):
+            each.simulator.sensitivities = sensitivity
+        _cluster_all([(each.simulator, each.weight()) for each in placed], num_workers=1)
 
     def _apply_schedules(self, model: nn.Module) -> None:
-        for module, attribute, simulator in self._inserted(model):
+        for each in placed_simulators(model):
+            simulator = each.simulator
             start = self._start_steps.get(simulator.tensor_fqn)
             if start is None or simulator.is_on() == (self._step_count >= start):
                 continue
             simulator.enable_fake_palett(self._step_count >= start, reinitialize=True)
             if simulator.is_on():
                 # Here, so that no compiled forward has to cluster.
-                simulator.ensure_initialized(_weight_for(module, attribute, simulator))
-
-
-def _is_palettizable(target: StateTarget) -> bool:
-    tensor = target.tensor
-    if tensor.is_floating_point() and tensor.numel():
-        return True
-    logger.warning(
-        f"{target.fqn!r} cannot be palettized: dtype {tensor.dtype}, shape {tuple(tensor.shape)}. It stays as it is"
-    )
-    return False
-
-
-def _build_simulator(target: StateTarget, function: Callable[..., Any] | None) -> _KMeansFakePalettize:
-    simulator = _KMeansFakePalettize(
-        **target.spec.model_dump_preserve_objects(),  # type: ignore[attr-defined]
-        enable_fast_kmeans_mode=target.config.enable_fast_kmeans_mode and target.spec.cluster_dim == 1,  # type: ignore[attr-defined]
-        rounding_precision=target.config.rounding_precision,  # type: ignore[attr-defined]
-        op_to_optimize=function
-    )
-    simulator.tensor_fqn = target.fqn
-    return simulator.to(target.tensor.device)
-
-
-def _fits(simulator: _KMeansFakePalettize, target: StateTarget) -> bool:
-    try:
-        Blocks.of(target.tensor.shape, simulator.granularity, simulator.cluster_dim)
-    except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
-        logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
-        return False
-    return True
+                simulator.ensure_initialized(each.weight())
 
 
 def _cluster_all(jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: int) -> None:
@@ -318,34 +267,3 @@ def _cluster_all(jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: i
     with bar, ThreadPoolExecutor(num_workers) as pool:
         for _ in pool.map(lambda job: job[0].ensure_initialized(job[1]), jobs):
             bar.update()
-
-
-def _weight_for(module: nn.Module, attribute: str, simulator: nn.Module) -> Tensor:
-    """The tensor that enters the simulator: the stored one, after the parametrizations before it."""
-    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
-    weight: Tensor = chain.original
-    for parametrization in chain:
-        if parametrization is simulator:
-            break
-        weight = parametrization(weight)
-    return weight.detach()
-
-
-def _refresh_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
-    """Bring the indices up to date with the weight before they go into a ``state_dict``."""
-    weight = chain.original
-    with torch.no_grad():
-        for parametrization in chain:
-            if isinstance(parametrization, _KMeansFakePalettize):
-                parametrization.refresh_indices(weight)
-                return
-            weight = parametrization(weight)
-
-
-def _original_name(target: StateTarget) -> str:
-    path, _, attribute = target.fqn.rpartition(".")
-    return ".".join(filter(None, (path, "parametrizations", attribute, "original")))
-
-
-def _names_of_originals(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in (*model.named_parameters(), *model.named_buffers())}

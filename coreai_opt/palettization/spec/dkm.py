@@ -16,7 +16,7 @@ __all__ = ["DKMTrainingSpec"]
 
 
 class _DKMStrategy(TrainingStrategy):
-    """The forward mixes the palette's entries by their nearness; gradients go to the weight and the palette."""
+    """The forward mixes the palette's entries by their nearness; the weight and the palette get gradients."""
 
     def __init__(self, temperature: float, iterations: int) -> None:
         self.temperature = temperature
@@ -60,8 +60,8 @@ class DKMTrainingSpec(TrainingStrategySpec):
     palette becomes a parameter, so make the optimizer after ``prepare``. Evaluation uses the nearest entry.
 
     Fields:
-        temperature: ``t`` in units of the palette's spacing: of the median squared distance between an entry and
-            its nearest neighbour, taken when the palette is computed or loaded. Smaller is nearer to a hard
+        temperature: ``t`` in units of the palette's spacing, the median squared distance between an entry
+            and its nearest neighbour when the palette is computed or loaded. Smaller is nearer to a hard
             assignment, with less gradient to the entries that are not nearest.
         iterations: updates of the palette towards the soft means within each forward, as in the paper.
     """

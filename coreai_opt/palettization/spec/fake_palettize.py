@@ -28,8 +28,8 @@ _MOST_BITS = 8
 class _FakePalettizeImplBase(CompressionSimulatorBase):
     """A module that replaces a weight's values by those of its palettes.
 
-    The buffer ``fake_palett_enabled`` (uint8, one element) switches it on or off. A module whose weight cannot
-    be cut into the blocks asked for disables itself for good, with a warning in the log.
+    The buffer ``fake_palett_enabled`` (uint8, one element) switches it on or off. A module whose weight
+    cannot be cut into the blocks asked for disables itself for good, with a warning in the log.
 
     Args:
         n_bits: bits of an index into a palette, 1 to 8.
@@ -78,7 +78,7 @@ class _FakePalettizeImplBase(CompressionSimulatorBase):
         """Compute the palettes of ``tensor`` unless they are there.
 
         Raises:
-            _IncompatibleGranularityError, _IncompatibleClusterDimError: the specification does not fit the shape.
+            _IncompatibleGranularityError, _IncompatibleClusterDimError: the specification does not fit.
         """
 
     @abstractmethod
@@ -145,8 +145,8 @@ class _FakePalettizeImplBase(CompressionSimulatorBase):
             self.ensure_initialized(tensor)
         except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
             logger.warning(
-                f"Tensor {self.tensor_fqn!r} (shape: {tuple(tensor.shape)}) incompatible with configured spec: "
-                f"{error}. Skipping palettization."
+                f"Tensor {self.tensor_fqn!r} (shape: {tuple(tensor.shape)}) incompatible with configured "
+                f"spec: {error}. Skipping palettization."
             )
             self._disabled = True
         return not self._disabled

@@ -86,8 +86,8 @@ class PerGroupedChannelGranularity(PalettizationGranularity):
         axis, shape = self.axis, tuple(weight.shape)
         if axis is None:
             raise _IncompatibleGranularityError(
-                "PerGroupedChannelGranularity has axis=None, which leaves the axis to the operation that uses the "
-                "weight; here none is known: give axis=0 or axis=1"
+                "PerGroupedChannelGranularity has axis=None, which leaves the axis to the operation that "
+                "uses the weight; here none is known: give axis=0 or axis=1"
             )
         if weight.dim() < 2:
             raise _IncompatibleGranularityError(

@@ -18,7 +18,7 @@ __all__ = ["PalettizationSpec", "default_weight_palettization_spec"]
 
 
 class PalettizationSpec(CompressionSpec):
-    """How to palettize one weight: replace its values by the nearest of ``2 ** n_bits`` shared ones. Immutable.
+    """How to palettize one weight: to replace its values by the nearest of ``2 ** n_bits``. Immutable.
 
     Fields:
         n_bits: bits of an index into the palette.
