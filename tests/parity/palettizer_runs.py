@@ -24,7 +24,18 @@ from coreai_opt.quantization.spec import QuantizationSpec
 
 from .snapshots import Raised, freeze
 
-__all__ = ["CASES", "Case", "answer", "attempt", "build_model", "continue_from", "prepare", "run"]
+__all__ = [
+    "CASES",
+    "TRAINED",
+    "Case",
+    "answer",
+    "attempt",
+    "build_model",
+    "continue_from",
+    "prepare",
+    "run",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -135,9 +146,14 @@ def _all_cases() -> Iterator[Case]:
     for size, dim in itertools.product((None, 8), (2, 4)):
         spec = {"n_bits": 2, "cluster_dim": dim} | ({"granularity": _grouped(0, size)} if size else {})
         yield Case(f"vectors of {dim}, groups {size}", spec=spec, config={"enable_fast_kmeans_mode": False})
+    schedule = {"pat_schedule": {"enable_fake_palettize": 2}}
+    yield Case("trained", spec={"n_bits": 2})
+    yield Case("trained from step 2", spec={"n_bits": 2}, config=schedule)
+    yield Case("trained in groups", spec={"n_bits": 2, "granularity": _grouped(0, 4)}, config=schedule)
 
 
 CASES = {case.name: case for case in _all_cases()}
+TRAINED = [name for name in CASES if name.startswith("trained")]
 
 
 def build_model(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -220,8 +236,37 @@ def run(case: Case) -> dict[str, Any]:
     return result | freeze({"gradients": gradients, "final": final(*inputs)})
 
 
+def train(name: str) -> dict[str, Any]:
+    """Losses, switches and palettes over steps of training with a schedule, then calibration."""
+    case = CASES[name]
+    palettizer, model, inputs = prepare(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    target = torch.ones(1)
+    log: list[Any] = []
+    with palettizer.training_mode():
+        for _ in range(4):
+            loss = (model(*inputs) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            palettizer.step()
+            log.append((loss.item(), freeze(palettized(model))))
+    with tempfile.TemporaryDirectory() as folder:
+        measured, saved = Path(folder) / "measured.pt", Path(folder) / "saved.pt"
+        with palettizer.calibration_mode(loss_fn=_loss, sensitivity_path=str(measured)) as helper:
+            for scale in (1, 2):
+                helper.step(model(inputs[0] * scale), target)
+        palettizer.save_sensitivities(str(saved))
+        files = {path.stem: torch.load(path) for path in (measured, saved)}
+    return {"steps": tuple(log), "weights": freeze(palettized(model)), "files": freeze(files)}
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
 def continue_from(case: Case, state: dict[str, Any]) -> Any:
-    """The output of the case's model after loading ``state`` (strictly)."""
+    """The weights and the output of the case's model after loading ``state`` (strictly)."""
     _, model, inputs = prepare(case)
     model.load_state_dict({name: snapshot.tensor() for name, snapshot in state.items()}, strict=True)
     return freeze({"weights": palettized(model), "output": model.eval()(*inputs)})
@@ -236,8 +281,11 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def answer(job: dict[str, Any]) -> Any:
-    """What each case shows; or with ``states``, what the cases do after loading them."""
-    if "states" in job:
-        states = job["states"].items()
-        return {name: attempt(continue_from, CASES[name], state) for name, state in states}
-    return {name: attempt(run, case) for name, case in CASES.items()}
+    """What each case shows, what the cases do after loading the states in the job, and trainings."""
+    return {
+        "cases": {name: attempt(run, case) for name, case in CASES.items()},
+        "continued": {
+            name: attempt(continue_from, CASES[name], state) for name, state in job["states"].items()
+        },
+        "trained": {name: attempt(train, name) for name in TRAINED},
+    }

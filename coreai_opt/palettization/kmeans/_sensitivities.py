@@ -50,7 +50,10 @@ class CalibrationHelper:
         self.step_called = True
 
     def sensitivities(self) -> dict[str, Tensor]:
-        """The sums by the parameter's name, each divided by its maximum; ones where all of them are zero.
+        """The sums by the parameter's name, scaled to a maximum of one.
+
+        Zeros take the least positive value of their parameter, so that no value is without weight; a
+        parameter of zeros takes ones.
 
         Raises:
             RuntimeError: there was no step.
@@ -60,12 +63,16 @@ class CalibrationHelper:
             raise RuntimeError(
                 "calibration_mode saw no data: call step(output, target) at least once in its context"
             )
-        found = {}
-        for name, total in self._sums.items():
-            largest = total.max() if total.numel() else total.new_ones(())
-            found[name] = torch.where(largest > 0, total / largest, torch.ones_like(total))
-            _check(name, found[name])
+        found = {name: _scaled(total) for name, total in self._sums.items() if total.numel()}
+        for name, sensitivity in found.items():
+            _check(name, sensitivity)
         return found
+
+
+def _scaled(total: Tensor) -> Tensor:
+    least = torch.where(total > 0, total, torch.inf).min()
+    positive = torch.where(total == 0, least, total)
+    return torch.where(least < torch.inf, positive / positive.max(), 1.0)
 
 
 def load_sensitivities(path: str | Path) -> dict[str, Tensor]:
