@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cpu/palette_kernels.h"
 
 namespace coreai::cpu {
 
@@ -105,6 +106,7 @@ struct Kernels {
   void (*observe_and_fake_quantize)(const Observe&);
   void (*quantize)(const Convert&);
   void (*dequantize)(const Convert&);
+  PaletteKernels palettes;
 };
 
 const Kernels& kernels();  // of the instruction set in use

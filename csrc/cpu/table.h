@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/observe_and_fake_quantize.h"
+#include "cpu/palettes.h"
 #include "cpu/quantize.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
@@ -9,6 +10,7 @@ namespace coreai::cpu::COREAI_LEVEL {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     fake_quantize, masked_gradient, observe_range, choose_qparams, observe_and_fake_quantize, quantize, dequantize,
+    kPaletteKernels,
 };
 
 }  // namespace coreai::cpu::COREAI_LEVEL
