@@ -1,9 +1,11 @@
 // Registration of the palette operators' CPU kernels.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
+#include <numeric>
+#include <vector>
 
 #include "cpu/kmeans_1d.h"
 #include "tensors.h"
@@ -96,7 +98,210 @@ Tensor kmeans_1d(Tensor weight, Optional weights, Blocks block_size, int64_t clu
   return centroids;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { library.impl("kmeans_1d", TORCH_BOX(&kmeans_1d)); }
+// Palettes of each block, in the order in which blocks come in memory.
+class Palettes {
+ public:
+  Palettes(const Tensor& centroids, const cpu::Layout& layout)
+      : tensor_(torch::stable::contiguous(centroids)), index_(layout.block_index), blocks_(layout.geometry.blocks),
+        clusters_(centroids.size(1)), dim_(centroids.size(2)) {
+    STD_TORCH_CHECK(centroids.size(0) == blocks_, "centroids must have one palette per block, that is ", blocks_,
+                    "; they have ", centroids.size(0));
+    STD_TORCH_CHECK(clusters_ >= 1 && clusters_ <= 256, "centroids must be 1 to 256 a block");
+  }
+  int64_t clusters() const { return clusters_; }
+  int64_t dim() const { return dim_; }
+
+  // Words of the centroids' type as (blocks, dim, room), for lookup.
+  template <class Word>
+  std::vector<char> tables() const {
+    const auto* from = static_cast<const Word*>(tensor_.const_data_ptr());
+    const int64_t room = cpu::table_room(clusters_);
+    std::vector<char> bytes(static_cast<size_t>(blocks_ * dim_ * room) * sizeof(Word));
+    auto* to = reinterpret_cast<Word*>(bytes.data());
+    for (int64_t i = 0; i < blocks_; ++i) {
+      const Word* palette = from + source(i) * clusters_ * dim_;
+      for (int64_t j = 0; j < clusters_; ++j) {
+        for (int64_t entry = 0; entry < dim_; ++entry) to[(i * dim_ + entry) * room + j] = palette[j * dim_ + entry];
+      }
+    }
+    return bytes;
+  }
+
+  // float32 as (blocks, clusters, dim).
+  std::vector<float> values() const {
+    const Tensor floats = as_float32(tensor_);
+    const auto* from = static_cast<const float*>(floats.const_data_ptr());
+    const int64_t size = clusters_ * dim_;
+    std::vector<float> result(static_cast<size_t>(blocks_ * size));
+    for (int64_t i = 0; i < blocks_; ++i) std::copy_n(from + source(i) * size, size, result.data() + i * size);
+    return result;
+  }
+
+ private:
+  int64_t source(int64_t block) const { return index_.empty() ? block : index_[static_cast<size_t>(block)]; }
+
+  Tensor tensor_;
+  const std::vector<int64_t>& index_;
+  int64_t blocks_, clusters_, dim_;
+};
+
+// Where the nearest of some scalars changes: see decision_bounds in kernels/coreai_kernels/reference/palettize.py.
+void decision_bounds(const float* centroids, int64_t clusters, float* bounds, int32_t* indices) {
+  int32_t order[256];
+  std::iota(order, order + clusters, 0);
+  std::stable_sort(order, order + clusters, [&](int32_t a, int32_t b) {
+    return centroids[a] < centroids[b] || (std::isnan(centroids[b]) && !std::isnan(centroids[a]));
+  });
+  for (int64_t j = 0; j < clusters; ++j) {
+    const bool repeats = j > 0 && centroids[order[j]] == centroids[order[j - 1]];
+    indices[j] = repeats ? indices[j - 1] : order[j];
+  }
+  for (int64_t j = 0; j + 1 < clusters; ++j) {
+    const double middle = (static_cast<double>(centroids[order[j]]) + static_cast<double>(centroids[order[j + 1]])) / 2;
+    float bound = static_cast<float>(middle);
+    constexpr float kBelow = -std::numeric_limits<float>::infinity();
+    if (bound > middle) bound = std::nextafter(bound, kBelow);
+    if (indices[j + 1] < indices[j] && bound == middle) bound = std::nextafter(bound, kBelow);
+    bounds[j] = std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound;
+  }
+}
+
+Blocks index_blocks(Blocks block_size, int64_t dim) {
+  if (!block_size.empty()) block_size[0] /= dim;
+  return block_size;
+}
+
+// A weight's shape from that of its indices, or back.
+Ints rows_times(Ints shape, int64_t dim) {
+  if (!shape.empty()) shape[0] *= dim;
+  return shape;
+}
+
+Ints rows_over(Ints shape, int64_t dim) {
+  if (!shape.empty()) shape[0] /= dim;
+  return shape;
+}
+
+int64_t row_size(const Ints& shape) {
+  int64_t size = 1;
+  for (size_t i = 1; i < shape.size(); ++i) size *= shape[i];
+  return std::max<int64_t>(1, size);
+}
+
+void run_lookup(const Palettes& palettes, cpu::Lookup job) {
+  const auto size = static_cast<size_t>(job.element_size);
+  const std::vector<char> tables = size == 2   ? palettes.tables<uint16_t>()
+                                   : size == 4 ? palettes.tables<uint32_t>()
+                                               : palettes.tables<uint64_t>();
+  job.kind = cpu::table_kind(palettes.clusters());
+  job.tables = tables.data();
+  cpu::kernels().palettes.lookup(job);
+}
+
+Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size) {
+  const int64_t dim = centroids.size(2);
+  const auto element_size = static_cast<int64_t>(centroids.element_size());
+  if (dim > 1) indices = torch::stable::contiguous(indices);
+  Operand x(indices, dim > 1 ? ScalarType::Byte : centroids.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, index_blocks(block_size, dim));
+  const Palettes palettes(centroids, layout);
+  const Tensor output = dim > 1 ? empty(rows_times(x.shape, dim), centroids.scalar_type()) : x.output;
+  if (layout.geometry.numel > 0) {
+    run_lookup(palettes, {{&layout.geometry, dim, row_size(x.shape)}, {}, nullptr, static_cast<const uint8_t*>(x.data),
+                          8, output.mutable_data_ptr(), element_size});
+  }
+  return output;
+}
+
+Tensor lookup_packed(Tensor packed, Tensor centroids, Blocks sizes, Blocks block_size, int64_t bits) {
+  const int64_t dim = centroids.size(2);
+  const Tensor bytes = torch::stable::contiguous(packed);
+  const Ints shape(sizes.data(), sizes.data() + sizes.size());
+  const auto layout =
+      cpu::make_layout(rows_over(shape, dim), natural_order(shape.size()), index_blocks(block_size, dim));
+  STD_TORCH_CHECK(bytes.numel() == (layout.geometry.numel * bits + 7) / 8, "packed must have ",
+                  (layout.geometry.numel * bits + 7) / 8, " bytes; it has ", bytes.numel());
+  const Palettes palettes(centroids, layout);
+  const Tensor output = empty(shape, centroids.scalar_type());
+  if (layout.geometry.numel > 0) {
+    run_lookup(palettes, {{&layout.geometry, dim, row_size(shape)}, {}, nullptr,
+                          static_cast<const uint8_t*>(bytes.const_data_ptr()), static_cast<int>(bits),
+                          output.mutable_data_ptr(), static_cast<int64_t>(centroids.element_size())});
+  }
+  return output;
+}
+
+Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size) {
+  if (is_double(weight)) weight = to_float(weight);
+  const int64_t dim = centroids.size(2);
+  if (dim > 1) weight = torch::stable::contiguous(weight);
+  Operand x(weight, ScalarType::Byte);
+  const Ints shape = rows_over(x.shape, dim);
+  const auto layout = cpu::make_layout(shape, x.order, index_blocks(block_size, dim));
+  const Palettes palettes(centroids, layout);
+  const Tensor indices = dim > 1 ? empty(shape, ScalarType::Byte) : x.output;
+  if (layout.geometry.numel == 0) return indices;
+  const int64_t clusters = palettes.clusters(), room = cpu::table_room(clusters), blocks = layout.geometry.blocks;
+  std::vector<float> table = palettes.values(), bounds;
+  std::vector<int32_t> order;
+  if (dim == 1) {
+    bounds.assign(static_cast<size_t>(blocks * room), std::numeric_limits<float>::infinity());
+    order.resize(static_cast<size_t>(blocks * room));
+    for (int64_t i = 0; i < blocks; ++i) {
+      decision_bounds(table.data() + i * clusters, clusters, bounds.data() + i * room, order.data() + i * room);
+    }
+  }
+  cpu::kernels().palettes.palettize({{&layout.geometry, dim, row_size(shape)}, clusters, element_of("weight", weight),
+                                     x.data, static_cast<uint8_t*>(indices.mutable_data_ptr()),
+                                     dim == 1 ? bounds.data() : table.data(), order.data()});
+  return indices;
+}
+
+// Elements summed by one part, if not too many blocks ask for sums: so the order of additions does not depend on
+// the number of threads.
+constexpr int64_t kPart = 1 << 16, kMaxParts = 64, kMaxSums = 1 << 22;
+
+Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t clusters, int64_t dim) {
+  if (is_double(grad)) grad = to_float(grad);
+  grad = torch::stable::contiguous(grad);
+  indices = torch::stable::contiguous(indices);
+  const Ints shape = to_ints(indices.sizes());
+  const auto layout = cpu::make_layout(shape, natural_order(shape.size()), index_blocks(block_size, dim));
+  const int64_t numel = layout.geometry.numel, size = layout.geometry.blocks * clusters * dim;
+  STD_TORCH_CHECK(grad.numel() == numel * dim, "grad must have ", numel * dim, " elements; it has ", grad.numel());
+  const int64_t limit = std::min(kMaxParts, std::max<int64_t>(1, kMaxSums / std::max<int64_t>(1, size)));
+  const int64_t parts = std::clamp<int64_t>(numel / kPart, 1, limit);
+  std::vector<double> sums(static_cast<size_t>(parts * size));
+  const cpu::SumByIndex all = {{&layout.geometry, dim, row_size(shape)}, clusters, element_of("grad", grad),
+                               grad.const_data_ptr(), static_cast<const uint8_t*>(indices.const_data_ptr()), 0, 0,
+                               nullptr};
+  torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      cpu::SumByIndex job = all;
+      job.first = numel * part / parts;
+      job.last = numel * (part + 1) / parts;
+      job.sums = sums.data() + part * size;
+      cpu::kernels().palettes.sum_by_index(job);
+    }
+  });
+  const int64_t sizes[] = {layout.geometry.blocks, clusters, dim};
+  const Tensor result = empty(Ints(sizes, sizes + 3), ScalarType::Float);
+  auto* out = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t i = 0; i < size; ++i) {
+    double total = 0;
+    for (int64_t part = 0; part < parts; ++part) total += sums[static_cast<size_t>(part * size + i)];
+    out[i] = static_cast<float>(total);
+  }
+  return result;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
+  library.impl("kmeans_1d", TORCH_BOX(&kmeans_1d));
+  library.impl("lookup", TORCH_BOX(&lookup));
+  library.impl("lookup_backward", TORCH_BOX(&lookup_backward));
+  library.impl("lookup_packed", TORCH_BOX(&lookup_packed));
+  library.impl("palettize", TORCH_BOX(&palettize));
+}
 
 }  // namespace
 }  // namespace coreai

@@ -2,12 +2,17 @@
 #pragma once
 
 #include "cpu/best_split.h"
+#include "cpu/lookup.h"
+#include "cpu/palettize.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
 constexpr PaletteKernels kPaletteKernels = {
     best_split,
+    lookup,
+    palettize,
+    sum_by_index,
 };
 
 }  // namespace
