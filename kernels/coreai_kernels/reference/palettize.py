@@ -7,9 +7,6 @@ from coreai_kernels.reference.layout import from_vectors, to_vectors
 
 __all__ = ["decision_bounds", "palettize"]
 
-# Distances held at a time: the n x k matrix never exists as a whole.
-_CHUNK = 1 << 22
-
 
 def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Where the nearest of some scalar centroids changes.
@@ -23,7 +20,7 @@ def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
         not above the midpoint of two neighbours, or, where the upper one has the lower index, below it: a
         value midway goes to the lower index. Of equal centroids only the first is ever chosen.
     """
-    values, order = centroids.sort(dim=1, stable=True)
+    values, order = (centroids + 0.0).sort(dim=1, stable=True)  # -0.0 equals 0.0
     low, high = values[:, :-1].double(), values[:, 1:].double()
     repeats = torch.zeros_like(values, dtype=torch.bool)
     repeats[:, 1:] = values[:, 1:] == values[:, :-1]
@@ -55,9 +52,7 @@ def palettize(weight: Tensor, centroids: Tensor, block_size: tuple[int, ...]) ->
         bounds = bounds.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         nearest = indices.gather(1, torch.searchsorted(bounds, values.contiguous()))
     else:
-        step = max(1, _CHUNK // max(1, table.size(0) * table.size(1)))
-        parts = [_nearest_vector(part, table) for part in vectors.split(step, dim=1)]
-        nearest = torch.cat(parts, 1) if parts else vectors.new_empty(vectors.shape[:2], dtype=torch.int64)
+        nearest = _nearest_vector(vectors, table)
     shape = (weight.size(0) // dim, *weight.shape[1:]) if weight.dim() else ()
     blocks = (block_size[0] // dim, *block_size[1:]) if weight.dim() else ()
     result = from_vectors(nearest.to(torch.uint8).unsqueeze(2), shape, blocks)
@@ -66,8 +61,14 @@ def palettize(weight: Tensor, centroids: Tensor, block_size: tuple[int, ...]) ->
 
 def _nearest_vector(vectors: Tensor, table: Tensor) -> Tensor:
     """Index of the first nearest row of ``table (blocks, k, dim)`` for ``vectors (blocks, n, dim)``."""
-    distance = torch.zeros((*vectors.shape[:2], table.size(1)), device=vectors.device)
-    for entry in range(table.size(2)):
-        difference = vectors[:, :, entry, None] - table[:, None, :, entry]
-        distance += difference * difference
-    return distance.nan_to_num(nan=torch.inf, posinf=torch.inf).argmin(2)
+    least = torch.full(vectors.shape[:2], torch.inf, device=vectors.device)
+    nearest = torch.zeros_like(least, dtype=torch.int64)
+    for index in range(table.size(1)):
+        distance = torch.zeros_like(least)
+        for entry in range(table.size(2)):
+            difference = vectors[:, :, entry] - table[:, index, entry, None]
+            distance += difference * difference
+        less = distance < least
+        nearest = torch.where(less, index, nearest)
+        least = torch.where(less, distance, least)
+    return nearest
