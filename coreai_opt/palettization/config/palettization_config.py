@@ -62,7 +62,7 @@ class ModuleKMeansPalettizerConfig(
 
     presets: ClassVar[ModuleKMeansPalettizerPresets] = ModuleKMeansPalettizerPresets()
 
-    enable_fast_kmeans_mode: bool = True
+    enable_fast_kmeans_mode: bool = Field(default=True, validate_default=True)
     rounding_precision: Annotated[int, Field(gt=0)] = 4
     pat_schedule: PATSchedule | None = None
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
+# Lloyd's iterations end in local minima: the best of so many is taken.
+_RESTARTS = 4
+
+
 class Clusters(NamedTuple):
     """Palettes ``[blocks, 2 ** n_bits, cluster_dim]`` (float32) and the index of each vector (uint8)."""
 
@@ -60,7 +64,12 @@ def _centroids_and_indices(
     count = 2**simulator.n_bits
     if simulator.cluster_dim > 1:
         centroids = coreai_kernels.kmeans(
-            weight, count, cluster_dim=simulator.cluster_dim, block_size=block_size, weights=weights
+            weight,
+            count,
+            cluster_dim=simulator.cluster_dim,
+            block_size=block_size,
+            weights=weights,
+            restarts=_RESTARTS,
         )
     else:
         decimals = _decimals(simulator, weight)
