@@ -22,6 +22,7 @@ from coreai_opt.palettization import (
 )
 from coreai_opt.quantization.spec import QuantizationSpec
 
+from .palettizer_calls import CALLS
 from .snapshots import Raised, freeze
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "answer",
     "attempt",
     "build_model",
+    "call",
     "continue_from",
     "prepare",
     "run",
@@ -280,6 +282,11 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
         return Raised.of(error)
 
 
+def call(name: str) -> Any:
+    """The value or the exception of one entry of `palettizer_calls.CALLS`."""
+    return attempt(lambda: freeze(CALLS[name]()))
+
+
 def answer(job: dict[str, Any]) -> Any:
     """What each case shows, what the cases do after loading the states in the job, and trainings."""
     return {
@@ -288,4 +295,5 @@ def answer(job: dict[str, Any]) -> Any:
             name: attempt(continue_from, CASES[name], state) for name, state in job["states"].items()
         },
         "trained": {name: attempt(train, name) for name in TRAINED},
+        "calls": {name: call(name) for name in CALLS},
     }

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .conftest import Oracle
-from .palettizer_runs import CASES, TRAINED, Case, attempt, build_model, continue_from, run, train
-from .snapshots import Raised, Snapshot
+from .palettizer_calls import CALLS
+from .palettizer_runs import CASES, TRAINED, Case, attempt, build_model, call, continue_from, run, train
+from .snapshots import Raised, Snapshot, differences
 
 # The last bit of a float32 mean of float64 sums depends on the order of the sums.
 ULP = 2.0**-23
@@ -93,8 +94,10 @@ def test_errors_are_never_greater(name: str, ours: dict[str, Any], answers: dict
     expected = squared_errors(CASES[name], answers["cases"][name])
     found = squared_errors(CASES[name], ours[name])
     assert found.keys() == expected.keys()
+    # Apple's package finds vectors by chance: from run to run its own errors differ by some percent.
+    slack = 1e-6 if name in UNIQUE else 0.03
     for weight, error in expected.items():
-        assert found[weight] <= error * (1 + 1e-6), weight
+        assert found[weight] <= error * (1 + slack), weight
 
 
 def test_coarse_rounding_is_left_out(ours: dict[str, Any], answers: dict[str, Any]) -> None:
@@ -126,3 +129,9 @@ def test_training_and_calibration(name: str, answers: dict[str, Any]) -> None:
     expected, found = answers["trained"][name], train(name)
     assert not isinstance(expected, Raised), expected
     check_close(expected, found, name, 1e-5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name: str, answers: dict[str, Any]) -> None:
+    lines = list(differences(answers["calls"][name], call(name)))
+    assert not lines, "\n".join(lines)

@@ -63,10 +63,9 @@ class CalibrationHelper:
             raise RuntimeError(
                 "calibration_mode saw no data: call step(output, target) at least once in its context"
             )
-        found = {name: _scaled(total) for name, total in self._sums.items() if total.numel()}
-        for name, sensitivity in found.items():
-            _check(name, sensitivity)
-        return found
+        for name, total in self._sums.items():
+            _check(name, total)
+        return {name: _scaled(total) for name, total in self._sums.items() if total.numel()}
 
 
 def _scaled(total: Tensor) -> Tensor:
