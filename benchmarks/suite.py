@@ -20,6 +20,7 @@ from benchmarks import (
     observe_range,
     quantize,
     simulator,
+    together,
 )
 from benchmarks.apple import Apple
 from benchmarks.cases import Case, Sweep
@@ -42,6 +43,7 @@ _KERNELS: dict[str, Operation] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "bits": bits,
+    "together": together,
 }
 OPERATIONS = (SIMULATOR, *_KERNELS, MEMORY)
 

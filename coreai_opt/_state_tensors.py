@@ -1,5 +1,6 @@
 """Which parameters of a model its operations read, seen in one forward, and what is configured for them."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = [
     "record_state_uses",
     "side_effects_undone",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,12 @@ def configured_targets(
         if choice is not None and choice[0] is not None:
             owner, attribute = where[0]
             tensor = getattr(modules[owner], attribute)
+            if not tensor.is_floating_point() or tensor.numel() <= 1:
+                logger.warning(
+                    f"{owner}.{attribute} has a specification, but is no floating-point tensor of several "
+                    f"elements ({tensor.dtype}, shape {tuple(tensor.shape)}): it is left as it is."
+                )
+                continue
             held_by = [(modules[name], each) for name, each in where]
             targets.append(
                 StateTarget(tensor, choice[0], choice[1], held_by, f"{owner}.{attribute}".lstrip("."))

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
@@ -13,7 +14,13 @@ from coreai_opt.common import ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase
 
-__all__ = ["EagerCompressionComponentBuilderMixin", "_BaseModelCompressor", "training_flags"]
+__all__ = [
+    "EagerCompressionComponentBuilderMixin",
+    "_BaseModelCompressor",
+    "original_of",
+    "remove_first",
+    "training_flags",
+]
 
 
 @contextmanager
@@ -159,6 +166,22 @@ class EagerCompressionComponentBuilderMixin:
                     for simulator in chain:
                         if isinstance(simulator, cls._simulator_class):
                             yield module, attribute, simulator
+
+
+def original_of(module: nn.Module, attribute: str) -> Tensor:
+    """The tensor behind a parametrized attribute."""
+    return getattr(module.parametrizations, attribute).original  # type: ignore[no-any-return]
+
+
+def remove_first(module: nn.Module, attribute: str) -> None:
+    """Take the first parametrization off an attribute, and leave its result in the tensor."""
+    chain: Any = getattr(module.parametrizations, attribute)
+    if len(chain) == 1:
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+        return
+    with torch.no_grad():
+        chain.original.set_(chain[0](chain.original))
+    del chain[0]
 
 
 def _parametrizations(module: nn.Module) -> Iterable[tuple[str, Any]]:

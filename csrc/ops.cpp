@@ -5,37 +5,30 @@
 
 #include "cpu/bits.h"
 #include "cpu/dispatch.h"
-#include "tensors.h"
+#include "jobs.h"
 
 namespace coreai {
 namespace {
 
-std::tuple<Tensor, Tensor> fake_quantize(Tensor input, Tensor scale, Optional zero_point, Optional minval,
-                                         Blocks block_size, int64_t format, double quant_min, double quant_max,
-                                         bool with_mask) {
+std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point,
+                                         const Optional& minval, const Blocks& block_size, int64_t format,
+                                         double quant_min, double quant_max, bool with_mask) {
   if (is_double(input)) {
     const auto [output, bits] = fake_quantize(to_float(input), scale, zero_point, minval, block_size, format, quant_min,
                                               quant_max, with_mask);
     return {to_double(output), bits};
   }
-  Operand x(input, input.scalar_type());
-  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  const AffineValues values(layout, scale, zero_point, minval, format, quant_min, quant_max);
-  const Tensor mask = empty_mask(layout.geometry.numel, with_mask);
-  if (layout.geometry.numel > 0) {
-    cpu::kernels().fake_quantize({&layout.geometry, element_of("input", input), x.data, x.output.mutable_data_ptr(),
-                                  bytes_of(mask), values.affine});
-  }
-  return {x.output, mask};
+  const Tensor mask = empty_mask(input.numel(), with_mask);
+  const FakeQuantizeJob job(input, scale, zero_point, minval, block_size, format, quant_min, quant_max, bytes_of(mask));
+  job.run();
+  return {job.output(), mask};
 }
 
-Tensor fake_quantize_backward(Tensor grad, Tensor mask, std::vector<int64_t> axes) {
+Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
   if (is_double(grad)) return to_double(fake_quantize_backward(to_float(grad), mask, axes));
-  const Ints shape = to_ints(grad.sizes());
-  const Ints order = axes.empty() ? natural_order(shape.size()) : Ints(axes.data(), axes.data() + axes.size());
-  STD_TORCH_CHECK(order.size() == shape.size(), "order must name each of the ", shape.size(), " axes once");
   STD_TORCH_CHECK(mask.numel() == (grad.numel() + 7) / 8, "mask must have one bit per element of grad: ",
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
+<<<<<<< HEAD
   Ints strides(shape.size(), 1);
   int64_t stride = 1;
   for (size_t i = order.size(); i-- > 0;) {
@@ -53,6 +46,13 @@ Tensor fake_quantize_backward(Tensor grad, Tensor mask, std::vector<int64_t> axe
                                    static_cast<const uint8_t*>(mask.const_data_ptr()), grad.numel());
   }
   return output;
+=======
+  const Ints order =
+      axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
+  const MaskedGradientJob job(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()));
+  job.run();
+  return job.output();
+>>>>>>> quantizer
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
@@ -63,7 +63,7 @@ Tensor block_tensor(const std::vector<float>& values, const cpu::Layout& layout,
   return type == ScalarType::Float ? result : torch::stable::to(result, type);
 }
 
-std::tuple<Tensor, Tensor> observe_range(Tensor input, Blocks block_size) {
+std::tuple<Tensor, Tensor> observe_range(const Tensor& input, const Blocks& block_size) {
   if (is_double(input)) {
     const auto [low, high] = observe_range(to_float(input), block_size);
     return {to_double(low), to_double(high)};
@@ -82,8 +82,8 @@ Element common_element(const Tensor& low, const Tensor& high) {
   return a == b && a != Element::kFloat64 ? a : Element::kFloat32;
 }
 
-std::tuple<Tensor, Tensor, Tensor> choose_qparams(Tensor min_val, Tensor max_val, int64_t scheme, int64_t format,
-                                                  double quant_min, double quant_max, bool power_of_two) {
+std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const Tensor& max_val, int64_t scheme,
+                                                  int64_t format, double quant_min, double quant_max, bool power_of_two) {
   STD_TORCH_CHECK(min_val.numel() == max_val.numel(), "min_val and max_val must have one shape");
   const cpu::QParamsRule rule = {static_cast<Scheme>(scheme), static_cast<Format>(format), quant_min, quant_max,
                                  power_of_two, common_element(min_val, max_val)};
@@ -100,73 +100,35 @@ std::tuple<Tensor, Tensor, Tensor> choose_qparams(Tensor min_val, Tensor max_val
 }
 
 std::tuple<Tensor, Tensor> observe_and_fake_quantize_(
-    Tensor input, Tensor scale, Optional zero_point, Optional minval, Optional running_min, Optional running_max,
-    bool has_running, Blocks block_size, int64_t scheme, int64_t format, double quant_min, double quant_max,
-    bool use_minval, int64_t update, double averaging_constant, std::optional<double> range_min,
-    std::optional<double> range_max, bool power_of_two, bool with_mask) {
+    const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+    const Optional& running_min, const Optional& running_max, bool has_running, const Blocks& block_size,
+    int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
+    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, bool power_of_two,
+    bool with_mask) {
   if (is_double(input)) {
     const Optional low = to_float(running_min), high = to_float(running_max);
+    Optional kept_low = running_min, kept_high = running_max;
     const auto [output, bits] = observe_and_fake_quantize_(
         to_float(input), scale, zero_point, minval, low, high, has_running, block_size, scheme, format, quant_min,
         quant_max, use_minval, update, averaging_constant, range_min, range_max, power_of_two, with_mask);
-    if (running_min) torch::stable::copy_(*running_min, *low);
-    if (running_max) torch::stable::copy_(*running_max, *high);
+    if (low) torch::stable::copy_(*kept_low, *low);
+    if (high) torch::stable::copy_(*kept_high, *high);
     return {to_double(output), bits};
   }
-  const ScalarType type = input.scalar_type();
-  Operand x(input, type);
-  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  const int64_t blocks = layout.geometry.blocks;
-  const Tensor mask = empty_mask(layout.geometry.numel, with_mask);
-  const bool is_int = format == static_cast<int64_t>(Format::kInt);
-  // The kernels read back what they choose: give them room where the caller keeps nothing.
-  if (is_int && use_minval && !minval) minval = empty(one_axis(blocks), ScalarType::Float);
-  if (is_int && !use_minval && !zero_point) zero_point = empty(one_axis(blocks), ScalarType::Int);
-
-  check_block_values("scale", scale, ScalarType::Float, blocks);
-  BlockValues<float> scales(scale, layout.block_index, false);
-  std::optional<BlockValues<int32_t>> zero_points;
-  std::optional<BlockValues<float>> minvals;
-  if (zero_point) {
-    check_block_values("zero_point", *zero_point, ScalarType::Int, blocks);
-    zero_points.emplace(*zero_point, layout.block_index, false);
-  }
-  if (minval) {
-    check_block_values("minval", *minval, ScalarType::Float, blocks);
-    minvals.emplace(*minval, layout.block_index, false);
-  }
-  RunningValues low("running_min", running_min, type, layout, has_running);
-  RunningValues high("running_max", running_max, type, layout, has_running);
-  const Element element = element_of("input", input);
-  const cpu::Affine affine = {static_cast<Format>(format),
-                              static_cast<float>(quant_min),
-                              static_cast<float>(quant_max),
-                              scales.data(),
-                              is_int && !use_minval ? data_or_null(zero_points) : nullptr,
-                              is_int && use_minval ? data_or_null(minvals) : nullptr,
-                              is_int && use_minval ? static_cast<float>(quant_min) : 0.0f};
-  if (input.numel() == 0) return {x.output, mask};
-  cpu::kernels().observe_and_fake_quantize(
-      {{&layout.geometry, element, x.data, x.output.mutable_data_ptr(), bytes_of(mask), affine},
-       {static_cast<Scheme>(scheme), static_cast<Format>(format), quant_min, quant_max, power_of_two, element},
-       {static_cast<RangeUpdate>(update), has_running && low.data() && high.data(),
-        static_cast<float>(averaging_constant), static_cast<float>(1.0 - averaging_constant), range_min.has_value(),
-        range_max.has_value(), rounded_to(range_min.value_or(0), type), rounded_to(range_max.value_or(0), type)},
-       {scales.data(), data_or_null(zero_points), data_or_null(minvals)},
-       low.data(),
-       high.data()});
-  scales.write_back();
-  if (zero_points) zero_points->write_back();
-  if (minvals) minvals->write_back();
-  low.write_back();
-  high.write_back();
-  return {x.output, mask};
+  const Tensor mask = empty_mask(input.numel(), with_mask);
+  StepJob step({has_running, scheme, format, quant_min, quant_max, use_minval, update, averaging_constant, range_min,
+                range_max, power_of_two},
+               input, {scale, zero_point, minval, running_min, running_max}, block_size, bytes_of(mask));
+  step.run();
+  step.write_back();
+  return {step.output(), mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
-    Tensor input, Optional running_min, Optional running_max, Blocks block_size, int64_t scheme, int64_t format,
-    double quant_min, double quant_max, bool use_minval, int64_t update, double averaging_constant,
-    std::optional<double> range_min, std::optional<double> range_max, bool power_of_two, bool with_mask) {
+    const Tensor& input, const Optional& running_min, const Optional& running_max, const Blocks& block_size,
+    int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
+    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, bool power_of_two,
+    bool with_mask) {
   const Ints grid = grid_of(to_ints(input.sizes()), block_size);
   const Tensor scale = empty(grid, ScalarType::Float), zero_point = empty(grid, ScalarType::Int),
                minval = empty(grid, ScalarType::Float);
@@ -182,7 +144,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_f
   return {output, mask, scale, zero_point, minval, low, high};
 }
 
-Tensor quantize(Tensor input, Tensor scale, Optional zero_point, Optional minval, Blocks block_size, int64_t format,
+Tensor quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+                const Blocks& block_size, int64_t format,
                 double quant_min, double quant_max, ScalarType dtype) {
   Operand x(input, dtype);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
@@ -194,7 +157,8 @@ Tensor quantize(Tensor input, Tensor scale, Optional zero_point, Optional minval
   return x.output;
 }
 
-Tensor dequantize(Tensor input, Tensor scale, Optional zero_point, Optional minval, Blocks block_size, int64_t format,
+Tensor dequantize(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+                  const Blocks& block_size, int64_t format,
                   double quant_min, ScalarType dtype) {
   Operand x(input, dtype);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
@@ -206,7 +170,7 @@ Tensor dequantize(Tensor input, Tensor scale, Optional zero_point, Optional minv
   return x.output;
 }
 
-Tensor pack_bits(Tensor values, int64_t bits) {
+Tensor pack_bits(const Tensor& values, int64_t bits) {
   const Tensor dense = torch::stable::contiguous(values);
   const int64_t numel = dense.numel();
   const Tensor packed = empty(one_axis((numel * bits + 7) / 8), ScalarType::Byte);
@@ -215,7 +179,7 @@ Tensor pack_bits(Tensor values, int64_t bits) {
   return packed;
 }
 
-Tensor unpack_bits(Tensor packed, int64_t bits, int64_t numel, bool is_signed) {
+Tensor unpack_bits(const Tensor& packed, int64_t bits, int64_t numel, bool is_signed) {
   const Tensor dense = torch::stable::contiguous(packed);
   const Tensor values = empty(one_axis(numel), is_signed ? ScalarType::Char : ScalarType::Byte);
   cpu::unpack_bits(static_cast<const uint8_t*>(dense.const_data_ptr()), numel, static_cast<int>(bits), is_signed,

@@ -11,6 +11,9 @@
 
 namespace coreai::cpu {
 
+// Elements that are worth a thread: waking one costs as much as quantizing some hundred thousand.
+constexpr int64_t kParallelElements = 1 << 17;
+
 // In memory order every axis splits into (blocks, block); neighbours of one kind merge. What remains, from the
 // inside out: `run` neighbouring elements share a block, `columns` blocks follow each other, and the rows so
 // formed are addressed by `outer` axes whose stride in blocks is zero where they stay within a block.

@@ -11,8 +11,6 @@ using I = Simd::I;
 using M = Simd::M;
 constexpr int kWidth = Simd::kWidth;
 
-// Elements that are worth a thread: waking one costs as much as quantizing some hundred thousand.
-constexpr int64_t kParallelElements = 1 << 17;
 // Work is shared out in multiples of this many elements, so that threads never write the same byte of a mask.
 constexpr int64_t kAlignment = 512;
 

@@ -9,6 +9,7 @@ from coreai_kernels.ops.apply_mask import apply_mask
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
 from coreai_kernels.ops.fake_quantize import fake_quantize
+from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
 from coreai_kernels.ops.kmeans import kmeans
 from coreai_kernels.ops.kmeans_1d import kmeans_1d
 from coreai_kernels.ops.lookup import lookup, lookup_packed
@@ -32,6 +33,8 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "foreach_fake_quantize",
+    "foreach_observe_and_fake_quantize",
     "grid_shape",
     "kmeans",
     "kmeans_1d",

@@ -61,9 +61,9 @@ class ConstantSparsitySchedule(SparsityScheduleBase):
 class _Ramp(SparsityScheduleBase):
     """From ``initial_sparsity`` at ``begin_step`` to the target, in ``total_iters`` steps.
 
-    Both ends count: the target is reached at step ``begin_step + total_iters - 1``. With an
-    ``update_frequency`` of f, the sparsity changes at every f-th step only, and is the target from step
-    ``begin_step + total_iters`` on.
+    Both ends count: the last step is ``begin_step + total_iters - 1``. With an ``update_frequency`` of f, the
+    sparsity changes at every f-th step only, and reaches the target at the last of those. In between it is
+    the one before.
     """
 
     begin_step: int = Field(default=0, ge=0)
@@ -95,7 +95,8 @@ class _Ramp(SparsityScheduleBase):
                     f"prev_sparsity must be given"
                 )
             return prev_sparsity
-        return self._interpolate(elapsed / max(1, self.total_iters - 1), target_sparsity)
+        last_update = (self.total_iters - 1) // self.update_frequency * self.update_frequency
+        return self._interpolate(elapsed / max(1, last_update), target_sparsity)
 
 
 @SparsityScheduleBase.register("polynomial_decay")

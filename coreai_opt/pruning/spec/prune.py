@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,21 @@ class PruneImplBase(CompressionSimulatorBase):
         return self._sparsity
 
     @property
+    def target_sparsity(self) -> float:
+        """The sparsity without a schedule, or at its end."""
+        return self._target_sparsity
+
+    @property
+    def pruning_scheme(self) -> PruningScheme:
+        """Which elements are pruned together."""
+        return self._pruning_scheme
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the next forward computes the mask."""
+        return self._stale
+
+    @property
     def step_count(self) -> int:
         """The step of the last :meth:`update_sparsity`, 0 before."""
         return self._step_count
@@ -103,6 +119,14 @@ class PruneImplBase(CompressionSimulatorBase):
         self._stale |= sparsity != self._sparsity
         self._sparsity = sparsity
 
+    def restore_step(self, step_count: int) -> None:
+        """Set step and sparsity as after ``step_count`` steps, and take the mask that is there for theirs."""
+        if self.schedule is not None:
+            self._sparsity = self._target_sparsity
+            for step in range(step_count + 1):
+                self.update_sparsity(step)
+        self._stale = self.mask.numel() == 0
+
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` with the pruned elements zero; the gradient of those is zero, too.
 
@@ -110,10 +134,10 @@ class PruneImplBase(CompressionSimulatorBase):
             weight: floating-point tensor, of the same shape at each call.
 
         Raises:
-            RuntimeError: the mask, computed before or by the subclass, has another shape.
+            RuntimeError: the mask has another shape.
         """
         if self._stale:
-            self.refresh(weight)
+            self.set_mask(self.mask_for(weight))
         if self.mask.shape != weight.shape:
             raise RuntimeError(
                 f"Tensor {self.tensor_fqn!r}: the mask has shape {tuple(self.mask.shape)}, "
@@ -121,10 +145,16 @@ class PruneImplBase(CompressionSimulatorBase):
             )
         return coreai_kernels.apply_mask(weight, self.mask)
 
-    def refresh(self, weight: Tensor) -> None:
-        """Compute the mask for ``weight``, stale or not. If that fails, the mask stays as it was."""
+    def mask_for(self, weight: Tensor) -> Tensor:
+        """The mask for ``weight`` at the present sparsity; nothing changes."""
         with torch.no_grad():
-            self.set_mask(self.compute_mask(weight.detach(), self._sparsity, self._pruning_scheme).to(weight))
+            mask = self.compute_mask(weight.detach(), self._sparsity, self._pruning_scheme)
+            if mask.shape != weight.shape:
+                raise RuntimeError(
+                    f"Tensor {self.tensor_fqn!r}: {type(self).__name__}.compute_mask gave a mask of shape "
+                    f"{tuple(mask.shape)} for a weight of shape {tuple(weight.shape)}"
+                )
+            return mask.to(weight)
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask by one that was computed elsewhere, for the present sparsity."""
@@ -164,6 +194,13 @@ class PruneImplBase(CompressionSimulatorBase):
         kept = local_metadata.get(_METADATA)
         if kept is None:
             self._stale = mask.numel() == 0
+            if self.schedule is not None:
+                warnings.warn(
+                    f"Tensor {self.tensor_fqn!r}: the state_dict has a mask, but no step of the schedule, "
+                    f"which stays at {self._step_count}. MagnitudePruner.load_state_dict sets it.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             return
         self._step_count = kept["step_count"]
         self._sparsity = kept["sparsity"]
@@ -180,8 +217,10 @@ class _MagnitudePruneImpl(PruneImplBase):
 
         Raises:
             ValueError: ``sparsity`` is outside [0, 1], or the scheme does not fit the shape.
-            TypeError: ``weight`` is not floating point.
+            TypeError: ``weight`` is not floating point, or ``pruning_scheme`` no scheme.
         """
+        if not isinstance(pruning_scheme, PruningScheme):
+            raise TypeError(f"pruning_scheme must be a PruningScheme, got {pruning_scheme!r}")
         return pruning_scheme.magnitude_mask(weight, _checked_sparsity(sparsity, "sparsity"))
 
 

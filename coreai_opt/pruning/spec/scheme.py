@@ -13,7 +13,7 @@ from coreai_opt._utils.registry_utils import ConfigRegistryMixin
 __all__ = ["BlockStructured", "ChannelStructured", "NMStructured", "PruningScheme", "Unstructured"]
 
 
-def _kept(count: int, sparsity: float) -> int:
+def kept_of(count: int, sparsity: float) -> int:
     """How many of ``count`` stay: the number that is pruned is rounded down."""
     return count - int(count * sparsity)
 
@@ -49,7 +49,7 @@ class PruningScheme(BaseModel, ConfigRegistryMixin):
             ValueError: the scheme does not fit the shape.
             TypeError: ``weight`` is not floating point.
         """
-        return coreai_kernels.topk_mask(weight, _kept(weight.numel(), sparsity))
+        return coreai_kernels.topk_mask(weight, kept_of(weight.numel(), sparsity))
 
 
 @PruningScheme.register("unstructured")
@@ -68,7 +68,7 @@ class ChannelStructured(PruningScheme):
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """See the base; the number of pruned slices is rounded down."""
         axis = _axis_of(weight, self.axis)
-        return coreai_kernels.channel_mask(weight, _kept(weight.shape[axis], sparsity), axis)
+        return coreai_kernels.channel_mask(weight, kept_of(weight.shape[axis], sparsity), axis)
 
 
 @PruningScheme.register("n_m_structured")
@@ -136,7 +136,7 @@ class BlockStructured(PruningScheme):
             1 if block == -1 else size // block
             for size, block in zip(weight.shape, self.block_size, strict=True)
         )
-        return coreai_kernels.block_mask(weight, _kept(blocks, sparsity), self.block_size)
+        return coreai_kernels.block_mask(weight, kept_of(blocks, sparsity), self.block_size)
 
 
 def _axis_of(weight: Tensor, axis: int) -> int:

@@ -22,6 +22,7 @@ __all__ = ["Facts", "Plan", "facts_of", "make_plan", "settings_of", "simulates_a
 
 State = tuple[Tensor | None, ...]
 
+_FORWARD_METHODS = ("forward", "calculate_qparams", "_forward_in_parts", "_simulate")
 _SIMULATION_METHODS = ("quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant")
 
 _RANGE_METHODS = ("forward", "get_block_size", "_generate_min_max", "_reshape_min_max")
@@ -34,7 +35,7 @@ _RANGE_UPDATES = {
 }
 
 
-Facts = tuple[int, float, float, bool, bool, bool, tuple[Any, ...] | None]
+Facts = tuple[int, float, float, bool, bool, bool, bool, tuple[Any, ...] | None]
 
 
 class Plan:
@@ -47,15 +48,19 @@ class Plan:
         uses_minval: whether the formulation is the min-value one; never for floating-point values.
         is_stateless: whether the calculator keeps nothing.
         keeps_range: whether it keeps a running range.
+        is_built_in: whether the forward quantizes as the built-in class's does.
         step: the configuration of the fused training step, None if the modules' methods do something else.
         state: buffers that have been found to suit the fused training step.
+        setting: what the step on them shares with other simulators' steps, once somebody has asked.
     """
 
     __slots__ = (
         "block_size",
         "grid",
+        "is_built_in",
         "is_stateless",
         "keeps_range",
+        "setting",
         "settings",
         "state",
         "step",
@@ -64,9 +69,8 @@ class Plan:
     )
 
     def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
-        fmt, quant_min, quant_max, self.uses_minval, self.is_stateless, self.keeps_range, step = (
-            module.facts()
-        )
+        fmt, quant_min, quant_max, *flags, step = module.facts()
+        self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
         self.settings = None if torch.compiler.is_compiling() else settings_of(module)
         self.block_size = module.get_block_size(shape)
         self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
@@ -75,6 +79,7 @@ class Plan:
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
         self.step = None if is_empty or step is None else (self.block_size, *step)
         self.state: State = (None,) * 5
+        self.setting: tuple[Any, ...] | None = None
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -148,6 +153,7 @@ def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool]
         not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
     ):
         plan.state = (scale, zero_point, minval, running_min, running_max)
+        plan.setting = None
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
 
@@ -186,8 +192,8 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
     """What a plan takes from the module, whatever the shape.
 
     Format and range of the quantized values, whether the formulation is the min-value one, whether the
-    calculator keeps nothing, whether it keeps a running range, and the configuration of the fused training
-    step after the block size.
+    calculator keeps nothing, whether it keeps a running range, whether the forward is the built-in one, and
+    the configuration of the fused training step after the block size.
     """
     fmt = _numbers.format_of(module.dtype)
     quant_min, quant_max = float(module.quant_min), float(module.quant_max)
@@ -211,7 +217,9 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
             calculator.has_power_of_two_scale,
         )
     # Plain integers: torch.compile takes these as constants, and refuses enumerations.
-    return int(fmt), quant_min, quant_max, uses_minval, module.is_stateless, keeps_range, step
+    is_built_in = _same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
+    flags = (uses_minval, module.is_stateless, keeps_range, is_built_in)
+    return int(fmt), quant_min, quant_max, *flags, step
 
 
 def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:

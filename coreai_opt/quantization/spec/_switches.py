@@ -84,6 +84,13 @@ class SwitchableFakeQuantize(FakeQuantizeBase):
         self.register_buffer("_disabled", torch.tensor(False))
         self._flags = Flags()
         self._flags.adopt(self._buffers)
+        # How often somebody chose between training and evaluation.
+        self.mode_changes = 0
+
+    def train(self, mode: bool = True) -> "SwitchableFakeQuantize":
+        """Set training or evaluation mode, which makes no difference to the module itself."""
+        self.mode_changes += 1
+        return super().train(mode)
 
     def is_disabled(self) -> bool:
         """Whether the tensor could not be cut into the blocks asked for, so that it passes unchanged."""

@@ -14,7 +14,16 @@ from coreai_kernels.reference.layout import memory_order
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format
 
-__all__ = ["StraightThrough", "apply", "fake_quantize", "mask_bytes", "register_straight_through"]
+__all__ = [
+    "StraightThrough",
+    "apply",
+    "check",
+    "fake_backward",
+    "fake_quantize",
+    "layout_of",
+    "mask_bytes",
+    "register_straight_through",
+]
 
 _ARGUMENTS = (
     "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
@@ -32,7 +41,8 @@ def _fake_forward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input), mask_bytes(input, args[-1])
 
 
-def _fake_backward(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
+def fake_backward(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
+    """Shape function of the gradient."""
     if not order:
         return torch.empty_like(grad, memory_format=torch.contiguous_format)
     empty = grad.new_empty([grad.size(axis) for axis in order])
@@ -64,7 +74,7 @@ define(
     "fake_quantize_backward",
     "(Tensor grad, Tensor mask, int[] order) -> Tensor",
     reference=_backward_reference,
-    fake=_fake_backward,
+    fake=fake_backward,
     triton=triton.get("fake_quantize_backward"),
 )
 
@@ -156,11 +166,25 @@ def fake_quantize(
         ValueError: block size, parameter shapes or range do not fit.
         TypeError: ``input`` is not floating point.
     """
+    check(input, scale, zero_point, minval, block_size, format, quant_min, quant_max)
+    return apply(input, scale, zero_point, minval, block_size, format, quant_min, quant_max)
+
+
+def check(
+    input: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    minval: Tensor | None,
+    block_size: tuple[int, ...],
+    format: int,
+    quant_min: float,
+    quant_max: float,
+) -> None:
+    """Raise what :func:`fake_quantize` raises for bad arguments."""
     checks.check_float_input("input", input)
     checks.check_range(Format(format), quant_min, quant_max)
     grid = checks.check_blocks("block_size", input, block_size)
     checks.check_params(grid, input, scale, zero_point, minval)
-    return apply(input, scale, zero_point, minval, block_size, format, quant_min, quant_max)
 
 
 def apply(

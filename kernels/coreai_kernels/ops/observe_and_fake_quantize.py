@@ -14,13 +14,15 @@ from coreai_kernels.reference.qparams import update_range
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format, RangeUpdate, grid_shape
 
-__all__ = ["apply", "observe_and_fake_quantize"]
+__all__ = ["CONFIG", "apply", "check", "is_plain", "observe_and_fake_quantize"]
 
-_CONFIG = (
+CONFIG = (
     "int[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
     "int update, float averaging_constant, float? range_min, float? range_max, bool power_of_two_scale, "
     "bool with_mask"
 )
+
+_STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
 
 
 def _fake(
@@ -63,7 +65,7 @@ def _reference_in_place(
 define(
     "observe_and_fake_quantize_",
     "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
-    f"Tensor(e!)? running_max, bool has_running, {_CONFIG}) -> (Tensor, Tensor)",
+    f"Tensor(e!)? running_max, bool has_running, {CONFIG}) -> (Tensor, Tensor)",
     reference=_reference_in_place,
     fake=_fake_in_place,
     triton=triton.get("observe_and_fake_quantize_"),
@@ -71,7 +73,7 @@ define(
 # Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
 define(
     "observe_and_fake_quantize",
-    f"(Tensor input, Tensor? running_min, Tensor? running_max, {_CONFIG}) -> "
+    f"(Tensor input, Tensor? running_min, Tensor? running_max, {CONFIG}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
@@ -138,26 +140,6 @@ def observe_and_fake_quantize(
         IndexError: a block is empty.
         TypeError: ``input`` is not floating point.
     """
-    checks.check_float_input("input", input)
-    checks.check_range(Format(format), quant_min, quant_max)
-    grid = checks.check_blocks("block_size", input, block_size)
-    for name, value in (
-        ("scale", scale),
-        ("zero_point", zero_point),
-        ("minval", minval),
-        ("running_min", running_min),
-        ("running_max", running_max),
-    ):
-        if value is not None and value.shape != grid:
-            raise ValueError(
-                f"{name} must have one value per block, shape {grid}; got shape {tuple(value.shape)}"
-            )
-    if update != RangeUpdate.LATEST and (running_min is None or running_max is None):
-        raise ValueError(f"update={RangeUpdate(update).name} needs running_min and running_max")
-    if (range_min is not None and range_min > 0) or (range_max is not None and range_max < 0):
-        raise ValueError(f"the fixed range must contain 0; got [{range_min}, {range_max}]")
-    if power_of_two_scale and format == Format.INT:
-        raise ValueError("power_of_two_scale needs a floating-point format; got INT")
     state = (scale, zero_point, minval, running_min, running_max)
     config = (
         block_size,
@@ -172,7 +154,27 @@ def observe_and_fake_quantize(
         range_max,
         power_of_two_scale,
     )
+    check(input, state, config)
     return apply(input, state, has_running, config)
+
+
+def check(input: Tensor, state: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> None:
+    """Raise what :func:`observe_and_fake_quantize` raises for bad arguments, given as to :func:`apply`."""
+    block_size, _, format, quant_min, quant_max, _, update, _, range_min, range_max, power_of_two = config
+    checks.check_float_input("input", input)
+    checks.check_range(Format(format), quant_min, quant_max)
+    grid = checks.check_blocks("block_size", input, block_size)
+    for name, value in zip(_STATE, state, strict=True):
+        if value is not None and value.shape != grid:
+            raise ValueError(
+                f"{name} must have one value per block, shape {grid}; got shape {tuple(value.shape)}"
+            )
+    if update != RangeUpdate.LATEST and any(value is None for value in state[3:]):
+        raise ValueError(f"update={RangeUpdate(update).name} needs running_min and running_max")
+    if (range_min is not None and range_min > 0) or (range_max is not None and range_max < 0):
+        raise ValueError(f"the fixed range must contain 0; got [{range_min}, {range_max}]")
+    if power_of_two and format == Format.INT:
+        raise ValueError("power_of_two_scale needs a floating-point format; got INT")
 
 
 def apply(
@@ -186,13 +188,7 @@ def apply(
         has_running: whether the running range holds one already.
         config: the operator's arguments from ``block_size`` to ``power_of_two_scale``, in order.
     """
-    scale, _, minval, running_min, _ = state
-    plain = (
-        scale.dtype == torch.float32  # type: ignore[union-attr]
-        and (minval is None or minval.dtype == torch.float32)
-        and (running_min is None or running_min.dtype == input.dtype)
-    )
-    if not plain:
+    if not is_plain(input, state):
         return _with_converted_state(input, state, has_running, config)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling() and backends.forced() != "reference":
@@ -209,6 +205,17 @@ def apply(
     if needs_grad:
         return fake_quantize.StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
     return operator(input, *args, False)[0]  # type: ignore[no-any-return]
+
+
+def is_plain(input: Tensor, state: tuple[Tensor | None, ...]) -> bool:
+    """Whether the state, as far as given, has the dtypes that the kernels keep."""
+    scale, minval = state[0], state[2]
+    running_min = state[3] if len(state) > 3 else None
+    return (
+        scale.dtype == torch.float32  # type: ignore[union-attr]
+        and (minval is None or minval.dtype == torch.float32)
+        and (running_min is None or running_min.dtype == input.dtype)
+    )
 
 
 def _with_converted_state(

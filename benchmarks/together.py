@@ -1,0 +1,75 @@
+"""``simulate_together``: two hundred small weights, beside one tensor with as many elements."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle, product
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case, Sweep, make_input
+from benchmarks.harness import NATIVE, Bench, Local
+from benchmarks.observe_and_fake_quantize import floor_bytes
+from benchmarks.operators import MASK_BYTES
+from benchmarks.simulation import FORWARD, TRAINING, Simulation
+from coreai_kernels import use_backend
+
+__all__ = ["ONE_TENSOR", "SINGLY", "build", "cases", "layer_shapes"]
+
+ONE_TENSOR, SINGLY = "one tensor", "singly"
+# Some 200 layers of the sides below; a multiple of the blocks of 32.
+_SIZE = 1376
+_SIDES = (64, 96, 128)
+_FULL = [("int4", "block 32"), ("int8", "channel 0"), ("int8", "tensor"), ("fp8 e4m3", "channel 0")]
+_QUICK = [("int4", "block 32")]
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    sized = replace(sweep, sizes=(_SIZE,))
+    for phase in (FORWARD, TRAINING):
+        yield from sized.over("together", sweep.select(_FULL, _QUICK), phase=phase, variant="static")
+
+
+def layer_shapes(elements: int) -> list[tuple[int, int]]:
+    """Shapes of small layers, as many as ``elements`` suffice for."""
+    shapes: list[tuple[int, int]] = []
+    for rows, columns in cycle(product(_SIDES, _SIDES)):
+        if rows * columns > elements:
+            return shapes
+        shapes.append((rows, columns))
+        elements -= rows * columns
+    return shapes
+
+
+def build(case: Case) -> Bench:
+    from coreai_opt.quantization.spec.together import simulate_together
+
+    values, gradients = (make_input(case, seed).view(-1) for seed in (0, 1))
+    shapes = layer_shapes(case.numel)
+    sizes = [rows * columns for rows, columns in shapes]
+    pieces = zip(values.split([*sizes, case.numel - sum(sizes)]), shapes, strict=False)
+    weights = [piece.view(shape).clone().requires_grad_() for piece, shape in pieces]
+    pieces = zip(gradients.split([*sizes, case.numel - sum(sizes)]), shapes, strict=False)
+    grads = [piece.view(shape).clone() for piece, shape in pieces]
+    simulators = [Simulation(replace(case, size=_SIDES[0])).module for _ in shapes]
+
+    def step(simulate: Callable[..., Any]) -> None:
+        outputs = simulate(simulators, weights)
+        if case.phase == TRAINING:
+            torch.autograd.backward(outputs, grads)
+            for weight in weights:
+                weight.grad = None
+
+    def singly(modules: list[Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [module(tensor) for module, tensor in zip(modules, tensors, strict=True)]
+
+    floor = floor_bytes(case)
+    if case.phase == TRAINING:
+        floor += case.numel * (2 * case.element_bytes + MASK_BYTES)
+    contenders: dict[str, Any] = {
+        NATIVE: lambda: step(simulate_together),
+        SINGLY: lambda: step(singly),
+        ONE_TENSOR: Simulation(case).call(case.phase),
+        "reference": Local(lambda: step(simulate_together), lambda: use_backend("reference")),
+    }
+    return Bench(contenders, floor, max(sizes) * case.element_bytes)

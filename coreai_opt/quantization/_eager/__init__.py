@@ -1,0 +1,1 @@
+"""Quantization of modules as they run: simulators at the operations that a forward calls."""

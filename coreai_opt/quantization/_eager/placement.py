@@ -1,0 +1,237 @@
+"""Simulators on a model: built from a plan, then put in their places."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
+from coreai_opt.quantization._eager.call_sites import CallGroup, Site
+from coreai_opt.quantization._eager.interception import (
+    WITH_SHORTCUT,
+    LeafForward,
+    ReplacedForward,
+    ScopeForward,
+)
+from coreai_opt.quantization._eager.operations import LEAF_FORWARDS, OPERATIONS, is_in_place
+from coreai_opt.quantization._eager.resolution import CallPlan, Plan, StatePlan
+from coreai_opt.quantization._eager.trace import ModuleTrace
+from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["Simulators", "build", "insert", "install_forwards", "remove_forwards", "undone_on_failure"]
+
+
+@dataclass
+class Simulators:
+    """Simulators that are not on the model yet: by module and name, and by the state that they serve."""
+
+    activations: list[tuple[nn.Module, str, FakeQuantizeImplBase]] = field(default_factory=list)
+    states: list[tuple[StatePlan, FakeQuantizeImplBase]] = field(default_factory=list)
+
+    def all(self) -> Iterator[FakeQuantizeImplBase]:
+        """Each of them."""
+        yield from (simulator for _, _, simulator in self.activations)
+        yield from (simulator for _, simulator in self.states)
+
+
+def build(plan: Plan) -> Simulators:
+    """The simulators that the plan asks for.
+
+    Raises:
+        ValueError: a granularity leaves its axis open where there is no default.
+        RuntimeError: a module already has something under a simulator's name.
+    """
+    simulators = Simulators()
+    open_axes: list[str] = []
+    for traced, calls in plan.calls:
+        for name, spec, device in _named_specs(calls):
+            full_name = f"{traced.name}.{name}".lstrip(".")
+            if hasattr(traced.module, name):
+                raise RuntimeError(
+                    f"{type(traced.module).__name__} {traced.name!r} has an attribute {name!r}, "
+                    f"the name of a simulator to be put there. Rename the attribute."
+                )
+            if has_open_axis(spec.granularity):
+                open_axes.append(full_name)
+                continue
+            simulator = _construct(spec, CompressionTargetTensor.ACTIVATION, full_name, device)
+            simulators.activations.append((traced.module, name, simulator))
+    for state in plan.states:
+        owner = state.places[0]
+        spec = with_default_axis(state.spec, owner.module, owner.name)
+        full_name = f"{owner.module_name}.{owner.name}".lstrip(".")
+        if has_open_axis(spec.granularity):
+            open_axes.append(full_name)
+            continue
+        tensor = getattr(owner.module, owner.name)
+        simulator = _construct(spec, CompressionTargetTensor.WEIGHT, full_name, tensor.device)
+        simulators.states.append((state, simulator))
+    if open_axes:
+        raise ValueError(
+            f"the granularities of these tensors need an axis, and there is no default for them: "
+            f"{', '.join(open_axes)}. Defaults exist for the weights of linear, convolution and embedding "
+            f"modules. Give an axis, e.g. PerChannelGranularity(axis=0)."
+        )
+    return simulators
+
+
+def _named_specs(calls: list[CallPlan]) -> Iterator[tuple[str, QuantizationSpec, torch.device]]:
+    for plan in calls:
+        for operand, spec in plan.inputs:
+            yield _input_name(plan, operand.name), spec, operand.device
+        for index, spec in plan.outputs:
+            result = plan.call.results[index]
+            if result is not None:
+                yield _output_name(plan, index), spec, result[1]
+
+
+def _input_name(plan: CallPlan, operand: str) -> str:
+    return f"{plan.call.label}_quantize_{operand}"
+
+
+def _output_name(plan: CallPlan, index: int) -> str:
+    return f"{plan.call.label}_quantize_output_{index}"
+
+
+def _construct(
+    spec: QuantizationSpec, target: CompressionTargetTensor, name: str, device: torch.device
+) -> FakeQuantizeImplBase:
+    simulator = QuantizationComponentFactory.create_fake_quantizer(spec, target).to(device)
+    simulator.tensor_fqn = name
+    simulator.disable_observer()
+    simulator.disable_fake_quant()
+    return simulator
+
+
+def insert(simulators: Simulators) -> None:
+    """Put the simulators on the model: as submodules, and as parametrizations of states."""
+    for module, name, simulator in simulators.activations:
+        module.add_module(name, simulator.train(module.training))
+    for state, simulator in simulators.states:
+        for place in state.places:
+            simulator.train(place.module.training)
+            parametrize.register_parametrization(place.module, place.name, simulator, unsafe=True)
+
+
+def install_forwards(model: nn.Module, plan: Plan) -> None:
+    """Replace the forwards of modules so that the simulators of activations that are there are used."""
+    simulated = {}
+    for traced, calls in plan.calls:
+        sites = {each.call.label: _site(traced.module, each) for each in calls}
+        if any(sites.values()):
+            simulated[traced.module] = (traced, calls, sites)
+    if not simulated:
+        return
+    forwards: list[LeafForward | ScopeForward] = []
+    for traced, calls, sites in simulated.values():
+        leaf_site = _leaf_site(traced, sites)
+        if leaf_site is not None:
+            forwards.append(LeafForward(traced.module, leaf_site))
+        else:
+            forwards.append(ScopeForward(traced.module, traced.name, _groups(calls, sites)))
+    intercepts = any(isinstance(each, ScopeForward) for each in forwards)
+    for name, module in _modules_of_the_user(model):
+        if module not in simulated and (isinstance(module, WITH_SHORTCUT) or intercepts):
+            forwards.append(ScopeForward(module, name, {}))
+    for forward in forwards:
+        forward.install()
+
+
+def _modules_of_the_user(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that have a forward, without simulators and what belongs to them."""
+    ours: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, FakeQuantizeImplBase):
+            ours.update(module.modules())
+        elif isinstance(module, parametrize.ParametrizationList) and any(
+            isinstance(each, FakeQuantizeImplBase) for each in module
+        ):
+            ours.add(module)
+    for name, module in model.named_modules():
+        has_forward = type(module).forward is not nn.Module.forward
+        if has_forward and module not in ours and not isinstance(module, torch.jit.ScriptModule):
+            yield name, module
+
+
+def _site(module: nn.Module, plan: CallPlan) -> Site | None:
+    """What to do at the call, with those of the planned simulators that the module has."""
+    inputs = [(operand.position, operand.name, _input_name(plan, operand.name)) for operand, _ in plan.inputs]
+    outputs = [(index, _output_name(plan, index)) for index, _ in plan.outputs]
+    inputs = [each for each in inputs if each[2] in module._modules]
+    outputs = [each for each in outputs if each[1] in module._modules]
+    if not inputs and not outputs:
+        return None
+    return Site(tuple(inputs), tuple(outputs), is_in_place(plan.call.operation))
+
+
+def _leaf_site(traced: ModuleTrace, sites: dict[str, Site | None]) -> Site | None:
+    """The site of the one operation that the module calls; None if there may be more to its forward."""
+    module = traced.module
+    operation = LEAF_FORWARDS.get(type(module).forward)
+    if (
+        operation is None
+        or "forward" in module.__dict__
+        or getattr(module, "padding_mode", "zeros") != "zeros"
+    ):
+        return None
+    if traced.counts.get(operation) != 1:
+        return None
+    site = sites.get(operation)
+    others = [each for label, each in sites.items() if label != operation and each is not None]
+    if site is None or others or any(position for position, *_ in (*site.inputs, *site.outputs)):
+        return None
+    return site
+
+
+def _groups(calls: list[CallPlan], sites: dict[str, Site | None]) -> dict[Callable[..., Any], CallGroup]:
+    """The simulated operations, by all the functions that perform them."""
+    by_operation: dict[str, list[CallPlan]] = {}
+    for plan in calls:
+        by_operation.setdefault(plan.call.operation, []).append(plan)
+    groups: dict[Callable[..., Any], CallGroup] = {}
+    slot = 0
+    for operation, plans in by_operation.items():
+        own = tuple(sites[plan.call.label] for plan in plans)
+        if not any(own):
+            continue
+        group = CallGroup(operation, slot, own)
+        slot += 1
+        functions = [plan.call.function for plan in plans]
+        if operation in OPERATIONS:
+            functions += OPERATIONS[operation][1]
+        groups.update(dict.fromkeys(functions, group))
+    return groups
+
+
+def remove_forwards(model: nn.Module) -> None:
+    """Give all modules their own forwards back."""
+    for module in model.modules():
+        while isinstance(forward := module.__dict__.get("forward"), ReplacedForward):
+            forward.remove()
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """If the block raises, all modules have the class, attributes and submodules that they had before."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, type(module), dict(module.__dict__), [dict(module.__dict__[table]) for table in tables])
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes, contents in before:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for table, content in zip(tables, contents, strict=True):
+                module.__dict__[table].clear()
+                module.__dict__[table].update(content)
+        raise

@@ -1,0 +1,213 @@
+"""What a configuration asks for at each operation of a traced model."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from coreai_opt._utils.config_utils import ConfigLevel, full_match
+from coreai_opt.quantization._eager.operations import OPERATIONS
+from coreai_opt.quantization._eager.trace import Call, ModuleTrace, Operand, State, Trace
+from coreai_opt.quantization.config.quantization_config import ModuleQuantizerConfig, OpQuantizerConfig
+from coreai_opt.quantization.spec import QuantizationSpec
+
+__all__ = ["CallPlan", "ModuleConfigs", "Plan", "StatePlan", "boundary_modules", "resolve"]
+
+logger = logging.getLogger(__name__)
+
+Specs = Mapping[Any, QuantizationSpec | None]
+ModuleConfigs = Mapping[ConfigLevel, dict[str, ModuleQuantizerConfig]]
+
+_MISSING: Any = object()
+
+
+@dataclass
+class CallPlan:
+    """The simulators of one call: its operands, and the positions of its results, with specifications."""
+
+    call: Call
+    inputs: list[tuple[Operand, QuantizationSpec]] = field(default_factory=list)
+    outputs: list[tuple[int, QuantizationSpec]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """The simulator of a parameter or buffer, and all the places that hold the tensor."""
+
+    places: tuple[State, ...]
+    spec: QuantizationSpec
+
+
+@dataclass
+class Plan:
+    """Simulators of a model's activations, module by module in the order of calls, and of its states."""
+
+    calls: list[tuple[ModuleTrace, list[CallPlan]]] = field(default_factory=list)
+    states: list[StatePlan] = field(default_factory=list)
+
+
+def resolve(trace: Trace, configs: ModuleConfigs) -> Plan:
+    """Decide on simulators.
+
+    A specification for a module's boundary comes before one for operations. Of several for one tensor, the
+    innermost module's holds. Of several operations that read one parameter, the last one holds, in the order
+    of the configurations' levels.
+
+    Raises:
+        NotImplementedError: inputs or outputs of operations are named by anything but positions.
+    """
+    by_name = {name: config for level in configs.values() for name, config in level.items()}
+    for name, config in by_name.items():
+        _check_positions(name, config)
+    received, returned = _boundaries(trace, by_name)
+    plan = Plan()
+    for traced in trace.modules.values():
+        operations = list(dict.fromkeys(call.operation for call in traced.calls.values()))
+        # Operation by operation: the order that simulators have in the model.
+        calls = [
+            _plan_call(traced, call, by_name[traced.name], received, returned)
+            for call in sorted(traced.calls.values(), key=lambda each: operations.index(each.operation))
+        ]
+        if any(each.inputs or each.outputs for each in calls):
+            plan.calls.append((traced, calls))
+    plan.states = _plan_states(trace, configs, by_name)
+    return plan
+
+
+def boundary_modules(configs: ModuleConfigs) -> frozenset[str]:
+    """Names of the modules whose inputs or outputs have specifications."""
+    return frozenset(
+        name
+        for level in configs.values()
+        for name, config in level.items()
+        if config.module_input_spec or config.module_output_spec
+    )
+
+
+def _check_positions(name: str, config: ModuleQuantizerConfig) -> None:
+    entries: list[ModuleQuantizerConfig | OpQuantizerConfig] = [config]
+    for named in (config.op_type_config, config.op_name_config):
+        entries += [entry for entry in (named or {}).values() if entry is not None]
+    for entry in entries:
+        for field_name in ("op_input_spec", "op_output_spec"):
+            for key in getattr(entry, field_name) or {}:
+                if key != "*" and not isinstance(key, int):
+                    raise NotImplementedError(
+                        f"{field_name} of {name or 'the model'!r}: tensors of operations are named by their "
+                        f"position, such as 0, or by '*' for all; got {key!r}"
+                    )
+
+
+def _boundaries(
+    trace: Trace, configs: Mapping[str, ModuleQuantizerConfig]
+) -> tuple[dict[int, QuantizationSpec | None], dict[int, QuantizationSpec | None]]:
+    """Specifications of the tensors that modules receive and return, by their identity."""
+    received: dict[int, QuantizationSpec | None] = {}
+    returned: dict[int, QuantizationSpec | None] = {}
+    for name, tensors in trace.inputs:
+        for index, identity in tensors:
+            spec = _lookup(configs[name].module_input_spec, index)
+            if spec is not _MISSING:
+                received[identity] = spec
+    for name, tensors in trace.outputs:
+        for index, identity in tensors:
+            spec = _lookup(configs[name].module_output_spec, index)
+            # Inner modules return first, and theirs holds.
+            if spec is not _MISSING:
+                returned.setdefault(identity, spec)
+    return received, returned
+
+
+def _plan_call(
+    traced: ModuleTrace,
+    call: Call,
+    config: ModuleQuantizerConfig,
+    received: Mapping[int, QuantizationSpec | None],
+    returned: Mapping[int, QuantizationSpec | None],
+) -> CallPlan:
+    entry = _entry_for(traced, call, config)
+    plan = CallPlan(call)
+    for operand in call.operands:
+        if operand.owners:
+            continue
+        spec = received.get(operand.tensor_id, _MISSING)
+        if spec is _MISSING and entry is not None:
+            spec = _lookup(entry.op_input_spec, operand.position)
+        if spec is _MISSING or spec is None:
+            continue
+        if operand.is_quantizable:
+            plan.inputs.append((operand, spec))
+        elif operand.position in (entry.op_input_spec or {} if entry is not None else {}):
+            logger.warning(
+                f"op_input_spec names input {operand.position} of {_full_name(traced, call)!r}, which is no "
+                f"floating-point tensor of more than one element: it is not quantized"
+            )
+    for index, result in enumerate(call.results):
+        if result is None:
+            continue
+        spec = returned.get(result[0], _MISSING)
+        if spec is _MISSING and entry is not None:
+            spec = _lookup(entry.op_output_spec, index)
+        if spec is not _MISSING and spec is not None:
+            plan.outputs.append((index, spec))
+    return plan
+
+
+def _plan_states(
+    trace: Trace, configs: ModuleConfigs, by_name: Mapping[str, ModuleQuantizerConfig]
+) -> list[StatePlan]:
+    chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None]] = {}
+    for traced in _in_order_of_precedence(trace, configs):
+        for call in traced.calls.values():
+            entry = _entry_for(traced, call, by_name[traced.name])
+            for operand in call.operands:
+                if operand.owners and operand.is_quantizable and entry is not None:
+                    spec = _lookup(entry.op_state_spec, _name_in(operand, traced.name))
+                    if spec is not _MISSING:
+                        chosen[operand.tensor_id] = (operand.owners, spec)
+    for traced in trace.modules.values():
+        for call in traced.calls.values():
+            for operand in call.operands:
+                for owner in operand.owners:
+                    spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
+                    if spec is not _MISSING and operand.is_quantizable:
+                        chosen[operand.tensor_id] = (operand.owners, spec)
+    found = [StatePlan(places, spec) for places, spec in chosen.values() if spec is not None]
+    return sorted(found, key=lambda plan: plan.places[0].rank)
+
+
+def _name_in(operand: Operand, module_name: str) -> str:
+    """The name of a parameter or buffer in the module that runs, or else in the first that owns it."""
+    owners = [owner for owner in operand.owners if owner.module_name == module_name] or operand.owners
+    return owners[0].name
+
+
+def _in_order_of_precedence(trace: Trace, configs: ModuleConfigs) -> Iterator[ModuleTrace]:
+    by_name = {traced.name: traced for traced in trace.modules.values()}
+    for level in sorted(configs, key=lambda each: each.value, reverse=True):
+        # What takes precedence comes first in a level.
+        for name in reversed(configs[level]):
+            if name in by_name:
+                yield by_name[name]
+
+
+def _entry_for(
+    traced: ModuleTrace, call: Call, config: ModuleQuantizerConfig
+) -> ModuleQuantizerConfig | OpQuantizerConfig | None:
+    """What the module's configuration says about the operation; None if it is none of those it is for."""
+    if call.operation not in OPERATIONS:
+        return None
+    entry: Any = (config.op_type_config or {}).get(call.operation, config)
+    for pattern, named in (config.op_name_config or {}).items():
+        if full_match(pattern, _full_name(traced, call)):
+            entry = named
+    return entry  # type: ignore[no-any-return]
+
+
+def _full_name(traced: ModuleTrace, call: Call) -> str:
+    return f"{traced.name}.{call.label}" if traced.name else call.label
+
+
+def _lookup(specs: Specs | None, key: Any) -> Any:
+    specs = specs or {}
+    return specs.get(key, specs.get("*", _MISSING))

@@ -1,0 +1,238 @@
+"""One forward of a model, written down: which module calls which operation on which tensors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from coreai_opt.quantization._eager.operations import argument_name, function_name
+
+__all__ = ["Call", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
+
+
+def is_quantizable(value: object) -> bool:
+    """Whether it is a tensor that a simulator can serve: floating point, of more than one element."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
+
+
+@dataclass(frozen=True)
+class State:
+    """A parameter or buffer, where a module owns it; ``rank`` orders those of a model."""
+
+    module: nn.Module
+    module_name: str
+    name: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that a call receives.
+
+    Attributes:
+        position: the place among the arguments; for a keyword, the place that the signature gives it.
+        name: what the signature calls it.
+        is_keyword: whether it was passed by its name.
+        tensor_id: identity of the tensor, for as long as the trace runs.
+        is_quantizable: whether a simulator can serve it.
+        device: where it lies.
+        owners: the modules that own it, if it is a parameter or buffer of the model.
+    """
+
+    position: int
+    name: str
+    is_keyword: bool
+    tensor_id: int
+    is_quantizable: bool
+    device: torch.device
+    owners: tuple[State, ...] = ()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operation in a module's forward.
+
+    Attributes:
+        function: the function, as torch reports it.
+        operation: its name.
+        label: its name within the forward: ``add``, then ``add_1``, and so on.
+        operands: the tensors it receives.
+        results: identity and device of each tensor it returns, None for what no simulator can serve.
+    """
+
+    function: Callable[..., Any]
+    operation: str
+    label: str
+    operands: tuple[Operand, ...]
+    results: tuple[tuple[int, torch.device] | None, ...]
+
+
+@dataclass
+class ModuleTrace:
+    """The calls of a module's forwards; of each, the calls that earlier ones had not."""
+
+    module: nn.Module
+    name: str
+    calls: dict[str, Call] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Trace:
+    """The calls of all modules, by module, in the order of their first calls.
+
+    Attributes:
+        modules: what each module called.
+        inputs: modules and the tensors that they received, in the order of the calls: pairs of flattened
+            position and identity.
+        outputs: modules and the tensors that they returned, in the order of the returns.
+    """
+
+    modules: dict[nn.Module, ModuleTrace] = field(default_factory=dict)
+    inputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+    outputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+
+
+class _Frame:
+    """A forward in progress."""
+
+    def __init__(self, trace: ModuleTrace) -> None:
+        self.trace = trace
+        self.counts: dict[str, int] = {}
+
+    def next_label(self, operation: str) -> str:
+        count = self.counts.get(operation, 0)
+        self.counts[operation] = count + 1
+        return f"{operation}_{count}" if count else operation
+
+
+class _Recorder(TorchFunctionMode):
+    """Writes down the calls of torch functions."""
+
+    def __init__(self, model: nn.Module, boundaries: frozenset[str]) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.boundaries = boundaries
+        self.frames: list[_Frame] = []
+        # Identities stay unique while the tensors live.
+        self.kept: list[Tensor] = []
+        self.owners: dict[int, tuple[State, ...]] = {}
+        for module_name, module in model.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    known = self.owners.get(id(tensor), ())
+                    self.owners[id(tensor)] = (*known, State(module, module_name, name, len(self.owners)))
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        operation = function_name(func) if self.frames else None
+        if operation is None:
+            return func(*args, **kwargs)
+        operands = self._operands(func, args, kwargs)
+        if not operands:
+            return func(*args, **kwargs)
+        label = self.frames[-1].next_label(operation)
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        results = tuple(
+            (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
+        )
+        call = Call(func, operation, label, operands, results)
+        self.frames[-1].trace.calls.setdefault(label, call)
+        return result
+
+    def _operands(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
+        found = [
+            self._operand(position, argument_name(func, position, len(args)), False, value)
+            for position, value in enumerate(args)
+            if isinstance(value, Tensor)
+        ]
+        names = [argument_name(func, position, len(args)) for position in range(len(args) + len(kwargs))]
+        for name, value in kwargs.items():
+            if isinstance(value, Tensor) and name != "out":
+                position = names.index(name) if name in names else len(args)
+                found.append(self._operand(position, name, True, value))
+        return tuple(found)
+
+    def _operand(self, position: int, name: str, is_keyword: bool, value: Tensor) -> Operand:
+        owners = self.owners.get(id(value), ())
+        quantizable = is_quantizable(value)
+        return Operand(position, name, is_keyword, self._identity(value), quantizable, value.device, owners)
+
+    def _identity(self, tensor: Tensor) -> int:
+        if self.boundaries:
+            self.kept.append(tensor)
+        return id(tensor)
+
+    @contextmanager
+    def forward_of(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Iterator[_Frame]:
+        trace = self.trace.modules.setdefault(module, ModuleTrace(module, name))
+        if name in self.boundaries:
+            self.trace.inputs.append((name, self._tensors_in(args)))
+        frame = _Frame(trace)
+        self.frames.append(frame)
+        try:
+            yield frame
+        finally:
+            self.frames.pop()
+        for operation, count in frame.counts.items():
+            trace.counts.setdefault(operation, count)
+
+    def returned(self, name: str, result: Any) -> None:
+        if name in self.boundaries:
+            self.trace.outputs.append((name, self._tensors_in(result)))
+
+    def _tensors_in(self, structure: Any) -> list[tuple[int, int]]:
+        tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
+        return [(index, self._identity(tensor)) for index, tensor in enumerate(tensors)]
+
+
+class _TracedForward:
+    """Stands in for a module's forward while it is traced."""
+
+    def __init__(self, recorder: _Recorder, name: str, module: nn.Module) -> None:
+        self.recorder = recorder
+        self.name = name
+        self.module = module
+        self.inner = module.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.recorder.forward_of(self.name, self.module, args):
+            result = self.inner(*args, **kwargs)
+        self.recorder.returned(self.name, result)
+        return result
+
+
+def trace_forward(model: nn.Module, inputs: Sequence[Any], boundaries: frozenset[str]) -> Trace:
+    """Run the model once and write down what it calls.
+
+    Args:
+        model: the model, in the mode in which it is to run.
+        inputs: positional arguments.
+        boundaries: names of the modules whose inputs and outputs are asked for.
+    """
+    recorder = _Recorder(model, boundaries)
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            traced = _TracedForward(recorder, name, module)
+            replaced.append((module, module.__dict__.get("forward")))
+            module.__dict__["forward"] = traced
+        with torch.no_grad(), recorder:
+            model(*inputs)
+    finally:
+        for module, own in replaced:
+            if own is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = own
+    return recorder.trace

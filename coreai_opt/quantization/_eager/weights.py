@@ -1,0 +1,221 @@
+"""Parametrized weights: simulated together where they are small, and not again while they do not change.
+
+Reading a parametrized weight runs its simulator. Two things make that cheaper, without another result:
+
+- A forward of the whole model that needs gradients first simulates all small weights at once, and readers
+  find theirs. What a reader finds is good for that forward only.
+- A weight that needs no gradient at the moment is held, and given out until it, the simulator's state or its
+  settings change. Changes are told by the tensors' version counters, which writes through ``tensor.data`` do
+  not move; ``model.train()`` and ``model.eval()`` let go of what is held.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
+from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
+from coreai_opt.quantization.spec.together import simulate_together
+
+__all__ = ["install_weight_access"]
+
+# Elements from which on a weight is worth a launch of its own.
+_LARGE = 1 << 17
+
+
+def install_weight_access(model: nn.Module) -> None:
+    """Make reads of the model's simulated weights cheaper."""
+    reads = []
+    for module in model.modules():
+        if isinstance(module, ParametrizationList) and _has_one_simulator(module):
+            read = WeightRead(module)
+            read.install()
+            reads.append(read)
+    if len(reads) > 1:
+        TogetherForward(model, reads).install()
+
+
+def _has_one_simulator(parametrizations: ParametrizationList) -> bool:
+    return len(parametrizations) == 1 and isinstance(parametrizations[0], FakeQuantizeImplBase)
+
+
+class _Generation:
+    """One forward of the whole model."""
+
+    __slots__ = ("is_running",)
+
+    def __init__(self) -> None:
+        self.is_running = True
+
+
+class _Held:
+    """A simulated weight, and all that it depends on."""
+
+    __slots__ = ("inputs", "output", "settings", "versions")
+
+    def __init__(self, original: Tensor, simulator: FakeQuantizeImplBase, output: Tensor) -> None:
+        # After the forward, which may have written the state.
+        self.inputs = _inputs_of(original, simulator)
+        self.settings = _settings_now(simulator)
+        self.versions = _versions(self.inputs, output)
+        self.output = output
+
+    def is_valid(self, original: Tensor, simulator: FakeQuantizeImplBase) -> bool:
+        """Whether nothing has changed."""
+        inputs = _inputs_of(original, simulator)
+        return (
+            len(inputs) == len(self.inputs)
+            and all(map(_is_same, inputs, self.inputs))
+            and _versions(inputs, self.output) == self.versions
+            and _settings_now(simulator) == self.settings
+        )
+
+
+def _is_same(one: object, other: object) -> bool:
+    return one is other
+
+
+def _inputs_of(original: Tensor, simulator: FakeQuantizeImplBase) -> list[Tensor]:
+    calculator: Any = simulator._modules["qparams_calculator"]
+    buffers = (*simulator._buffers.values(), *calculator._buffers.values())
+    return [original, *(buffer for buffer in buffers if buffer is not None)]
+
+
+def _versions(inputs: list[Tensor], output: Tensor) -> list[int]:
+    # Tensors of inference mode count no versions; nobody may write to them outside of it.
+    versions = [each._version for each in inputs if not each.is_inference()]
+    return versions if output.is_inference() else [*versions, output._version]
+
+
+def _settings_now(simulator: FakeQuantizeImplBase) -> tuple[Any, ...]:
+    return (torch.is_inference_mode_enabled(), simulator.mode_changes, *settings_of(simulator))
+
+
+class WeightRead(ReplacedForward):
+    """The forward of a parametrization list that is one simulator."""
+
+    def __init__(self, parametrizations: ParametrizationList) -> None:
+        super().__init__(parametrizations)
+        self._held: _Held | None = None
+        self._fresh: tuple[Tensor, Tensor, int, _Generation] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_held": None, "_fresh": None}
+
+    def __call__(self) -> Tensor:
+        """The simulated weight."""
+        module: Any = self.module
+        parts = module._modules
+        if torch.compiler.is_compiling() or len(parts) != 1:
+            return self._run_unseen(module, (), {})  # type: ignore[no-any-return]
+        original, simulator = module.original, parts["0"]
+        if original.requires_grad and torch.is_grad_enabled():
+            self._held = None
+            fresh = self._fresh
+            if (
+                fresh is not None
+                and fresh[3].is_running
+                and fresh[1] is original
+                and fresh[2] == original._version
+                and not _are_saved_tensors_hooked()
+            ):
+                return fresh[0]
+            return simulate(simulator, original)
+        held = self._held
+        if held is not None and held.is_valid(original, simulator):
+            return held.output
+        output = simulate(simulator, original)
+        self._held = None
+        if output is not original and gives_the_same_again(simulator):
+            self._held = _Held(original, simulator, output)
+        return output
+
+    @property
+    def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
+        """The simulator and the weight that it simulates."""
+        module: Any = self.module
+        return module._modules["0"], module.original
+
+    def take(self, output: Tensor, original: Tensor, generation: _Generation) -> None:
+        """Give ``output`` to readers in this generation."""
+        self._fresh = (output, original, original._version, generation)
+
+    def drop(self) -> None:
+        """Forget what was taken."""
+        self._fresh = None
+
+
+def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:
+    """Whether a second forward on the same tensor has the same result, and changes no state."""
+    flags = simulator._flags
+    return (
+        not simulator._forward_hooks
+        and not simulator._forward_pre_hooks
+        and simulates_as_built_in(simulator)
+        and (type(simulator.qparams_calculator) is StaticQParamsCalculator or not flags.observe)
+    )
+
+
+def _are_saved_tensors_hooked() -> bool:
+    """Whether autograd hands what it saves to hooks, as it does in a checkpointed part of a model.
+
+    Such a part is computed again in the backward pass, and must save the same tensors then.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+
+
+class TogetherForward(ReplacedForward):
+    """The forward of the whole model: simulates the small weights together, before anything else.
+
+    Args:
+        model: the model.
+        reads: its simulated weights.
+    """
+
+    def __init__(self, model: nn.Module, reads: list[WeightRead]) -> None:
+        super().__init__(model)
+        self.reads = reads
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        module = self.module
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _are_saved_tensors_hooked():
+            return self._run(module, args, kwargs)
+        generation = _Generation()
+        filled = self._fill(generation)
+        try:
+            return self._run(module, args, kwargs)
+        finally:
+            generation.is_running = False
+            for read in filled:
+                read.drop()
+
+    def _fill(self, generation: _Generation) -> list[WeightRead]:
+        chosen: dict[int, list[WeightRead]] = {}
+        pairs: list[tuple[FakeQuantizeImplBase, Tensor]] = []
+        for read in self.reads:
+            simulator, original = read.pair
+            known = chosen.get(id(simulator))
+            if known is not None:
+                known.append(read)
+            elif (
+                type(original) is nn.Parameter
+                and original.requires_grad
+                and original.numel() < _LARGE
+                and gives_the_same_again(simulator)
+            ):
+                chosen[id(simulator)] = [read]
+                pairs.append((simulator, original))
+        if len(pairs) < 2:
+            return []
+        outputs = simulate_together([each for each, _ in pairs], [original for _, original in pairs])
+        filled = []
+        for (_, original), output, reads in zip(pairs, outputs, chosen.values(), strict=True):
+            for read in reads:
+                read.take(output, original, generation)
+                filled.append(read)
+        return filled

@@ -1,0 +1,171 @@
+"""What quantizers share: modes of a prepared model, and the schedule of training."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import nn
+
+from coreai_opt.base_model_compressor import _BaseModelCompressor, training_flags
+from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
+from coreai_opt.quantization.config import ModuleQuantizerConfig, QATSchedule, QuantizerConfig
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["_BaseQuantizer"]
+
+# Attribute of a model that says that it was prepared.
+_PREPARED = "_coreai_opt_prepared"
+
+
+class _BaseQuantizer(_BaseModelCompressor):
+    """Base of the quantizers: switches simulators on and off."""
+
+    _config_class: ClassVar[type[QuantizerConfig]] = QuantizerConfig
+    _config: QuantizerConfig
+
+    def __init__(self, model: nn.Module, config: QuantizerConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._trained: nn.Module | None = None
+
+    @classmethod
+    def _is_prepared(cls, model: nn.Module) -> bool:
+        return bool(getattr(model, _PREPARED, False))
+
+    @contextmanager
+    def calibration_mode(self, model: nn.Module | None = None) -> Iterator[None]:
+        """A context in which forwards collect the ranges of activations.
+
+        The model is in evaluation mode; activations are observed and not simulated, weights both. Afterwards
+        nothing is observed, all is simulated, and modules are in training mode as they were.
+
+        Args:
+            model: a copy of the prepared model; None for the quantizer's own.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+        """
+        model = self._require_prepared(model, "calibration_mode")
+        with self._leaving_simulation_on(model), training_flags(model, False):
+            set_flags(simulators_of(model), observe=True, simulate=False, simulate_weights=True)
+            yield
+
+    @contextmanager
+    def training_mode(self, model: nn.Module | None = None) -> Iterator[None]:
+        """A context in which the model is trained with quantization.
+
+        The model is in training mode; all is observed and simulated, or what the ``qat_schedule`` of the
+        configuration says for the step at hand. Afterwards as for :meth:`calibration_mode`.
+
+        Args:
+            model: a copy of the prepared model; None for the quantizer's own.
+
+        Raises:
+            RuntimeError: the model is not prepared, or is being trained already.
+        """
+        model = self._require_prepared(model, "training_mode")
+        if self._trained is not None:
+            raise RuntimeError("training_mode() is active already, and cannot be entered twice")
+        with self._leaving_simulation_on(model), training_flags(model, True):
+            self._trained = model
+            try:
+                self._apply_schedule(model)
+                yield
+            finally:
+                self._trained = None
+
+    def step(self) -> None:
+        """Tell the quantizer that a training step is over: the schedule goes on.
+
+        Raises:
+            RuntimeError: training_mode() is not active.
+        """
+        if self._trained is None:
+            raise RuntimeError(
+                "step() counts training steps: call it inside of `with quantizer.training_mode():`"
+            )
+        super().step()
+        self._apply_schedule(self._trained, changes_only=True)
+
+    @staticmethod
+    @contextmanager
+    def _leaving_simulation_on(model: nn.Module) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            set_flags(simulators_of(model), observe=False, simulate=True)
+
+    def _apply_schedule(self, model: nn.Module, changes_only: bool = False) -> None:
+        if changes_only and not self._schedule_changes():
+            return
+        scheduled = self._schedules(model) if self._has_schedule() else {}
+        for simulator in simulators_of(model):
+            schedule = scheduled.get(simulator)
+            observes, simulates = (True, True) if schedule is None else schedule.flags_at(self._step_count)
+            set_flags((simulator,), observe=observes, simulate=simulates)
+
+    def _module_configs(self) -> list[ModuleQuantizerConfig]:
+        config = self._config
+        entries = (*config.module_type_configs.values(), *config.module_name_configs.values())
+        return [each for each in (config.global_config, *entries) if each is not None]
+
+    def _has_schedule(self) -> bool:
+        return any(each.qat_schedule is not None for each in self._module_configs())
+
+    def _schedule_changes(self) -> bool:
+        """Whether a schedule switches something at this step."""
+        schedules = (each.qat_schedule for each in self._module_configs())
+        return any(
+            schedule is not None
+            and self._step_count
+            in (schedule.enable_observer, schedule.enable_fake_quant, schedule.disable_observer)
+            for schedule in schedules
+        )
+
+    def _schedules(self, model: nn.Module) -> dict[FakeQuantizeImplBase, QATSchedule | None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of patterns without a match: prepare gave them
+            levels = self._config.build_module_config_dict(model)
+        configs = {name: config for level in levels.values() for name, config in level.items()}
+        found: dict[FakeQuantizeImplBase, QATSchedule | None] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, FakeQuantizeImplBase):
+                owner = name.rpartition(".parametrizations.")[0] if "parametrizations" in name else None
+                if owner is None:
+                    owner = name.rpartition(".")[0]
+                found[module] = configs[owner].qat_schedule if owner in configs else None
+        return found
+
+    def enable_observer(self, module: nn.Module | None = None) -> None:
+        """Let the simulators in ``module`` observe; None for the whole model.
+
+        Raises:
+            ValueError: ``module`` is not part of the model.
+        """
+        for simulator in self._simulators_in(module):
+            simulator.enable_observer()
+
+    def disable_observer(self, module: nn.Module | None = None) -> None:
+        """Let the simulators in ``module`` not observe. See :meth:`enable_observer`."""
+        for simulator in self._simulators_in(module):
+            simulator.disable_observer()
+
+    def enable_fake_quant(self, module: nn.Module | None = None) -> None:
+        """Let the simulators in ``module`` simulate. See :meth:`enable_observer`."""
+        for simulator in self._simulators_in(module):
+            simulator.enable_fake_quant()
+
+    def disable_fake_quant(self, module: nn.Module | None = None) -> None:
+        """Let the simulators in ``module`` pass tensors on unchanged. See :meth:`enable_observer`."""
+        for simulator in self._simulators_in(module):
+            simulator.disable_fake_quant()
+
+    def _simulators_in(self, module: Any) -> Iterator[FakeQuantizeImplBase]:
+        if module is None:
+            return simulators_of(self._model)
+        if not any(module is each for each in self._model.modules()):
+            raise ValueError(
+                f"module must be the quantizer's model or a part of it; got a {type(module).__name__} from "
+                f"elsewhere"
+            )
+        return simulators_of(module)

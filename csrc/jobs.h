@@ -1,0 +1,171 @@
+// Tensors made ready for a kernel, and what it left behind put in place: the same for one tensor and for lists.
+// Constructors check and allocate; run() does nothing but compute, on any thread.
+#pragma once
+
+#include "tensors.h"
+
+namespace coreai {
+namespace {
+
+// Quantize and dequantize with parameters given. Not float64.
+class FakeQuantizeJob {
+ public:
+  FakeQuantizeJob(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+                  const Blocks& block_size, int64_t format, double quant_min, double quant_max, uint8_t* mask)
+      : x_(input, input.scalar_type()),
+        layout_(cpu::make_layout(x_.shape, x_.order, block_size)),
+        values_(layout_, scale, zero_point, minval, format, quant_min, quant_max),
+        job_{&layout_.geometry, element_of("input", input), x_.data, x_.output.mutable_data_ptr(), mask,
+             values_.affine} {}
+  FakeQuantizeJob(const FakeQuantizeJob&) = delete;
+
+  int64_t numel() const { return layout_.geometry.numel; }
+  const Tensor& output() const { return x_.output; }
+  void run() const {
+    if (numel() > 0) cpu::kernels().fake_quantize(job_);
+  }
+
+ private:
+  Operand x_;
+  cpu::Layout layout_;
+  AffineValues values_;
+  cpu::FakeQuantize job_;
+};
+
+// Gradient through a packed mask. Not float64.
+class MaskedGradientJob {
+ public:
+  // `order`: the axes from the outermost in memory to the innermost.
+  MaskedGradientJob(const Tensor& grad, const Ints& order, const uint8_t* mask)
+      : output_(empty_in_order(grad, order)), numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask) {
+    const bool dense = is_dense(to_ints(grad.sizes()), to_ints(grad.strides()), order);
+    if (!dense) torch::stable::copy_(output_, grad);
+    source_ = dense ? grad.const_data_ptr() : output_.const_data_ptr();
+    target_ = output_.mutable_data_ptr();
+  }
+
+  int64_t numel() const { return numel_; }
+  const Tensor& output() const { return output_; }
+  void run() const {
+    if (numel_ > 0) cpu::kernels().masked_gradient(element_, source_, target_, mask_, numel_);
+  }
+
+ private:
+  static Tensor empty_in_order(const Tensor& grad, const Ints& order) {
+    const Ints shape = to_ints(grad.sizes());
+    STD_TORCH_CHECK(order.size() == shape.size(), "order must name each of the ", shape.size(), " axes once");
+    Ints strides(shape.size(), 1);
+    int64_t stride = 1;
+    for (size_t i = order.size(); i-- > 0;) {
+      strides[static_cast<size_t>(order[i])] = stride;
+      stride *= std::max<int64_t>(1, shape[static_cast<size_t>(order[i])]);
+    }
+    return empty(shape, strides, grad.scalar_type());
+  }
+
+  Tensor output_;
+  int64_t numel_;
+  Element element_;
+  const uint8_t* mask_;
+  const void* source_;
+  void* target_;
+};
+
+struct StepSettings {
+  bool has_running;
+  int64_t scheme, format;
+  double quant_min, quant_max;
+  bool use_minval;
+  int64_t update;
+  double averaging_constant;
+  std::optional<double> range_min, range_max;
+  bool power_of_two;
+};
+
+struct StepState {
+  Tensor scale;
+  Optional zero_point, minval, running_min, running_max;
+};
+
+// The whole step of a fake quantizer. Not float64.
+class StepJob {
+ public:
+  StepJob(const StepSettings& settings, const Tensor& input, StepState state, const Blocks& block_size, uint8_t* mask)
+      : state_(with_parameters(std::move(state), settings, input, block_size)),
+        x_(input, input.scalar_type()),
+        layout_(cpu::make_layout(x_.shape, x_.order, block_size)),
+        scale_(checked("scale", state_.scale, ScalarType::Float), layout_.block_index, false),
+        low_("running_min", state_.running_min, input.scalar_type(), layout_, settings.has_running),
+        high_("running_max", state_.running_max, input.scalar_type(), layout_, settings.has_running) {
+    if (state_.zero_point) {
+      zero_point_.emplace(checked("zero_point", *state_.zero_point, ScalarType::Int), layout_.block_index, false);
+    }
+    if (state_.minval) {
+      minval_.emplace(checked("minval", *state_.minval, ScalarType::Float), layout_.block_index, false);
+    }
+    const ScalarType type = input.scalar_type();
+    const Element element = element_of("input", input);
+    const auto format = static_cast<Format>(settings.format);
+    const bool by_zero_point = format == Format::kInt && !settings.use_minval;
+    const bool by_minval = format == Format::kInt && settings.use_minval;
+    const cpu::Affine affine = {format,
+                                static_cast<float>(settings.quant_min),
+                                static_cast<float>(settings.quant_max),
+                                scale_.data(),
+                                by_zero_point ? data_or_null(zero_point_) : nullptr,
+                                by_minval ? data_or_null(minval_) : nullptr,
+                                by_minval ? static_cast<float>(settings.quant_min) : 0.0f};
+    job_ = {{&layout_.geometry, element, x_.data, x_.output.mutable_data_ptr(), mask, affine},
+            {static_cast<Scheme>(settings.scheme), format, settings.quant_min, settings.quant_max,
+             settings.power_of_two, element},
+            {static_cast<RangeUpdate>(settings.update), settings.has_running && low_.data() && high_.data(),
+             static_cast<float>(settings.averaging_constant), static_cast<float>(1.0 - settings.averaging_constant),
+             settings.range_min.has_value(), settings.range_max.has_value(),
+             rounded_to(settings.range_min.value_or(0), type), rounded_to(settings.range_max.value_or(0), type)},
+            {scale_.data(), data_or_null(zero_point_), data_or_null(minval_)},
+            low_.data(),
+            high_.data()};
+  }
+  StepJob(const StepJob&) = delete;
+
+  int64_t numel() const { return layout_.geometry.numel; }
+  const Tensor& output() const { return x_.output; }
+  void run() const {
+    if (numel() > 0) cpu::kernels().observe_and_fake_quantize(job_);
+  }
+  void write_back() {
+    if (numel() == 0) return;
+    scale_.write_back();
+    if (zero_point_) zero_point_->write_back();
+    if (minval_) minval_->write_back();
+    low_.write_back();
+    high_.write_back();
+  }
+
+ private:
+  // The kernels read back what they choose: they get room where the caller keeps nothing.
+  static StepState with_parameters(StepState state, const StepSettings& settings, const Tensor& input,
+                                   const Blocks& block_size) {
+    if (static_cast<Format>(settings.format) != Format::kInt) return state;
+    Optional& needed = settings.use_minval ? state.minval : state.zero_point;
+    const ScalarType type = settings.use_minval ? ScalarType::Float : ScalarType::Int;
+    if (!needed) needed = empty(grid_of(to_ints(input.sizes()), block_size), type);
+    return state;
+  }
+  const Tensor& checked(const char* name, const Tensor& values, ScalarType type) const {
+    check_block_values(name, values, type, layout_.geometry.blocks);
+    return values;
+  }
+
+  StepState state_;
+  Operand x_;
+  cpu::Layout layout_;
+  BlockValues<float> scale_;
+  std::optional<BlockValues<int32_t>> zero_point_;
+  std::optional<BlockValues<float>> minval_;
+  RunningValues low_, high_;
+  cpu::Observe job_;
+};
+
+}  // namespace
+}  // namespace coreai

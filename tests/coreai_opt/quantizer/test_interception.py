@@ -1,0 +1,255 @@
+"""What happens to tensors in intercepted forwards."""
+
+import copy
+import gc
+import inspect
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from coreai_opt.quantization import ModuleQuantizerConfig
+from coreai_opt.quantization._eager.interception import is_intercepting
+
+from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+ACTIVATIONS_ONLY = {"op_state_spec": None}
+
+
+def test_operands_and_results_pass_their_simulators() -> None:
+    class Product(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return torch.matmul(other=y, input=x)
+
+    y = torch.randn(8, 3)
+    _, model = prepared(Product(), X, y)
+    expected = model.matmul_quantize_output_0(model.matmul_quantize_input(X) @ model.matmul_quantize_other(y))
+    assert torch.equal(model(X, y), expected)
+
+
+def test_modules_of_one_operation_need_no_interception() -> None:
+    seen = []
+
+    class Probe(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(is_intercepting())
+            return x
+
+    _, model = prepared(nn.Sequential(nn.Linear(8, 8), Probe()), X)
+    expected = model[0].linear_quantize_output_0(
+        F.linear(model[0].linear_quantize_input(X), model[0].weight, model[0].bias)
+    )
+    assert torch.equal(model(X), expected)
+    assert not any(seen)
+
+
+def test_in_place_operations_write_their_result() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.clone()
+            y.mul_(2.0)
+            return y
+
+    _, model = prepared(InPlace(), X)
+    expected = model.mul__quantize_output_0(model.mul__quantize_input(X) * 2)
+    assert torch.equal(model(X), expected)
+
+
+def test_an_operation_called_another_number_of_times() -> None:
+    class Loop(nn.Module):
+        def forward(self, x: Tensor, times: int = 2) -> Tensor:
+            for _ in range(times):
+                x = x * 2
+            return x
+
+    _, model = prepared(Loop(), X)
+    for times in (0, 1, 3):
+        with pytest.raises(RuntimeError, match=f"called 'mul' {times} times; when it was prepared, 2 times"):
+            model(X, times)
+    assert not is_intercepting()
+    assert model(X).shape == X.shape
+
+
+def test_a_branch_that_was_not_taken_is_not_simulated() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor, other: bool = False) -> Tensor:
+            return x - 1 if other else x + 1
+
+    class Outside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = Branch()
+
+        def forward(self, x: Tensor, other: bool = False) -> Tensor:
+            return self.branch(x, other) - 2
+
+    _, model = prepared(Outside(), X, config=globally(op_input_spec=None))
+    assert places(model) == {"branch.add_quantize_output_0", "sub_quantize_output_0"}
+    with pytest.raises(RuntimeError, match=r"the forward of 'branch' called 'add' 0 times"):
+        model(X, True)
+
+
+def test_an_unprepared_submodule_does_not_count_for_the_one_outside() -> None:
+    _, model = prepared(Outer(), X, config=eager(module_name_configs={"inner": None}))
+    assert "sub_quantize_output_0" in places(model)
+    assert model(X).shape == X.shape
+
+
+def test_a_submodule_alone_is_simulated() -> None:
+    _, model = prepared(Outer(), X)
+    inside = []
+    model.inner.register_forward_hook(lambda module, args, result: inside.append(result))
+    model(X)
+    assert torch.equal(model.inner(X), inside[0])
+    assert not torch.equal(model.inner.add_1_quantize_output_0(inside[0] * 1.01), inside[0])
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_ends_the_interception(error) -> None:
+    class Failing(Residual):
+        fail = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.fail:
+                raise error("stop")
+            return super().forward(x)
+
+    _, model = prepared(Failing(), X)
+    before = model(X)
+    model.fail = True
+    with pytest.raises(error, match="stop"):
+        model(X)
+    assert not is_intercepting()
+    model.fail = False
+    assert torch.equal(model(X), before)
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    results = []
+
+    def run() -> None:
+        for _ in range(20):
+            results.append(torch.equal(model(X), expected))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 80
+    assert all(results)
+
+
+def test_modes_of_the_user_see_the_calls() -> None:
+    class Seeing(TorchFunctionMode):
+        names: tuple[str, ...] = ()
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.names += (getattr(func, "__name__", ""),)
+            return func(*args, **(kwargs or {}))
+
+    _, model = prepared(Residual(), X)
+    expected = model(X)
+    with Seeing() as seeing:
+        assert torch.equal(model(X), expected)
+    assert {"add", "mul", "linear"} <= set(seeing.names)
+
+
+def test_a_copy_is_independent_and_quantizes() -> None:
+    _, model = prepared(Outer(), X)
+    other = copy.deepcopy(model)
+    assert torch.equal(other(X), model(X))
+    with torch.no_grad():
+        other.inner.add_quantize_output_0.qparams_calculator.scale.mul_(4)
+    assert not torch.equal(other(X), model(X))
+
+
+def test_a_model_is_freed_at_once() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        # torch's parametrizations have cycles of their own.
+        _, model = prepared(Outer(), X, config=globally(**ACTIVATIONS_ONLY))
+        model(X).sum().backward()
+        alive = [weakref.ref(module) for module in model.modules()]
+        del model, _
+        assert [ref() for ref in alive if ref() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_a_model_of_activations_can_be_pickled() -> None:
+    _, model = prepared(Residual(), X, config=globally(**ACTIVATIONS_ONLY))
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(X), model(X))
+
+
+def test_the_signature_stays() -> None:
+    before = inspect.signature(Outer().forward)
+    _, model = prepared(Outer(), X)
+    assert inspect.signature(model.forward) == before
+
+
+def test_forwards_that_others_replaced_are_kept() -> None:
+    model = Mlp()
+    inner = model.first.forward
+    model.first.forward = lambda x: inner(x) * 0
+    _, model = prepared(model, X, config=globally(op_input_spec=None))
+    assert torch.equal(model(X), model(X * 2))
+
+
+def test_lists_and_tuples_of_results() -> None:
+    class Parts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = torch.chunk(x, 2, -1)
+            values, _ = x.max(-1)
+            return left, right, values
+
+    boundary = ModuleQuantizerConfig(**OFF, module_output_spec={"*": None, 1: _spec(), 2: _spec()})
+    _, model = prepared(nn.Sequential(Parts()), X, config=eager(module_type_configs={Parts: boundary}))
+    assert places(model) == {"0.chunk_quantize_output_1", "0.max_quantize_output_0"}
+    left, right, values = model(X)
+    assert torch.equal(left, X[:, :4])
+    assert torch.equal(right, model[0].chunk_quantize_output_1(X[:, 4:]))
+    assert torch.equal(values, model[0].max_quantize_output_0(X.max(-1).values))
+
+
+def _spec():
+    from coreai_opt.quantization import QuantizationSpec
+
+    return QuantizationSpec(dtype="int4")
+
+
+def test_attention_is_not_taken_apart_and_takes_no_shortcut() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    x = X[None]
+    _, model = prepared(layer, x)
+    assert not any(place.startswith("self_attn") for place in places(model))
+    with torch.no_grad():
+        without = model(x)
+    assert torch.equal(without, model(x))
+
+
+def test_weights_only_intercepts_nothing() -> None:
+    _, model = prepared(Outer(), X, config=globally(**WEIGHTS_ONLY))
+    assert "forward" not in model.inner.__dict__
+    assert "forward" not in model.last.__dict__
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+def test_padding_comes_before_the_operation(padding_mode) -> None:
+    conv = nn.Conv1d(4, 4, 3, padding=1, padding_mode=padding_mode)
+    _, model = prepared(nn.Sequential(conv), X[None].reshape(1, 4, 8), config=globally(**ACTIVATIONS_ONLY))
+    simulated = model[0].conv1d_quantize_input(X[None].reshape(1, 4, 8))
+    padded = F.pad(simulated, (1, 1), mode="constant" if padding_mode == "zeros" else padding_mode)
+    expected = model[0].conv1d_quantize_output_0(F.conv1d(padded, conv.weight, conv.bias))
+    assert torch.equal(model(X[None].reshape(1, 4, 8)), expected)

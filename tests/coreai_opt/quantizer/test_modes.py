@@ -1,0 +1,173 @@
+"""Calibration, training, schedules, switches, and the end."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from coreai_opt import ExportBackend
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec
+from coreai_opt.quantization.config import QATSchedule
+
+from .support import WEIGHTS_ONLY, Mlp, eager, flags, globally, prepared, simulators
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+AFTERWARDS = (False, True)
+
+
+def weight_and_activation(model: nn.Module) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
+    found = flags(model)
+    weights = {each for name, each in found.items() if "parametrizations" in name}
+    activations = {each for name, each in found.items() if "parametrizations" not in name}
+    (weight,), (activation,) = weights, activations
+    return weight, activation
+
+
+def test_after_prepare_the_example_was_observed() -> None:
+    model = Mlp().eval()
+    expected = {"low": X.min(), "high": model.first(X).max()}
+    _, model = prepared(model, X)
+    assert weight_and_activation(model) == (AFTERWARDS, AFTERWARDS)
+    assert model.first.linear_quantize_input.qparams_calculator.running_min == expected["low"]
+    assert model.first.linear_quantize_output_0.qparams_calculator.running_max == expected["high"]
+    assert not model.training
+    assert not model.first.linear_quantize_input.training
+
+
+def test_prepare_leaves_statistics_and_generators_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    generator = torch.get_rng_state()
+    _, model = prepared(model, X)
+    assert model[1].num_batches_tracked == 0
+    assert torch.equal(model[1].running_mean, torch.zeros(8))
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert model[2].training
+
+
+def test_calibration() -> None:
+    quantizer, model = prepared(Mlp().train(), X)
+    model.second.eval()
+    with quantizer.calibration_mode():
+        assert weight_and_activation(model) == ((True, True), (True, False))
+        assert not model.training
+        model(X * 100)
+    assert weight_and_activation(model) == (AFTERWARDS, AFTERWARDS)
+    assert model.training
+    assert not model.second.training
+    assert model.first.linear_quantize_input.qparams_calculator.running_max > X.max()
+
+
+def test_training() -> None:
+    quantizer, model = prepared(Mlp().eval(), X)
+    with quantizer.training_mode():
+        assert weight_and_activation(model) == ((True, True), (True, True))
+        assert model.training
+        quantizer.step()
+    assert weight_and_activation(model) == (AFTERWARDS, AFTERWARDS)
+    with pytest.raises(TypeError, match="unexpected keyword"), quantizer.training_mode():
+        model(X, wrong=True)
+    assert weight_and_activation(model) == (AFTERWARDS, AFTERWARDS)
+    assert not model.training
+
+
+def test_training_twice_and_steps_outside() -> None:
+    quantizer, _ = prepared(Mlp(), X)
+    with quantizer.training_mode():
+        with pytest.raises(RuntimeError, match="active already"), quantizer.training_mode():
+            pass
+        quantizer.step()
+    with pytest.raises(RuntimeError, match="call it inside of"):
+        quantizer.step()
+
+
+def test_schedule() -> None:
+    schedule = QATSchedule(enable_observer=1, enable_fake_quant=2, disable_observer=3)
+    scheduled = ModuleQuantizerConfig(qat_schedule=schedule)
+    quantizer, model = prepared(Mlp(), X, config=eager(module_name_configs={"first": scheduled}))
+    seen = []
+    with quantizer.training_mode():
+        for _ in range(4):
+            found = flags(model)
+            assert {each for name, each in found.items() if name.startswith("second")} == {(True, True)}
+            seen += {each for name, each in found.items() if name.startswith("first")}
+            quantizer.step()
+    assert seen == [(False, False), (True, False), (True, True), (False, True)]
+    with quantizer.training_mode():
+        assert flags(model)["first.linear_quantize_input"] == (False, True)
+
+
+def test_a_step_without_a_change_writes_no_flag() -> None:
+    quantizer, model = prepared(Mlp(), X, config=globally(qat_schedule=QATSchedule(disable_observer=5)))
+    with quantizer.training_mode():
+        versions = [each.observer_enabled._version for each in simulators(model).values()]
+        quantizer.step()
+        assert versions == [each.observer_enabled._version for each in simulators(model).values()]
+
+
+def test_switches() -> None:
+    quantizer, model = prepared(Mlp(), X)
+    quantizer.enable_observer()
+    assert set(flags(model).values()) == {(True, True)}
+    quantizer.disable_observer(model.first)
+    quantizer.disable_fake_quant(model.first.linear_quantize_input)
+    assert flags(model)["first.linear_quantize_input"] == (False, False)
+    assert flags(model)["first.linear_quantize_output_0"] == (False, True)
+    assert flags(model)["second.linear_quantize_input"] == (True, True)
+    quantizer.enable_fake_quant()
+    quantizer.disable_observer()
+    assert set(flags(model).values()) == {AFTERWARDS}
+    with pytest.raises(ValueError, match="a Linear from elsewhere"):
+        quantizer.enable_observer(nn.Linear(2, 2))
+
+
+def test_modes_of_a_copy() -> None:
+    quantizer, model = prepared(Mlp(), X)
+    other = copy.deepcopy(model)
+    with quantizer.training_mode(other):
+        assert set(flags(model).values()) == {AFTERWARDS}
+        assert set(flags(other).values()) == {(True, True)}
+
+
+def test_finalize_hands_the_model_over() -> None:
+    quantizer, model = prepared(Mlp(), X)
+    expected, keys = model(X), list(model.state_dict())
+    assert quantizer.finalize(backend=ExportBackend._TORCH) is model
+    assert quantizer.finalize(backend="_torch") is model
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(X), expected)
+
+
+def test_training_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    quantizer, model = prepared(Mlp(), X)
+    target = torch.randn(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    with quantizer.training_mode():
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = (model(X) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            quantizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_checkpoints_load_into_a_prepared_model() -> None:
+    _, model = prepared(Mlp(), X)
+    _, other = prepared(Mlp(), X * 3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(X), model(X))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_weights_only_models_compile_as_one_graph(mode) -> None:
+    pytest.importorskip("torch._inductor")
+    spec = QuantizationSpec(dtype="int4", granularity={"type": "per_channel", "axis": 0})
+    _, model = prepared(Mlp(), X, config=globally(**WEIGHTS_ONLY, op_state_spec={"weight": spec}))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if mode == "default" else "eager")
+    assert torch.equal(compiled(X), model(X))
+    compiled(X).sum().backward()
+    assert model.first.parametrizations.weight.original.grad is not None

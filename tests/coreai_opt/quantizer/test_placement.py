@@ -1,0 +1,239 @@
+"""Which simulators a configuration puts where."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizerConfig
+from coreai_opt.quantization.config import OpQuantizerConfig
+from coreai_opt.quantization.spec import (
+    PerBlockGranularity,
+    PerChannelGranularity,
+    QuantizationSpec,
+)
+from coreai_opt.quantization.spec.spec import (
+    default_activation_quantization_spec as activation,
+)
+from coreai_opt.quantization.spec.spec import (
+    default_weight_quantization_spec as weight,
+)
+
+from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared, simulators
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+def channel(axis: int | None) -> QuantizationSpec:
+    return QuantizationSpec(
+        granularity=PerChannelGranularity(axis=axis), qparam_calculator_cls="moving_average"
+    )
+
+
+def test_modules_of_one_operation() -> None:
+    _, model = prepared(Mlp(), X)
+    assert places(model) == {
+        f"{name}.{each}"
+        for name in ("first", "second")
+        for each in ("linear_quantize_input", "linear_quantize_output_0", "parametrizations.weight.0")
+    }
+    assert model.state_dict()["first.parametrizations.weight.original"].shape == (16, 8)
+
+
+def test_operations_of_a_forward_are_numbered_in_their_order() -> None:
+    _, model = prepared(Residual(), X)
+    own = {place for place in places(model) if not place.startswith("linear.")}
+    assert own == {
+        "add_quantize_input",
+        "add_quantize_other",
+        "add_quantize_output_0",
+        "mul_quantize_input",
+        "mul_quantize_output_0",
+        "add_1_quantize_input",
+        "add_1_quantize_other",
+        "add_1_quantize_output_0",
+    }
+
+
+def test_default_configuration_names_match_the_operations_of_torch() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(x, self.w) @ self.w.t()
+            x = F.max_pool2d(x[None, None], 2)
+            x -= F.softmax(F.relu(x), -1)
+            return F.adaptive_avg_pool2d(x.mul_(3), 1) / 2
+
+    _, model = prepared(Functional(), X)
+    operations = {place.split("_quantize_")[0] for place in places(model)}
+    assert operations == {"linear", "matmul", "max_pool2d", "sub_", "mul_", "adaptive_avg_pool2d"}
+
+
+@pytest.mark.parametrize("operand", [torch.tensor(2.0), torch.ones(1), torch.arange(8), 3])
+def test_scalars_and_integers_are_not_simulated(operand: Tensor | int) -> None:
+    class Add(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + operand
+
+    assert places(prepared(Add(), X)[1]) == {"add_quantize_input", "add_quantize_output_0"}
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "axes"),
+    [
+        (nn.Linear(64, 64), (2, 64), (0, 1)),
+        (nn.Conv1d(64, 64, 3), (2, 64, 8), (0, 1)),
+        (nn.Conv2d(64, 64, 3), (2, 64, 8, 8), (0, 1)),
+        (nn.Conv3d(64, 64, 3), (2, 64, 8, 8, 8), (0, 1)),
+        (nn.ConvTranspose1d(64, 64, 3), (2, 64, 8), (1, 0)),
+        (nn.ConvTranspose2d(64, 64, 3), (2, 64, 8, 8), (1, 0)),
+        (nn.ConvTranspose3d(64, 64, 3), (2, 64, 8, 8, 8), (1, 0)),
+    ],
+)
+def test_default_axes(module: nn.Module, shape: tuple[int, ...], axes: tuple[int, int]) -> None:
+    for config, axis in (
+        (QuantizerConfig.presets.w4(execution_mode="eager"), axes[0]),
+        (QuantizerConfig.presets.w4_per_block(execution_mode="eager"), axes[1]),
+    ):
+        model = nn.Sequential(type(module)(64, 64, *([] if len(shape) == 2 else [3])))
+        _, model = prepared(model, torch.randn(shape), config=config)
+        assert simulators(model)["0.parametrizations.weight.0"].granularity.axis == axis
+
+
+def test_a_block_that_does_not_divide_leaves_no_simulator() -> None:
+    blocks = QuantizationSpec(granularity=PerBlockGranularity(axis=1, block_size=3))
+    _, model = prepared(Mlp(), X, config=globally(op_input_spec={"*": blocks}, op_output_spec=None))
+    assert places(model) == {"first.parametrizations.weight.0", "second.parametrizations.weight.0"}
+    _, model = prepared(Mlp(), X, config=globally(**WEIGHTS_ONLY | {"op_state_spec": {"weight": blocks}}))
+    assert places(model) == set()
+    assert type(model.first) is nn.Linear
+    assert "first.weight" in model.state_dict()
+
+
+def test_specifications_by_position() -> None:
+    config = globally(op_input_spec={1: activation()}, op_output_spec={0: None, "*": activation()})
+    _, model = prepared(Residual(), X, config=config)
+    assert places(model) == {
+        "add_quantize_other",
+        "add_1_quantize_other",
+        "linear.parametrizations.weight.0",
+    }
+
+
+def test_states_by_name() -> None:
+    config = globally(**WEIGHTS_ONLY, op_state_spec={"*": weight(), "weight": None})
+    _, model = prepared(nn.Sequential(nn.Linear(8, 8)), X, config=config)
+    assert places(model) == {"0.parametrizations.bias.0"}
+
+
+def test_buffers_are_states() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("scale", torch.randn(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    config = globally(**WEIGHTS_ONLY, op_state_spec={"scale": weight()})
+    assert places(prepared(Scaled(), X, config=config)[1]) == {"parametrizations.scale.0"}
+
+
+def test_types_and_names_of_operations() -> None:
+    off = OpQuantizerConfig(**OFF)
+    config = globally(
+        op_type_config={"add": off, "linear": off},
+        op_name_config={"inner.add_1": OpQuantizerConfig(op_output_spec=None), "sub": None},
+    )
+    _, model = prepared(Outer(), X, config=config)
+    assert places(model) == {
+        "inner.mul_quantize_input",
+        "inner.mul_quantize_output_0",
+        "inner.add_1_quantize_input",
+        "inner.add_1_quantize_other",
+    }
+
+
+def test_a_module_covers_those_inside() -> None:
+    _, model = prepared(Outer(), X, config=eager(module_name_configs={"inner": None}))
+    assert not any(place.startswith("inner") for place in places(model))
+    types = {Residual: None, nn.Linear: ModuleQuantizerConfig(**WEIGHTS_ONLY)}
+    _, model = prepared(Outer(), X, config=eager(global_config=None, module_type_configs=types))
+    assert places(model) == {"inner.linear.parametrizations.weight.0", "last.parametrizations.weight.0"}
+
+
+def test_boundaries_of_a_module() -> None:
+    boundary = ModuleQuantizerConfig(
+        **OFF, module_input_spec={0: channel(0)}, module_output_spec={0: channel(1)}
+    )
+    config = eager(global_config=None, module_name_configs={"inner": boundary})
+    _, model = prepared(Outer(), X, config=config)
+    axes = {place: each.granularity.axis for place, each in simulators(model).items()}
+    # The input of the module is that of the model, too, which an operation of the model consumes.
+    assert axes == {
+        "inner.linear.linear_quantize_input": 0,
+        "inner.add_quantize_input": 0,
+        "sub_quantize_other": 0,
+        "inner.add_1_quantize_output_0": 1,
+    }
+
+
+def test_boundaries_of_a_module_without_operations_of_ours() -> None:
+    boundary = ModuleQuantizerConfig(
+        **OFF, module_input_spec={"*": activation()}, module_output_spec={"*": activation()}
+    )
+    config = eager(global_config=None, module_type_configs={nn.ReLU: boundary})
+    _, model = prepared(Outer(), X, config=config)
+    assert places(model) == {"act.relu_quantize_input", "act.relu_quantize_output_0"}
+    reference = Outer()
+    reference.load_state_dict(model.state_dict(), strict=False)
+    assert not torch.equal(model(X), reference(X))
+
+
+def test_state_of_a_module() -> None:
+    boundary = ModuleQuantizerConfig(**OFF, module_state_spec={"*": weight(), "bias": None})
+    config = eager(global_config=None, module_type_configs={nn.LayerNorm: boundary})
+    _, model = prepared(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)), X, config=config)
+    assert places(model) == {"0.parametrizations.weight.0"}
+
+
+def test_one_parameter_in_two_modules_has_one_simulator() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(10, 8)
+            self.head = nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.head(self.embedding(i))
+
+    _, model = prepared(Tied(), torch.arange(4))
+    found = simulators(model)
+    assert found["embedding.parametrizations.weight.0"] is found["head.parametrizations.weight.0"]
+    assert model.head.parametrizations.weight.original is model.embedding.parametrizations.weight.original
+    assert len(list(model.parameters())) == 1
+
+
+def test_a_module_in_use_twice_has_one_set() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x))
+
+    _, model = prepared(Twice(), X)
+    assert len(places(model)) == 3
+    assert model(X).shape == X.shape
+
+
+def test_modules_that_are_not_called_have_none() -> None:
+    model = Mlp()
+    model.spare = nn.Linear(8, 8)
+    _, model = prepared(model, X)
+    assert not any(place.startswith("spare") for place in places(model))
