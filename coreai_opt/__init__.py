@@ -29,7 +29,7 @@ __all__ = [
 # The release of coreai-opt whose API this is: scripts compare it to know what they may use.
 __version__ = "0.3.0"
 
-_SUBPACKAGES = ("common", "config", "pruning", "quantization")
+_SUBPACKAGES = ("common", "config", "palettization", "pruning", "quantization")
 
 _environment.warn_of_name_clash()
 

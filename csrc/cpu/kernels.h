@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cpu/palette_kernels.h"
 
 namespace coreai::cpu {
 
@@ -136,6 +137,7 @@ struct Kernels {
   void (*nm_mask)(const NmMask&);
   void (*topk_split)(TopkSplit&);
   int64_t (*topk_write)(Element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties);
+  PaletteKernels palettes;
 };
 
 const Kernels& kernels();  // of the instruction set in use

@@ -5,6 +5,7 @@
 #include "cpu/block_norms.h"
 #include "cpu/nm_mask.h"
 #include "cpu/observe_and_fake_quantize.h"
+#include "cpu/palettes.h"
 #include "cpu/quantize.h"
 #include "cpu/topk_mask.h"
 
@@ -14,7 +15,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     apply_mask,     block_norms,               fake_quantize, masked_gradient, observe_range,
     choose_qparams, observe_and_fake_quantize, quantize,      dequantize,      nm_mask,
-    topk_split,     topk_write,
+    topk_split,     topk_write,                kPaletteKernels,
 };
 
 }  // namespace coreai::cpu::COREAI_LEVEL
