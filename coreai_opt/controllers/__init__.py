@@ -20,6 +20,7 @@ from coreai_opt.controllers.const_sparsity import ConstSparsityController
 from coreai_opt.controllers.create import create_compressed_model, register_default_init_args
 from coreai_opt.controllers.knowledge_distillation import KnowledgeDistillationController
 from coreai_opt.controllers.magnitude_sparsity import MagnitudeSparsityController
+from coreai_opt.controllers.quantization import QuantizationController
 from coreai_opt.controllers.statistics import CompressionStatistics
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ControllerConfig",
     "KnowledgeDistillationController",
     "MagnitudeSparsityController",
+    "QuantizationController",
     "create_compressed_model",
     "register_default_init_args",
 ]

@@ -261,6 +261,9 @@ class BaseCompressionAlgorithmBuilder(ClassRegistryMixin, CompressionAlgorithmBu
         """The algorithm's name."""
         return str(self.config.algorithm)
 
+    def check(self, model: nn.Module) -> None:
+        """Raise what :meth:`apply_to` would, before anything is changed."""
+
     def apply_to(self, model: nn.Module) -> nn.Module:
         """See :class:`CompressionAlgorithmBuilder`."""
         self._apply_to(model)

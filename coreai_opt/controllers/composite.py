@@ -149,7 +149,9 @@ class CompositeCompressionAlgorithmBuilder(CompressionAlgorithmBuilder):
             raise ValueError(f"each algorithm may be there once; configured more than once: {twice}")
 
     def apply_to(self, model: nn.Module) -> nn.Module:
-        """Build them in."""
+        """Build them in, after all have looked whether they can."""
+        for builder in self.builders:
+            builder.check(model)
         for builder in self.builders:
             builder.apply_to(model)
         return model

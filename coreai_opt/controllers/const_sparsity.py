@@ -69,6 +69,10 @@ class ConstSparsityBuilder(BaseCompressionAlgorithmBuilder):
     config_type = ConstSparsityConfig
     order = 20
 
+    def check(self, model: nn.Module) -> None:
+        """See the base."""
+        select_layers(model, self.config)
+
     def _apply_to(self, model: nn.Module) -> None:
         for layer in select_layers(model, self.config).values():
             install(layer, ConstSparsityMask(original(layer)))

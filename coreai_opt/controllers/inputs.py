@@ -10,7 +10,7 @@ from coreai_opt.controllers.base import BuildContext
 from coreai_opt.controllers.config import InputInfo
 from coreai_opt.controllers.losses import device_of
 
-__all__ = ["Batch", "batch_size", "batches", "example_inputs"]
+__all__ = ["Batch", "batch_size", "batches", "example_inputs", "require_loader"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -28,18 +28,28 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+def require_loader(context: BuildContext) -> Any:
+    """The registered loader.
+
+    Raises:
+        ValueError: there is none.
+    """
+    loader = context.init_args.train_loader
+    if loader is None:
+        raise ValueError(
+            "initialisation needs data: register a loader with register_default_init_args(config, loader), "
+            "or ask for no samples (num_init_samples: 0)"
+        )
+    return loader
+
+
 def batches(context: BuildContext, model: nn.Module, num_samples: int) -> Iterator[Batch]:
     """The model's arguments from the registered loader until ``num_samples`` are reached or it ends.
 
     Raises:
         ValueError: no loader is registered.
     """
-    loader = context.init_args.train_loader
-    if loader is None:
-        raise ValueError(
-            "initialisation needs data: register a loader with register_default_init_args(config, loader), "
-            "or ask for no samples (num_init_samples: 0, num_bn_adaptation_samples: 0)"
-        )
+    loader = require_loader(context)
     device = torch.device(context.init_args.device) if context.init_args.device else device_of(model)
     seen = 0
     for batch in loader:

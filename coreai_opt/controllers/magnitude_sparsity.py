@@ -85,6 +85,10 @@ class MagnitudeSparsityBuilder(BaseCompressionAlgorithmBuilder):
     config_type = MagnitudeSparsityConfig
     order = 20
 
+    def check(self, model: nn.Module) -> None:
+        """See the base."""
+        select_layers(model, self.config)
+
     def _apply_to(self, model: nn.Module) -> None:
         for layer in select_layers(model, self.config).values():
             install(layer, MagnitudeSparsityMask(original(layer)))
