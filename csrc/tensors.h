@@ -1,5 +1,5 @@
 // Tensors of the stable ABI as the kernels take them: shapes, memory orders, outputs, block parameters.
-// For ops.cpp alone, hence the unnamed namespace.
+// For the files that register operators, hence the unnamed namespace; `inline` for those that use a part of it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -25,11 +25,11 @@ using cpu::Ints;
 using Blocks = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 
-Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return Ints(values.begin(), values.end()); }
+inline Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return Ints(values.begin(), values.end()); }
 
-Ints one_axis(int64_t size) { return Ints(1, size); }
+inline Ints one_axis(int64_t size) { return Ints(1, size); }
 
-Element element_of(const char* name, const Tensor& x) {
+inline Element element_of(const char* name, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return Element::kFloat32;
@@ -44,7 +44,7 @@ Element element_of(const char* name, const Tensor& x) {
   }
 }
 
-cpu::Storage storage_of(const char* name, ScalarType type) {
+inline cpu::Storage storage_of(const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Char:
       return cpu::Storage::kInt8;
@@ -65,7 +65,7 @@ cpu::Storage storage_of(const char* name, ScalarType type) {
   }
 }
 
-Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
+inline Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
@@ -76,21 +76,21 @@ Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
   return tensor;
 }
 
-Ints contiguous_strides(const Ints& shape) {
+inline Ints contiguous_strides(const Ints& shape) {
   Ints strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, shape[i]);
   return strides;
 }
 
-Tensor empty(const Ints& shape, ScalarType type) { return empty(shape, contiguous_strides(shape), type); }
+inline Tensor empty(const Ints& shape, ScalarType type) { return empty(shape, contiguous_strides(shape), type); }
 
-Ints natural_order(size_t axes) {
+inline Ints natural_order(size_t axes) {
   Ints order(axes);
   std::iota(order.begin(), order.end(), 0);
   return order;
 }
 
-bool is_dense(const Ints& shape, const Ints& strides, const Ints& order) {
+inline bool is_dense(const Ints& shape, const Ints& strides, const Ints& order) {
   int64_t expected = 1;
   for (size_t i = order.size(); i-- > 0;) {
     const auto axis = static_cast<size_t>(order[i]);
@@ -102,7 +102,7 @@ bool is_dense(const Ints& shape, const Ints& strides, const Ints& order) {
 }
 
 // The axes from the outermost in memory to the innermost; axes of size one come last, in order.
-Ints memory_order(const Ints& shape, const Ints& strides) {
+inline Ints memory_order(const Ints& shape, const Ints& strides) {
   Ints order = natural_order(shape.size());
   if (is_dense(shape, strides, order)) return order;
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
@@ -114,10 +114,10 @@ Ints memory_order(const Ints& shape, const Ints& strides) {
 }
 
 // float64 is computed in float32: operators convert, call themselves and convert back.
-bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-Tensor to_float(const Tensor& x) { return torch::stable::to(x, ScalarType::Float); }
-Tensor to_double(const Tensor& x) { return torch::stable::to(x, ScalarType::Double); }
-Optional to_float(const Optional& x) { return x ? Optional(to_float(*x)) : x; }
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+inline Tensor to_float(const Tensor& x) { return torch::stable::to(x, ScalarType::Float); }
+inline Tensor to_double(const Tensor& x) { return torch::stable::to(x, ScalarType::Double); }
+inline Optional to_float(const Optional& x) { return x ? Optional(to_float(*x)) : x; }
 
 // An input, a fresh output in the input's memory format, and the memory that kernels read: the input's own if it
 // is dense; else the output, into which the input was copied.
@@ -182,16 +182,16 @@ T* data_or_null(std::optional<BlockValues<T>>& values) {
   return values ? values->data() : nullptr;
 }
 
-void check_block_values(const char* name, const Tensor& values, ScalarType type, int64_t blocks) {
+inline void check_block_values(const char* name, const Tensor& values, ScalarType type, int64_t blocks) {
   STD_TORCH_CHECK(values.is_cpu(), name, " must be on the CPU, as the input is");
   STD_TORCH_CHECK(values.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
   STD_TORCH_CHECK(values.numel() == blocks, name, " must have one value per block, that is ", blocks, "; it has ",
                   values.numel());
 }
 
-Tensor empty_mask(int64_t numel, bool wanted) { return empty(one_axis(wanted ? (numel + 7) / 8 : 0), ScalarType::Byte); }
+inline Tensor empty_mask(int64_t numel, bool wanted) { return empty(one_axis(wanted ? (numel + 7) / 8 : 0), ScalarType::Byte); }
 
-uint8_t* bytes_of(const Tensor& mask) {
+inline uint8_t* bytes_of(const Tensor& mask) {
   return mask.numel() == 0 ? nullptr : static_cast<uint8_t*>(mask.mutable_data_ptr());
 }
 
@@ -222,13 +222,13 @@ class AffineValues {
   std::optional<BlockValues<int32_t>> zero_point_;
 };
 
-Tensor as_float32(const Tensor& x) {
+inline Tensor as_float32(const Tensor& x) {
   const Tensor converted = x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float);
   return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 // A constant as the input's type holds it.
-float rounded_to(double value, ScalarType type) {
+inline float rounded_to(double value, ScalarType type) {
   if (type == ScalarType::Half) return static_cast<float>(torch::headeronly::Half(static_cast<float>(value)));
   if (type == ScalarType::BFloat16) return static_cast<float>(torch::headeronly::BFloat16(static_cast<float>(value)));
   return static_cast<float>(value);

@@ -97,7 +97,32 @@ struct Convert {
   Storage storage;  // the quantized side
 };
 
+// One pass of topk_mask: writes ones where the key is above `high`, zeros elsewhere, counts the ones, and lists
+// the elements with keys in [low, high]. Stops when the list is full; called again, it goes on.
+struct TopkSplit {
+  Element element;
+  const void* input;
+  void* mask;
+  int64_t length;
+  uint64_t low, high;  // keys of the element's type
+  void* keys;          // words of the element's size
+  uint32_t* offsets;
+  int64_t capacity, count;
+  int64_t done, above;
+};
+
+// Dense memory as `blocks` blocks of m rows of `inner` elements: the groups are the blocks' columns.
+struct NmMask {
+  Element element;
+  const void* input;
+  void* mask;
+  int64_t blocks, inner;
+  int n, m;
+};
+
 struct Kernels {
+  void (*apply_mask)(Element, const void* x, const void* mask, void* out, int64_t numel);
+  void (*block_norms)(const Geometry&, Element, const void* x, double* norms);
   void (*fake_quantize)(const FakeQuantize&);
   void (*masked_gradient)(Element, const void* grad, void* out, const uint8_t* mask, int64_t numel);
   void (*observe_range)(const RangeRequest&);
@@ -105,6 +130,9 @@ struct Kernels {
   void (*observe_and_fake_quantize)(const Observe&);
   void (*quantize)(const Convert&);
   void (*dequantize)(const Convert&);
+  void (*nm_mask)(const NmMask&);
+  void (*topk_split)(TopkSplit&);
+  int64_t (*topk_write)(Element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties);
 };
 
 const Kernels& kernels();  // of the instruction set in use

@@ -1,14 +1,20 @@
 // The table of kernels of the level in COREAI_LEVEL. Included once by each kernels_<level>.cpp.
 #pragma once
 
+#include "cpu/apply_mask.h"
+#include "cpu/block_norms.h"
+#include "cpu/nm_mask.h"
 #include "cpu/observe_and_fake_quantize.h"
 #include "cpu/quantize.h"
+#include "cpu/topk_mask.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    fake_quantize, masked_gradient, observe_range, choose_qparams, observe_and_fake_quantize, quantize, dequantize,
+    apply_mask,     block_norms,               fake_quantize, masked_gradient, observe_range,
+    choose_qparams, observe_and_fake_quantize, quantize,      dequantize,      nm_mask,
+    topk_split,     topk_write,
 };
 
 }  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,111 @@
+#include "cpu/block_mask.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "common/exact_sum.h"
+#include "common/magnitude.h"
+#include "cpu/select.h"
+#include "cpu/share.h"
+
+namespace coreai::cpu {
+namespace {
+
+constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
+
+int64_t first_block(const Geometry& g, int64_t row) {
+  int64_t base = 0;
+  for (int axis = g.outer_axes - 1; axis >= 0; --axis) {
+    base += row % g.outer[axis].size * g.outer[axis].stride;
+    row /= g.outer[axis].size;
+  }
+  return base;
+}
+
+// body(run of elements, its block) for all runs [begin, end) of elements that lie together in a block.
+template <class Body>
+void over_runs(const Geometry& g, int64_t begin, int64_t end, Body body) {
+  for (int64_t row = begin / g.columns, column = begin % g.columns; begin < end; ++row, column = 0) {
+    const int64_t base = first_block(g, row);
+    for (; column < g.columns && begin < end; ++column, ++begin) body(begin, base + column);
+  }
+}
+
+// The definition, one element after the other: float64 has no kernel of its own.
+void norms_of_doubles(const Geometry& g, const double* x, double* norms) {
+  const int64_t runs = g.numel / g.run;
+  const int bits_of_count = bits_to_count(g.numel / g.blocks);
+  std::fill_n(norms, g.blocks, 0.0);
+  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
+    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) {
+      const double magnitude = std::fabs(x[i]);
+      if (!(magnitude <= norms[block]) && !std::isnan(norms[block])) norms[block] = magnitude;
+    }
+  });
+  std::vector<double> units(static_cast<size_t>(g.blocks));
+  for (int64_t i = 0; i < g.blocks; ++i) {
+    units[static_cast<size_t>(i)] = power_of_two(unit_exponent(std::fabs(norms[i]), bits_of_count));
+    norms[i] = 0.0;
+  }
+  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
+    const double unit = units[static_cast<size_t>(block)];
+    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) norms[block] += std::nearbyint(std::fabs(x[i]) / unit);
+  });
+  for (int64_t i = 0; i < g.blocks; ++i) norms[i] *= units[static_cast<size_t>(i)];
+}
+
+template <class Word>
+void fill(const Geometry& g, const std::vector<Word>& words, Word* mask) {
+  if (g.run == 1) {
+    share_items(g.numel / g.columns, std::max<int64_t>(1, kGrain / g.columns), [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin) {
+        std::memcpy(mask + begin * g.columns, words.data() + first_block(g, begin),
+                    static_cast<size_t>(g.columns) * sizeof(Word));
+      }
+    });
+    return;
+  }
+  share_items(g.numel / g.run, std::max<int64_t>(1, kGrain / g.run), [&](int64_t begin, int64_t end) {
+    over_runs(g, begin, end, [&](int64_t run, int64_t block) {
+      std::fill_n(mask + run * g.run, g.run, words[static_cast<size_t>(block)]);
+    });
+  });
+}
+
+template <Element kElement>
+void fill_mask(const Geometry& g, const std::vector<double>& keep, void* mask) {
+  using Word = WordOf<kElement>;
+  std::vector<Word> words(keep.size());
+  for (size_t i = 0; i < keep.size(); ++i) words[i] = keep[i] != 0.0 ? Magnitude<kElement>::kOne : Word{0};
+  fill(g, words, static_cast<Word*>(mask));
+}
+
+}  // namespace
+
+void block_mask(const Layout& layout, Element element, const void* input, void* mask, int64_t num_keep) {
+  const Geometry& g = layout.geometry;
+  const auto blocks = static_cast<size_t>(g.blocks);
+  std::vector<double> norms(blocks), ranked(blocks), kept(blocks), keep(blocks);
+  if (element == Element::kFloat64) {
+    norms_of_doubles(g, static_cast<const double*>(input), norms.data());
+  } else {
+    kernels().block_norms(g, element, input, norms.data());
+  }
+  const auto index = [&](size_t i) { return layout.block_index.empty() ? i : static_cast<size_t>(layout.block_index[i]); };
+  for (size_t i = 0; i < blocks; ++i) ranked[index(i)] = norms[i];
+  write_topk_masks({{Element::kFloat64, ranked.data(), kept.data(), g.blocks, Ints(), Ints()}}, num_keep);
+  for (size_t i = 0; i < blocks; ++i) keep[i] = kept[index(i)];
+  switch (element) {
+    case Element::kBFloat16:
+      return fill_mask<Element::kBFloat16>(g, keep, mask);
+    case Element::kFloat16:
+      return fill_mask<Element::kFloat16>(g, keep, mask);
+    case Element::kFloat64:
+      return fill_mask<Element::kFloat64>(g, keep, mask);
+    default:
+      return fill_mask<Element::kFloat32>(g, keep, mask);
+  }
+}
+
+}  // namespace coreai::cpu

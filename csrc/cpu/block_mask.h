@@ -1,0 +1,12 @@
+// Masks of the blocks of largest L1 norm.
+#pragma once
+
+#include "cpu/geometry.h"
+
+namespace coreai::cpu {
+
+// Writes ones in the `num_keep` blocks of largest norm and zeros elsewhere; of equal norms the block of lower
+// row-major index is kept. Input and mask are dense, in the layout's memory order, and not empty.
+void block_mask(const Layout& layout, Element element, const void* input, void* mask, int64_t num_keep);
+
+}  // namespace coreai::cpu

@@ -1,0 +1,96 @@
+// Vectors of integer words, for kernels that look at elements as bits. The widest that the level has; the
+// compiler's own vector types, and instructions by name where it has no word for them.
+#pragma once
+
+#include "common/types.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace coreai::cpu::COREAI_LEVEL {
+
+#if defined(__AVX512BW__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <int kBytes>
+struct SignedWord;
+template <>
+struct SignedWord<2> {
+  using type = int16_t;
+};
+template <>
+struct SignedWord<4> {
+  using type = int32_t;
+};
+template <>
+struct SignedWord<8> {
+  using type = int64_t;
+};
+
+// Lanes of one word of kBytes each. Signed: that is the comparison that every instruction set has.
+template <int kBytes>
+struct Words {
+  using Word = typename SignedWord<kBytes>::type;
+  static constexpr int kLanes = kVectorBytes / kBytes;
+  typedef Word V __attribute__((vector_size(kVectorBytes)));
+
+  static COREAI_HD V load(const void* p) {
+    V result;
+    __builtin_memcpy(&result, p, sizeof(result));
+    return result;
+  }
+  static COREAI_HD void store(void* p, V a) { __builtin_memcpy(p, &a, sizeof(a)); }
+  static COREAI_HD V set(Word x) { return V{} + x; }
+
+#if defined(__AVX512BW__)
+  using M = uint32_t;  // one bit a lane
+  static COREAI_HD M greater(V a, V b) {
+    const auto x = (__m512i)a, y = (__m512i)b;
+    if constexpr (kBytes == 2) return _mm512_cmpgt_epi16_mask(x, y);
+    if constexpr (kBytes == 4) return _mm512_cmpgt_epi32_mask(x, y);
+    return _mm512_cmpgt_epi64_mask(x, y);
+  }
+  static COREAI_HD V where(M m, V a) {
+    const auto x = (__m512i)a;
+    if constexpr (kBytes == 2) return (V)_mm512_maskz_mov_epi16(m, x);
+    if constexpr (kBytes == 4) return (V)_mm512_maskz_mov_epi32(static_cast<__mmask16>(m), x);
+    return (V)_mm512_maskz_mov_epi64(static_cast<__mmask8>(m), x);
+  }
+  static COREAI_HD uint64_t bits(M m) { return m; }
+#else
+  using M = V;  // all bits of a lane set or clear
+  static COREAI_HD M greater(V a, V b) { return a > b; }
+  static COREAI_HD V where(M m, V a) { return m & a; }
+#if defined(__AVX2__)
+  static COREAI_HD uint64_t bits(M m) {
+    const auto x = (__m256i)m;
+    if constexpr (kBytes == 2) {
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+      return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
+    }
+    if constexpr (kBytes == 4) return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x)));
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(x)));
+  }
+#else
+  static COREAI_HD uint64_t bits(M m) {
+    V lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<Word>(1 << i);
+    lane &= m;
+    uint64_t half[2];
+    __builtin_memcpy(half, &lane, sizeof(half));
+    uint64_t all = half[0] | half[1];
+    if constexpr (kBytes <= 4) all |= all >> 32;
+    if constexpr (kBytes <= 2) all |= all >> 16;
+    return all & ((1u << kLanes) - 1u);
+  }
+#endif
+#endif
+};
+
+}  // namespace coreai::cpu::COREAI_LEVEL
