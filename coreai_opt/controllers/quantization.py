@@ -11,6 +11,7 @@ from coreai_opt.controllers.api import CompressionStage, State
 from coreai_opt.controllers.base import BaseCompressionAlgorithmBuilder, BaseCompressionAlgorithmController
 from coreai_opt.controllers.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.inputs import batches, example_inputs, require_loader
+from coreai_opt.controllers.learnable import LearnableRangeQuantize
 from coreai_opt.controllers.masks import bake, installed, original
 from coreai_opt.controllers.quantization_config import QuantizationConfig
 from coreai_opt.controllers.ranges import ActivationRange, needs_fixed_range, weight_range
@@ -128,7 +129,7 @@ class QuantizationController(BaseCompressionAlgorithmController):
 
     def strip_model(self, model: nn.Module) -> None:
         """Leave quantized values in the weights; the simulators of inputs stay, and observe no more."""
-        bake(model, (FakeQuantizeImplBase,))
+        bake(model, (FakeQuantizeImplBase, LearnableRangeQuantize))
         for simulator in input_simulators(model).values():
             simulator.enable_observer(False)
 
@@ -151,6 +152,8 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
     def check(self, model: nn.Module) -> None:
         """See the base."""
         select_layers(model, self.config)
+        if self.config.learnable_ranges and not self._collects:
+            raise ValueError("learnable_ranges starts from ranges of data: num_init_samples must not be 0")
         if self._collects and self.context.initialize:
             require_loader(self.context)
 
@@ -160,7 +163,8 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
 
     def weight_simulators(self, model: nn.Module) -> dict[str, Any]:
         """The simulators of weights, by the name of their layer."""
-        return installed(model, FakeQuantizeImplBase)
+        simulators: tuple[Any, ...] = (FakeQuantizeImplBase, LearnableRangeQuantize)
+        return installed(model, simulators)  # type: ignore[arg-type]
 
     def _apply_to(self, model: nn.Module) -> None:
         layers = select_layers(model, self.config)
@@ -172,22 +176,49 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             ranges = self._collect(model, names) if self._collects and self.context.initialize else {}
             self._signed = self._signs(names, ranges)
         for name, layer in layers.items():
-            weight = original(layer)
-            spec = self.config.weights.spec(self.config.weights.signed is not False, self._axis(layer))
-            simulator = quantizers.make_simulator(
-                spec, CompressionTargetTensor.WEIGHT, f"{name}.weight", weight.device
-            )
-            quantizers.put_on_weight(layer, simulator)
+            quantizers.put_on_weight(layer, self._learned(self._weight_simulator(name, layer)))
             if name in self._signed:
-                simulator = quantizers.make_simulator(
-                    self.config.activations.spec(self._signed[name]),
-                    CompressionTargetTensor.ACTIVATION,
-                    f"{name} input",
-                    weight.device,
-                )
-                quantizers.put_on_input(layer, simulator)
-        self._set_weight_ranges(model)
-        self._set_activation_ranges(model, ranges)
+                simulator = self._input_simulator(name, original(layer).device, ranges.get(name))
+                quantizers.put_on_input(layer, self._learned(simulator))
+
+    def _weight_simulator(self, name: str, layer: nn.Module) -> FakeQuantizeImplBase:
+        weight, axis = original(layer), self._axis(layer)
+        spec = self.config.weights.spec(self.config.weights.signed is not False, axis)
+        target = CompressionTargetTensor.WEIGHT
+        simulator = quantizers.make_simulator(spec, target, f"{name}.weight", weight.device)
+        if needs_fixed_range(self.config.initializer.range):
+            low, high = weight_range(weight, axis, self.config.initializer.range)
+            quantizers.set_range(simulator, low, high, weight.shape, axis)
+        elif self.config.learnable_ranges:
+            simulator(weight.detach())
+        return simulator
+
+    def _input_simulator(self, name: str, device: torch.device, found: Any) -> FakeQuantizeImplBase:
+        spec = self.config.activations.spec(self._signed[name])
+        target = CompressionTargetTensor.ACTIVATION
+        simulator = quantizers.make_simulator(spec, target, f"{name} input", device)
+        if found is not None:
+            self._set_input_range(simulator, name, *found)
+        return simulator
+
+    def _set_input_range(self, simulator: Any, name: str, low: Tensor, high: Tensor) -> None:
+        if not self._signed[name] and self.config.activations.mode == "symmetric":
+            low = low.clamp(min=0)
+        quantizers.set_range(simulator, low, high, torch.Size([2]), None)
+
+    def _learned(self, simulator: FakeQuantizeImplBase) -> nn.Module:
+        """The simulator, or one with its range to be learned."""
+        if not self.config.learnable_ranges:
+            return simulator
+        scale: Any = simulator.qparams_calculator.scale
+        # A range that comes from a saved state has not been observed.
+        shape = tuple(scale.shape) if scale.numel() else (1,)
+        learned = LearnableRangeQuantize(simulator, shape, scale.device)  # type: ignore[arg-type]
+        if scale.numel():
+            learned.adopt(simulator)
+        for parameter in learned.parameters():
+            self.scale_gradient(parameter)
+        return learned
 
     def _axis(self, layer: nn.Module) -> int | None:
         return quantizers.channel_axis_of(layer) if self.config.weights.per_channel else None
@@ -199,9 +230,22 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
     def initialize_ranges(self, model: nn.Module, part: str) -> None:
         """Find the ranges of the ``weights`` or ``activations`` anew."""
         if part == "weights":
-            self._set_weight_ranges(model)
+            for name, simulator in self.weight_simulators(model).items():
+                fresh = self._weight_simulator(name, model.get_submodule(name))
+                self._renew(simulator, fresh)
         elif self._collects and self.context.init_args.train_loader is not None:
-            self._set_activation_ranges(model, self._collect(model, list(self._signed)))
+            simulators = input_simulators(model)
+            for name, found in self._collect(model, list(self._signed)).items():
+                self._renew(simulators[name], self._input_simulator(name, found[0].device, found))
+
+    def _renew(self, simulator: Any, fresh: FakeQuantizeImplBase) -> None:
+        """Give a simulator the range of a fresh one, if that has one."""
+        if isinstance(simulator, LearnableRangeQuantize):
+            simulator.adopt(fresh)
+        elif fresh.qparams_calculator.scale.numel():  # type: ignore[operator, union-attr]
+            calculator = fresh.qparams_calculator
+            simulator.qparams_calculator.load_state_dict(calculator.state_dict())
+            simulator.enable_observer(False)
 
     def _signs(self, names: list[str], ranges: Ranges) -> dict[str, bool]:
         asked = self.config.activations
@@ -211,23 +255,6 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             return dict.fromkeys(names, False)
         lows = torch.stack([ranges[name][0] for name in names]).tolist() if ranges else []
         return dict.fromkeys(names, True) | {n: low < 0 for n, low in zip(names, lows, strict=bool(ranges))}
-
-    def _set_weight_ranges(self, model: nn.Module) -> None:
-        initializer = self.config.initializer.range
-        if not needs_fixed_range(initializer):
-            return
-        for name, simulator in self.weight_simulators(model).items():
-            layer = model.get_submodule(name)
-            weight, axis = original(layer), self._axis(layer)
-            low, high = weight_range(weight, axis, initializer)
-            quantizers.set_range(simulator, low, high, weight.shape, axis)
-
-    def _set_activation_ranges(self, model: nn.Module, ranges: Ranges) -> None:
-        simulators = input_simulators(model)
-        for name, (low, high) in ranges.items():
-            if not self._signed[name]:
-                low = low.clamp(min=0) if self.config.activations.mode == "symmetric" else low
-            quantizers.set_range(simulators[name], low, high, torch.Size([2]), None)
 
     @torch.no_grad()
     def _collect(self, model: nn.Module, names: list[str]) -> Ranges:

@@ -11,11 +11,14 @@ _MODULES = {
     "dequantize": "quantize",
     "fake_quantize_backward": "fake_quantize",
     "fake_quantize_forward": "fake_quantize",
+    "learnable_range_backward": "learnable_range",
     "observe_and_fake_quantize": "observe_and_fake_quantize",
     "observe_and_fake_quantize_": "observe_and_fake_quantize",
     "observe_range": "observe_range",
     "pack_bits": "bits",
     "quantize": "quantize",
+    "sampled_mask_backward": "sampled_mask",
+    "sampled_mask_forward": "sampled_mask",
     "unpack_bits": "bits",
 }
 
