@@ -7,14 +7,29 @@ import importlib
 from types import ModuleType
 
 from coreai_opt import _environment
-from coreai_opt.common import CompressionType
+from coreai_opt.common import (
+    CompressionType,
+    CoreMLExportError,
+    DependencyVersionWarning,
+    ExportBackend,
+    TorchaoTorchIncompatibilityWarning,
+    UntestedTorchVersionWarning,
+)
 
-__all__ = ["CompressionType", "__version__"]
+__all__ = [
+    "CompressionType",
+    "CoreMLExportError",
+    "DependencyVersionWarning",
+    "ExportBackend",
+    "TorchaoTorchIncompatibilityWarning",
+    "UntestedTorchVersionWarning",
+    "__version__",
+]
 
 # The release of coreai-opt whose API this is: scripts compare it to know what they may use.
 __version__ = "0.3.0"
 
-_SUBPACKAGES = ("common", "config", "quantization")
+_SUBPACKAGES = ("common", "config", "pruning", "quantization")
 
 _environment.warn_of_name_clash()
 

@@ -1,0 +1,231 @@
+"""Which parameters of a model its operations read, seen in one forward, and what is configured for them."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from coreai_opt._utils.config_utils import full_match
+from coreai_opt.config.compression_config import CompressionConfig, ModuleCompressionConfig
+from coreai_opt.config.spec import CompressionSpec
+
+__all__ = [
+    "StateTarget",
+    "StateUse",
+    "check_example_inputs",
+    "configured_targets",
+    "record_state_uses",
+    "side_effects_undone",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StateUse:
+    """An operation that reads parameters or buffers of the model.
+
+    Fields:
+        op_type: its type, None if it is not among those that are looked for.
+        op_name: the function's name with that of the running module before it, and ``_1``, ``_2``, ... behind
+            it from the second on in a module, e.g. ``block.fc.linear_1``.
+        module_name: name of the running module.
+        tensors: what it reads.
+    """
+
+    op_type: str | None
+    op_name: str
+    module_name: str
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass
+class StateTarget:
+    """A parameter or buffer to compress.
+
+    Fields:
+        spec: its specification.
+        config: the module configuration that it comes from.
+        places: modules and attribute names that hold the tensor: several, where it is shared.
+        fqn: its qualified name, the first of several.
+    """
+
+    tensor: Tensor
+    spec: CompressionSpec
+    config: ModuleCompressionConfig[Any, Any]
+    places: list[tuple[nn.Module, str]]
+    fqn: str
+
+
+@contextmanager
+def side_effects_undone(model: nn.Module) -> Iterator[None]:
+    """Afterwards, the buffers of ``model`` and torch's random generators are as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, op_types: Mapping[Callable[..., Any], str]) -> None:
+        super().__init__()
+        self.op_types = op_types
+        self.states = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self.running: list[str] = []
+        self.uses: list[StateUse] = []
+        self.counts: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.states]
+        op_type = self.op_types.get(func)
+        if op_type is not None or read:
+            self.uses.append(StateUse(op_type, self._name(func, op_type), self.running[-1], tuple(read)))
+        return func(*args, **(kwargs or {}))
+
+    def _name(self, func: Any, op_type: str | None) -> str:
+        if op_type is None:
+            return ""
+        name = ".".join(filter(None, (self.running[-1], func.__name__)))
+        count = self.counts[name] = self.counts.get(name, -1) + 1
+        return f"{name}_{count}" if count else name
+
+
+def record_state_uses(
+    model: nn.Module, example_inputs: Sequence[Any], op_types: Mapping[Callable[..., Any], str]
+) -> list[StateUse]:
+    """Run ``model(*example_inputs)`` once, without gradients, and list the operations in order.
+
+    Args:
+        model: is left as it was: buffers and generators included.
+        example_inputs: positional arguments.
+        op_types: torch functions to look for, and the names of their types.
+
+    Raises:
+        TypeError: ``example_inputs`` is no sequence. What the model raises passes.
+    """
+    check_example_inputs(example_inputs)
+    recorder = _Recorder(model, op_types)
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: recorder.running.append(name)
+
+    def leave(*_: Any) -> None:
+        recorder.running.pop()
+
+    hooks = []
+    try:
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(enter(name), prepend=True))
+            hooks.append(module.register_forward_hook(leave, always_call=True))
+        with side_effects_undone(model), torch.no_grad(), recorder:
+            model(*example_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return recorder.uses
+
+
+def check_example_inputs(example_inputs: Any) -> None:
+    """TypeError unless ``example_inputs`` is a tuple or list of positional arguments."""
+    if not isinstance(example_inputs, tuple | list):
+        raise TypeError(
+            f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
+            f"got {type(example_inputs).__name__}"
+        )
+
+
+def configured_targets(
+    model: nn.Module, config: CompressionConfig[Any], uses: Sequence[StateUse]
+) -> list[StateTarget]:
+    """The tensors that ``config`` gives a specification, in the order of the model's parameters and buffers.
+
+    A specification for the state of the module that holds the tensor comes first. Else the last operation
+    that reads it there decides, by its name, its type, or what holds for all operations. Of the places that
+    share a tensor, the one that is used last with a specification decides.
+    """
+    configs = {
+        name: entry
+        for level in config.build_module_config_dict(model).values()
+        for name, entry in level.items()
+    }
+    modules = dict(model.named_modules())
+    places = _places(modules)
+    by_module: dict[int, _Choice] = {}
+    by_op: dict[int, dict[tuple[str, str], _Choice | None]] = {}
+    for use in uses:
+        for tensor in use.tensors:
+            key = id(tensor)
+            for owner, attribute in places[key]:
+                spec = _lookup(configs[owner].module_state_spec, attribute)
+                if spec is not _MISSING:
+                    by_module[key] = (spec, configs[owner])
+            if use.op_type is not None:
+                place = next((each for each in places[key] if each[0] == use.module_name), places[key][0])
+                chosen = by_op.setdefault(key, {})
+                chosen.pop(place, None)
+                chosen[place] = _choose(use, place[1], configs[use.module_name])
+    targets = []
+    for key, where in places.items():
+        choice = by_module.get(key)
+        if choice is None:
+            choice = next((each for each in reversed(by_op.get(key, {}).values()) if each), None)
+        if choice is not None and choice[0] is not None:
+            owner, attribute = where[0]
+            tensor = getattr(modules[owner], attribute)
+            if not tensor.is_floating_point() or tensor.numel() <= 1:
+                logger.warning(
+                    f"{owner}.{attribute} has a specification, but is no floating-point tensor of several "
+                    f"elements ({tensor.dtype}, shape {tuple(tensor.shape)}): it is left as it is."
+                )
+                continue
+            held_by = [(modules[name], each) for name, each in where]
+            targets.append(
+                StateTarget(tensor, choice[0], choice[1], held_by, f"{owner}.{attribute}".lstrip("."))
+            )
+    return targets
+
+
+_Choice = tuple[CompressionSpec | None, ModuleCompressionConfig[Any, Any]]
+_MISSING: Any = object()
+
+
+def _lookup(specs: Mapping[str, CompressionSpec | None] | None, attribute: str) -> Any:
+    return (specs or {}).get(attribute, (specs or {}).get("*", _MISSING))
+
+
+def _choose(use: StateUse, attribute: str, config: ModuleCompressionConfig[Any, Any]) -> _Choice | None:
+    """What ``config`` says about an attribute that an operation reads; None for no compression."""
+    by_name = config.op_name_config or {}
+    by_type = config.op_type_config or {}
+    entry: Any = config
+    if use.op_type in by_type:
+        entry = by_type[use.op_type]
+    for pattern, named in by_name.items():
+        if full_match(pattern, use.op_name):
+            entry = named
+    spec = _lookup(entry.op_state_spec, attribute)
+    return None if spec is _MISSING or spec is None else (spec, config)
+
+
+def _places(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]]:
+    """Names of the modules and attributes that hold each parameter and buffer, by its identity."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for name, module in modules.items():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append((name, attribute))
+    return found

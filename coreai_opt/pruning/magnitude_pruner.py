@@ -1,0 +1,207 @@
+"""The pruner of models: masks by magnitude, on a schedule."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import coreai_kernels
+from coreai_opt._state_tensors import StateTarget
+from coreai_opt.base_model_compressor import (
+    EagerCompressionComponentBuilderMixin,
+    _BaseModelCompressor,
+    original_of,
+    remove_first,
+)
+from coreai_opt.common import ExportBackend
+from coreai_opt.pruning._semi_structured import store_semi_structured
+from coreai_opt.pruning.config.magnitude_pruner_config import MagnitudePrunerConfig
+from coreai_opt.pruning.spec.prune import PruneImplBase, _MagnitudePruneImpl
+from coreai_opt.pruning.spec.scheme import Unstructured, kept_of
+
+__all__ = ["MagnitudePruner"]
+
+
+class _BasePruner(_BaseModelCompressor):
+    """Base of the pruners."""
+
+
+class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
+    """Prunes the smallest magnitudes of a model's weights.
+
+    ``prepare`` puts masks on the weights, as torch parametrizations; then the model is trained as always,
+    with ``step()`` after each optimizer step; ``finalize`` leaves plain weights with zeros in them::
+
+        pruner = MagnitudePruner(model, config)
+        pruner.prepare((images,))
+        for images, labels in loader:
+            ...
+            optimizer.step()
+            pruner.step()
+        pruner.finalize(backend=ExportBackend._TORCH)
+
+    Masks, sparsities and steps are part of the prepared model's ``state_dict`` and its metadata: training
+    that is taken up again from there goes on as if it had not been interrupted.
+
+    Args:
+        model: is changed in place.
+        config: what to prune; None for half of every weight.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``config`` no :class:`MagnitudePrunerConfig`.
+    """
+
+    _config_class = MagnitudePrunerConfig
+    _simulator_class = PruneImplBase
+    _supported_modules = (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.ConvTranspose3d,
+        nn.MultiheadAttention,
+    )
+    _op_types: ClassVar[dict[Callable[..., Any], str]] = {
+        F.linear: "linear",
+        F.conv1d: "conv1d",
+        F.conv2d: "conv2d",
+        F.conv3d: "conv3d",
+        F.conv_transpose1d: "conv_transpose1d",
+        F.conv_transpose2d: "conv_transpose2d",
+        F.conv_transpose3d: "conv_transpose3d",
+        F.multi_head_attention_forward: "multi_head_attention",
+    }
+
+    def __init__(self, model: nn.Module, config: MagnitudePrunerConfig | None = None) -> None:
+        super().__init__(model, config)
+
+    def prepare(self, example_inputs: tuple[Any, ...]) -> nn.Module:
+        """Put masks on the weights that the model uses, at the sparsity of step 0. Returns the model.
+
+        Args:
+            example_inputs: positional arguments for one forward, which leaves no trace in the model.
+
+        Raises:
+            RuntimeError: the model is prepared already.
+            ValueError: a scheme does not fit a weight; the model stays as it was.
+            TypeError: ``example_inputs`` is no tuple.
+        """
+        self._require_unprepared()
+        built = [(target, self._build(target)) for target in self._find_targets(example_inputs)]
+        self._refresh([(simulator, target.tensor) for target, simulator in built])
+        for target, simulator in built:
+            self._insert(target, simulator)
+        return self._model
+
+    @staticmethod
+    def _build(target: StateTarget) -> PruneImplBase:
+        spec: Any = target.spec
+        simulator: PruneImplBase = spec.pruning_algo(
+            target_sparsity=spec.target_sparsity, pruning_scheme=spec.pruning_scheme
+        )
+        simulator.tensor_fqn = target.fqn
+        simulator.schedule = getattr(target.config, "sparsity_schedule", None)
+        if simulator.schedule is not None:
+            simulator.update_sparsity(0)
+        return simulator
+
+    def step(self) -> None:
+        """Tell the pruner that a training step is over: masks follow their schedules.
+
+        A mask is computed anew where the sparsity has changed, and stays otherwise.
+        """
+        super().step()
+        masked = list(self._masked())
+        for simulator, _ in masked:
+            if simulator.schedule is not None:
+                simulator.update_sparsity(simulator.step_count + 1)
+        self._refresh(masked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps done, by tensor: for checkpoints that keep a model's tensors without their metadata."""
+        return {"step_count": {each.tensor_fqn: each.step_count for each, _ in self._masked()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the steps of :meth:`state_dict`, with the masks that the model holds.
+
+        Raises:
+            KeyError: a tensor of the model is missing.
+        """
+        steps = state_dict["step_count"]
+        masked = [(each, steps[each.tensor_fqn]) for each, _ in self._masked()]
+        for simulator, step_count in masked:
+            simulator.restore_step(step_count)
+
+    def _masked(self) -> Iterator[tuple[PruneImplBase, Tensor]]:
+        """Each simulator once, and the weight that it masks."""
+        seen: set[int] = set()
+        for module, attribute, simulator in self._inserted(self._model):
+            if isinstance(simulator, PruneImplBase) and id(simulator) not in seen:
+                seen.add(id(simulator))
+                yield simulator, original_of(module, attribute)
+
+    @torch.no_grad()
+    def _refresh(self, masked: list[tuple[PruneImplBase, Tensor]]) -> None:
+        """Compute the masks that are stale; if that fails for one, none changes."""
+        groups: dict[Any, list[tuple[PruneImplBase, Tensor]]] = {}
+        for simulator, weight in masked:
+            groups.setdefault(self._ranked_with(simulator), []).append((simulator, weight))
+        masks: list[tuple[tuple[PruneImplBase, Tensor], Tensor]] = []
+        for group in groups.values():
+            if any(simulator.is_stale for simulator, _ in group):
+                masks += zip(group, _masks_of(group), strict=True)
+        for (simulator, _), mask in masks:
+            simulator.set_mask(mask)
+
+    def _ranked_with(self, simulator: PruneImplBase) -> Any:
+        """What the tensors that are ranked together have in common."""
+        alone = (
+            type(simulator) is not _MagnitudePruneImpl or type(simulator.pruning_scheme) is not Unstructured
+        )
+        if alone or not self._config.global_threshold:
+            return id(simulator)
+        return simulator.target_sparsity, simulator.sparsity, simulator.schedule
+
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        backend: ExportBackend = ExportBackend.CoreAI,
+        *,
+        semi_structured: bool = False,
+    ) -> nn.Module:
+        """Replace the masked weights by plain ones, with exact zeros. Returns the model.
+
+        Args:
+            model: the prepared model, or a copy of it; None for the pruner's own.
+            backend: ``ExportBackend._TORCH`` alone.
+            semi_structured: store weights of linear layers, where they are pruned 2:4, as torch's
+                semi-structured sparse tensors, for inference. A weight that these do not take on its device
+                stays dense, with a warning.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+            NotImplementedError: the backend is another one that exists.
+            ValueError: there is no such backend.
+        """
+        chosen = self._require_prepared(model, "finalize")
+        self._require_torch(backend)
+        found = list(self._inserted(chosen))
+        for module, attribute, _ in found:
+            remove_first(module, attribute)
+        if semi_structured:
+            for module, attribute, simulator in found:
+                store_semi_structured(module, attribute, simulator)
+        return chosen
+
+
+def _masks_of(group: list[tuple[PruneImplBase, Tensor]]) -> Sequence[Tensor]:
+    """The masks of weights that are ranked together, at the sparsity that they have in common."""
+    simulators, weights = zip(*group, strict=True)
+    if len(weights) == 1:
+        return [simulators[0].mask_for(weights[0])]
+    count = sum(weight.numel() for weight in weights)
+    return coreai_kernels.topk_masks(list(weights), kept_of(count, simulators[0].sparsity))
