@@ -55,12 +55,6 @@ Tensor fake_quantize_backward(Tensor grad, Tensor mask, std::vector<int64_t> axe
   return output;
 }
 
-Ints grid_of(const Ints& shape, const Blocks& block) {
-  Ints grid(shape.size());
-  for (size_t i = 0; i < shape.size(); ++i) grid[i] = shape[i] / block[i];
-  return grid;
-}
-
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
 Tensor block_tensor(const std::vector<float>& values, const cpu::Layout& layout, const Ints& grid, ScalarType type) {
   Tensor result = empty(grid, ScalarType::Float);

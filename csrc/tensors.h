@@ -84,6 +84,12 @@ inline Ints contiguous_strides(const Ints& shape) {
 
 inline Tensor empty(const Ints& shape, ScalarType type) { return empty(shape, contiguous_strides(shape), type); }
 
+inline Ints grid_of(const Ints& shape, const Blocks& block) {
+  Ints grid(shape.size());
+  for (size_t i = 0; i < shape.size(); ++i) grid[i] = shape[i] / block[i];
+  return grid;
+}
+
 inline Ints natural_order(size_t axes) {
   Ints order(axes);
   std::iota(order.begin(), order.end(), 0);

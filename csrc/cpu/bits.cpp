@@ -142,4 +142,10 @@ void unpack_bits(const uint8_t* packed, int64_t count, int bits, bool is_signed,
   });
 }
 
+void unpack_some(const uint8_t* packed, int64_t count, int bits, uint8_t* values) {
+  with_width(bits, [&](auto width) {
+    unpack_groups<decltype(width)::value>(packed, 0, (count + kGroup - 1) / kGroup, count, false, values);
+  });
+}
+
 }  // namespace coreai::cpu

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/types.h"
+#include "cpu/palette_kernels.h"
 
 namespace coreai::cpu {
 
@@ -159,6 +160,7 @@ struct Kernels {
   int64_t (*topk_write)(Element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties);
   void (*sampled_mask)(const SampledMask&);
   void (*learnable_range)(const LearnableRange&);
+  PaletteKernels palettes;
 };
 
 const Kernels& kernels();  // of the instruction set in use

@@ -26,7 +26,7 @@ def find() -> bool:
 
 
 def ask(job: dict[str, Any], folder: Path) -> Any:
-    """The answer of `runner.main` to ``job``; ``folder`` receives the files in between.
+    """The answer of `jobs.main` to ``job``; ``folder`` receives the files in between.
 
     Raises:
         RuntimeError: if the process fails; the text is what it wrote.
@@ -37,7 +37,7 @@ def ask(job: dict[str, Any], folder: Path) -> Any:
     # -P and no PYTHONPATH: the package under test must be the one in the oracle's folder, whoever starts us.
     program = (
         f"import sys; sys.path.append({str(ROOT)!r}); "
-        f"from {__package__}.runner import main; main(*sys.argv[1:])"
+        f"from {__package__}.jobs import main; main(*sys.argv[1:])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(

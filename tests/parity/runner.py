@@ -1,19 +1,12 @@
-"""Runs cases and calls on whichever package ``import coreai_opt`` finds, through its public names only.
-
-In a process of its own, :func:`main` puts the folder that the job names first on the path, so that the
-package there is the one under test. The job and the result are pickles of plain data.
-"""
+"""Runs cases and calls on whichever package ``import coreai_opt`` finds, through its public names only."""
 
 import copy
 import io
 import logging
-import pickle
 import random
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +17,7 @@ from .cases import Case, all_cases
 from .inputs import draw_gradient, draw_input
 from .snapshots import Raised, Snapshot, freeze
 
-__all__ = ["build", "main", "run_call", "run_case", "run_exchange"]
+__all__ = ["answer", "build", "run_call", "run_case", "run_exchange"]
 
 
 class Run:
@@ -279,21 +272,13 @@ def run_call(name: str) -> Any:
             return Raised.of(error)
 
 
-def main(job_file: str, result_file: str) -> None:
-    job = pickle.loads(Path(job_file).read_bytes())
-    sys.path.insert(0, job["package_folder"])
-    torch.set_num_threads(1)
-    import coreai_opt
-
-    if Path(job["package_folder"]).resolve() not in Path(coreai_opt.__file__).resolve().parents:
-        raise SystemExit(f"imported {coreai_opt.__file__}, not the package in {job['package_folder']}")
+def answer(job: dict[str, Any]) -> Any:
+    """The table of all cases and calls, or what follows on states that the other package wrote."""
     if job["what"] == "table":
-        result: Any = {
+        return {
             "cases": {case.name: run_case(case) for case in all_cases()},
             "calls": {name: run_call(name) for name in CALLS},
         }
-    else:
-        cases = {case.name: case for case in all_cases()}
-        states = job["states"].items()
-        result = {name: run_exchange(cases[name], state, stepped=True) for name, state in states}
-    Path(result_file).write_bytes(pickle.dumps(result))
+    cases = {case.name: case for case in all_cases()}
+    states = job["states"].items()
+    return {name: run_exchange(cases[name], state, stepped=True) for name, state in states}

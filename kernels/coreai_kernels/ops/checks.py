@@ -1,6 +1,7 @@
 """Argument checks shared by the operations: errors that name the argument, what it was and what it may be."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -11,10 +12,13 @@ __all__ = [
     "INPUT_DTYPES",
     "check_axis",
     "check_blocks",
+    "check_centroids",
     "check_float_input",
+    "check_num_clusters",
     "check_num_keep",
     "check_params",
     "check_range",
+    "check_vectors",
 ]
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,6 +41,39 @@ def check_blocks(name: str, tensor: Tensor, block_size: tuple[int, ...]) -> tupl
         return _cached_grid_shape(tensor.shape, block_size)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def check_centroids(centroids: Tensor, shape: tuple[int, ...], block_size: tuple[int, ...]) -> None:
+    """ValueError or TypeError unless there is a palette ``(blocks, k, dim)`` for each block of a weight."""
+    check_float_input("centroids", centroids)
+    if centroids.dim() != 3 or not 1 <= centroids.size(1) <= 256 or centroids.size(2) < 1:
+        raise ValueError(
+            "centroids must have shape (blocks, clusters, cluster_dim), with 1 to 256 clusters; "
+            f"got {tuple(centroids.shape)}"
+        )
+    check_vectors("centroids' cluster_dim", centroids.size(2), block_size)
+    try:
+        blocks = math.prod(grid_shape(shape, block_size))
+    except ValueError as error:
+        raise ValueError(f"block_size: {error}") from None
+    if centroids.size(0) != blocks:
+        raise ValueError(
+            f"centroids must have one palette per block, {blocks} for block_size {tuple(block_size)} and shape "
+            f"{tuple(shape)}; got {centroids.size(0)}"
+        )
+
+
+def check_num_clusters(num_clusters: int) -> None:
+    """ValueError unless an index of eight bits can name each cluster."""
+    if not 1 <= num_clusters <= 256:
+        raise ValueError(f"num_clusters must be in 1..256; got {num_clusters}")
+
+
+def check_vectors(name: str, dim: int, block_size: tuple[int, ...]) -> None:
+    """ValueError unless vectors of ``dim`` entries of axis 0 tile the blocks."""
+    rows = block_size[0] if len(block_size) else 1
+    if dim < 1 or rows % dim:
+        raise ValueError(f"{name} must divide the {rows} rows of a block; got {dim}")
 
 
 def check_float_input(name: str, tensor: Tensor) -> None:

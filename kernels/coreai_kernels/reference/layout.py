@@ -1,11 +1,21 @@
 """Blocks and memory order, as views."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from coreai_kernels.types import grid_shape
 
-__all__ = ["from_memory_order", "in_memory_order", "memory_order", "per_block", "split_blocks"]
+__all__ = [
+    "from_memory_order",
+    "from_vectors",
+    "in_memory_order",
+    "memory_order",
+    "per_block",
+    "split_blocks",
+    "to_vectors",
+]
 
 
 def split_blocks(x: Tensor, block_size: tuple[int, ...]) -> tuple[Tensor, list[int]]:
@@ -42,3 +52,44 @@ def from_memory_order(flat: Tensor, shape: torch.Size, order: list[int]) -> Tens
     for position, axis in enumerate(order):
         inverse[axis] = position
     return flat.reshape([shape[axis] for axis in order]).permute(inverse)
+
+
+def to_vectors(x: Tensor, block_size: tuple[int, ...], dim: int = 1) -> Tensor:
+    """The blocks of ``x`` as vectors of ``dim`` consecutive entries of axis 0: ``(blocks, vectors, dim)``.
+
+    Blocks, and the vectors within one, come in row-major order. A view where the strides allow it.
+    """
+    if x.dim() == 0:
+        return x.reshape(1, 1, 1)
+    axes, _ = _vector_axes(x.dim())
+    grid, shape = _vector_shape(x.shape, block_size, dim)
+    split = x.reshape(shape).permute(axes)
+    vectors = math.prod(split.shape[len(grid) : -1])
+    return split.reshape(math.prod(grid), vectors, dim)
+
+
+def from_vectors(vectors: Tensor, shape: torch.Size | tuple[int, ...], block_size: tuple[int, ...]) -> Tensor:
+    """Inverse of :func:`to_vectors`: a tensor of shape ``shape``."""
+    if len(shape) == 0:
+        return vectors.reshape(())
+    axes, inverse = _vector_axes(len(shape))
+    _, split = _vector_shape(shape, block_size, vectors.size(-1))
+    return vectors.reshape([split[axis] for axis in axes]).permute(inverse).reshape(shape)
+
+
+def _vector_shape(
+    shape: torch.Size | tuple[int, ...], block_size: tuple[int, ...], dim: int
+) -> tuple[tuple[int, ...], list[int]]:
+    """The grid, and the split shape ``(g0, b0 / dim, dim, g1, b1, ...)``."""
+    grid = grid_shape(shape, block_size)
+    split = [grid[0], block_size[0] // dim, dim]
+    for pair in zip(grid[1:], block_size[1:], strict=True):
+        split += pair
+    return grid, split
+
+
+def _vector_axes(rank: int) -> tuple[list[int], list[int]]:
+    """Permutation of the split shape to ``(g0, g1, ..., b0 / dim, b1, ..., dim)``, and its inverse."""
+    axes = [0, *range(3, 2 * rank, 2), 1, *range(4, 2 * rank + 1, 2), 2]
+    inverse = [axes.index(position) for position in range(len(axes))]
+    return axes, inverse

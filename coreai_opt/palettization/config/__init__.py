@@ -1,0 +1,15 @@
+"""Configuration of palettization."""
+
+from coreai_opt.palettization.config.palettization_config import (
+    KMeansPalettizerConfig,
+    ModuleKMeansPalettizerConfig,
+    OpKMeansPalettizerConfig,
+    PATSchedule,
+)
+
+__all__ = [
+    "KMeansPalettizerConfig",
+    "ModuleKMeansPalettizerConfig",
+    "OpKMeansPalettizerConfig",
+    "PATSchedule",
+]

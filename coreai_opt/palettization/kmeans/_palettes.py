@@ -1,0 +1,214 @@
+"""A simulator's palettes: their state, their quantization, and the look-up table that they make."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coreai_opt.config.spec.factory import CompressionTargetTensor
+from coreai_opt.palettization.kmeans._blocks import Blocks
+from coreai_opt.palettization.spec.fake_palettize import _FakePalettizeImplBase
+from coreai_opt.palettization.spec.granularity import PalettizationGranularity
+from coreai_opt.quantization.spec import (
+    PerChannelGranularity,
+    QuantizationComponentFactory,
+    QuantizationSpec,
+)
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["PaletteState"]
+
+
+class PaletteState(_FakePalettizeImplBase):
+    """A simulator with palettes, which a checkpoint may bring.
+
+    State, once there are palettes: ``centroids`` ``[blocks, 2 ** n_bits, cluster_dim]`` in the weight's
+    dtype, ``indices`` (uint8) of the weight's shape with axis 0 divided by ``cluster_dim``, and
+    ``per_channel_scale`` ``[channels, 1]`` if asked for.
+    """
+
+    indices: Tensor | None
+    centroids: Tensor | None
+    per_channel_scale: Tensor | None
+
+    def __init__(
+        self,
+        n_bits: int,
+        lut_qspec: QuantizationSpec | None,
+        granularity: PalettizationGranularity,
+        cluster_dim: int,
+        enable_per_channel_scale: bool,
+    ) -> None:
+        super().__init__(n_bits, lut_qspec, granularity, cluster_dim, enable_per_channel_scale)
+        self._lut_fake_quantizer = _lut_quantizer(lut_qspec)
+        self.register_buffer("indices", None)
+        self.register_buffer("per_channel_scale", None)
+        self.register_buffer("centroids", None)
+        self._blocks: Blocks | None = None
+        self._centroids_initialized = False
+        self._indices_stale = False
+
+    @property
+    def lut(self) -> Tensor:
+        """The look-up table, ``[blocks along axis 0, blocks along axis 1, 2 ** n_bits, cluster_dim]``.
+
+        Quantized and dequantized if the specification quantizes palettes.
+
+        Raises:
+            RuntimeError: there are no palettes yet.
+        """
+        return self._as_lut(self.palettes())
+
+    @property
+    def quantized_lut(self) -> Tensor | None:
+        """The look-up table in the dtype that palettes are quantized to; None if they are not."""
+        if self._lut_fake_quantizer is None:
+            return None
+        return self._as_lut(self.quantize_lut(self.stored_palettes()))
+
+    @property
+    def lut_quantization_scale(self) -> Tensor | None:
+        """Scale of each palette, shaped as the look-up table with ones at its end; None if unquantized."""
+        return self._lut_qparam(0)
+
+    @property
+    def lut_quantization_zero_point(self) -> Tensor | None:
+        """Zero point of each palette, shaped as the scale; None if unquantized, or in floating point."""
+        return self._lut_qparam(1)
+
+    def quantize_lut(self, lut: Tensor) -> Tensor:
+        """Quantized values of palettes ``[blocks, 2 ** n_bits, cluster_dim]``, in the dtype of quantization.
+
+        Raises:
+            RuntimeError: the specification does not quantize palettes.
+        """
+        quantizer = self._lut_fake_quantizer
+        if quantizer is None:
+            raise RuntimeError("the specification has no lut_qspec: there is nothing to quantize palettes to")
+        rows = _rows(lut)
+        return quantizer.quantize(rows, *quantizer.qparams_calculator(rows.detach())).reshape(lut.shape)
+
+    def palettes(self) -> Tensor:
+        """The palettes as they are used, ``[blocks, 2 ** n_bits, cluster_dim]``, with gradients.
+
+        Raises:
+            RuntimeError: there are none yet.
+        """
+        centroids = self.stored_palettes()
+        if self._lut_fake_quantizer is None:
+            return centroids
+        quantized: Tensor = self._lut_fake_quantizer(_rows(centroids))
+        return quantized.reshape(centroids.shape)
+
+    def stored_palettes(self) -> Tensor:
+        """The palettes before quantization; RuntimeError if there are none yet."""
+        if self.centroids is None:
+            raise RuntimeError(
+                f"Tensor {self.tensor_fqn!r} has no palettes yet: run a forward, or load a state_dict that "
+                f"has them"
+            )
+        return self.centroids
+
+    def set_palettes(self, centroids: Tensor) -> None:
+        """Put new palettes in the place of the old ones, as the buffer or parameter that those are."""
+        old = self.centroids
+        if isinstance(old, torch.nn.Parameter) and old.shape == centroids.shape:
+            with torch.no_grad():
+                old.copy_(centroids)
+        else:
+            self._parameters.pop("centroids", None)
+            self.register_buffer("centroids", centroids)
+
+    def blocks(self, weight: Tensor) -> Blocks:
+        """The grid of the weight's blocks.
+
+        Raises:
+            _IncompatibleGranularityError, _IncompatibleClusterDimError: the specification does not fit.
+            RuntimeError: there are palettes, for a weight of another shape.
+        """
+        blocks = self._blocks
+        if blocks is None or blocks.shape != tuple(weight.shape):
+            blocks = Blocks.of(weight.shape, self.granularity, self.cluster_dim)
+            self._check_state_fits(blocks)
+            self._blocks = blocks
+        return blocks
+
+    def _check_state_fits(self, blocks: Blocks) -> None:
+        if not self._centroids_initialized or self.indices is None or self.centroids is None:
+            return
+        expected = (blocks.shape[0] // self.cluster_dim, *blocks.shape[1:])
+        if tuple(self.indices.shape) != expected or self.centroids.shape[0] != blocks.count:
+            raise RuntimeError(
+                f"Tensor {self.tensor_fqn!r} has shape {blocks.shape}, but its palettes are for another: "
+                f"indices {tuple(self.indices.shape)}, {self.centroids.shape[0]} palettes. To cluster it "
+                f"anew, call enable_fake_palett(reinitialize=True)"
+            )
+
+    def _as_lut(self, palettes: Tensor) -> Tensor:
+        leading = self._blocks.lut_shape if self._blocks is not None else (palettes.shape[0], 1)
+        return palettes.reshape(*leading, *palettes.shape[1:])
+
+    def _lut_qparam(self, position: int) -> Tensor | None:
+        if self._lut_fake_quantizer is None:
+            return None
+        rows = _rows(self.stored_palettes().detach())
+        qparam = self._lut_fake_quantizer.qparams_calculator(rows)[position]
+        return None if qparam is None else self._as_lut(qparam.reshape(-1, 1, 1))
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        problems = self._state_problems(state_dict, prefix)
+        if problems:
+            error_msgs: list[str] = lists[2]
+            error_msgs.extend(problems)
+            return
+        for name in ("indices", "per_channel_scale", "centroids"):
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None:
+                self._make_room(name, loaded)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self._switch.update(self.fake_palett_enabled)
+        self._centroids_initialized = self.centroids is not None and self.indices is not None
+        self._indices_stale = False
+        self._blocks = None
+
+    def _state_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Why the palettes in a ``state_dict`` do not fit the specification; empty if they do."""
+        problems = []
+        centroids, indices = state_dict.get(f"{prefix}centroids"), state_dict.get(f"{prefix}indices")
+        expected = (2**self.n_bits, self.cluster_dim)
+        if centroids is not None and (centroids.dim() != 3 or tuple(centroids.shape[1:]) != expected):
+            problems.append(
+                f"{prefix}centroids has shape {tuple(centroids.shape)}; n_bits={self.n_bits} and "
+                f"cluster_dim={self.cluster_dim} make it (blocks, {expected[0]}, {expected[1]})"
+            )
+        if indices is not None and (indices.is_floating_point() or indices.is_complex()):
+            problems.append(f"{prefix}indices has dtype {indices.dtype}; indices are integers")
+        if not self.enable_per_channel_scale and f"{prefix}per_channel_scale" in state_dict:
+            problems.append(
+                f"{prefix}per_channel_scale is in the checkpoint, but enable_per_channel_scale is off"
+            )
+        return problems
+
+    def _make_room(self, name: str, loaded: Tensor) -> None:
+        """Give a buffer the shape of the checkpoint's, which is then copied into it."""
+        old: Tensor | None = getattr(self, name)
+        if old is None or old.shape != loaded.shape:
+            dtype = torch.uint8 if name == "indices" else (loaded if old is None else old).dtype
+            device = self.fake_palett_enabled.device
+            self._parameters.pop(name, None)
+            self.register_buffer(name, torch.empty(loaded.shape, dtype=dtype, device=device))
+
+
+def _lut_quantizer(spec: QuantizationSpec | None) -> FakeQuantizeImplBase | None:
+    """The fake quantizer for palettes as rows of a matrix: one scale a row."""
+    if spec is None:
+        return None
+    per_row = spec.model_copy(update={"granularity": PerChannelGranularity(axis=0)})
+    return QuantizationComponentFactory.construct(per_row, CompressionTargetTensor.LUT)
+
+
+def _rows(centroids: Tensor) -> Tensor:
+    """Palettes of scalars as a matrix; palettes of vectors as they are."""
+    return centroids.squeeze(-1) if centroids.shape[-1] == 1 else centroids

@@ -1,0 +1,78 @@
+"""What is palettized in a model: for each weight that can be, a simulator."""
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
+from coreai_opt.palettization.config import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig, PATSchedule
+from coreai_opt.palettization.kmeans._blocks import Blocks
+from coreai_opt.palettization.kmeans._supported import OP_TYPES
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+from coreai_opt.palettization.spec import PalettizationSpec
+from coreai_opt.palettization.spec.errors import (
+    _IncompatibleClusterDimError,
+    _IncompatibleGranularityError,
+)
+
+__all__ = ["Planned", "plan"]
+
+logger = logging.getLogger("coreai_opt.palettization.kmeans.palettizer")
+
+_FUNCTIONS: dict[str | None, Callable[..., Any]] = {op_type: each for each, op_type in OP_TYPES.items()}
+
+
+class Planned(NamedTuple):
+    """A weight, its simulator, and when to palettize it."""
+
+    target: StateTarget
+    simulator: _KMeansFakePalettize
+    schedule: PATSchedule | None
+
+    @property
+    def original_name(self) -> str:
+        """Name of the weight once it is parametrized."""
+        path, _, attribute = self.target.fqn.rpartition(".")
+        return ".".join(filter(None, (path, "parametrizations", attribute, "original")))
+
+
+def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple[Any, ...]) -> list[Planned]:
+    """The weights that ``config`` names and that their specifications fit; of the others the log warns."""
+    uses = record_state_uses(model, example_inputs, OP_TYPES)
+    functions = {id(tensor): _FUNCTIONS.get(use.op_type) for use in uses for tensor in use.tensors}
+    planned = []
+    for target in configured_targets(model, config, uses):
+        tensor = target.tensor
+        if not tensor.is_floating_point() or not tensor.numel():
+            logger.warning(
+                f"Disabling palettization for weight {target.fqn!r}: dtype {tensor.dtype}, "
+                f"shape {tuple(tensor.shape)}"
+            )
+            continue
+        module_config = cast(ModuleKMeansPalettizerConfig, target.config)
+        simulator = _build(target, module_config, functions.get(id(tensor)))
+        try:
+            Blocks.of(tensor.shape, simulator.granularity, simulator.cluster_dim)
+        except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
+            logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
+            continue
+        planned.append(Planned(target, simulator, module_config.pat_schedule))
+    return planned
+
+
+def _build(
+    target: StateTarget, config: ModuleKMeansPalettizerConfig, function: Callable[..., Any] | None
+) -> _KMeansFakePalettize:
+    spec = cast(PalettizationSpec, target.spec)
+    simulator = _KMeansFakePalettize(
+        **spec.model_dump_preserve_objects(),
+        # Rounding is for scalars.
+        enable_fast_kmeans_mode=config.enable_fast_kmeans_mode and spec.cluster_dim == 1,
+        rounding_precision=config.rounding_precision,
+        op_to_optimize=function,
+    )
+    simulator.tensor_fqn = target.fqn
+    simulator.train(target.places[0][0].training)
+    return simulator.to(target.tensor.device)

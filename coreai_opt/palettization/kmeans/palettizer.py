@@ -1,0 +1,269 @@
+"""The compressor that palettizes a model's weights."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
+from coreai_opt.common import ExportBackend
+from coreai_opt.palettization.config import KMeansPalettizerConfig
+from coreai_opt.palettization.kmeans._placed import placed_simulators, refresh_before_saving
+from coreai_opt.palettization.kmeans._plan import plan
+from coreai_opt.palettization.kmeans._sensitivities import (
+    CalibrationHelper,
+    load_sensitivities,
+    sensitivity_of,
+)
+from coreai_opt.palettization.kmeans._supported import OP_TYPES, SUPPORTED_MODULES
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+
+__all__ = ["KMeansPalettizer"]
+
+
+class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompressor):
+    """Replaces the values of a model's weights by those of small palettes, found by k-means.
+
+    Args:
+        model: the model; :meth:`prepare` changes it in place.
+        config: what to palettize, and how; None for 4 bits in all supported operations.
+
+    Example:
+        >>> palettizer = KMeansPalettizer(model, KMeansPalettizerConfig.presets.w4())
+        >>> model = palettizer.prepare(example_inputs)
+        >>> with palettizer.training_mode():
+        ...     for inputs, labels in data:
+        ...         train_step(model, inputs, labels)
+        ...         palettizer.step()
+        >>> model = palettizer.finalize(backend=ExportBackend._TORCH)
+    """
+
+    _config_class: ClassVar[type[KMeansPalettizerConfig]] = KMeansPalettizerConfig
+    _supported_modules: ClassVar[tuple[type[nn.Module], ...]] = SUPPORTED_MODULES
+    _op_types: ClassVar[dict[Callable[..., Any], str]] = OP_TYPES
+    _simulator_class: ClassVar[type[_KMeansFakePalettize]] = _KMeansFakePalettize
+
+    def __init__(self, model: nn.Module, config: KMeansPalettizerConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._training_depth = 0
+        # A model in which nothing could be palettized is prepared, too.
+        self._prepared = False
+        # The first step that palettizes, by the qualified name of the weight.
+        self._start_steps: dict[str, int] = {}
+
+    def prepare(
+        self,
+        example_inputs: tuple[Any, ...],
+        sensitivity_path: str | Path | None = None,
+        num_workers: int = 1,
+    ) -> nn.Module:
+        """Cluster the weights that the configuration names, and return the model with palettized weights.
+
+        Weights that their specification does not fit are left as they are, with a warning in the log.
+
+        Args:
+            example_inputs: positional arguments for one forward, which shows what reads which weight.
+            sensitivity_path: a file of sensitivities, as :meth:`save_sensitivities` writes it.
+            num_workers: how many weights are clustered at a time.
+
+        Raises:
+            RuntimeError: the model is prepared already.
+            TypeError: an argument has the wrong type.
+            ValueError: ``num_workers`` is not positive; a weight is not finite; sensitivities are negative,
+                not finite, or have another shape than their weight.
+            FileNotFoundError: there is no file of sensitivities. After any error the model is as it was.
+        """
+        self._require_unprepared()
+        if not isinstance(num_workers, int):
+            raise TypeError(f"num_workers must be an int; got {type(num_workers).__name__}")
+        if num_workers < 1:
+            raise ValueError(f"num_workers must be at least 1; got {num_workers}")
+        sensitivities = None if sensitivity_path is None else load_sensitivities(sensitivity_path)
+        planned = plan(self._model, self._config, example_inputs)
+        if sensitivities is not None:
+            for each in planned:
+                shape = each.target.tensor.shape
+                each.simulator.sensitivities = sensitivity_of(each.original_name, shape, sensitivities)
+        _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers)
+        for each in planned:
+            self._insert(each.target, each.simulator)
+            for module, attribute in each.target.places:
+                chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+                chain.register_state_dict_pre_hook(refresh_before_saving)
+            if each.schedule is not None:
+                self._start_steps[each.target.fqn] = each.schedule.enable_fake_palettize
+        self._prepared = True
+        return self._model
+
+    @contextmanager
+    def calibration_mode(  # type: ignore[override]
+        self,
+        model: nn.Module | None = None,
+        *,
+        loss_fn: Callable[..., Tensor],
+        sensitivity_path: str | Path | None = None,
+    ) -> Iterator[CalibrationHelper]:
+        """A context that measures how sensitive the loss is to each weight, and clusters anew at its end.
+
+        Weights are not palettized while it is active. Run forwards, and hand each output to the helper.
+
+        Args:
+            model: the prepared model; None for the one of the constructor.
+            loss_fn: loss of an output and a target, a scalar.
+            sensitivity_path: file to which the sensitivities of all trained parameters are written.
+
+        Yields:
+            An object with ``step(output, target)``.
+
+        Raises:
+            RuntimeError: the model is not prepared; or, at the end, there was no step.
+            ValueError: at the end, a gradient was not finite. The palettes are as they were after any error.
+        """
+        model = self._require_prepared(model, "calibration_mode")
+        simulators = [each.simulator for each in placed_simulators(model)]
+        was_on = [simulator.is_on() for simulator in simulators]
+        for simulator in simulators:
+            simulator.disable_fake_palett()
+        helper = CalibrationHelper(model, loss_fn)
+        try:
+            yield helper
+        finally:
+            for simulator, on in zip(simulators, was_on, strict=True):
+                simulator.enable_fake_palett(on)
+        self._use_sensitivities(model, helper.sensitivities(), sensitivity_path)
+
+    def save_sensitivities(self, path: str | Path) -> None:
+        """Write the sensitivities of the palettized weights to a file for :meth:`prepare`.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+            ValueError: no weight has sensitivities.
+        """
+        model = self._require_prepared(None, "save_sensitivities")
+        found = {
+            each.original_name: each.simulator.sensitivities
+            for each in placed_simulators(model)
+            if each.simulator.sensitivities is not None
+        }
+        if not found:
+            raise ValueError(
+                "the model has no sensitivities: run calibration_mode, or give prepare a sensitivity_path"
+            )
+        torch.save(found, path)
+
+    @contextmanager
+    def training_mode(self) -> Iterator["KMeansPalettizer"]:  # type: ignore[override]
+        """A context for training; within it, call :meth:`step` after each step of the optimizer.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+        """
+        model = self._require_prepared(None, "training_mode")
+        self._apply_schedules(model)
+        self._training_depth += 1
+        try:
+            yield self
+        finally:
+            self._training_depth -= 1
+
+    def step(self) -> None:
+        """Tell that a training step is over: schedules advance, and palettes follow their weights.
+
+        Raises:
+            RuntimeError: outside of :meth:`training_mode`.
+        """
+        if not self._training_depth:
+            raise RuntimeError(
+                "step() belongs to training: call it within `with palettizer.training_mode():`"
+            )
+        super().step()
+        self._apply_schedules(self._model)
+        for each in placed_simulators(self._model):
+            if each.simulator.is_on():
+                each.simulator.step(each.weight(), self._step_count)
+
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        backend: ExportBackend = ExportBackend.CoreAI,
+        *,
+        mmap_dir: str | Path | None = None,
+    ) -> nn.Module:
+        """End training: fix the palettized values, and return the model.
+
+        Args:
+            model: the prepared model; None for the one of the constructor.
+            backend: what the model is for; this package finalizes for torch only.
+            mmap_dir: a folder for the weights of large models; only for ``ExportBackend.CoreAI``.
+
+        Raises:
+            RuntimeError: the model is not prepared, or finalized already.
+            ValueError: ``mmap_dir`` is given for another backend.
+            NotImplementedError: the backend is not torch.
+        """
+        model = self._require_prepared(model, "finalize")
+        if mmap_dir is not None and backend != ExportBackend.CoreAI:
+            raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend!r}")
+        self._require_torch(backend)
+        for each in placed_simulators(model):
+            each.simulator.freeze(each.weight())
+        self._prepared = self._prepared and model is not self._model
+        return model
+
+    @classmethod
+    def get_op_type_resolver(cls) -> Callable[[Callable[..., Any]], str | None]:
+        """A function that names the type of a torch function, None for those without palettized weights."""
+        return OP_TYPES.get
+
+    @classmethod
+    def _is_prepared(cls, model: nn.Module) -> bool:
+        return any(
+            isinstance(module, _KMeansFakePalettize) and not module.is_frozen for module in model.modules()
+        )
+
+    def _require_unprepared(self) -> None:
+        if self._prepared:
+            raise RuntimeError("prepare: the model is prepared already; a model can be prepared once")
+        super()._require_unprepared()
+
+    def _require_prepared(self, model: nn.Module | None, action: str) -> nn.Module:
+        if self._prepared and (model is None or model is self._model):
+            return self._model
+        return super()._require_prepared(model, action)
+
+    def _use_sensitivities(
+        self, model: nn.Module, sensitivities: dict[str, Tensor], path: str | Path | None
+    ) -> None:
+        if path is not None:
+            torch.save(sensitivities, path)
+        placed = list(placed_simulators(model))
+        new = [
+            sensitivity_of(each.original_name, each.chain.original.shape, sensitivities) for each in placed
+        ]
+        for each, sensitivity in zip(placed, new, strict=True):
+            each.simulator.sensitivities = sensitivity
+        _cluster_all([(each.simulator, each.weight()) for each in placed], num_workers=1)
+
+    def _apply_schedules(self, model: nn.Module) -> None:
+        for each in placed_simulators(model):
+            simulator = each.simulator
+            start = self._start_steps.get(simulator.tensor_fqn)
+            if start is None or simulator.is_on() == (self._step_count >= start):
+                continue
+            simulator.enable_fake_palett(self._step_count >= start, reinitialize=True)
+            if simulator.is_on():
+                # Here, so that no compiled forward has to cluster.
+                simulator.ensure_initialized(each.weight())
+
+
+def _cluster_all(jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: int) -> None:
+    """Give each simulator its palettes, ``num_workers`` at a time."""
+    bar = tqdm(total=len(jobs), desc=f"Palettizing layers (num_workers={num_workers})", disable=not jobs)
+    with bar, ThreadPoolExecutor(num_workers) as pool:
+        for _ in pool.map(lambda job: job[0].ensure_initialized(job[1]), jobs):
+            bar.update()

@@ -1,0 +1,72 @@
+"""Training of the palette by soft assignment."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+import coreai_kernels
+from coreai_opt.palettization.spec.training_strategy import TrainingStrategy, TrainingStrategySpec
+
+if TYPE_CHECKING:
+    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+
+__all__ = ["DKMTrainingSpec"]
+
+
+class _DKMStrategy(TrainingStrategy):
+    """The forward mixes the palette's entries by their nearness; the weight and the palette get gradients."""
+
+    def __init__(self, temperature: float, iterations: int) -> None:
+        self.temperature = temperature
+        self.iterations = iterations
+
+    def train_forward(  # type: ignore[override]
+        self, module: "_KMeansFakePalettize", weight: torch.Tensor
+    ) -> torch.Tensor:
+        values = coreai_kernels.soft_palettize(
+            module.scaled(weight),
+            module.palettes(),
+            self.temperature * module.palette_spacing,
+            block_size=module.blocks(weight).block_size,
+            iterations=self.iterations,
+        )
+        return module.unscale(values).to(weight.dtype)
+
+    def on_palette_computed(self, module: "_KMeansFakePalettize") -> None:  # type: ignore[override]
+        centroids = module.centroids
+        assert centroids is not None
+        if not isinstance(centroids, nn.Parameter):
+            del module.centroids
+            module.centroids = nn.Parameter(centroids.detach())
+        module.palette_spacing = _spacing(centroids.detach())
+
+
+def _spacing(centroids: torch.Tensor) -> float:
+    """Median squared distance between an entry and the nearest other one; one if all coincide."""
+    distances = torch.cdist(centroids.float(), centroids.float()).square()
+    distances = distances.masked_fill(distances == 0, torch.inf)
+    nearest = distances.amin(-1)
+    nearest = nearest[nearest.isfinite()]
+    return nearest.median().item() if nearest.numel() else 1.0
+
+
+@TrainingStrategySpec.register("dkm")
+class DKMTrainingSpec(TrainingStrategySpec):
+    """The palette trains, with the weight, by differentiable k-means (Cho et al., arXiv 2108.12659).
+
+    In training each value is a mean of the palette's entries, weighted by ``softmax(-distance² / t)``. The
+    palette becomes a parameter, so make the optimizer after ``prepare``. Evaluation uses the nearest entry.
+
+    Fields:
+        temperature: ``t`` in units of the palette's spacing, the median squared distance between an entry
+            and its nearest neighbour when the palette is computed or loaded. Smaller is nearer to a hard
+            assignment, with less gradient to the entries that are not nearest.
+        iterations: updates of the palette towards the soft means within each forward, as in the paper.
+    """
+
+    _strategy_cls: ClassVar[type[TrainingStrategy]] = _DKMStrategy
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    iterations: Annotated[int, Field(ge=0)] = 0

@@ -1,0 +1,56 @@
+"""Training of the weight through its palettized values."""
+
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+import coreai_kernels
+from coreai_opt.palettization.spec.training_strategy import TrainingStrategy, TrainingStrategySpec
+
+if TYPE_CHECKING:
+    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+
+__all__ = ["StraightThroughTrainingSpec"]
+
+
+class _StraightThroughStrategy(TrainingStrategy):
+    """The forward uses the nearest palette entries, the gradient goes to the weight as if it had not."""
+
+    def __init__(self, refresh_interval: int, refresh_iterations: int) -> None:
+        self.refresh_interval = refresh_interval
+        self.refresh_iterations = refresh_iterations
+
+    def train_forward(  # type: ignore[override]
+        self, module: "_KMeansFakePalettize", weight: torch.Tensor
+    ) -> torch.Tensor:
+        scaled, palettes = module.scaled(weight), module.palettes()
+        indices = module.nearest(scaled.detach(), palettes.detach())
+        block_size = module.blocks(weight).block_size
+        values = coreai_kernels.lookup(indices, palettes, block_size=block_size, weight=scaled)
+        return module.unscale(values).to(weight.dtype)
+
+    def on_step(  # type: ignore[override]
+        self, module: "_KMeansFakePalettize", weight: torch.Tensor, step: int
+    ) -> None:
+        if step % self.refresh_interval == 0:
+            module.refine(weight, self.refresh_iterations)
+
+
+@TrainingStrategySpec.register("straight_through")
+class StraightThroughTrainingSpec(TrainingStrategySpec):
+    """The weight trains, by the straight-through estimator (Bengio et al., arXiv 1308.3432).
+
+    In each forward every value is replaced by its nearest palette entry, and the gradient passes to the value
+    unchanged. ``KMeansPalettizer.step`` lets the palette follow the weight by Lloyd's iterations, which wait
+    for no device.
+
+    Fields:
+        refresh_interval: steps between two refreshes of the palette.
+        refresh_iterations: Lloyd's iterations in each refresh.
+    """
+
+    _strategy_cls: ClassVar[type[TrainingStrategy]] = _StraightThroughStrategy
+
+    refresh_interval: Annotated[int, Field(gt=0)] = 1
+    refresh_iterations: Annotated[int, Field(gt=0)] = 1

@@ -1,0 +1,19 @@
+// The palette kernels of one instruction set.
+#pragma once
+
+#include "cpu/best_split.h"
+#include "cpu/lookup.h"
+#include "cpu/palettize.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+constexpr PaletteKernels kPaletteKernels = {
+    best_split,
+    lookup,
+    palettize,
+    sum_by_index,
+};
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

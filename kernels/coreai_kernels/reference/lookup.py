@@ -1,0 +1,47 @@
+"""Weights from centroids and indices, and the gradient back to the centroids."""
+
+import torch
+from torch import Tensor
+
+from coreai_kernels.reference.bits import unpack_bits
+from coreai_kernels.reference.layout import from_vectors, to_vectors
+
+__all__ = ["lookup", "lookup_backward", "lookup_packed"]
+
+
+def _index_blocks(block_size: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return (block_size[0] // dim, *block_size[1:]) if block_size else ()
+
+
+def lookup(indices: Tensor, centroids: Tensor, block_size: tuple[int, ...]) -> Tensor:
+    """Weights of the dtype of ``centroids (blocks, k, dim)``, in the memory format of scalars' indices."""
+    blocks, _, dim = centroids.shape
+    flat = to_vectors(indices, _index_blocks(block_size, dim)).reshape(blocks, -1, 1).long()
+    values = centroids.gather(1, flat.expand(-1, -1, dim))
+    shape = (indices.size(0) * dim, *indices.shape[1:]) if indices.dim() else ()
+    result = from_vectors(values, shape, block_size)
+    if dim == 1:
+        return torch.empty_like(indices, dtype=centroids.dtype).copy_(result)
+    return result.contiguous()
+
+
+def lookup_packed(
+    packed: Tensor, centroids: Tensor, shape: list[int], block_size: tuple[int, ...], bits: int
+) -> Tensor:
+    """:func:`lookup` of indices that are packed bits in row-major order; ``shape`` is the weight's."""
+    dim = centroids.size(2)
+    rows = (shape[0] // dim, *shape[1:]) if shape else ()
+    indices = unpack_bits(packed, bits, torch.Size(rows).numel(), False).reshape(rows)
+    return lookup(indices, centroids, block_size)
+
+
+def lookup_backward(
+    grad: Tensor, indices: Tensor, block_size: tuple[int, ...], num_clusters: int, dim: int
+) -> Tensor:
+    """Sum of ``grad`` over the weights of each centroid: float32 ``(blocks, num_clusters, dim)``."""
+    flat = to_vectors(indices, _index_blocks(block_size, dim))[:, :, 0].long()
+    blocks = flat.size(0)
+    flat = flat + num_clusters * torch.arange(blocks, device=flat.device).unsqueeze(1)
+    vectors = to_vectors(grad, block_size, dim).reshape(-1, dim).double()
+    sums = vectors.new_zeros(blocks * num_clusters, dim).index_add_(0, flat.reshape(-1), vectors)
+    return sums.reshape(blocks, num_clusters, dim).float()

@@ -1,0 +1,74 @@
+"""Nearest centroid of every weight, or of every vector of weights."""
+
+import torch
+from torch import Tensor
+
+from coreai_kernels.reference.layout import from_vectors, to_vectors
+
+__all__ = ["decision_bounds", "palettize"]
+
+
+def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the nearest of some scalar centroids changes.
+
+    Args:
+        centroids: float32 tensor ``(blocks, k)`` in any order.
+
+    Returns:
+        Bounds, float32 ``(blocks, k - 1)``, ascending, and indices, int64 ``(blocks, k)``: a value that
+        exceeds ``p`` of the bounds belongs to the centroid ``indices[:, p]``. A bound is the largest float32
+        not above the midpoint of two neighbours, or, where the upper one has the lower index, below it: a
+        value midway goes to the lower index. Of equal centroids only the first is ever chosen.
+    """
+    values, order = (centroids + 0.0).sort(dim=1, stable=True)  # -0.0 equals 0.0
+    low, high = values[:, :-1].double(), values[:, 1:].double()
+    repeats = torch.zeros_like(values, dtype=torch.bool)
+    repeats[:, 1:] = values[:, 1:] == values[:, :-1]
+    position = torch.arange(values.size(1), device=values.device).expand_as(order)
+    first = torch.where(repeats, 0, position).cummax(1).values
+    indices = order.gather(1, first)
+
+    midpoint = (low + high) / 2
+    bounds = midpoint.float()
+    below = torch.full_like(bounds, -torch.inf)
+    bounds = torch.where(bounds.double() > midpoint, torch.nextafter(bounds, below), bounds)
+    goes_up = (indices[:, 1:] < indices[:, :-1]) & (bounds.double() == midpoint)
+    return torch.where(goes_up, torch.nextafter(bounds, below), bounds), indices
+
+
+def palettize(weight: Tensor, centroids: Tensor, block_size: tuple[int, ...]) -> Tensor:
+    """Indices, uint8, of the nearest of the block's centroids ``(blocks, k, dim)``.
+
+    Scalars (``dim`` 1) compare with the midpoints between centroids; NaN exceeds none. Vectors have squared
+    distances, summed in float32 from the first entry on; the first smallest wins, and NaN is never smaller.
+    """
+    dim = centroids.size(2)
+    vectors = to_vectors(weight, block_size, dim).float()
+    table = centroids.float()
+    if dim == 1:
+        bounds, indices = decision_bounds(table[:, :, 0])
+        # searchsorted ranks NaN last, and comparisons rank it first.
+        values = vectors[:, :, 0].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        bounds = bounds.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        nearest = indices.gather(1, torch.searchsorted(bounds, values.contiguous()))
+    else:
+        nearest = _nearest_vector(vectors, table)
+    shape = (weight.size(0) // dim, *weight.shape[1:]) if weight.dim() else ()
+    blocks = (block_size[0] // dim, *block_size[1:]) if weight.dim() else ()
+    result = from_vectors(nearest.to(torch.uint8).unsqueeze(2), shape, blocks)
+    return torch.empty_like(weight, dtype=torch.uint8).copy_(result) if dim == 1 else result.contiguous()
+
+
+def _nearest_vector(vectors: Tensor, table: Tensor) -> Tensor:
+    """Index of the first nearest row of ``table (blocks, k, dim)`` for ``vectors (blocks, n, dim)``."""
+    least = torch.full(vectors.shape[:2], torch.inf, device=vectors.device)
+    nearest = torch.zeros_like(least, dtype=torch.int64)
+    for index in range(table.size(1)):
+        distance = torch.zeros_like(least)
+        for entry in range(table.size(2)):
+            difference = vectors[:, :, entry] - table[:, index, entry, None]
+            distance += difference * difference
+        less = distance < least
+        nearest = torch.where(less, index, nearest)
+        least = torch.where(less, distance, least)
+    return nearest

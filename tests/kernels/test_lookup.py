@@ -1,0 +1,169 @@
+"""``lookup`` and ``lookup_packed``: weights from a palette, and their gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import coreai_kernels as ck
+from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.support import assert_same_bits, assert_same_memory_format
+
+many = settings(max_examples=100, deadline=None)
+
+
+@many
+@given(palette_cases())
+def test_backends_agree(case: PaletteCase) -> None:
+    indices, centroids = case.indices(), case.centroids()
+    bits = max(1, (case.clusters - 1).bit_length())
+    packed = ck.pack_bits(indices, bits)
+    results = {}
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            found = ck.lookup(indices, centroids, block_size=case.block_size)
+            unpacked = ck.lookup_packed(
+                packed, centroids, case.weight.shape, block_size=case.block_size, bits=bits
+            )
+        assert found.shape == torch.Size(case.weight.shape)
+        assert unpacked.is_contiguous()
+        assert_same_bits(unpacked, found, "packed")
+        results[backend] = found
+    assert_same_bits(results["auto"], results["reference"])
+    assert_same_memory_format(results["auto"], results["reference"])
+
+
+@many
+@given(palette_cases(special=False))
+def test_gradient_backends_agree(case: PaletteCase) -> None:
+    """Sums in float64, in different orders: the same to the last bit of float32 or the one beside it."""
+    indices, upstream = case.indices(), case.tensor(seed=1).to(case.palette_dtype)
+    results = []
+    for backend in ("reference", "auto"):
+        centroids = case.centroids().requires_grad_()
+        with ck.use_backend(backend):
+            ck.lookup(indices, centroids, block_size=case.block_size).backward(upstream)
+        assert centroids.grad is not None
+        assert centroids.grad.dtype == case.palette_dtype
+        results.append(centroids.grad.float())
+    scale = float(upstream.abs().float().sum()) + 1e-30
+    eps = max(torch.finfo(case.palette_dtype).eps, torch.finfo(torch.float32).eps)
+    assert bool(((results[0] - results[1]).abs() <= 1e-9 * scale + eps * results[0].abs()).all())
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_gradients_by_definition(backend: str, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 3, (4 // dim, 6), generator=generator, dtype=torch.uint8)
+    centroids = torch.randn(2, 3, dim, generator=generator).requires_grad_()
+    weight = torch.randn(4, 6, generator=generator).requires_grad_()
+    upstream = torch.randn(4, 6, generator=generator)
+    with ck.use_backend(backend):
+        found = ck.lookup(indices, centroids, block_size=(4, 3), weight=weight)
+        found.backward(upstream)
+    assert weight.grad is not None
+    assert centroids.grad is not None
+    assert_same_bits(weight.grad, upstream)
+    expected = torch.zeros(2, 3, dim, dtype=torch.float64)
+    for row in range(4):
+        for column in range(6):
+            index = int(indices[row // dim, column])
+            expected[column // 3, index, row % dim] += float(upstream[row, column])
+            assert found[row, column] == centroids[column // 3, index, row % dim]
+    torch.testing.assert_close(centroids.grad, expected.float())
+
+
+def test_gradient_does_not_depend_on_threads() -> None:
+    """To the last bit, with enough elements for many threads and sums that rounding would tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    upstream = torch.randn(1000, 1000, generator=generator) * 10 ** torch.randn(1000, 1, generator=generator)
+    indices = torch.randint(0, 16, (1000, 1000), generator=generator, dtype=torch.uint8)
+    threads = torch.get_num_threads()
+    sums = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            sums.append(torch.ops.coreai_kernels.lookup_backward(upstream, indices, [1000, 1000], 16, 1))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[0], sums[2])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    indices = torch.randint(0, 4, (8, 6), dtype=torch.uint8)
+    weight, centroids = torch.randn(8, 6), torch.randn(2, 4, 1)
+
+    def step(weight: Tensor, centroids: Tensor) -> Tensor:
+        return ck.lookup(indices, centroids * 2, block_size=(4, 6), weight=weight).square().sum()
+
+    results = []
+    with ck.use_backend(backend):
+        for function in (step, torch.compile(step, fullgraph=True)):
+            leaves = [weight.clone().requires_grad_(), centroids.clone().requires_grad_()]
+            function(*leaves).backward()
+            results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_opcheck(dim: int) -> None:
+    indices = torch.randint(0, 4, (8 // dim, 6), dtype=torch.uint8)
+    centroids = torch.randn(2, 4, dim, requires_grad=True)
+    ops = torch.ops.coreai_kernels
+    torch.library.opcheck(ops.lookup.default, (indices, centroids, [4, 6]))
+    torch.library.opcheck(ops.lookup_backward.default, (torch.randn(8, 6), indices, [4, 6], 4, dim))
+    packed = ck.pack_bits(indices, 2)
+    torch.library.opcheck(ops.lookup_packed.default, (packed, centroids.detach(), [8, 6], [4, 6], 2))
+
+
+def test_any_index_stays_within_the_palette() -> None:
+    """Indices that no palette has yield something, and neither read nor write elsewhere."""
+    indices = torch.arange(256, dtype=torch.uint8).reshape(1, 256)
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        for clusters in (1, 5, 20, 100):
+            centroids = torch.ones(1, clusters, 1, dtype=dtype)
+            assert ck.lookup(indices, centroids, block_size=(1, 256)).shape == (1, 256)
+    sums = torch.ops.coreai_kernels.lookup_backward(torch.ones(1, 256), indices, [1, 256], 5, 1)
+    assert sums.flatten().tolist() == [1.0] * 5
+
+
+GOOD = {
+    "indices": torch.zeros(4, 8, dtype=torch.uint8),
+    "centroids": torch.ones(2, 4, 1),
+    "block_size": (2, 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments"),
+    [
+        (
+            TypeError,
+            "indices must be uint8; got torch.int64",
+            {"indices": torch.zeros(4, 8, dtype=torch.int64)},
+        ),
+        (ValueError, "one palette per block, 2", {"centroids": torch.ones(1, 4, 1)}),
+        (ValueError, "weight must have the shape looked up", {"weight": torch.ones(4, 7)}),
+        (ValueError, "must divide the 2 rows", {"centroids": torch.ones(2, 4, 3)}),
+    ],
+)
+def test_bad_arguments(error: type[Exception], text: str, arguments: dict[str, object]) -> None:
+    with pytest.raises(error, match=text):
+        ck.lookup(**GOOD | arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "arguments"),
+    [
+        (ValueError, r"bits must be in 1\.\.8; got 9", {"bits": 9}),
+        (TypeError, "packed must be uint8", {"packed": torch.zeros(8, dtype=torch.int8)}),
+        (ValueError, "8 bytes for 32 indices of 2 bits", {"packed": torch.zeros(9, dtype=torch.uint8)}),
+    ],
+)
+def test_bad_packed_arguments(error: type[Exception], text: str, arguments: dict[str, object]) -> None:
+    call = {"packed": torch.zeros(8, dtype=torch.uint8), "shape": (4, 8), "bits": 2}
+    with pytest.raises(error, match=text):
+        ck.lookup_packed(**call | {"centroids": torch.ones(2, 4, 1), "block_size": (2, 8)} | arguments)

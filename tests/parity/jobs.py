@@ -1,0 +1,27 @@
+"""What the oracle's process runs: one job, answered by one module of this folder."""
+
+import pickle
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+__all__ = ["main"]
+
+
+def main(job_file: str, result_file: str) -> None:
+    """Put the folder that the job names first on the path, and have the job's module answer it.
+
+    The job and the result are pickles of plain data. ``job["module"]`` names a module of this folder with a
+    function ``answer(job)``.
+    """
+    job = pickle.loads(Path(job_file).read_bytes())
+    sys.path.insert(0, job["package_folder"])
+    torch.set_num_threads(1)
+    import coreai_opt
+
+    if Path(job["package_folder"]).resolve() not in Path(str(coreai_opt.__file__)).resolve().parents:
+        raise SystemExit(f"imported {coreai_opt.__file__}, not the package in {job['package_folder']}")
+    result = import_module(f".{job.get('module', 'runner')}", __package__).answer(job)
+    Path(result_file).write_bytes(pickle.dumps(result))

@@ -1,0 +1,291 @@
+"""Palettizations that both packages carry out: which, and what is seen of each.
+
+Runs on whichever package ``import coreai_opt`` finds, through its public names.
+"""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.common import ExportBackend
+from coreai_opt.palettization import (
+    KMeansPalettizer,
+    KMeansPalettizerConfig,
+    ModuleKMeansPalettizerConfig,
+    PalettizationSpec,
+)
+from coreai_opt.quantization.spec import QuantizationSpec
+
+from .snapshots import Raised, freeze
+
+__all__ = [
+    "CASES",
+    "TRAINED",
+    "Case",
+    "answer",
+    "attempt",
+    "build_model",
+    "continue_from",
+    "prepare",
+    "run",
+    "train",
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is palettized, and which values are given to it."""
+
+    name: str
+    model: str = "linear"
+    spec: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    weights: str = "normal"
+    sensitive: bool = False
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attention(x, x, x)[0]
+
+
+class Shared(nn.Module):
+    """Two layers that share a weight, and a free parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.weight = nn.Parameter(torch.zeros(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.second(self.first(x)), self.weight)
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 4, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(4 * 36, 8),
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 8)), (3, 24)),
+    "convolutions": (_convolutions, (2, 4, 3, 3)),
+    "attention": (Attention, (2, 5, 8)),
+    "shared": (Shared, (3, 8)),
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 8, 3), nn.ConvTranspose1d(8, 6, 3)), (2, 4, 9)),
+    "conv3d": (lambda: nn.Sequential(nn.Conv3d(2, 4, 2), nn.ConvTranspose3d(4, 6, 2)), (1, 2, 4, 4, 4)),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 4)), (3,)),
+}
+
+
+def _grouped(axis: int | None, size: int) -> dict[str, Any]:
+    return {"type": "per_grouped_channel", "axis": axis, "group_size": size}
+
+
+def _all_cases() -> Iterator[Case]:
+    for n_bits, fast, dtype in itertools.product(
+        (1, 2, 3, 4, 6, 8), (True, False), ("float32", "float16", "bfloat16", "float64")
+    ):
+        if dtype == "float32" or n_bits in (2, 4):
+            name = f"{n_bits} bits, {dtype}, {'fast' if fast else 'exact'}"
+            yield Case(name, spec={"n_bits": n_bits}, config={"enable_fast_kmeans_mode": fast}, dtype=dtype)
+    for precision in (1, 2, 3, 6):
+        yield Case(f"{precision} decimals", spec={"n_bits": 3}, config={"rounding_precision": precision})
+    for axis, size, model in itertools.product((None, 0, 1), (2, 3, 4), ("linear", "convolutions")):
+        yield Case(
+            f"groups of {size}, axis {axis}, {model}",
+            model,
+            {"n_bits": 2, "granularity": _grouped(axis, size)},
+        )
+    for model in ("attention", "shared", "conv1d", "conv3d", "embedding"):
+        yield Case(model, model, {"n_bits": 2})
+        yield Case(f"{model}, groups", model, {"n_bits": 2, "granularity": _grouped(None, 2)})
+    scaled = {"n_bits": 2, "enable_per_channel_scale": True}
+    for model in ("linear", "convolutions", "attention"):
+        yield Case(f"per-channel scale, {model}", model, scaled)
+        yield Case(f"per-channel scale, groups, {model}", model, scaled | {"granularity": _grouped(1, 2)})
+    yield Case("per-channel scale, bfloat16", spec=scaled, dtype="bfloat16")
+    for dtype, qscheme in itertools.product(
+        ("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), ("symmetric", "asymmetric")
+    ):
+        if not (dtype.startswith("float") and qscheme == "asymmetric"):
+            lut = {"dtype": dtype, "qscheme": qscheme}
+            yield Case(
+                f"LUT in {dtype}, {qscheme}",
+                spec={"n_bits": 3, "lut_qspec": lut, "granularity": _grouped(0, 8)},
+            )
+    for weights in ("constant", "few values", "zeros", "a zero row", "ties"):
+        for spec in ({"n_bits": 2}, scaled):
+            yield Case(f"{weights}, {spec}", spec=spec, weights=weights)
+    for fast, spec in itertools.product(
+        (True, False), ({"n_bits": 2}, {"n_bits": 4, "granularity": _grouped(0, 4)}, scaled)
+    ):
+        yield Case(
+            f"sensitivities, {'fast' if fast else 'exact'}, {spec}",
+            spec=spec,
+            config={"enable_fast_kmeans_mode": fast},
+            sensitive=True,
+        )
+    for size, dim in itertools.product((None, 8), (2, 4)):
+        spec = {"n_bits": 2, "cluster_dim": dim} | ({"granularity": _grouped(0, size)} if size else {})
+        yield Case(f"vectors of {dim}, groups {size}", spec=spec, config={"enable_fast_kmeans_mode": False})
+    schedule = {"pat_schedule": {"enable_fake_palettize": 2}}
+    yield Case("trained", spec={"n_bits": 2})
+    yield Case("trained from step 2", spec={"n_bits": 2}, config=schedule)
+    yield Case("trained in groups", spec={"n_bits": 2, "granularity": _grouped(0, 4)}, config=schedule)
+
+
+CASES = {case.name: case for case in _all_cases()}
+TRAINED = [name for name in CASES if name.startswith("trained")]
+
+
+def build_model(case: Case) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The case's model with its weights, and example inputs."""
+    generator = torch.Generator().manual_seed(len(case.name))
+    make, shape = MODELS[case.model]
+    model = make()
+    dtype = getattr(torch, case.dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(_draw(case.weights, parameter.shape, generator))
+    inputs = torch.randn(shape, generator=generator).to(dtype)
+    if case.model == "embedding":
+        inputs = torch.randint(7, shape, generator=generator)
+    return model.to(dtype), (inputs,)
+
+
+def _draw(kind: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator) * 0.1
+    if kind == "constant":
+        return torch.full(shape, 0.5)
+    if kind == "few values":
+        return (values * 10).round() / 4
+    if kind == "zeros":
+        return torch.zeros(shape)
+    if kind == "a zero row":
+        values[0] = 0
+    if kind == "ties":
+        return torch.arange(values.numel()).reshape(shape) / 64
+    return values
+
+
+def prepare(case: Case) -> tuple[KMeansPalettizer, nn.Module, tuple[Tensor, ...]]:
+    """The case's model, prepared."""
+    model, inputs = build_model(case)
+    spec = dict(case.spec)
+    if "lut_qspec" in spec:
+        spec["lut_qspec"] = QuantizationSpec(**spec["lut_qspec"])
+    states = {"weight": PalettizationSpec(**spec), "in_proj_weight": PalettizationSpec(**spec)}
+    module_config = ModuleKMeansPalettizerConfig(op_state_spec=states, **case.config)
+    palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=module_config))
+    with tempfile.TemporaryDirectory() as folder:
+        path = None
+        if case.sensitive:
+            path = str(Path(folder) / "sensitivities.pt")
+            torch.save(_sensitivities(model), path)
+        return palettizer, palettizer.prepare(inputs, path), inputs
+
+
+def _sensitivities(model: nn.Module) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for name, parameter in model.named_parameters():
+        path, _, attribute = name.rpartition(".")
+        found[f"{path}.parametrizations.{attribute}.original"] = torch.rand(
+            parameter.shape, generator=generator
+        )
+    return found
+
+
+def palettized(model: nn.Module) -> dict[str, Tensor]:
+    """The values of the palettized weights, by name."""
+    return {
+        f"{name}.{attribute}": getattr(module, attribute)
+        for name, module in model.named_modules()
+        if hasattr(module, "parametrizations")
+        for attribute in module.parametrizations
+    }
+
+
+def run(case: Case) -> dict[str, Any]:
+    """State, weights and output after preparation; which parameters get gradients; the final output."""
+    palettizer, model, inputs = prepare(case)
+    result = freeze({"state": model.state_dict(), "weights": palettized(model), "output": model(*inputs)})
+    with palettizer.training_mode():
+        model(*inputs).float().square().sum().backward()
+        palettizer.step()
+    gradients = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
+    final = palettizer.finalize(backend=ExportBackend._TORCH).eval()
+    return result | freeze({"gradients": gradients, "final": final(*inputs)})
+
+
+def train(name: str) -> dict[str, Any]:
+    """Losses, switches and palettes over steps of training with a schedule, then calibration."""
+    case = CASES[name]
+    palettizer, model, inputs = prepare(case)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    target = torch.ones(1)
+    log: list[Any] = []
+    with palettizer.training_mode():
+        for _ in range(4):
+            loss = (model(*inputs) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            palettizer.step()
+            log.append((loss.item(), freeze(palettized(model))))
+    with tempfile.TemporaryDirectory() as folder:
+        measured, saved = Path(folder) / "measured.pt", Path(folder) / "saved.pt"
+        with palettizer.calibration_mode(loss_fn=_loss, sensitivity_path=str(measured)) as helper:
+            for scale in (1, 2):
+                helper.step(model(inputs[0] * scale), target)
+        palettizer.save_sensitivities(str(saved))
+        files = {path.stem: torch.load(path) for path in (measured, saved)}
+    return {"steps": tuple(log), "weights": freeze(palettized(model)), "files": freeze(files)}
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+def continue_from(case: Case, state: dict[str, Any]) -> Any:
+    """The weights and the output of the case's model after loading ``state`` (strictly)."""
+    _, model, inputs = prepare(case)
+    model.load_state_dict({name: snapshot.tensor() for name, snapshot in state.items()}, strict=True)
+    return freeze({"weights": palettized(model), "output": model.eval()(*inputs)})
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or the exception that it raises."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 - which exception it is, is what we compare
+        return Raised.of(error)
+
+
+def answer(job: dict[str, Any]) -> Any:
+    """What each case shows, what the cases do after loading the states in the job, and trainings."""
+    return {
+        "cases": {name: attempt(run, case) for name, case in CASES.items()},
+        "continued": {
+            name: attempt(continue_from, CASES[name], state) for name, state in job["states"].items()
+        },
+        "trained": {name: attempt(train, name) for name in TRAINED},
+    }
