@@ -124,6 +124,30 @@ struct NmMask {
   int n, m;
 };
 
+// Forward where `grad` is null. `output` is the masked weight, or the gradient to the weight.
+struct SampledMask {
+  Element element;
+  int64_t numel;
+  const void* weight;
+  const float* logits;
+  const void* grad;
+  void* output;
+  float* to_logits;
+  uint64_t draw, seed;
+};
+
+struct LearnableRange {
+  const Geometry* geometry;
+  Element element;
+  const void* grad;
+  const void* input;
+  void* output;
+  const float* low;  // null: zero everywhere
+  const float* range;
+  float level_low, level_high;
+  double* sums;  // (to low, to range): of each block; of a single one, for each 4096 elements
+};
+
 struct Kernels {
   void (*apply_mask)(Element, const void* x, const void* mask, void* out, int64_t numel);
   void (*block_norms)(const Geometry&, Element, const void* x, double* norms);
@@ -137,6 +161,8 @@ struct Kernels {
   void (*nm_mask)(const NmMask&);
   void (*topk_split)(TopkSplit&);
   int64_t (*topk_write)(Element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties);
+  void (*sampled_mask)(const SampledMask&);
+  void (*learnable_range)(const LearnableRange&);
   PaletteKernels palettes;
 };
 

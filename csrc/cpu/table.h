@@ -3,10 +3,12 @@
 
 #include "cpu/apply_mask.h"
 #include "cpu/block_norms.h"
+#include "cpu/learnable_range.h"
 #include "cpu/nm_mask.h"
 #include "cpu/observe_and_fake_quantize.h"
 #include "cpu/palettes.h"
 #include "cpu/quantize.h"
+#include "cpu/sampled_mask.h"
 #include "cpu/topk_mask.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
@@ -15,7 +17,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     apply_mask,     block_norms,               fake_quantize, masked_gradient, observe_range,
     choose_qparams, observe_and_fake_quantize, quantize,      dequantize,      nm_mask,
-    topk_split,     topk_write,                kPaletteKernels,
+    topk_split,     topk_write,                sampled_mask,  learnable_range, kPaletteKernels,
 };
 
 }  // namespace coreai::cpu::COREAI_LEVEL

@@ -12,6 +12,7 @@ from coreai_kernels.ops.fake_quantize import fake_quantize
 from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
 from coreai_kernels.ops.kmeans import kmeans
 from coreai_kernels.ops.kmeans_1d import kmeans_1d
+from coreai_kernels.ops.learnable_range import learnable_range
 from coreai_kernels.ops.lookup import lookup, lookup_packed
 from coreai_kernels.ops.nm_mask import nm_mask
 from coreai_kernels.ops.observe_and_fake_quantize import observe_and_fake_quantize
@@ -19,6 +20,7 @@ from coreai_kernels.ops.observe_range import observe_range
 from coreai_kernels.ops.palettize import palettize
 from coreai_kernels.ops.qparams import choose_qparams
 from coreai_kernels.ops.quantize import dequantize, quantize
+from coreai_kernels.ops.sampled_mask import sampled_mask
 from coreai_kernels.ops.soft_palettize import soft_centroids, soft_palettize
 from coreai_kernels.ops.topk_mask import topk_mask, topk_masks
 from coreai_kernels.types import Format, RangeUpdate, Scheme, grid_shape
@@ -40,12 +42,14 @@ __all__ = [
     "kmeans_1d",
     "lookup",
     "lookup_packed",
+    "learnable_range",
     "nm_mask",
     "observe_and_fake_quantize",
     "observe_range",
     "pack_bits",
     "palettize",
     "quantize",
+    "sampled_mask",
     "soft_centroids",
     "soft_palettize",
     "topk_mask",

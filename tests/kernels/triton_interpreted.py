@@ -13,6 +13,7 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
 from tests.kernels.support import assert_same_bits
 from tests.kernels.triton_support import (
@@ -183,3 +184,16 @@ def test_masks(content: str, layout: str) -> None:
 def test_every_update_is_here() -> None:
     assert {step.update for step in STEPS} == set(RangeUpdate)
     assert {step.scheme for step in STEPS} == set(Scheme)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "block", "layout"), SHAPES)
+def test_sampled_mask(shape: tuple[int, ...], block: object, layout: str, dtype: torch.dtype) -> None:
+    check_sampled_mask("triton", shape, layout, dtype)
+
+
+@pytest.mark.parametrize("has_low", [True, False], ids=["low", "symmetric"])
+@pytest.mark.parametrize(("shape", "block", "layout"), SHAPES)
+def test_learnable_range(shape: tuple[int, ...], block: tuple[int, ...], layout: str, has_low: bool) -> None:
+    dtype = torch.float32 if has_low else torch.bfloat16
+    check_learnable_range("triton", shape, block, layout, dtype, has_low)

@@ -16,12 +16,15 @@ _MODULES = {
     "foreach_fake_quantize_backward": "foreach",
     "foreach_fake_quantize_forward": "foreach",
     "foreach_observe_and_fake_quantize_": "foreach",
+    "learnable_range_backward": "learnable_range",
     "nm_mask": "masks",
     "observe_and_fake_quantize": "observe_and_fake_quantize",
     "observe_and_fake_quantize_": "observe_and_fake_quantize",
     "observe_range": "observe_range",
     "pack_bits": "bits",
     "quantize": "quantize",
+    "sampled_mask_backward": "sampled_mask",
+    "sampled_mask_forward": "sampled_mask",
     "unpack_bits": "bits",
 }
 

@@ -1,0 +1,115 @@
+"""Compressed models as ONNX files."""
+
+import importlib.util
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from coreai_opt.controllers.base import BaseCompressionAlgorithmController
+
+__all__ = ["export_controlled_model", "export_onnx", "opset_of", "split_arguments"]
+
+DEFAULT_OPSET = 21
+"""The first with 4-bit QuantizeLinear."""
+_OPSETS = range(18, 24)
+
+
+def opset_of(save_format: str | None) -> int:
+    """The ONNX opset that a format names.
+
+    Raises:
+        ValueError: it is neither ``onnx`` nor ``onnx_<opset>`` with an opset that can be written.
+    """
+    if save_format in (None, "onnx"):
+        return DEFAULT_OPSET
+    match = re.fullmatch(r"onnx_(\d+)", save_format or "")
+    if match and int(match[1]) in _OPSETS:
+        return int(match[1])
+    raise ValueError(
+        f"save_format must be 'onnx' or 'onnx_<opset>' with an opset from {_OPSETS[0]} to {_OPSETS[-1]}; "
+        f"got {save_format!r}"
+    )
+
+
+def split_arguments(model_args: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: the last of ``model_args`` is always the dict of the latter.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if model_args is None:
+        return (), {}
+    if not isinstance(model_args, tuple) or not model_args or not isinstance(model_args[-1], dict):
+        raise ValueError(
+            f"model_args must be a tuple whose last element is the dict of keyword arguments, as in "
+            f"(a, b, {{}}); got {type(model_args).__name__} "
+            f"{tuple(type(each).__name__ for each in model_args) if isinstance(model_args, tuple) else ''}"
+        )
+    return model_args[:-1], model_args[-1]
+
+
+def export_controlled_model(
+    controller: "BaseCompressionAlgorithmController",
+    save_path: str | Path,
+    save_format: str | None,
+    input_names: list[str] | None,
+    output_names: list[str] | None,
+    model_args: tuple[Any, ...] | None,
+) -> None:
+    """See :meth:`.CompressionAlgorithmController.export_model`."""
+    opset = opset_of(save_format)
+    extra, kwargs = split_arguments(model_args)
+    args, defaults = controller.example_inputs()
+    model = controller.strip().eval()
+    if hasattr(controller, "exportable"):
+        model = controller.exportable().eval()
+    export_onnx(model, (*args, *extra), {**defaults, **kwargs}, save_path, opset, input_names, output_names)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    save_path: str | Path,
+    opset: int = DEFAULT_OPSET,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+) -> None:
+    """Write a model to an ONNX file, all or nothing.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        OSError: the path cannot be written.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"export to ONNX needs {package}: pip install 'coreai-opt-fused[onnx]'")
+    path = Path(save_path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; save_path names a file")
+    # Written beside its place and then renamed: nobody sees half a file. This fails first if it must.
+    handle, temporary = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs or None,
+                dynamo=True,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+        program.save(temporary)  # type: ignore[union-attr]
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

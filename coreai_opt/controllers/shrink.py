@@ -1,0 +1,66 @@
+"""Removing pruned channels from layers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.controllers.channels import Cluster, Consumer
+from coreai_opt.controllers.quantizers import channel_axis_of
+
+__all__ = ["shrink"]
+
+
+@torch.no_grad()
+def shrink(
+    model: nn.Module, clusters: Sequence[Cluster], consumers: Sequence[Consumer], kept: Sequence[Tensor]
+) -> None:
+    """Leave the kept channels of each cluster, in place.
+
+    Args:
+        model: without masks.
+        clusters: of the model.
+        consumers: of the model.
+        kept: for each cluster, the indices of its channels that stay, ascending.
+    """
+    for cluster, indices in zip(clusters, kept, strict=True):
+        for name in cluster.producers:
+            layer: Any = model.get_submodule(name)
+            _select(layer, "weight", indices, channel_axis_of(layer))
+            _select(layer, "bias", indices, 0)
+            layer.out_channels = indices.numel()
+        for name in cluster.followers:
+            layer = model.get_submodule(name)
+            for tensor in ("weight", "bias", "running_mean", "running_var"):
+                _select(layer, tensor, indices, 0)
+            if hasattr(layer, "num_features"):
+                layer.num_features = indices.numel()
+            else:
+                layer.in_channels = layer.out_channels = layer.groups = indices.numel()
+    for consumer in consumers:
+        layer = model.get_submodule(consumer.name)
+        indices = _input_indices(consumer, kept)
+        _select(layer, "weight", indices, 1 - channel_axis_of(layer))
+        setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", indices.numel())
+
+
+def _select(layer: nn.Module, name: str, indices: Tensor, axis: int) -> None:
+    tensor = getattr(layer, name, None)
+    if tensor is None:
+        return
+    chosen = tensor.detach().index_select(axis, indices.to(tensor.device))
+    if isinstance(tensor, nn.Parameter):
+        setattr(layer, name, nn.Parameter(chosen, requires_grad=tensor.requires_grad))
+    else:
+        setattr(layer, name, chosen)
+
+
+def _input_indices(consumer: Consumer, kept: Sequence[Tensor]) -> Tensor:
+    parts, start = [], 0
+    for cluster, size, repeat in consumer.segments:
+        channels = torch.arange(size) if cluster is None else kept[cluster].cpu()
+        within = torch.arange(repeat)
+        parts.append(start + (channels[:, None] * repeat + within).reshape(-1))
+        start += size * repeat
+    return torch.cat(parts)

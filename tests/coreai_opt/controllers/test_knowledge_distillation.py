@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from coreai_opt.controllers import create_compressed_model
+
+from .support import check_compiles, check_no_waits, check_resume, configured, make_model
+
+
+def distillation(kind: str = "softmax", **more: object) -> dict[str, object]:
+    return {"algorithm": "knowledge_distillation", "type": kind, **more}
+
+
+SPARSE = {"algorithm": "magnitude_sparsity", "params": {"sparsity_target_epoch": 2}}
+
+
+def test_softmax_is_the_cross_entropy_of_softened_probabilities() -> None:
+    controller, model = create_compressed_model(
+        make_model().eval(), configured(distillation(scale=3.0, temperature=2.0))
+    )
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+    model.train()
+    x = torch.randn(4, 1, 8, 8)
+    output = model(x)
+    goal = F.softmax(controller.teacher(x) / 2, dim=1)
+    expected = 3 * 2**2 * F.cross_entropy(output / 2, goal)
+    torch.testing.assert_close(controller.loss(), expected)
+
+
+def test_mse_is_the_scaled_mean_squared_difference() -> None:
+    controller, model = create_compressed_model(make_model(), configured(distillation("mse", scale=0.5)))
+    x = torch.randn(4, 1, 8, 8)
+    output = model.train()(x)
+    torch.testing.assert_close(controller.loss(), 0.5 * F.mse_loss(output, controller.teacher(x)))
+
+
+def test_only_outputs_with_a_gradient_count() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> dict[str, object]:
+            y = self.layer(x)
+            return {"logits": y, "more": [y.detach() * 2, y.argmax(1)]}
+
+    controller, model = create_compressed_model(Two(), configured(distillation("mse")))
+    with torch.no_grad():
+        model.layer.weight.add_(1)
+    x = torch.randn(5, 3)
+    output = model.train()(x)["logits"]
+    torch.testing.assert_close(controller.loss(), F.mse_loss(output, controller.teacher(x)["logits"]))
+
+
+def test_no_loss_before_a_training_forward() -> None:
+    controller, model = create_compressed_model(make_model(), configured(distillation()))
+    model.eval()(torch.randn(2, 1, 8, 8))
+    loss = controller.loss()
+    assert loss.shape == ()
+    assert float(loss) == 0
+    assert controller.statistics().knowledge_distillation.last_loss == 0
+
+
+def test_a_copy_does_not_listen() -> None:
+    controller, model = create_compressed_model(make_model(), configured(distillation()))
+    model.train()(torch.randn(2, 1, 8, 8))
+    before = float(controller.loss())
+    stripped = controller.strip()
+    assert not stripped._forward_hooks
+    stripped.train()(torch.randn(2, 1, 8, 8))
+    assert float(controller.loss()) == before
+
+
+def test_the_teacher_learns_nothing_and_is_not_in_the_model() -> None:
+    controller, model = create_compressed_model(make_model(), configured(distillation()))
+    assert not any(parameter.requires_grad for parameter in controller.teacher.parameters())
+    assert list(model.state_dict()) == list(make_model().state_dict())
+    assert not controller.teacher.training
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        create_compressed_model(make_model(), configured(distillation(temperature=0)))
+    with pytest.raises(ValueError, match="softmax"):
+        create_compressed_model(make_model(), configured(distillation("kl")))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "mse"])
+def test_resume_at_any_step(kind: str) -> None:
+    check_resume(configured(distillation(kind), SPARSE))
+
+
+def test_nothing_waits() -> None:
+    check_no_waits(configured(distillation(), SPARSE))
+
+
+def test_compiles() -> None:
+    check_compiles(configured(distillation(), SPARSE))
