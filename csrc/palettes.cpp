@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "cpu/kmeans_1d.h"
-#include "tensors.h"
+#include "palette_tensors.h"
 
 namespace coreai {
 namespace {
@@ -98,53 +98,6 @@ Tensor kmeans_1d(Tensor weight, Optional weights, Blocks block_size, int64_t clu
   return centroids;
 }
 
-// Palettes of each block, in the order in which blocks come in memory.
-class Palettes {
- public:
-  Palettes(const Tensor& centroids, const cpu::Layout& layout)
-      : tensor_(torch::stable::contiguous(centroids)), index_(layout.block_index), blocks_(layout.geometry.blocks),
-        clusters_(centroids.size(1)), dim_(centroids.size(2)) {
-    STD_TORCH_CHECK(centroids.size(0) == blocks_, "centroids must have one palette per block, that is ", blocks_,
-                    "; they have ", centroids.size(0));
-    STD_TORCH_CHECK(clusters_ >= 1 && clusters_ <= 256, "centroids must be 1 to 256 a block");
-  }
-  int64_t clusters() const { return clusters_; }
-  int64_t dim() const { return dim_; }
-
-  // Words of the centroids' type as (blocks, dim, room), for lookup.
-  template <class Word>
-  std::vector<char> tables() const {
-    const auto* from = static_cast<const Word*>(tensor_.const_data_ptr());
-    const int64_t room = cpu::table_room(clusters_);
-    std::vector<char> bytes(static_cast<size_t>(blocks_ * dim_ * room) * sizeof(Word));
-    auto* to = reinterpret_cast<Word*>(bytes.data());
-    for (int64_t i = 0; i < blocks_; ++i) {
-      const Word* palette = from + source(i) * clusters_ * dim_;
-      for (int64_t j = 0; j < clusters_; ++j) {
-        for (int64_t entry = 0; entry < dim_; ++entry) to[(i * dim_ + entry) * room + j] = palette[j * dim_ + entry];
-      }
-    }
-    return bytes;
-  }
-
-  // float32 as (blocks, clusters, dim).
-  std::vector<float> values() const {
-    const Tensor floats = as_float32(tensor_);
-    const auto* from = static_cast<const float*>(floats.const_data_ptr());
-    const int64_t size = clusters_ * dim_;
-    std::vector<float> result(static_cast<size_t>(blocks_ * size));
-    for (int64_t i = 0; i < blocks_; ++i) std::copy_n(from + source(i) * size, size, result.data() + i * size);
-    return result;
-  }
-
- private:
-  int64_t source(int64_t block) const { return index_.empty() ? block : index_[static_cast<size_t>(block)]; }
-
-  Tensor tensor_;
-  const std::vector<int64_t>& index_;
-  int64_t blocks_, clusters_, dim_;
-};
-
 // Where the nearest of some scalars changes: see decision_bounds in kernels/coreai_kernels/reference/palettize.py.
 void decision_bounds(const float* centroids, int64_t clusters, float* bounds, int32_t* indices) {
   int32_t order[256];
@@ -164,28 +117,6 @@ void decision_bounds(const float* centroids, int64_t clusters, float* bounds, in
     if (indices[j + 1] < indices[j] && bound == middle) bound = std::nextafter(bound, kBelow);
     bounds[j] = std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound;
   }
-}
-
-Blocks index_blocks(Blocks block_size, int64_t dim) {
-  if (!block_size.empty()) block_size[0] /= dim;
-  return block_size;
-}
-
-// A weight's shape from that of its indices, or back.
-Ints rows_times(Ints shape, int64_t dim) {
-  if (!shape.empty()) shape[0] *= dim;
-  return shape;
-}
-
-Ints rows_over(Ints shape, int64_t dim) {
-  if (!shape.empty()) shape[0] /= dim;
-  return shape;
-}
-
-int64_t row_size(const Ints& shape) {
-  int64_t size = 1;
-  for (size_t i = 1; i < shape.size(); ++i) size *= shape[i];
-  return std::max<int64_t>(1, size);
 }
 
 void run_lookup(const Palettes& palettes, cpu::Lookup job) {
@@ -257,10 +188,6 @@ Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size) {
   return indices;
 }
 
-// Elements summed by one part, if not too many blocks ask for sums: so the order of additions does not depend on
-// the number of threads.
-constexpr int64_t kPart = 1 << 16, kMaxParts = 64, kMaxSums = 1 << 22;
-
 Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t clusters, int64_t dim) {
   if (is_double(grad)) grad = to_float(grad);
   grad = torch::stable::contiguous(grad);
@@ -269,8 +196,7 @@ Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t c
   const auto layout = cpu::make_layout(shape, natural_order(shape.size()), index_blocks(block_size, dim));
   const int64_t numel = layout.geometry.numel, size = layout.geometry.blocks * clusters * dim;
   STD_TORCH_CHECK(grad.numel() == numel * dim, "grad must have ", numel * dim, " elements; it has ", grad.numel());
-  const int64_t limit = std::min(kMaxParts, std::max<int64_t>(1, kMaxSums / std::max<int64_t>(1, size)));
-  const int64_t parts = std::clamp<int64_t>(numel / kPart, 1, limit);
+  const int64_t parts = parts_of(numel, size);
   std::vector<double> sums(static_cast<size_t>(parts * size));
   const cpu::SumByIndex all = {{&layout.geometry, dim, row_size(shape)}, clusters, element_of("grad", grad),
                                grad.const_data_ptr(), static_cast<const uint8_t*>(indices.const_data_ptr()), 0, 0,
@@ -286,12 +212,9 @@ Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t c
   });
   const int64_t sizes[] = {layout.geometry.blocks, clusters, dim};
   const Tensor result = empty(Ints(sizes, sizes + 3), ScalarType::Float);
-  auto* out = static_cast<float*>(result.mutable_data_ptr());
-  for (int64_t i = 0; i < size; ++i) {
-    double total = 0;
-    for (int64_t part = 0; part < parts; ++part) total += sums[static_cast<size_t>(part * size + i)];
-    out[i] = static_cast<float>(total);
-  }
+  const std::vector<double> totals = sum_parts(sums, parts);
+  std::transform(totals.begin(), totals.end(), static_cast<float*>(result.mutable_data_ptr()),
+                 [](double x) { return static_cast<float>(x); });
   return result;
 }
 

@@ -4,6 +4,7 @@
 #include "cpu/best_split.h"
 #include "cpu/lookup.h"
 #include "cpu/palettize.h"
+#include "cpu/soft_palettize.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -12,6 +13,7 @@ constexpr PaletteKernels kPaletteKernels = {
     best_split,
     lookup,
     palettize,
+    soft,
     sum_by_index,
 };
 

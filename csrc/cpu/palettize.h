@@ -57,11 +57,6 @@ inline void nearest_scalars(const T* x, int64_t count, const float* bounds, cons
   for (int64_t j = 0; i + j < count; ++j) out[i + j] = tail[j];
 }
 
-template <class T>
-COREAI_HD F load_lanes(const T* x, int lanes) {
-  return lanes == kWidth ? Simd::load(x) : Simd::load_n(x, lanes);
-}
-
 // Squared distances are summed from the first entry on; the first least one wins, and NaN is never less.
 template <class T>
 COREAI_HD I nearest_of(const T* x, int lanes, int64_t dim, int64_t row, const float* table, int64_t clusters) {

@@ -160,6 +160,7 @@ void with_table_kind(TableKind kind, Body body) {
 // vectors, a row.
 template <class Body>
 COREAI_HD void over_stretches(const PaletteLayout& layout, int64_t begin, int64_t end, Body body) {
+  if (begin >= end) return;
   const Geometry& g = *layout.geometry;
   const int64_t length = row_length(g);
   int64_t row = begin / length, column = begin % length / g.run;
@@ -177,6 +178,11 @@ COREAI_HD void over_stretches(const PaletteLayout& layout, int64_t begin, int64_
       base = row_base(g, ++row);
     }
   }
+}
+
+template <class T>
+COREAI_HD F load_lanes(const T* x, int lanes) {
+  return lanes == kWidth ? Simd::load(x) : Simd::load_n(x, lanes);
 }
 
 // Where in the weight the first entry of the vector with that index is.

@@ -95,7 +95,7 @@ def soft_centroids_forward(
         attention = _attention(vectors[:, part], table, temperature)
         total += (attention.transpose(1, 2) @ vectors[:, part]).double()
         mass += attention.sum(1).double()
-    moved = torch.where((mass >= LEAST_MASS).unsqueeze(2), total / mass.unsqueeze(2), table.double())
+    moved = torch.where((mass < LEAST_MASS).unsqueeze(2), table.double(), total / mass.unsqueeze(2))
     return moved.float(), mass.float()
 
 
@@ -110,11 +110,11 @@ def soft_centroids_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the weight (its dtype) and to the centroids before the step (float32)."""
     vectors, table = to_vectors(weight, block_size, centroids.size(2)).float(), centroids.float()
-    moves = (mass >= LEAST_MASS).unsqueeze(2)
-    rate = torch.where(moves, grad.float() / mass.unsqueeze(2), 0.0)
+    stays = (mass < LEAST_MASS).unsqueeze(2)
+    rate = torch.where(stays, 0.0, grad.float() / mass.unsqueeze(2))
     offset = (rate * moved).sum(2).unsqueeze(1)
     to_weight = torch.empty_like(vectors)
-    to_table = torch.where(moves, 0.0, grad.double())
+    to_table = torch.where(stays, grad.double(), 0.0)
     for part in _parts(vectors.size(1), table):
         attention = _attention(vectors[:, part], table, temperature)
         p = _through_softmax(attention, vectors[:, part] @ rate.transpose(1, 2) - offset)
