@@ -28,31 +28,11 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Bloc
   if (is_double(grad)) return to_double(fake_quantize_backward(to_float(grad), mask, axes));
   STD_TORCH_CHECK(mask.numel() == (grad.numel() + 7) / 8, "mask must have one bit per element of grad: ",
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
-<<<<<<< HEAD
-  Ints strides(shape.size(), 1);
-  int64_t stride = 1;
-  for (size_t i = order.size(); i-- > 0;) {
-    strides[static_cast<size_t>(order[i])] = stride;
-    stride *= std::max<int64_t>(1, shape[static_cast<size_t>(order[i])]);
-  }
-  Tensor output = empty(shape, strides, grad.scalar_type());
-  const Tensor* source = &grad;
-  if (!is_dense(shape, to_ints(grad.strides()), order)) {
-    torch::stable::copy_(output, grad);
-    source = &output;
-  }
-  if (grad.numel() > 0) {
-    cpu::kernels().masked_gradient(element_of("grad", grad), source->const_data_ptr(), output.mutable_data_ptr(),
-                                   static_cast<const uint8_t*>(mask.const_data_ptr()), grad.numel());
-  }
-  return output;
-=======
   const Ints order =
       axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
   const MaskedGradientJob job(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()));
   job.run();
   return job.output();
->>>>>>> quantizer
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
