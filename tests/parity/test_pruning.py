@@ -1,17 +1,17 @@
 """Configurations and pruning as in Apple's package: masks, schedules, trained models, errors, checkpoints."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from .conftest import Oracle
 from .oracle import ROOT
 from .pruning_calls import CALLS, call
 from .pruning_runs import MODELS, prepare, resume, train
 from .snapshots import differences, freeze
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Calls whose answers differ on purpose, and the headings under which docs/differences.md says why.
 INTENDED = {
@@ -33,15 +33,6 @@ INTENDED = {
     "finalize for Core ML": "MagnitudePruner.finalize gives plain weights, for torch alone",
     "supported modules": "supported_modules names the modules",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the oracle's process: sums over a batch depend on how torch splits them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained_state(model_name: str) -> Any:
