@@ -122,7 +122,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         self._refresh(masked)
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps done and sparsities by tensor: for checkpoints that keep no metadata with a model's tensors."""
+        """Steps done and sparsities by tensor: for checkpoints that keep a model's tensors alone."""
         return {
             each.tensor_fqn: {"step_count": each.step_count, "sparsity": each.sparsity}
             for each, _ in self._masked()
@@ -132,8 +132,8 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         """Go on from the steps of :meth:`state_dict`, with the masks that the model holds.
 
         Args:
-            state_dict: ``{tensor: {"step_count": ..., "sparsity": ...}}``. Without ``sparsity`` it is what the
-                schedule gives, which suits checkpoints of packages that save neither.
+            state_dict: ``{tensor: {"step_count": ..., "sparsity": ...}}``. Without ``sparsity`` it is what
+                the schedule gives, which suits checkpoints of packages that save neither.
 
         Raises:
             KeyError: a tensor of the model is missing.

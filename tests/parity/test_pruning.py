@@ -75,3 +75,16 @@ def test_checkpoints_of_the_oracle_load(model: str, answers: dict[str, Any]) -> 
     state = answers["calls"][f"run {model} default"]["trained"][2]["state"]
     resumed = resume(model, state)
     assert not any(differences(state, resumed["state"]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_goes_on_from_a_checkpoint_of_the_oracle(model: str, answers: dict[str, Any]) -> None:
+    """In mid-schedule: Apple's package saves no steps, but with them all goes on bit for bit."""
+    log = answers["calls"][f"run {model} ramp"]["trained"]
+    ours, pruner, inputs = prepare(model, "ramp")
+    with pytest.warns(UserWarning, match="no step of the schedule"):
+        ours.load_state_dict({key: value.tensor() for key, value in log[2]["state"].items()})
+    pruner.load_state_dict({name: {"step_count": 3} for name in pruner.state_dict()})
+    lines = list(differences(log[3:], tuple(train(ours, pruner, inputs, 5))))
+    if lines:
+        pytest.fail("\n".join(lines[:20]), pytrace=False)
