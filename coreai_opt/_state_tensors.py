@@ -66,7 +66,12 @@ class StateTarget:
 @contextmanager
 def side_effects_undone(model: nn.Module) -> Iterator[None]:
     """Afterwards, the buffers of ``model`` and torch's random generators are as they were."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
@@ -74,8 +79,11 @@ def side_effects_undone(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for module, name, buffer, before in buffers:
+                    module._buffers[name] = buffer
+                    # An expanded buffer cannot be written, so that it cannot have changed either.
+                    if 0 not in buffer.stride():
+                        buffer.copy_(before)
 
 
 class _Recorder(TorchFunctionMode):
@@ -83,7 +91,8 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.op_types = op_types
         self.states = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        self.running: list[str] = []
+        # The root, whatever hooks run before ours.
+        self.running = [""]
         self.uses: list[StateUse] = []
         self.counts: dict[str, int] = {}
 

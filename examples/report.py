@@ -151,6 +151,7 @@ def _plot_pruning(report: Report, level_axes: Axes, accuracy_axes: Axes) -> None
     accuracy_axes.axhline(before, color=COLOURS["float32"], linestyle="--", label="float32, before")
     level_axes.set(title="pruned weights (%)", xlabel="step", ylim=(0, 100))
     accuracy_axes.set(title="test accuracy while pruning (%)", xlabel="epoch")
+    accuracy_axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in (level_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         axes.legend()

@@ -110,7 +110,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         return simulator
 
     def step(self) -> None:
-        """Tell the pruner that a training step is over: masks follow their schedules.
+        """Tell the pruner that a training step is over, backward included: masks follow their schedules.
 
         A mask is computed anew where the sparsity has changed, and stays otherwise.
         """
@@ -122,19 +122,25 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         self._refresh(masked)
 
     def state_dict(self) -> dict[str, Any]:
-        """The steps done, by tensor: for checkpoints that keep a model's tensors without their metadata."""
-        return {"step_count": {each.tensor_fqn: each.step_count for each, _ in self._masked()}}
+        """Steps done and sparsities by tensor: for checkpoints that keep a model's tensors alone."""
+        return {
+            each.tensor_fqn: {"step_count": each.step_count, "sparsity": each.sparsity}
+            for each, _ in self._masked()
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the steps of :meth:`state_dict`, with the masks that the model holds.
 
+        Args:
+            state_dict: ``{tensor: {"step_count": ..., "sparsity": ...}}``. Without ``sparsity`` it is what
+                the schedule gives, which suits checkpoints of packages that save neither.
+
         Raises:
             KeyError: a tensor of the model is missing.
         """
-        steps = state_dict["step_count"]
-        masked = [(each, steps[each.tensor_fqn]) for each, _ in self._masked()]
-        for simulator, step_count in masked:
-            simulator.restore_step(step_count)
+        masked = [(each, state_dict[each.tensor_fqn]) for each, _ in self._masked()]
+        for simulator, state in masked:
+            simulator.restore_step(state["step_count"], state.get("sparsity"))
 
     def _masked(self) -> Iterator[tuple[PruneImplBase, Tensor]]:
         """Each simulator once, and the weight that it masks."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from coreai_kernels import backends, use_backend
 
@@ -41,6 +42,15 @@ def asked_oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "parity"
     folder.mkdir(exist_ok=True)
     return Oracle(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """As in the oracle's process: sums over a batch depend on how torch splits them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

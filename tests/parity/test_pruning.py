@@ -1,17 +1,17 @@
 """Configurations and pruning as in Apple's package: masks, schedules, trained models, errors, checkpoints."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from .conftest import Oracle
 from .oracle import ROOT
 from .pruning_calls import CALLS, call
 from .pruning_runs import MODELS, prepare, resume, train
 from .snapshots import differences, freeze
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Calls whose answers differ on purpose, and the headings under which docs/differences.md says why.
 INTENDED = {
@@ -33,15 +33,6 @@ INTENDED = {
     "finalize for Core ML": "MagnitudePruner.finalize gives plain weights, for torch alone",
     "supported modules": "supported_modules names the modules",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the oracle's process: sums over a batch depend on how torch splits them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained_state(model_name: str) -> Any:
@@ -84,3 +75,16 @@ def test_checkpoints_of_the_oracle_load(model: str, answers: dict[str, Any]) -> 
     state = answers["calls"][f"run {model} default"]["trained"][2]["state"]
     resumed = resume(model, state)
     assert not any(differences(state, resumed["state"]))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_goes_on_from_a_checkpoint_of_the_oracle(model: str, answers: dict[str, Any]) -> None:
+    """In mid-schedule: Apple's package saves no steps, but with them all goes on bit for bit."""
+    log = answers["calls"][f"run {model} ramp"]["trained"]
+    ours, pruner, inputs = prepare(model, "ramp")
+    with pytest.warns(UserWarning, match="no step of the schedule"):
+        ours.load_state_dict({key: value.tensor() for key, value in log[2]["state"].items()})
+    pruner.load_state_dict({name: {"step_count": 3} for name in pruner.state_dict()})
+    lines = list(differences(log[3:], tuple(train(ours, pruner, inputs, 5))))
+    if lines:
+        pytest.fail("\n".join(lines[:20]), pytrace=False)

@@ -118,12 +118,23 @@ class PruneImplBase(CompressionSimulatorBase):
         self._stale |= sparsity != self._sparsity
         self._sparsity = sparsity
 
-    def restore_step(self, step_count: int) -> None:
-        """Set step and sparsity as after ``step_count`` steps, and take the mask that is there for theirs."""
-        if self.schedule is not None:
+    def restore_step(self, step_count: int, sparsity: float | None = None) -> None:
+        """Set step and sparsity, and take the mask that is there for theirs.
+
+        Args:
+            step_count: steps done.
+            sparsity: the sparsity then. None to find it by the schedule, from the first step on.
+
+        Raises:
+            ValueError: ``sparsity`` is outside [0, 1].
+        """
+        if sparsity is not None:
+            self._sparsity = _checked_sparsity(sparsity, "sparsity")
+        elif self.schedule is not None:
             self._sparsity = self._target_sparsity
             for step in range(step_count + 1):
                 self.update_sparsity(step)
+        self._step_count = step_count
         self._stale = self.mask.numel() == 0
 
     def forward(self, weight: Tensor) -> Tensor:

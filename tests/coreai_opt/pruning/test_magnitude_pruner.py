@@ -35,17 +35,43 @@ def test_prepare_masks_half_of_each_weight(model, x):
 
 def test_prepare_leaves_no_other_trace(model, x):
     before = copy.deepcopy(model.state_dict())
-    model.norm.eval()
+    model.drop.eval()
     generator_state = torch.get_rng_state()
     MagnitudePruner(model).prepare((x,))
     assert torch.equal(torch.get_rng_state(), generator_state)
     assert model.training
-    assert not model.norm.training
+    assert model.norm.training
+    assert not model.drop.training
     for name, value in model.norm.state_dict(prefix="norm.").items():
         assert torch.equal(value, before[name])
     assert torch.equal(model.fc.parametrizations.weight.original, before["fc.weight"])
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Stateful(nn.Module):
+    """Changes a buffer in place, replaces another, and has one that cannot be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(2))
+        self.register_buffer("last", torch.zeros(3))
+        self.register_buffer("scale", torch.ones(1).expand(4))
+
+    def forward(self, x):
+        self.count += 1
+        self.last = x.mean()
+        return self.fc(x * self.scale)
+
+
+def test_prepare_restores_buffers():
+    model = Stateful()
+    before = dict(model.named_buffers())
+    MagnitudePruner(model).prepare((torch.randn(2, 4),))
+    assert all(getattr(model, name) is buffer for name, buffer in before.items())
+    assert model.count.eq(0).all()
+    assert model.last.shape == (3,)
 
 
 def test_parameters_stay_the_same_objects(model, x):

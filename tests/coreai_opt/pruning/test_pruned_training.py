@@ -120,13 +120,25 @@ def test_training_goes_on_from_a_checkpoint_as_if_uninterrupted(x, global_thresh
     assert sparsities(model) == sparsities(resumed)
 
 
+def test_steps_alone_are_enough(model, x):
+    pruner = MagnitudePruner(model, everywhere(PruningSpec(target_sparsity=0.75), RAMP))
+    pruner.prepare((x,))
+    train(model, pruner, x, 5)
+    expected = sparsities(model)
+    state = {name: {"step_count": 5} for name in pruner.state_dict()}
+    train(model, pruner, x, 1)
+    pruner.load_state_dict(state)
+    assert sparsities(model) == expected
+    assert {each.step_count for each in simulators(model).values()} == {5}
+
+
 def test_a_checkpoint_of_another_model(model, x):
     pruner = MagnitudePruner(model, everywhere(PruningSpec(), RAMP))
     pruner.prepare((x,))
     pruner.step()
     state = pruner.state_dict()
-    del state["step_count"]["fc.weight"]
-    state["step_count"] = dict.fromkeys(state["step_count"], 7)
+    del state["fc.weight"]
+    state["conv.weight"]["step_count"] = 7
     with pytest.raises(KeyError, match=r"fc\.weight"):
         pruner.load_state_dict(state)
     assert {each.step_count for each in simulators(model).values()} == {1}
