@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.cases import Case
+from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
 
@@ -23,12 +24,12 @@ __all__ = ["main"]
 class Worker:
     """Answers requests; holds the simulation that is being timed."""
 
-    simulation: Simulation | None = None
+    simulation: Simulation | Pruning | None = None
 
     def prepare(self, case: dict[str, Any], with_digest: bool) -> str:
         parsed = Case(**case)
         torch.set_num_threads(parsed.threads)
-        self.simulation = Simulation(parsed)
+        self.simulation = Pruning(parsed) if parsed.op == PRUNING else Simulation(parsed)
         return self.simulation.digest() if with_digest else ""
 
     def sample(self, phase: str, calls: int, untimed_call: bool) -> float:
