@@ -17,7 +17,7 @@ from benchmarks.operators import MASK_BYTES, REFERENCE_UP_TO
 from benchmarks.simulation import FORWARD, TRAINING, Simulation
 from coreai_kernels import use_backend
 
-__all__ = ["Suite"]
+__all__ = ["Suite", "add_apple"]
 
 _FULL = [
     *((fmt, granularity) for fmt in INT_FORMATS for granularity in GRANULARITIES),
@@ -56,7 +56,7 @@ class Suite:
         if case.variant == "moving_average":
             _add_torch(bench, case)
         if self.apple is not None:
-            _add_apple(bench, case, self.apple, fingerprint)
+            add_apple(bench, case, self.apple, fingerprint)
         return bench
 
 
@@ -69,7 +69,8 @@ class _InWorker:
         return self.apple.sample(self.phase, calls, untimed_call=untimed_call)
 
 
-def _add_apple(bench: Bench, case: Case, apple: Apple, fingerprint: str) -> None:
+def add_apple(bench: Bench, case: Case, apple: Apple, fingerprint: str) -> None:
+    """Let Apple's package join, with a note if its results have another fingerprint."""
     try:
         its_fingerprint = apple.prepare(case, with_digest=bool(fingerprint))
     except AppleError as error:

@@ -10,22 +10,28 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks import (
+    apply_mask,
     bits,
+    block_mask,
     choose_qparams,
     dequantize,
     fake_quantize,
     fake_quantize_backward,
     memory,
+    nm_mask,
     observe_and_fake_quantize,
     observe_range,
+    pruning_suite,
     quantize,
     simulator,
     together,
+    topk_mask,
 )
 from benchmarks.apple import Apple
 from benchmarks.cases import Case, Sweep
 from benchmarks.facts import machine_facts
 from benchmarks.harness import Effort, Operation, Result, add_compiled, keep_freed_memory, measure
+from benchmarks.pruning import PRUNING
 from benchmarks.report import Report
 from benchmarks.simulation import TRAINING, Simulation
 from benchmarks.targets import evaluate
@@ -43,9 +49,13 @@ _KERNELS: dict[str, Operation] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "bits": bits,
+    "apply_mask": apply_mask,
+    "block_mask": block_mask,
+    "nm_mask": nm_mask,
     "together": together,
+    "topk_mask": topk_mask,
 }
-OPERATIONS = (SIMULATOR, *_KERNELS, MEMORY)
+OPERATIONS = (SIMULATOR, PRUNING, *_KERNELS, MEMORY)
 
 # Compilation takes seconds a case: these stand for the others unless all are asked for.
 _COMPILED_SAMPLE = {
@@ -91,6 +101,8 @@ def run(options: Options) -> Report:
     try:
         if SIMULATOR in options.operations:
             results += _run_operations({SIMULATOR: simulator.Suite(apple)}, options, warm=False)
+        if PRUNING in options.operations:
+            results += _run_operations({PRUNING: pruning_suite.Suite(apple)}, options, warm=False)
         if MEMORY in options.operations:
             footprints = [_footprint(case, apple) for case in memory.CASES]
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.cases import INT_FORMATS, geometric_mean
 from benchmarks.harness import Result
+from benchmarks.pruning import PRUNING
 from benchmarks.simulation import FORWARD, TRAINING
 from benchmarks.together import ONE_TENSOR
 
@@ -77,6 +78,14 @@ def _share_of_one_tensor(result: Result) -> float:
     return result.ratio(ONE_TENSOR)
 
 
+def _masks(granularities: Sequence[str]) -> Callable[[Result], bool]:
+    def belongs(result: Result) -> bool:
+        case = result.case
+        return case.op == PRUNING and case.granularity in granularities and case.size >= _KERNELS_FROM_SIZE
+
+    return belongs
+
+
 def _targets() -> Iterator[Target]:
     fp8, fp4 = ("fp8 e4m3",), ("fp4 e2m1",)
     rows = (
@@ -97,6 +106,11 @@ def _targets() -> Iterator[Target]:
     for op in KERNELS:
         name = f"share of the floor: {op}, from 1024²"
         yield Target(name, 0.7, 0.7, _kernel(op), _share_of_floor, scales=False, unit="%")
+    yield Target("unstructured masks, from 1024²", 25, 12, _masks(("tensor",)))
+    yield Target("masks of channels, from 1024²", 3, 3, _masks(("channel 0", "channel 1")))
+    for op, share in (("topk_mask", 0.4), ("nm_mask", 0.5)):
+        name = f"share of the floor: {op}, from 1024²"
+        yield Target(name, share, share, _kernel(op), _share_of_floor, scales=False, unit="%")
 
 
 TARGETS = tuple(_targets())

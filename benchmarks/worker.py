@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.cases import Case
+from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
 from benchmarks.training_step import TrainingStep
@@ -24,7 +25,7 @@ __all__ = ["main"]
 class Worker:
     """Answers requests; holds the simulation, or the training steps by config, that are being timed."""
 
-    simulation: Simulation | None = None
+    simulation: Simulation | Pruning | None = None
 
     def __init__(self) -> None:
         self.steps: dict[str, TrainingStep] = {}
@@ -32,7 +33,7 @@ class Worker:
     def prepare(self, case: dict[str, Any], with_digest: bool) -> str:
         parsed = Case(**case)
         torch.set_num_threads(parsed.threads)
-        self.simulation = Simulation(parsed)
+        self.simulation = Pruning(parsed) if parsed.op == PRUNING else Simulation(parsed)
         return self.simulation.digest() if with_digest else ""
 
     def sample(self, phase: str, calls: int, untimed_call: bool) -> float:

@@ -13,6 +13,7 @@ namespace coreai::cpu {
 namespace {
 
 constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
+constexpr int64_t kPattern = 4096;   // elements of a run that are copied at once
 
 int64_t first_block(const Geometry& g, int64_t row) {
   int64_t base = 0;
@@ -56,7 +57,7 @@ void norms_of_doubles(const Geometry& g, const double* x, double* norms) {
 }
 
 template <class Word>
-void fill(const Geometry& g, const std::vector<Word>& words, Word* mask) {
+void fill(const Geometry& g, const std::vector<Word>& words, Word one, Word* mask) {
   if (g.run == 1) {
     share_items(g.numel / g.columns, std::max<int64_t>(1, kGrain / g.columns), [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) {
@@ -66,9 +67,18 @@ void fill(const Geometry& g, const std::vector<Word>& words, Word* mask) {
     });
     return;
   }
+  // The C library's routines write long runs without reading the memory first, which loops do not.
+  const std::vector<Word> ones(static_cast<size_t>(std::min(g.run, kPattern)), one);
   share_items(g.numel / g.run, std::max<int64_t>(1, kGrain / g.run), [&](int64_t begin, int64_t end) {
     over_runs(g, begin, end, [&](int64_t run, int64_t block) {
-      std::fill_n(mask + run * g.run, g.run, words[static_cast<size_t>(block)]);
+      Word* to = mask + run * g.run;
+      if (words[static_cast<size_t>(block)] == 0) {
+        std::memset(to, 0, static_cast<size_t>(g.run) * sizeof(Word));
+        return;
+      }
+      for (int64_t i = 0; i < g.run; i += kPattern) {
+        std::memcpy(to + i, ones.data(), static_cast<size_t>(std::min(g.run - i, kPattern)) * sizeof(Word));
+      }
     });
   });
 }
@@ -78,7 +88,7 @@ void fill_mask(const Geometry& g, const std::vector<double>& keep, void* mask) {
   using Word = WordOf<kElement>;
   std::vector<Word> words(keep.size());
   for (size_t i = 0; i < keep.size(); ++i) words[i] = keep[i] != 0.0 ? Magnitude<kElement>::kOne : Word{0};
-  fill(g, words, static_cast<Word*>(mask));
+  fill(g, words, Magnitude<kElement>::kOne, static_cast<Word*>(mask));
 }
 
 }  // namespace
