@@ -65,25 +65,41 @@ COREAI_HD typename S::F round_to_format(typename S::F x) {
   }
 }
 
+// How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of
+// values that are known to be finite. See `S::quotient` for when it may be used.
+enum class Way { kDivide, kReciprocal, kReciprocalOfFinite };
+
 // What a quantized element is: a number format, and for integers whether an offset (the min-value formulation)
 // is taken from the values.
-template <Format kFormat_, bool kHasOffset_ = false>
+template <Format kFormat_, bool kHasOffset_ = false, Way kWay_ = Way::kDivide>
 struct Kind {
   static constexpr Format kFormat = kFormat_;
   static constexpr bool kHasOffset = kHasOffset_;
+  static constexpr Way kWay = kWay_;
+  template <Way kOther>
+  using By = Kind<kFormat_, kHasOffset_, kOther>;
 };
 
 // Parameters of the affine map for the lanes at hand. The range is the quantized range less the zero point.
 template <class S>
 struct Params {
-  typename S::F scale, low, high, offset;
+  typename S::F scale, low, high, offset, reciprocal;
 };
 
 // The value in units of the scale; for integers less the offset and rounded.
 template <class S, class K>
 COREAI_HD typename S::F quotient_lanes(typename S::F x, const Params<S>& p) {
   if constexpr (K::kHasOffset) x = S::sub(x, p.offset);
-  const auto q = S::div(x, p.scale);
+  typename S::F q;
+  if constexpr (K::kWay == Way::kDivide) {
+    q = S::div(x, p.scale);
+  } else if constexpr (K::kWay == Way::kReciprocal) {
+    q = S::quotient(x, p.scale, p.reciprocal);
+  } else {
+    q = S::finite_quotient(x, p.scale, p.reciprocal);
+    // The correction turns -0.0 into 0.0, which integers lose anyway.
+    if constexpr (K::kFormat != Format::kInt) q = S::with_sign_of(q, x);
+  }
   if constexpr (K::kFormat == Format::kInt) {
     return S::round(q);
   } else {

@@ -21,7 +21,11 @@ COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
   M inside[2];
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
-  Simd::store_pair(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
+  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
+    Simd::store_pair_of_numbers(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
+  } else {
+    Simd::store_pair(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
+  }
   Bits::put_lanes(cursor, Simd::bits(inside[0]));
   Bits::put_lanes(cursor, Simd::bits(inside[1]));
 }
@@ -59,11 +63,47 @@ COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
   return a.zero_point ? static_cast<float>(a.zero_point[block]) : a.constant;
 }
 
+// The quickest way to divide by the first n scales. A corrected product with the reciprocal is as good as a division
+// if scales are far from overflow and underflow, and if rounding and clamping change only at numbers of up to nine
+// bits: tests/kernels/test_quotients.py compares the two around all of those.
+template <class K>
+COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
+  if constexpr (!Simd::kHasQuotient) {
+    return Way::kDivide;
+  } else {
+    const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
+    const auto is_short = [](F bound) __attribute__((always_inline)) {
+      if constexpr (K::kFormat == Format::kInt) {
+        return Simd::equal(bound, clamp_lanes<Simd>(bound, Simd::set(-255.0f), Simd::set(255.0f)));
+      } else {
+        return Simd::equal(bound, Simd::as_float(Simd::iand(Simd::as_int(bound), Simd::iset(-0x8000))));
+      }
+    };
+    const M suits = Simd::mand(Simd::equal(scales, kept), Simd::mand(is_short(low), is_short(high)));
+    const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
+    if ((Simd::bits(suits) & all) != all) return Way::kDivide;
+    return finite ? Way::kReciprocalOfFinite : Way::kReciprocal;
+  }
+}
+
+// Calls body(kind) with the kind that divides that way.
+template <class K, class Body>
+COREAI_HD void with_way(Way way, Body body) {
+  if constexpr (Simd::kHasQuotient) {
+    if (way == Way::kReciprocalOfFinite) return body(typename K::template By<Way::kReciprocalOfFinite>{});
+    if (way == Way::kReciprocal) return body(typename K::template By<Way::kReciprocal>{});
+  }
+  body(K{});
+}
+
 // Parameters of up to kWidth neighbouring blocks, ready to be broadcast one by one.
 struct BlockParams {
-  alignas(64) float scale[kWidth], low[kWidth], high[kWidth], offset[kWidth];
+  alignas(64) float scale[kWidth], low[kWidth], high[kWidth], offset[kWidth], reciprocal[kWidth];
+  Way way;
 
-  COREAI_HD void load(const Affine& a, int64_t block, int n) {
+  // `finite`: no element is infinite, NaN or beyond 2^62.
+  template <class K>
+  COREAI_HD void load(const Affine& a, int64_t block, int n, bool finite) {
     F zero_point = Simd::set(a.constant);
     if (a.zero_point && n == kWidth) {
       zero_point = Simd::to_float(Simd::load(a.zero_point + block));
@@ -72,13 +112,18 @@ struct BlockParams {
       for (int i = 0; i < n; ++i) values[i] = static_cast<float>(a.zero_point[block + i]);
       zero_point = Simd::load(values);
     }
-    Simd::store(scale, Simd::load_n(a.scale + block, n));
-    Simd::store(low, Simd::sub(Simd::set(a.low), zero_point));
-    Simd::store(high, Simd::sub(Simd::set(a.high), zero_point));
+    const F scales = Simd::load_n(a.scale + block, n);
+    Simd::store(scale, scales);
+    const F lows = Simd::sub(Simd::set(a.low), zero_point), highs = Simd::sub(Simd::set(a.high), zero_point);
+    Simd::store(low, lows);
+    Simd::store(high, highs);
+    way = way_to_divide<K>(scales, lows, highs, n, finite);
+    if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
   }
   COREAI_HD Params<Simd> operator[](int i) const {
-    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i])};
+    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]),
+            Simd::set(reciprocal[i])};
   }
 };
 
@@ -86,12 +131,20 @@ template <class = void>
 COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
   const float zero_point = zero_point_of(a, block);
   return {Simd::set(a.scale[block]), Simd::set(a.low - zero_point), Simd::set(a.high - zero_point),
-          Simd::set(a.offset ? a.offset[block] : 0.0f)};
+          Simd::set(a.offset ? a.offset[block] : 0.0f), Simd::set(1.0f / a.scale[block])};
 }
 
-// Neighbouring blocks of `run` elements each.
+// Elements of one block.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
+  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, false), [&](auto kind) __attribute__((always_inline)) {
+    fake_quantize_run<decltype(kind)>(x, y, n, p, bits);
+  });
+}
+
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
+                                       Bits& bits) {
   if (run == 2 * kWidth && bits.aligned()) {
     auto cursor = bits.cursor();
     for (int i = 0; i < blocks; ++i) {
@@ -104,12 +157,21 @@ COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, c
   for (int i = 0; i < blocks; ++i, x += run, y += run) fake_quantize_run<K>(x, y, run, params[i], bits);
 }
 
+// Neighbouring blocks of `run` elements each.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+  with_way<K>(params.way, [&](auto kind) __attribute__((always_inline)) {
+    fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
+  });
+}
+
 // Parameters of kWidth neighbouring blocks, one a lane.
 template <class = void>
 COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
   const F zero_point = a.zero_point ? Simd::to_float(Simd::load(a.zero_point + block)) : Simd::set(a.constant);
   return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point),
-          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f)};
+          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f),
+          Simd::set(0.0f)};
 }
 
 // Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
@@ -126,7 +188,7 @@ COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t 
   for (int i = n; i < kWidth; ++i) scale[i] = 1.0f, zero_point[i] = offset[i] = 0.0f;
   const F zero = Simd::load(zero_point);
   return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero),
-          Simd::load(offset)};
+          Simd::load(offset), Simd::set(0.0f)};
 }
 
 // Elements [column, column + n) of a row whose first block is `base`.
@@ -141,11 +203,11 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
       const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
       int64_t piece = smaller(n, run - inside);
       if (blocks > 1) {
-        params.load(a, block, blocks);
+        params.load<K>(a, block, blocks, false);
         fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
         piece = blocks * run;
       } else {
-        fake_quantize_run<K>(x, y, piece, params_of_block(a, block), bits);
+        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), bits);
       }
       x += piece, y += piece, column += piece, n -= piece;
     }

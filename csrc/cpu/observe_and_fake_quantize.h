@@ -20,6 +20,15 @@ inline void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
   store_qparams(choose_lanes(job.rule, range), job.out, block, n);
 }
 
+// Whether no element of the blocks is NaN or beyond 2^62: products with reciprocals of scales stay finite.
+template <class = void>
+COREAI_HD bool is_moderate(Range range) {
+  const F low = clamp_lanes<Simd>(range.low, Simd::set(-0x1p62f), Simd::set(0x1p62f));
+  const F high = clamp_lanes<Simd>(range.high, Simd::set(-0x1p62f), Simd::set(0x1p62f));
+  const uint32_t same = Simd::bits(Simd::mand(Simd::equal(low, range.low), Simd::equal(high, range.high)));
+  return same == static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
+}
+
 // Blocks [begin, end); the first element of `begin` is at a multiple of eight.
 template <class K, class T, class Bits>
 void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits) {
@@ -31,14 +40,16 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   const int64_t group = larger<int64_t>(1, smaller<int64_t>(kWidth, kCachedElements / run));
   const auto observe = [&](int64_t i) __attribute__((always_inline)) {
     const int n = static_cast<int>(smaller(group, end - i));
-    set_qparams(job, range_of_blocks(x + i * run, run, n), i, n);
+    const Range range = range_of_blocks(x + i * run, run, n);
+    set_qparams(job, range, i, n);
+    return is_moderate(range);
   };
   // One group ahead: what the next group's parameters wait for overlaps with quantizing this one.
-  if (begin < end) observe(begin);
+  bool finite = begin < end && observe(begin);
   for (int64_t i = begin; i < end; i += group) {
     const int n = static_cast<int>(smaller(group, end - i));
-    params.load(quantize.affine, i, n);
-    if (i + group < end) observe(i + group);
+    params.template load<K>(quantize.affine, i, n, finite);
+    finite = i + group < end && observe(i + group);
     fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
   }
   bits.flush();

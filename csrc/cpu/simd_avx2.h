@@ -9,6 +9,7 @@ namespace coreai::cpu::COREAI_LEVEL {
 
 struct Simd {
   static constexpr int kWidth = 8;
+  static constexpr bool kHasQuotient = false;  // a division is as quick
   using F = __m256;
   using I = __m256i;
   using M = __m256;  // all bits of a lane set or clear
@@ -97,6 +98,10 @@ struct Simd {
   static COREAI_HD void store_pair(BFloat16* p, F a, F b) {
     const I packed = _mm256_packus_epi32(rounded_words(a), rounded_words(b));
     _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+  }
+  template <class T>
+  static COREAI_HD void store_pair_of_numbers(T* p, F a, F b) {
+    store_pair(p, a, b);
   }
 
   template <class T>

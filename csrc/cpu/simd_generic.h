@@ -7,6 +7,7 @@ namespace coreai::cpu::COREAI_LEVEL {
 
 struct Simd {
   static constexpr int kWidth = 8;
+  static constexpr bool kHasQuotient = false;
   typedef float F4 __attribute__((vector_size(16)));
   typedef int32_t I4 __attribute__((vector_size(16)));
   typedef uint32_t U4 __attribute__((vector_size(16)));
@@ -149,6 +150,10 @@ struct Simd {
   static COREAI_HD void store_pair(T* p, F a, F b) {
     store(p, a);
     store(p + kWidth, b);
+  }
+  template <class T>
+  static COREAI_HD void store_pair_of_numbers(T* p, F a, F b) {
+    store_pair(p, a, b);
   }
   template <class T>
   static COREAI_HD F load_n(const T* p, int n) {
