@@ -77,12 +77,20 @@ class _BaseQuantizer(_BaseModelCompressor):
     def step(self) -> None:
         """Tell the quantizer that a training step is over: the schedule goes on.
 
+        Warns (UserWarning) if there is none.
+
         Raises:
             RuntimeError: training_mode() is not active.
         """
         if self._trained is None:
             raise RuntimeError(
                 "step() counts training steps: call it inside of `with quantizer.training_mode():`"
+            )
+        if not self._has_schedule():
+            warnings.warn(
+                "step() has no effect: no module's configuration has a qat_schedule",
+                UserWarning,
+                stacklevel=2,
             )
         super().step()
         self._apply_schedule(self._trained, changes_only=True)

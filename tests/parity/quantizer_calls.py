@@ -84,10 +84,15 @@ def trained_twice(quantizer: Quantizer) -> list[Any]:
     return seen
 
 
-def nested(quantizer: Quantizer) -> Any:
-    with quantizer.calibration_mode():
-        inside = switched(quantizer), quantizer.model.training
-    return inside, switched(quantizer), quantizer.model.training
+def nested(mode: str) -> Callable[[Quantizer], Any]:
+    """Entering another mode inside of one."""
+
+    def action(quantizer: Quantizer) -> Any:
+        with getattr(quantizer, mode)():
+            inside = switched(quantizer), quantizer.model.training
+        return inside, switched(quantizer), quantizer.model.training
+
+    return action
 
 
 def switches_of_a_part(name: str) -> Any:
@@ -185,7 +190,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "training mode, stepped": lambda: within("training_mode", steps),
     "training mode, scheduled": lambda: within("training_mode", steps, schedule("lstm")),
     "training mode, twice with a schedule": lambda: trained_twice(prepared(schedule("lstm"))),
-    "calibration in training": lambda: within("training_mode", nested),
+    "calibration in training": lambda: within("training_mode", nested("calibration_mode")),
+    "training in training": lambda: within("training_mode", nested("training_mode")),
+    "training in calibration": lambda: within("calibration_mode", nested("training_mode")),
+    "calibration in calibration": lambda: within("calibration_mode", nested("calibration_mode")),
     "left by an exception": left_by_an_exception,
     "goes on after a failure": goes_on_after_a_failure,
     "disable_observer": lambda: switches_of_a_part("disable_observer"),

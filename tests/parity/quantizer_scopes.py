@@ -146,6 +146,11 @@ def two_inputs(s: Any, x: Tensor) -> Any:
     return s.inner(x, x * 3)
 
 
+def same(x: Tensor) -> Tensor:
+    """The very tensor, out of an operation."""
+    return nn.functional.dropout(x, 0.5, training=False)
+
+
 edges("two consumers", lambda s, x: s.layer(x) + torch.relu(x))
 edges("shapes", lambda s, x: s.layer(x.view(-1, 4)).reshape(3, 4))
 edges("sizes", lambda s, x: s.layer(x) * x.size(0) * x.shape[1])
@@ -160,3 +165,9 @@ edges("pieces", lambda s, x: s.layer(x).chunk(2, -1))
 edges("called twice", lambda s, x: s.layer(x), lambda s, x: s.inner(s.inner(x)))
 edges("the same tensor twice", lambda s, x: x + x)
 edges("in a list only", lambda s, x: torch.cat([x, x]))
+edges("constants", lambda s, x: torch.ones(3, 4))
+edges("a result that passes through", lambda s, x: x, lambda s, x: s.inner(x * 2) + 1)
+edges("written to", lambda s, x: s.layer(x.add_(1)), lambda s, x: s.inner(x.clone()))
+edges("other functions outside", lambda s, x: s.layer(x), lambda s, x: s.inner(x.relu()) + x.relu())
+edges("the same tensor again", lambda s, x: same(s.layer(same(x))))
+edges("the same tensor again outside", lambda s, x: s.layer(x), lambda s, x: same(s.inner(same(x))) * 2)

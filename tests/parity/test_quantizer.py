@@ -45,12 +45,17 @@ def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
     return asked_oracle.ask("quantizer", {"module": "quantizer_answers", "states": states})
 
 
-def check(expected: Any, found: Any) -> None:
-    """Fail with the first stage that differs: what comes after follows from it."""
+def check(expected: Any, found: Any, model: str = "") -> None:
+    """Fail with the first stage that differs: what comes after follows from it.
+
+    Weights that a forward reads several times are simulated once in ours: their gradients are summed before
+    clipped elements are set to zero, not after it, and a sum of zeros may have the other sign.
+    """
+    by_value = model == "shared"
     if "raised" in found and "raised" not in expected:
         pytest.fail(str(found["raised"]), pytrace=False)
     for stage in expected:
-        lines = list(differences(expected[stage], found.get(stage), stage))
+        lines = list(differences(expected[stage], found.get(stage), stage, by_value))
         if lines:
             pytest.fail("\n".join(lines[:20]), pytrace=False)
     assert list(found) == list(expected)
@@ -58,20 +63,20 @@ def check(expected: Any, found: Any) -> None:
 
 @pytest.mark.parametrize(("model", "config"), [run for run in RUNS if run not in RUNS_INTENDED])
 def test_like_the_oracle(model: str, config: str, answers: dict[str, Any]) -> None:
-    check(answers["runs"][model, config], train(model, config))
+    check(answers["runs"][model, config], train(model, config), model)
 
 
 @pytest.mark.parametrize("config", REFERENCE_TOO)
 @pytest.mark.parametrize("model", MODELS)
 def test_like_the_oracle_on_the_reference(model: str, config: str, answers: dict[str, Any]) -> None:
     with use_backend("reference"):
-        check(answers["runs"][model, config], train(model, config))
+        check(answers["runs"][model, config], train(model, config), model)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_ours_reads_the_oracles_state(model: str, answers: dict[str, Any]) -> None:
     state = answers["runs"][model, "default"]["trained"]["state"]
-    check(answers["continued"][model], continue_from(model, "default", state))
+    check(answers["continued"][model], continue_from(model, "default", state), model)
 
 
 @pytest.mark.parametrize("model", MODELS)

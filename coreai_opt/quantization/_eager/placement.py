@@ -134,7 +134,7 @@ def install_forwards(model: nn.Module, plan: Plan) -> None:
         if leaf_site is not None:
             forwards.append(LeafForward(traced.module, leaf_site))
         else:
-            forwards.append(ScopeForward(traced.module, traced.name, _groups(calls, sites)))
+            forwards.append(ScopeForward(traced.module, traced.name, _groups(traced, calls, sites)))
     intercepts = any(isinstance(each, ScopeForward) for each in forwards)
     for name, module in _modules_of_the_user(model):
         if module not in simulated and (isinstance(module, WITH_SHORTCUT) or intercepts):
@@ -189,23 +189,19 @@ def _leaf_site(traced: ModuleTrace, sites: dict[str, Site | None]) -> Site | Non
     return site
 
 
-def _groups(calls: list[CallPlan], sites: dict[str, Site | None]) -> dict[Callable[..., Any], CallGroup]:
+def _groups(
+    traced: ModuleTrace, calls: list[CallPlan], sites: dict[str, Site | None]
+) -> dict[Callable[..., Any], CallGroup]:
     """The simulated operations, by all the functions that perform them."""
-    by_operation: dict[str, list[CallPlan]] = {}
-    for plan in calls:
-        by_operation.setdefault(plan.call.operation, []).append(plan)
+    simulated = dict.fromkeys(plan.call.operation for plan in calls if sites[plan.call.label] is not None)
     groups: dict[Callable[..., Any], CallGroup] = {}
-    slot = 0
-    for operation, plans in by_operation.items():
-        own = tuple(sites[plan.call.label] for plan in plans)
-        if not any(own):
-            continue
-        group = CallGroup(operation, slot, own)
-        slot += 1
-        functions = [plan.call.function for plan in plans]
-        if operation in OPERATIONS:
-            functions += OPERATIONS[operation][1]
-        groups.update(dict.fromkeys(functions, group))
+    for slot, operation in enumerate(simulated):
+        own: list[Site | None] = [None] * traced.counts[operation]
+        functions = list(OPERATIONS[operation][1]) if operation in OPERATIONS else []
+        for call in (plan.call for plan in calls if plan.call.operation == operation):
+            own[call.index] = sites[call.label]
+            functions.append(call.function)
+        groups.update(dict.fromkeys(functions, CallGroup(operation, slot, tuple(own))))
     return groups
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from coreai_opt._utils.config_utils import ConfigLevel, full_match
 from coreai_opt.quantization._eager.operations import OPERATIONS
-from coreai_opt.quantization._eager.trace import Call, ModuleTrace, Operand, State, Trace
+from coreai_opt.quantization._eager.trace import Call, Identity, ModuleTrace, Operand, State, Trace
 from coreai_opt.quantization.config.quantization_config import ModuleQuantizerConfig, OpQuantizerConfig
 from coreai_opt.quantization.spec import QuantizationSpec
 
@@ -100,10 +100,10 @@ def _check_positions(name: str, config: ModuleQuantizerConfig) -> None:
 
 def _boundaries(
     trace: Trace, configs: Mapping[str, ModuleQuantizerConfig]
-) -> tuple[dict[int, QuantizationSpec | None], dict[int, QuantizationSpec | None]]:
+) -> tuple[dict[Identity, QuantizationSpec | None], dict[Identity, QuantizationSpec | None]]:
     """Specifications of the tensors that modules receive and return, by their identity."""
-    received: dict[int, QuantizationSpec | None] = {}
-    returned: dict[int, QuantizationSpec | None] = {}
+    received: dict[Identity, QuantizationSpec | None] = {}
+    returned: dict[Identity, QuantizationSpec | None] = {}
     for name, tensors in trace.inputs:
         for index, identity in tensors:
             spec = _lookup(configs[name].module_input_spec, index)
@@ -122,15 +122,15 @@ def _plan_call(
     traced: ModuleTrace,
     call: Call,
     config: ModuleQuantizerConfig,
-    received: Mapping[int, QuantizationSpec | None],
-    returned: Mapping[int, QuantizationSpec | None],
+    received: Mapping[Identity, QuantizationSpec | None],
+    returned: Mapping[Identity, QuantizationSpec | None],
 ) -> CallPlan:
     entry = _entry_for(traced, call, config)
     plan = CallPlan(call)
     for operand in call.operands:
         if operand.owners:
             continue
-        spec = received.get(operand.tensor_id, _MISSING)
+        spec = received.get(operand.identity, _MISSING)
         if spec is _MISSING and entry is not None:
             spec = _lookup(entry.op_input_spec, operand.position)
         if spec is _MISSING or spec is None:
@@ -164,14 +164,14 @@ def _plan_states(
                 if operand.owners and operand.is_quantizable and entry is not None:
                     spec = _lookup(entry.op_state_spec, _name_in(operand, traced.name))
                     if spec is not _MISSING:
-                        chosen[operand.tensor_id] = (operand.owners, spec)
+                        chosen[operand.identity[0]] = (operand.owners, spec)
     for traced in trace.modules.values():
         for call in traced.calls.values():
             for operand in call.operands:
                 for owner in operand.owners:
                     spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
                     if spec is not _MISSING and operand.is_quantizable:
-                        chosen[operand.tensor_id] = (operand.owners, spec)
+                        chosen[operand.identity[0]] = (operand.owners, spec)
     found = [StatePlan(places, spec) for places, spec in chosen.values() if spec is not None]
     return sorted(found, key=lambda plan: plan.places[0].rank)
 

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from coreai_opt.quantization._eager.operations import argument_name, function_name
+from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
 
-__all__ = ["Call", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
+__all__ = ["Call", "Identity", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
+
+# A tensor object and how often it was written to: what an operation in place leaves is another tensor.
+Identity = tuple[int, int]
 
 
 def is_quantizable(value: object) -> bool:
@@ -38,7 +41,7 @@ class Operand:
         position: the place among the arguments; for a keyword, the place that the signature gives it.
         name: what the signature calls it.
         is_keyword: whether it was passed by its name.
-        tensor_id: identity of the tensor, for as long as the trace runs.
+        identity: of the tensor after the call, for as long as the trace runs.
         is_quantizable: whether a simulator can serve it.
         device: where it lies.
         owners: the modules that own it, if it is a parameter or buffer of the model.
@@ -47,7 +50,7 @@ class Operand:
     position: int
     name: str
     is_keyword: bool
-    tensor_id: int
+    identity: Identity
     is_quantizable: bool
     device: torch.device
     owners: tuple[State, ...] = ()
@@ -60,16 +63,21 @@ class Call:
     Attributes:
         function: the function, as torch reports it.
         operation: its name.
-        label: its name within the forward: ``add``, then ``add_1``, and so on.
+        index: how many calls of the operation came before it in the forward.
         operands: the tensors it receives.
         results: identity and device of each tensor it returns, None for what no simulator can serve.
     """
 
     function: Callable[..., Any]
     operation: str
-    label: str
+    index: int
     operands: tuple[Operand, ...]
-    results: tuple[tuple[int, torch.device] | None, ...]
+    results: tuple[tuple[Identity, torch.device] | None, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name within the forward: ``add``, then ``add_1``, and so on."""
+        return f"{self.operation}_{self.index}" if self.index else self.operation
 
 
 @dataclass
@@ -94,21 +102,23 @@ class Trace:
     """
 
     modules: dict[nn.Module, ModuleTrace] = field(default_factory=dict)
-    inputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
-    outputs: list[tuple[str, list[tuple[int, int]]]] = field(default_factory=list)
+    inputs: list[tuple[str, list[tuple[int, Identity]]]] = field(default_factory=list)
+    outputs: list[tuple[str, list[tuple[int, Identity]]]] = field(default_factory=list)
 
 
 class _Frame:
-    """A forward in progress."""
+    """A forward in progress; ``is_bounded`` in and below a module whose boundaries are asked for."""
 
-    def __init__(self, trace: ModuleTrace) -> None:
+    def __init__(self, trace: ModuleTrace, is_bounded: bool) -> None:
         self.trace = trace
+        self.is_bounded = is_bounded
         self.counts: dict[str, int] = {}
 
-    def next_label(self, operation: str) -> str:
+    def count(self, operation: str) -> int:
+        """The number of calls before this one."""
         count = self.counts.get(operation, 0)
         self.counts[operation] = count + 1
-        return f"{operation}_{count}" if count else operation
+        return count
 
 
 class _Recorder(TorchFunctionMode):
@@ -133,19 +143,22 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operation = function_name(func) if self.frames else None
-        if operation is None:
-            return func(*args, **kwargs)
-        operands = self._operands(func, args, kwargs)
-        if not operands:
-            return func(*args, **kwargs)
-        label = self.frames[-1].next_label(operation)
         result = func(*args, **kwargs)
+        if operation is None:
+            return result
+        frame = self.frames[-1]
+        index = frame.count(operation)
+        operands = self._operands(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
-        results = tuple(
-            (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
-        )
-        call = Call(func, operation, label, operands, results)
-        self.frames[-1].trace.calls.setdefault(label, call)
+        if func not in FUNCTIONS and not frame.is_bounded:
+            # Only the parameters and buffers that it reads matter.
+            operands, outputs = tuple(operand for operand in operands if operand.owners), ()
+        if operands:
+            results = tuple(
+                (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
+            )
+            call = Call(func, operation, index, operands, results)
+            frame.trace.calls.setdefault(call.label, call)
         return result
 
     def _operands(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
@@ -166,17 +179,18 @@ class _Recorder(TorchFunctionMode):
         quantizable = is_quantizable(value)
         return Operand(position, name, is_keyword, self._identity(value), quantizable, value.device, owners)
 
-    def _identity(self, tensor: Tensor) -> int:
+    def _identity(self, tensor: Tensor) -> Identity:
         if self.boundaries:
             self.kept.append(tensor)
-        return id(tensor)
+        with torch._C.DisableTorchFunction():
+            return id(tensor), 0 if tensor.is_inference() else tensor._version
 
     @contextmanager
     def forward_of(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Iterator[_Frame]:
         trace = self.trace.modules.setdefault(module, ModuleTrace(module, name))
         if name in self.boundaries:
             self.trace.inputs.append((name, self._tensors_in(args)))
-        frame = _Frame(trace)
+        frame = _Frame(trace, name in self.boundaries or bool(self.frames and self.frames[-1].is_bounded))
         self.frames.append(frame)
         try:
             yield frame
@@ -189,7 +203,7 @@ class _Recorder(TorchFunctionMode):
         if name in self.boundaries:
             self.trace.outputs.append((name, self._tensors_in(result)))
 
-    def _tensors_in(self, structure: Any) -> list[tuple[int, int]]:
+    def _tensors_in(self, structure: Any) -> list[tuple[int, Identity]]:
         tensors = [leaf for leaf in pytree.tree_leaves(structure) if isinstance(leaf, Tensor)]
         return [(index, self._identity(tensor)) for index, tensor in enumerate(tensors)]
 

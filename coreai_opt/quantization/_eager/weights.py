@@ -112,7 +112,7 @@ class WeightRead(ReplacedForward):
         parts = module._modules
         if torch.compiler.is_compiling() or len(parts) != 1:
             return self._run_unseen(module, (), {})  # type: ignore[no-any-return]
-        original, simulator = module.original, parts["0"]
+        original, simulator = _original_of(module), parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
             fresh = self._fresh
@@ -137,8 +137,8 @@ class WeightRead(ReplacedForward):
     @property
     def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
         """The simulator and the weight that it simulates."""
-        module: Any = self.module
-        return module._modules["0"], module.original
+        module = self.module
+        return module._modules["0"], _original_of(module)  # type: ignore[return-value]
 
     def take(self, output: Tensor, original: Tensor, generation: _Generation) -> None:
         """Give ``output`` to readers in this generation."""
@@ -149,14 +149,20 @@ class WeightRead(ReplacedForward):
         self._fresh = None
 
 
+def _original_of(parametrizations: nn.Module) -> Any:
+    parameter = parametrizations._parameters.get("original")
+    return parametrizations._buffers["original"] if parameter is None else parameter
+
+
 def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:
     """Whether a second forward on the same tensor has the same result, and changes no state."""
     flags = simulator._flags
+    flags.update(simulator._buffers)
     return (
-        not simulator._forward_hooks
+        not (flags.observe and type(simulator._modules["qparams_calculator"]) is not StaticQParamsCalculator)
+        and not simulator._forward_hooks
         and not simulator._forward_pre_hooks
         and simulates_as_built_in(simulator)
-        and (type(simulator.qparams_calculator) is StaticQParamsCalculator or not flags.observe)
     )
 
 

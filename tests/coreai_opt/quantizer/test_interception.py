@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from coreai_opt.quantization import ModuleQuantizerConfig
+from coreai_kernels import use_backend
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec
 from coreai_opt.quantization._eager.interception import is_intercepting
 
 from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 ACTIVATIONS_ONLY = {"op_state_spec": None}
+SPEC = QuantizationSpec(dtype="int4")
 
 
 def test_operands_and_results_pass_their_simulators() -> None:
@@ -206,6 +208,19 @@ def test_forwards_that_others_replaced_are_kept() -> None:
     assert torch.equal(model(X), model(X * 2))
 
 
+def test_operations_inside_of_simulators_do_not_count() -> None:
+    """The reference backend calls torch's add and mul, as Outer does."""
+    quantizer, model = prepared(Outer(), X)
+    with use_backend("reference"), quantizer.training_mode():
+        expected = model(X)
+        model(X).sum().backward()
+    with quantizer.calibration_mode():
+        model(X)
+    with use_backend("reference"), quantizer.calibration_mode():
+        model(X)
+    assert expected.shape == X.shape
+
+
 def test_lists_and_tuples_of_results() -> None:
     class Parts(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -213,19 +228,13 @@ def test_lists_and_tuples_of_results() -> None:
             values, _ = x.max(-1)
             return left, right, values
 
-    boundary = ModuleQuantizerConfig(**OFF, module_output_spec={"*": None, 1: _spec(), 2: _spec()})
+    boundary = ModuleQuantizerConfig(**OFF, module_output_spec={"*": None, 1: SPEC, 2: SPEC})
     _, model = prepared(nn.Sequential(Parts()), X, config=eager(module_type_configs={Parts: boundary}))
     assert places(model) == {"0.chunk_quantize_output_1", "0.max_quantize_output_0"}
     left, right, values = model(X)
     assert torch.equal(left, X[:, :4])
     assert torch.equal(right, model[0].chunk_quantize_output_1(X[:, 4:]))
     assert torch.equal(values, model[0].max_quantize_output_0(X.max(-1).values))
-
-
-def _spec():
-    from coreai_opt.quantization import QuantizationSpec
-
-    return QuantizationSpec(dtype="int4")
 
 
 def test_attention_is_not_taken_apart_and_takes_no_shortcut() -> None:

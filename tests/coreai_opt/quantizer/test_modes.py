@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from coreai_opt import ExportBackend
-from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec
+from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer
 from coreai_opt.quantization.config import QATSchedule
 
-from .support import WEIGHTS_ONLY, Mlp, eager, flags, globally, prepared, simulators
+from .support import WEIGHTS_ONLY, Mlp, Outer, eager, flags, globally, prepared, simulators
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 AFTERWARDS = (False, True)
@@ -22,6 +22,11 @@ def weight_and_activation(model: nn.Module) -> tuple[tuple[bool, bool], tuple[bo
     activations = {each for name, each in found.items() if "parametrizations" not in name}
     (weight,), (activation,) = weights, activations
     return weight, activation
+
+
+def quantizer_of(model: nn.Module) -> Quantizer:
+    """A quantizer for a prepared copy."""
+    return Quantizer(model, eager())
 
 
 def test_after_prepare_the_example_was_observed() -> None:
@@ -63,7 +68,6 @@ def test_training() -> None:
     with quantizer.training_mode():
         assert weight_and_activation(model) == ((True, True), (True, True))
         assert model.training
-        quantizer.step()
     assert weight_and_activation(model) == (AFTERWARDS, AFTERWARDS)
     with pytest.raises(TypeError, match="unexpected keyword"), quantizer.training_mode():
         model(X, wrong=True)
@@ -73,11 +77,16 @@ def test_training() -> None:
 
 def test_training_twice_and_steps_outside() -> None:
     quantizer, _ = prepared(Mlp(), X)
-    with quantizer.training_mode():
-        with pytest.raises(RuntimeError, match="active already"), quantizer.training_mode():
-            pass
-        quantizer.step()
+    again = quantizer.training_mode()
+    with quantizer.training_mode(), pytest.raises(RuntimeError, match="active already"), again:
+        pass
     with pytest.raises(RuntimeError, match="call it inside of"):
+        quantizer.step()
+
+
+def test_steps_without_a_schedule_warn() -> None:
+    quantizer, _ = prepared(Mlp(), X)
+    with quantizer.training_mode(), pytest.warns(UserWarning, match="has no effect: no module's"):
         quantizer.step()
 
 
@@ -150,7 +159,6 @@ def test_training_lowers_the_loss() -> None:
             loss = (model(X) - target).square().mean()
             loss.backward()
             optimizer.step()
-            quantizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
@@ -162,12 +170,24 @@ def test_checkpoints_load_into_a_prepared_model() -> None:
     assert torch.equal(other(X), model(X))
 
 
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_weights_only_models_compile_as_one_graph(mode) -> None:
-    pytest.importorskip("torch._inductor")
-    spec = QuantizationSpec(dtype="int4", granularity={"type": "per_channel", "axis": 0})
-    _, model = prepared(Mlp(), X, config=globally(**WEIGHTS_ONLY, op_state_spec={"weight": spec}))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if mode == "default" else "eager")
-    assert torch.equal(compiled(X), model(X))
-    compiled(X).sum().backward()
-    assert model.first.parametrizations.weight.original.grad is not None
+@pytest.mark.parametrize(("make", "config"), [(Mlp, WEIGHTS_ONLY), (Outer, {})])
+def test_prepared_models_compile_as_one_graph(make, config) -> None:
+    torch._dynamo.reset()
+    _, model = prepared(make(), X, config=globally(**config))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(X)
+    out = compiled(X)
+    assert torch.equal(out, expected)
+    gradients = [torch.autograd.grad(each.sum(), list(model.parameters())) for each in (out, expected)]
+    assert all(map(torch.equal, *gradients))
+
+
+def test_a_compiled_training_step_observes() -> None:
+    torch._dynamo.reset()
+    quantizer, model = prepared(Mlp(), X)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with quantizer.training_mode(), quantizer_of(other).training_mode():
+        for scale in (1.0, 3.0):
+            assert torch.equal(compiled(X * scale), other(X * scale))
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
