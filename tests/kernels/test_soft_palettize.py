@@ -85,26 +85,27 @@ def test_against_float64_autograd(
         torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=1e-5 * scale)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(palette_cases(max_clusters=33, special=False))
 def test_backends_agree(case: PaletteCase) -> None:
-    """All to 1e-4 of the largest value, or two steps of a 16-bit type."""
+    """All to 1e-4 of the largest value, or two steps of a 16-bit type.
+
+    The temperature is as large as any squared value, so that gradients are of the order of what comes in, 1.
+    """
     weight, centroids = case.tensor(), case.centroids()
-    spread = (float(weight.float().std()) if weight.numel() > 1 else 1.0) + 1e-6
+    largest = max(float(x.abs().max()) if x.numel() else 0.0 for x in (weight, centroids)) + 1e-6
     results = []
     for backend in ("reference", "auto"):
         with ck.use_backend(backend):
-            results.append(run(weight, centroids, spread**2, case.block_size, 1))
+            results.append(run(weight, centroids, largest**2, case.block_size, 1))
     assert_same_memory_format(results[1][0], results[0][0])
-    for got, wanted in zip(results[1], results[0], strict=True):
+    for got, wanted, unit in zip(results[1], results[0], (largest, largest, 1.0, 1.0), strict=True):
         assert got.dtype == wanted.dtype
         assert got.shape == wanted.shape
         if got.numel():
-            steps = 2 * torch.finfo(got.dtype).eps if got.dtype.itemsize == 2 else 0.0
-            scale = float(wanted.abs().max()) + 1e-30
-            torch.testing.assert_close(
-                got.double(), wanted.double(), rtol=steps, atol=max(1e-4, steps) * scale
-            )
+            step = 2 * torch.finfo(got.dtype).eps if got.dtype.itemsize == 2 else 1e-4
+            scale = max(unit, float(wanted.abs().max()))
+            torch.testing.assert_close(got.double(), wanted.double(), rtol=0.0, atol=step * scale)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

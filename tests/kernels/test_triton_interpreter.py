@@ -24,13 +24,20 @@ if release(triton.__version__) < (3, 7) and release(numpy.__version__) >= (2, 4)
     pytest.skip(reason, allow_module_level=True)
 
 INTERPRETED = Path(__file__).with_name("triton_interpreted.py")
+PALETTES = Path(__file__).with_name("triton_palettes_interpreted.py")
 _ELEMENTS = "test_fake_quantize or test_quantize or test_bits or test_64 or test_masks"
 _STEPS = "test_observe_and_fake_quantize or test_tensor_in_parts"
-PARTS = {"elements": _ELEMENTS, "steps": _STEPS, "others": f"not ({_ELEMENTS} or {_STEPS})"}
+PARTS = {
+    "elements": (INTERPRETED, _ELEMENTS),
+    "steps": (INTERPRETED, _STEPS),
+    "others": (INTERPRETED, f"not ({_ELEMENTS} or {_STEPS})"),
+    "palettes": (PALETTES, ""),
+}
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_under_the_interpreter(part: str) -> None:
+    file, selection = PARTS[part]
     root = INTERPRETED.parents[2]
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
@@ -42,8 +49,8 @@ def test_under_the_interpreter(part: str) -> None:
     for name in [name for name in environment if name.startswith(("PYTEST_", "COV_"))]:
         del environment[name]
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", PARTS[part]]
-        + ["--no-header", "-x", "--tb=short", str(INTERPRETED)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", selection]
+        + ["--no-header", "-x", "--tb=short", str(file)],
         cwd=root,
         env=environment,
         capture_output=True,

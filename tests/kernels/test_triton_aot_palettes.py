@@ -1,0 +1,96 @@
+"""The Triton palette kernels compiled ahead of time for three GPU generations, as in ``test_triton_aot.py``."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from coreai_kernels.triton import palettes, soft_palettize  # noqa: E402
+from tests.kernels.test_triton_aot import compiled, meta, resources  # noqa: E402, F401 (compiled is a fixture)
+
+BF16, BYTES = torch.bfloat16, torch.uint8
+WHOLE, GROUPS = [1024, 4096], [16, 4096]
+
+
+def centroids(blocks: list[int], clusters: int, dim: int = 1, dtype: torch.dtype = torch.float32) -> Any:
+    return meta(1024 * 4096 // (blocks[0] * blocks[1]), clusters, dim, dtype=dtype)
+
+
+def palettize(blocks: list[int], clusters: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+    return lambda: palettes.palettize(meta(1024, 4096, dtype=dtype), centroids(blocks, clusters, dim), blocks)
+
+
+def lookup(blocks: list[int], clusters: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+    indices = meta(1024 // dim, 4096, dtype=BYTES)
+    return lambda: palettes.lookup(indices, centroids(blocks, clusters, dim, dtype), blocks)
+
+
+def packed(bits: int, dtype: torch.dtype) -> Callable[[], Any]:
+    data = meta(1024 * 4096 * bits // 8, dtype=BYTES)
+    table = centroids(GROUPS, 2**bits, 1, dtype)
+    return lambda: palettes.lookup_packed(data, table, [1024, 4096], GROUPS, bits)
+
+
+def backward(clusters: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+    grad, indices = meta(1024, 4096, dtype=dtype), meta(1024 // dim, 4096, dtype=BYTES)
+    return lambda: palettes.lookup_backward(grad, indices, WHOLE, clusters, dim)
+
+
+def soft(name: str, clusters: int, dim: int, dtype: torch.dtype) -> Callable[[], Any]:
+    weight, table = meta(1024, 4096, dtype=dtype), centroids(GROUPS, clusters, dim)
+    before = {
+        "soft_palettize_backward": (weight,),
+        "soft_centroids_backward": (table, table, meta(64, clusters)),
+    }
+    return lambda: getattr(soft_palettize, name)(*before.get(name, ()), weight, table, 0.1, GROUPS)
+
+
+FP32 = torch.float32
+VARIANTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "palettize-16-fp32": ("nearest_scalars", palettize(WHOLE, 16, 1, FP32)),
+    "palettize-256-bf16": ("nearest_scalars", palettize(GROUPS, 256, 1, BF16)),
+    "palettize-vectors-fp32": ("nearest_vectors", palettize(WHOLE, 16, 4, FP32)),
+    "lookup-16-fp32": ("lookup", lookup(WHOLE, 16, 1, FP32)),
+    "lookup-256-bf16": ("lookup", lookup(GROUPS, 256, 1, BF16)),
+    "lookup-vectors-bf16": ("lookup", lookup(WHOLE, 16, 2, BF16)),
+    "lookup-packed-4-bf16": ("lookup", packed(4, BF16)),
+    "lookup-packed-3-fp32": ("lookup", packed(3, FP32)),
+    "backward-16-fp32": ("sum_by_index", backward(16, 1, FP32)),
+    "backward-vectors-bf16": ("sum_by_index", backward(64, 2, BF16)),
+    **{
+        f"{name}-{clusters}-{dim}": ("soft", soft(name, clusters, dim, dtype))
+        for name in (
+            "soft_palettize",
+            "soft_palettize_backward",
+            "soft_centroids",
+            "soft_centroids_backward",
+        )
+        for clusters, dim, dtype in ((16, 1, FP32), (64, 2, BF16))
+    },
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled(
+    variant: str,
+    arch: int,
+    compiled: list[tuple[str, Any]],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    name, run = VARIANTS[variant]
+    run()
+    assert [kernel_name for kernel_name, _ in compiled] == [name]
+    kernel = compiled[0][1]
+    assert kernel.metadata.enable_fp_fusion is False
+    ptx = kernel.asm["ptx"]
+    assert ".local" not in ptx
+    used = resources(kernel.asm["cubin"], tmp_path)
+    assert (used["STACK"], used["LOCAL"]) == (0, 0), used
+    if name != "soft":  # there, exponentials are approximate
+        for inexact in ("fma.rn.f32", "div.full", "div.approx", "rcp.approx", ".ftz"):
+            assert inexact not in ptx
