@@ -16,7 +16,7 @@ constexpr double kLeastMass = 0x1p-100;
 class SoftProblem {
  public:
   SoftProblem(const Tensor& weight, const Tensor& centroids, double temperature, const Blocks& block_size)
-      : dim_(centroids.size(2)), weight_(dim_ > 1 ? torch::stable::contiguous(weight) : weight),
+      : dim_(centroids.size(2)), given_(weight), weight_(dim_ > 1 ? torch::stable::contiguous(weight) : weight),
         x_(weight_, weight.scalar_type()),
         layout_(cpu::make_layout(rows_over(x_.shape, dim_), x_.order, index_blocks(block_size, dim_))),
         palettes_(centroids, layout_), table_(palettes_.values()) {
@@ -40,7 +40,13 @@ class SoftProblem {
   SoftProblem(const SoftProblem&) = delete;
 
   cpu::Soft& job() { return job_; }
-  const Tensor& output() const { return x_.output; }
+  // In the memory format of the weight.
+  Tensor output() const {
+    if (dim_ == 1 || given_.is_contiguous()) return x_.output;
+    Tensor result = torch::stable::empty_like(given_);
+    torch::stable::copy_(result, x_.output);
+    return result;
+  }
   const Palettes& palettes() const { return palettes_; }
   int64_t values() const { return static_cast<int64_t>(table_.size()); }
   // A tensor of the weight's shape and type in the memory order in which the kernel goes through the weight.
@@ -105,7 +111,7 @@ class SoftProblem {
   }
 
   int64_t dim_;
-  Tensor weight_;
+  Tensor given_, weight_;
   Operand x_;
   cpu::Layout layout_;
   Palettes palettes_;

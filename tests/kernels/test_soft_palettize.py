@@ -1,4 +1,4 @@
-"""``soft_palettize`` and ``soft_centroids``: against their definition in float64, and every backend against the reference."""
+"""``soft_palettize`` and ``soft_centroids``: their definition in float64; every backend."""
 
 import pytest
 import torch
@@ -125,10 +125,10 @@ def test_a_centroid_without_weights_stays(backend: str) -> None:
     with ck.use_backend(backend):
         moved = ck.soft_centroids(weight, centroids, 0.1, block_size=(4, 4))
         moved.sum().backward()
-    assert float(moved[0, 1, 0]) == 1e6
+    assert float(moved.detach()[0, 1, 0]) == 1e6
     assert centroids.grad is not None
     assert float(centroids.grad[0, 1, 0]) == 1.0
-    torch.testing.assert_close(moved[0, 0, 0], weight.mean())
+    torch.testing.assert_close(moved.detach()[0, 0, 0], weight.mean())
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -1,4 +1,4 @@
-"""The Triton palette kernels compiled ahead of time for three GPU generations, as in ``test_triton_aot.py``."""
+"""The Triton palette kernels compiled ahead of time, as in ``test_triton_aot.py``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from coreai_kernels.triton import palettes, soft_palettize  # noqa: E402
-from tests.kernels.test_triton_aot import compiled, meta, resources  # noqa: E402, F401 (compiled is a fixture)
+from coreai_kernels.triton import palettes, soft_palettize
+from tests.kernels.test_triton_aot import compiled, meta, resources  # noqa: F401 (compiled is a fixture)
 
 BF16, BYTES = torch.bfloat16, torch.uint8
 WHOLE, GROUPS = [1024, 4096], [16, 4096]

@@ -1,7 +1,7 @@
 """The Triton palette operations under Triton's interpreter, against the reference.
 
-Not collected by itself: ``test_triton_interpreter.py`` runs it, with TRITON_INTERPRET set before anything imports
-triton.
+Not collected by itself: ``test_triton_interpreter.py`` runs it, with TRITON_INTERPRET set before anything
+imports triton.
 """
 
 import os

@@ -58,8 +58,8 @@ def check_centroids(centroids: Tensor, shape: tuple[int, ...], block_size: tuple
         raise ValueError(f"block_size: {error}") from None
     if centroids.size(0) != blocks:
         raise ValueError(
-            f"centroids must have one palette per block, {blocks} for block_size {tuple(block_size)} and shape "
-            f"{tuple(shape)}; got {centroids.size(0)}"
+            f"centroids must have one palette per block, {blocks} for block_size {tuple(block_size)} "
+            f"and shape {tuple(shape)}; got {centroids.size(0)}"
         )
 
 

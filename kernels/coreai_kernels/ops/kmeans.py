@@ -39,8 +39,8 @@ def kmeans(
         num_clusters: 1 to 256.
         cluster_dim: a vector is so many consecutive entries of axis 0.
         block_size: extent of a block along each axis; ``cluster_dim`` must divide the first.
-        weights: importance of each element, at least 0, in the shape of ``weight``; a vector has the sum of its
-            entries'. A block of which all are 0 counts as unweighted.
+        weights: importance of each element, at least 0, in the shape of ``weight``; a vector has the sum of
+            its entries'. A block of which all are 0 counts as unweighted.
         seed: of the random choices.
         max_iterations: at most so many.
         tolerance: stop when no centroid of any block moves by more than this share of the weight's standard
@@ -107,7 +107,7 @@ class _Problem:
             self.weighted = self.vectors.float() * mass.unsqueeze(2)
 
     def seeds(self, clusters: int, generator: torch.Generator) -> Tensor:
-        """Vectors drawn one after the other, each with probability mass times squared distance to those before."""
+        """Vectors drawn one by one, each by its mass times squared distance to those before."""
         blocks, count, dim = self.vectors.shape
         device = self.weight.device
         chosen = torch.randperm(count, generator=generator)[: _SEEDS_PER_CLUSTER * clusters].sort().values

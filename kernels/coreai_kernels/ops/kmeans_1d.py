@@ -37,8 +37,8 @@ def kmeans_1d(
     """Centroids with the least sum of squared errors, for each block of a tensor.
 
     Solved exactly, by dynamic programming over the sorted distinct values (Wang & Song, R Journal 2011;
-    Grønlund et al., arXiv 1701.07204): the error is that of the optimum to 1e-11 relative, sums being in float64.
-    Of several optimal partitions that with the earliest splits is taken. 16-bit types cost a histogram of
+    Grønlund et al., arXiv 1701.07204), with sums in float64: the partition is optimal to 1e-11 of the values'
+    variance. Of several optimal ones that with the earliest splits is taken. 16-bit types cost a histogram of
     their bit patterns, however large the tensor.
 
     Runs on the CPU, wherever ``weight`` is, and waits for the result: clustering happens once, or on a
@@ -53,8 +53,8 @@ def kmeans_1d(
         decimals: cluster the values rounded to so many decimal places, as :func:`numpy.round` rounds float32.
 
     Returns:
-        float32 ``(blocks, num_clusters, 1)`` on the device of ``weight``; blocks in row-major order, ascending
-        within each. With fewer distinct values than clusters, the largest repeats.
+        float32 ``(blocks, num_clusters, 1)`` on the device of ``weight``; blocks in row-major order,
+        ascending within each. With fewer distinct values than clusters, the largest repeats.
 
     Raises:
         ValueError: shapes or ``num_clusters`` do not fit; NaN or an infinity in ``weight`` or ``weights``, or

@@ -116,8 +116,8 @@ def lookup(
     the sum of magnitudes), equally reproducible.
 
     Args:
-        indices: uint8, each below the number of centroids. What others yield is not defined, but no memory beyond
-            the palette is read.
+        indices: uint8, each below the number of centroids. What others yield is not defined, but no memory
+            beyond the palette is read.
         centroids: ``(blocks, k, dim)``, floating point, at most 256 a block; a vector is ``dim`` consecutive
             entries of axis 0 of the weight.
         block_size: extent of a block *of the weight* along each axis.

@@ -30,8 +30,9 @@ define(
 def palettize(weight: Tensor, centroids: Tensor, *, block_size: tuple[int, ...]) -> Tensor:
     """Indices of the nearest centroids.
 
-    Scalars are compared exactly, with the midpoints between centroids; vectors by their squared distance, summed in
-    float32. Ties go to the lower index. NaN goes to the smallest of scalar centroids; a vector with NaN, to index 0.
+    Scalars are compared exactly, with the midpoints between centroids; vectors by their squared distance,
+    summed in float32. Ties go to the lower index. NaN goes to the smallest of scalar centroids; a vector with
+    NaN, to index 0.
 
     Args:
         weight: float32, bfloat16, float16 or float64 tensor of any strides; the latter is rounded to float32.

@@ -157,14 +157,15 @@ def soft_centroids(
 
     Args:
         weight: float32, bfloat16, float16 or float64 tensor; the latter is rounded to float32.
-        centroids: ``(blocks, k, dim)``, at most 256 a block; a vector is ``dim`` consecutive entries of axis 0.
+        centroids: ``(blocks, k, dim)``, at most 256 a block; a vector is ``dim`` consecutive entries of
+            axis 0.
         temperature: above 0, in the unit of squared weights. Small ones approach hard assignment.
         block_size: extent of a block of ``weight`` along each axis; ``dim`` must divide the first.
         iterations: number of steps; with 0 the centroids are returned as they are.
 
     Returns:
         float32 tensor of the shape of ``centroids``, with gradients to ``weight`` and ``centroids``. Backends
-        agree to 1e-5 of the palette's spread (exponentials differ in their last bit), each being deterministic.
+        agree to 1e-5 of the palette's spread (exponentials differ in the last bit); each is deterministic.
 
     Raises:
         ValueError: shapes, ``temperature`` or ``iterations`` do not fit.
@@ -189,7 +190,8 @@ def soft_palettize(
 
     Args:
         weight: float32, bfloat16, float16 or float64 tensor; the latter is rounded to float32.
-        centroids: ``(blocks, k, dim)``, at most 256 a block; a vector is ``dim`` consecutive entries of axis 0.
+        centroids: ``(blocks, k, dim)``, at most 256 a block; a vector is ``dim`` consecutive entries of
+            axis 0.
         temperature: above 0, in the unit of squared weights. Small ones approach hard assignment.
         block_size: extent of a block of ``weight`` along each axis; ``dim`` must divide the first.
         iterations: number of steps that move the centroids first.

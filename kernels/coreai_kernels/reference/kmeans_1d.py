@@ -1,8 +1,11 @@
-"""Exact k-means of scalars by dynamic programming (Wang & Song, R Journal 2011; Grønlund et al., arXiv 1701.07204).
+"""Exact k-means of scalars by dynamic programming.
 
-Clusters of an optimal partition are runs of the sorted distinct values. With ``S`` and ``W`` the prefix sums of
-mass times value (less the mean of all) and of mass, the squared error is a constant less the gain
-``sum (S_b - S_a)^2 / (W_b - W_a)`` over the runs ``a..b``, so the best gain of the first ``i`` values in ``j`` runs is::
+After Wang & Song (R Journal 2011) and Grønlund et al. (arXiv 1701.07204).
+
+Clusters of an optimal partition are runs of the sorted distinct values. With ``S`` and ``W`` the prefix sums
+of mass times value (less the mean of all) and of mass, the squared error is a constant less the gain
+``sum (S_b - S_a)^2 / (W_b - W_a)`` over the runs ``a..b``. The best gain of the first ``i`` values in ``j``
+runs is::
 
     G_j[i] = max over m of G_{j-1}[m] + (S_i - S_m)^2 / (W_i - W_m)
 
@@ -19,7 +22,7 @@ __all__ = ["kmeans_1d", "round_decimals"]
 
 
 def round_decimals(x: Tensor, decimals: int) -> Tensor:
-    """Float32 values rounded to decimal places as ``numpy.round`` does: a product, a quotient, both rounded."""
+    """Float32 values rounded as ``numpy.round`` does: by a product and a quotient, each rounded."""
     power = 10.0**decimals
     return torch.round(x * power) / power
 
@@ -97,7 +100,7 @@ def _partition(points: Tensor, mass: Tensor, num_clusters: int) -> list[int]:
 def _best_splits(
     gain: Tensor, sums: Tensor, masses: Tensor, clusters: int, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Gain and last split of the first ``i`` values for all ``i`` from ``first`` on, all halves of a level at once."""
+    """Gain and last split of the first ``i`` values, ``i >= first``: all halves of a level at once."""
     count = len(sums) - 1
     best = torch.full_like(gain, -torch.inf)
     splits = torch.zeros(count + 1, dtype=torch.int64, device=gain.device)

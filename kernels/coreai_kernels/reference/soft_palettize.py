@@ -40,7 +40,9 @@ def _attention(vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
     distance = torch.zeros((*vectors.shape[:2], table.size(1)), device=vectors.device)
     for entry in range(table.size(2)):
         distance += (vectors[:, :, entry, None] - table[:, None, :, entry]) ** 2
-    return torch.softmax(-distance / temperature, dim=2)
+    # Differences before the quotient, so that no temperature is too small.
+    sharpness = min(1.0 / temperature, torch.finfo(torch.float32).max / 2)
+    return torch.softmax((distance.amin(2, keepdim=True) - distance) * sharpness, dim=2)
 
 
 def _through_softmax(attention: Tensor, grad: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Palettes on a GPU: ``palettize``, ``lookup`` and its gradient.
 
-The kernels take a weight as ``(blocks, vectors, dim)``, which is a view of it unless blocks are groups of columns or
-its memory is in another order. A program works on a tile of one block.
+The kernels take a weight as ``(blocks, vectors, dim)``: a view of it unless blocks are groups of columns, a
+vector has several entries, or its memory is in another order. A program works on a tile of one block.
 """
 
 import torch
@@ -212,7 +212,7 @@ def lookup_packed(
     if whole_rows and (dim == 1 or centroids.size(0) * block_size[0] == shape[0] == dim):
         count = torch.Size(shape).numel() // max(1, centroids.size(0)) // dim
         output = _look_up(packed.contiguous(), centroids, count, int(bits))
-        return from_vectors(output, shape, tuple(block_size)).contiguous()
+        return from_vectors(output, tuple(shape), tuple(block_size)).contiguous()
     rows = _index_shape(shape, dim)
     indices = unpack_bits(packed, bits, torch.Size(rows).numel(), False).reshape(rows)
     return lookup(indices, centroids, block_size)

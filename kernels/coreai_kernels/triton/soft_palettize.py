@@ -1,4 +1,4 @@
-"""Differentiable k-means on a GPU: attention over the centroids of a block, computed three times and never stored."""
+"""Differentiable k-means on a GPU: attention over a block's centroids, computed again rather than stored."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def _distance(here, valid, center, DIM: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _slope(here, valid, center, offset, DIM: tl.constexpr, TILE: tl.constexpr):
-    """Gradient to the attention of one cluster: the product of the vectors here with its row, less its offset."""
+    """Gradient to the attention of one cluster: the vectors here times its row, less its offset."""
     u = tl.zeros([TILE], tl.float32) - offset
     for entry in tl.static_range(DIM):
         u += tl.load(here + entry, mask=valid, other=0.0).to(tl.float32) * tl.load(center + entry)
