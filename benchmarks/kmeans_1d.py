@@ -1,0 +1,33 @@
+"""``kmeans_1d``: palettes of 16 or 256, of a tensor or of each row; exact, or of values in decimal steps."""
+
+from collections.abc import Iterator
+
+from benchmarks.cases import Case, Sweep, make_input
+from benchmarks.harness import NATIVE, Bench
+from benchmarks.lookup import COMBINATIONS, QUICK_COMBINATIONS
+from coreai_kernels.ops.library import implementation
+
+__all__ = ["build", "cases"]
+
+# Exact clustering of as many distinct float32 values as a whole tensor has takes seconds.
+_EXACT_UP_TO = 1024
+
+
+def cases(sweep: Sweep) -> Iterator[Case]:
+    for variant in ("exact", "decimals"):
+        for case in sweep.over("kmeans_1d", sweep.select(COMBINATIONS, QUICK_COMBINATIONS), variant=variant):
+            quick = case.dtype != "fp32" or case.granularity != "tensor" or case.size <= _EXACT_UP_TO
+            if variant == "decimals" or quick:
+                yield case
+
+
+def build(case: Case) -> Bench:
+    x, cluster = make_input(case), implementation("kmeans_1d")
+    clusters = 16 if case.format == "int4" else 256
+    decimals = 4 if case.variant == "decimals" else None
+    blocks = case.numel // (case.block_size[0] * case.block_size[1])
+    return Bench(
+        {NATIVE: lambda: cluster(x, None, case.block_size, clusters, decimals)},
+        x.nbytes,
+        4 * blocks * clusters,
+    )
