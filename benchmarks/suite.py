@@ -15,10 +15,12 @@ from benchmarks import (
     dequantize,
     fake_quantize,
     fake_quantize_backward,
+    learnable_range,
     memory,
     observe_and_fake_quantize,
     observe_range,
     quantize,
+    sampled_mask,
     simulator,
 )
 from benchmarks.apple import Apple
@@ -42,6 +44,8 @@ _KERNELS: dict[str, Operation] = {
     "quantize": quantize,
     "dequantize": dequantize,
     "bits": bits,
+    "learnable_range": learnable_range,
+    "sampled_mask": sampled_mask,
 }
 OPERATIONS = (SIMULATOR, *_KERNELS, MEMORY)
 
