@@ -21,6 +21,8 @@ from coreai_opt.controllers.create import create_compressed_model, register_defa
 from coreai_opt.controllers.filter_pruning import FilterPruningController
 from coreai_opt.controllers.knowledge_distillation import KnowledgeDistillationController
 from coreai_opt.controllers.magnitude_sparsity import MagnitudeSparsityController
+from coreai_opt.controllers.movement_sparsity import MovementSparsityController
+from coreai_opt.controllers.palettization import PalettizationController
 from coreai_opt.controllers.quantization import QuantizationController
 from coreai_opt.controllers.rb_sparsity import RBSparsityController
 from coreai_opt.controllers.statistics import CompressionStatistics
@@ -41,6 +43,8 @@ __all__ = [
     "FilterPruningController",
     "KnowledgeDistillationController",
     "MagnitudeSparsityController",
+    "MovementSparsityController",
+    "PalettizationController",
     "QuantizationController",
     "RBSparsityController",
     "create_compressed_model",

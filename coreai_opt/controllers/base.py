@@ -110,6 +110,13 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
     def strip_model(self, model: nn.Module) -> None:
         """Strip ``model``, the controlled one or a copy of it, in place."""
 
+    def lower_model(self, model: nn.Module) -> None:
+        """Strip ``model`` for a file; what :meth:`finish_lowering` still needs may stay in it."""
+        self.strip_model(model)
+
+    def finish_lowering(self, model: nn.Module) -> None:
+        """Express in ONNX's operators what is left to be expressed, once all algorithms are stripped."""
+
     def prepare_for_export(self) -> None:
         """See :class:`CompressionAlgorithmController`."""
         self.strip(do_copy=False)

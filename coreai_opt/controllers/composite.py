@@ -88,6 +88,16 @@ class CompositeCompressionAlgorithmController(BaseCompressionAlgorithmController
         for child in reversed(self._children):
             child.strip_model(model)
 
+    def lower_model(self, model: nn.Module) -> None:
+        """Lower what each algorithm added, the last one first."""
+        for child in reversed(self._children):
+            child.lower_model(model)
+
+    def finish_lowering(self, model: nn.Module) -> None:
+        """Let each algorithm finish."""
+        for child in self._children:
+            child.finish_lowering(model)
+
     def disable_scheduler(self) -> None:
         """Disable the schedulers of all algorithms."""
         counters = self._scheduler

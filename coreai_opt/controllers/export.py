@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from coreai_opt.controllers.copies import copy_model
+from coreai_opt.controllers.qdq import FIRST_OPSET_OF_4_BITS, needs_4_bits
+
 if TYPE_CHECKING:
     from coreai_opt.controllers.base import BaseCompressionAlgorithmController
 
@@ -66,9 +69,14 @@ def export_controlled_model(
     opset = opset_of(save_format)
     extra, kwargs = split_arguments(model_args)
     args, defaults = controller.example_inputs()
-    model = controller.strip().eval()
-    if hasattr(controller, "exportable"):
-        model = controller.exportable().eval()
+    # model_args beyond the example's are added to it; those that name what it has, replace it.
+    model = copy_model(controller.model).eval()
+    controller.lower_model(model)
+    controller.finish_lowering(model)
+    if opset < FIRST_OPSET_OF_4_BITS and needs_4_bits(model):
+        raise ValueError(
+            f"save_format: opset {opset} has no 4-bit integers; use 'onnx_{FIRST_OPSET_OF_4_BITS}' or later"
+        )
     export_onnx(model, (*args, *extra), {**defaults, **kwargs}, save_path, opset, input_names, output_names)
 
 

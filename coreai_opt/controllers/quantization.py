@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_opt.config.spec import CompressionTargetTensor
-from coreai_opt.controllers import quantizers
+from coreai_opt.controllers import qdq, quantizers
 from coreai_opt.controllers.api import CompressionStage, State
 from coreai_opt.controllers.base import BaseCompressionAlgorithmBuilder, BaseCompressionAlgorithmController
 from coreai_opt.controllers.batchnorm import adapt_batchnorm
@@ -132,6 +132,26 @@ class QuantizationController(BaseCompressionAlgorithmController):
         bake(model, (FakeQuantizeImplBase, LearnableRangeQuantize))
         for simulator in input_simulators(model).values():
             simulator.enable_observer(False)
+
+    def lower_model(self, model: nn.Module) -> None:
+        """Strip, and leave the weights' parameters in the layers: pruning takes its share of them, too."""
+        if not all(self._on.values()):
+            raise RuntimeError("a model is exported once weights and activations are quantized: see params")
+        found = {}
+        for name in self.weights:
+            layer = model.get_submodule(name)
+            with torch.no_grad():
+                _ = layer.weight  # observes once more
+            found[name] = self._builder.weight_simulators(model)[name].calculate_qparams()
+        self.strip_model(model)
+        for name, (scale, zero_point, _) in found.items():
+            layer = model.get_submodule(name)
+            layer.register_buffer(qdq.SCALE, scale.detach(), persistent=False)
+            layer.register_buffer(qdq.ZERO_POINT, zero_point.detach(), persistent=False)
+
+    def finish_lowering(self, model: nn.Module) -> None:
+        """Put QuantizeLinear and DequantizeLinear where the simulators were."""
+        qdq.install_qdq(model, self.weights, self.activations)
 
     def _get_algorithm_state(self) -> State:
         return dict(self._on)

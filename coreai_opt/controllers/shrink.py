@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_opt.controllers.channels import Cluster, Consumer
+from coreai_opt.controllers.qdq import SCALE, ZERO_POINT
 from coreai_opt.controllers.quantizers import channel_axis_of
 
 __all__ = ["shrink"]
@@ -29,6 +30,9 @@ def shrink(
             layer: Any = model.get_submodule(name)
             _select(layer, "weight", indices, channel_axis_of(layer))
             _select(layer, "bias", indices, 0)
+            for tensor in (SCALE, ZERO_POINT):  # of a quantized weight that is being exported
+                if getattr(layer, tensor, None) is not None and getattr(layer, tensor).numel() > 1:
+                    _select(layer, tensor, indices, channel_axis_of(layer))
             layer.out_channels = indices.numel()
         for name in cluster.followers:
             layer = model.get_submodule(name)

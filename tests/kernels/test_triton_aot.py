@@ -29,11 +29,13 @@ from coreai_kernels.triton import (  # noqa: E402
     bits,
     fake_quantize,
     foreach,
+    learnable_range,
     masks,
     observe_and_fake_quantize,
     observe_range,
     qparams,
     quantize,
+    sampled_mask,
 )
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -355,6 +357,37 @@ def _product(dtype: torch.dtype) -> Variant:
     return Variant(f"product-{short(dtype)}", run, ("product",), divides=False)
 
 
+def _sampled(dtype: torch.dtype) -> list[Variant]:
+    weight, logits, draw = meta(1024, 4096, dtype=dtype), meta(1024, 4096), meta(dtype=torch.int64)
+    return [
+        Variant(
+            f"sampled-{short(dtype)}",
+            lambda: sampled_mask.sampled_mask_forward(weight, logits, draw, 2**40),
+            ("forward",),
+            divides=False,
+        ),
+        Variant(
+            f"sampled-backward-{short(dtype)}",
+            lambda: sampled_mask.sampled_mask_backward(weight, weight, logits, draw, 2**40),
+            ("backward",),
+        ),
+    ]
+
+
+def _learned(blocks: str, dtype: torch.dtype, has_low: bool, **expected: Any) -> Variant:
+    block = BLOCKS[blocks]
+    span, _, low = _parameters((1024, 4096), block)
+    x = meta(1024, 4096, dtype=dtype)
+    levels = (0.0, 255.0) if has_low else (-128.0, 127.0)
+
+    def run() -> Any:
+        given = low if has_low else None
+        return learnable_range.learnable_range_backward(x, x, given, span, list(block), *levels)
+
+    name = f"learned-{blocks}-{short(dtype)}{'-low' * has_low}"
+    return Variant(name, run, ("backward",), wide_loads=False, wide_stores=False, **expected)
+
+
 ASYMMETRIC, GLOBAL, LATEST = Scheme.ASYMMETRIC, RangeUpdate.GLOBAL_MINMAX, RangeUpdate.LATEST
 VARIANTS = [
     *(forward(blocks, dtype, "int4") for blocks in BLOCKS for dtype in (FP32, BF16)),
@@ -419,6 +452,11 @@ VARIANTS = [
     _choose(FP32, ASYMMETRIC, "uint8"),
     _choose(BF16, Scheme.SYMMETRIC, "int4"),
     _choose(FP32, Scheme.SYMMETRIC, "e2m1", power_of_two=True),
+    *_sampled(FP32),
+    *_sampled(BF16),
+    _learned("tensor", FP32, True),
+    _learned("rows", BF16, False),
+    _learned("columns", FP32, False),
     *_bits(4),
     *_bits(3),
     _nm(FP32, 2, 4, 1),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.triton import tiles
 from coreai_kernels.triton.elementwise import fp32, narrow, round_half_even
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense
@@ -45,10 +46,10 @@ def _terms(s, u):
 
 
 @triton.jit(do_not_specialize=["seed", "numel"])
-def _forward(weight, logits, draw, output, seed, numel, TILE: tl.constexpr):
+def _forward(weight, logits, draw, output, seed, numel, UNIT: tl.constexpr, TILE: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * TILE
     element = start + tl.arange(0, TILE)
-    valid = element < numel
+    valid = element < numel.to(tl.int64) * UNIT
     s = tl.load(logits + element, mask=valid, other=0.0)
     a, b = _terms(s, _uniform(start // 4, tl.load(draw), seed, TILE))
     w = fp32(tl.load(weight + element, mask=valid, other=0.0))
@@ -56,10 +57,12 @@ def _forward(weight, logits, draw, output, seed, numel, TILE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed", "numel"])
-def _backward(grad, weight, logits, draw, to_weight, to_logits, seed, numel, TILE: tl.constexpr):
+def _backward(
+    grad, weight, logits, draw, to_weight, to_logits, seed, numel, UNIT: tl.constexpr, TILE: tl.constexpr
+):
     start = tl.program_id(0).to(tl.int64) * TILE
     element = start + tl.arange(0, TILE)
-    valid = element < numel
+    valid = element < numel.to(tl.int64) * UNIT
     s = tl.load(logits + element, mask=valid, other=0.0)
     a, b = _terms(s, _uniform(start // 4, tl.load(draw), seed, TILE))
     g = fp32(tl.load(grad + element, mask=valid, other=0.0))
@@ -79,7 +82,9 @@ def _run(kernel: Any, inputs: list[Tensor], draw: Tensor, outputs: list[Tensor],
     numel = inputs[0].numel()
     if numel:
         programs = triton.cdiv(numel, _TILE)
-        launch(kernel, programs, inputs[0], *inputs, draw, *outputs, seed, numel, TILE=_TILE, warps=4)
+        unit = tiles.unit_of(numel)
+        tensors = (*inputs, draw, *outputs)
+        launch(kernel, programs, inputs[0], *tensors, seed, numel // unit, UNIT=unit, TILE=_TILE, warps=4)
 
 
 def sampled_mask_forward(weight: Tensor, logits: Tensor, draw: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,15 @@
+"""Filter pruning, int8 quantization and distillation together."""
+
+from common import run
+
+ALGORITHMS = [
+    {
+        "algorithm": "filter_pruning",
+        "params": {"pruning_target": 0.5, "pruning_steps": 5, "prune_first_conv": True},
+    },
+    {"algorithm": "quantization"},
+    {"algorithm": "knowledge_distillation", "type": "softmax", "temperature": 2.0},
+]
+
+if __name__ == "__main__":
+    run(*ALGORITHMS)

@@ -1,0 +1,79 @@
+"""Trains on as many gloo processes as torchrun starts; not collected: ``test_distributed.py`` runs it.
+
+``torchrun --standalone --nproc-per-node 2 distributed_training.py results.pt``
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from coreai_opt.controllers import create_compressed_model, register_default_init_args
+from coreai_opt.controllers.distributed import check_equal_ranks
+
+BATCH, STEPS = 8, 6
+ALGORITHMS = [
+    {"algorithm": "rb_sparsity", "params": {"sparsity_target_epoch": 1, "sparsity_target": 0.6}},
+    {"algorithm": "quantization", "preset": "mixed", "learnable_ranges": True},
+    {"algorithm": "knowledge_distillation", "type": "mse"},
+]
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(BATCH, 1, 8, 8, generator=generator), torch.randint(10, (BATCH,), generator=generator)
+
+
+def train(rank: int, ranks: int) -> dict[str, object]:
+    # Each rank initialises from its own share of the data.
+    loader = [(batch(-1)[0][rank::ranks], None)]
+    config = register_default_init_args({"compression": ALGORITHMS}, loader)
+    controller, model = create_compressed_model(make_model(), config)
+    if ranks > 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * rank)  # what went wrong before must not matter
+        try:
+            check_equal_ranks(controller)
+        except RuntimeError as error:
+            assert "differ from those of rank 0" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError("ranks that differ were not noticed")
+        controller.distributed()
+    wrapped = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for step in range(STEPS):
+        if step % 3 == 0:
+            controller.scheduler.epoch_step()
+        controller.scheduler.step()
+        x, y = (part[rank::ranks] for part in batch(step))
+        loss = F.cross_entropy(wrapped(x), y) + controller.loss()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    check_equal_ranks(controller)
+    return {"model": model.state_dict(), "losses": torch.stack(losses)}
+
+
+def main(path: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    result = train(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    if dist.get_rank() == 0:
+        torch.save(result, path)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,39 @@
+"""The examples of the controllers, with one epoch each."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "controllers"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in ("common", *NAMES):
+        sys.modules.pop(name, None)
+
+
+def test_there_is_one_for_each_algorithm() -> None:
+    from coreai_opt.controllers import BaseCompressionAlgorithmBuilder
+
+    assert BaseCompressionAlgorithmBuilder.list_registry_keys() <= set(NAMES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    example, common = importlib.import_module(name), importlib.import_module("common")
+    controller, model = common.run(*example.ALGORITHMS, arguments=["--epochs", "1"])
+    printed = capsys.readouterr().out
+    assert "test accuracy" in printed
+    assert bool(torch.isfinite(model(torch.randn(2, 1, 8, 8))).all())
+    assert set(controller.statistics().to_dict()) == {each["algorithm"] for each in example.ALGORITHMS}
