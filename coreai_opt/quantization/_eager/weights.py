@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
@@ -23,6 +23,8 @@ from coreai_opt.quantization.spec.together import simulate_together
 
 __all__ = ["install_weight_access"]
 
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
+
 # Elements from which on a weight is worth a launch of its own.
 _LARGE = 1 << 17
 
@@ -31,12 +33,42 @@ def install_weight_access(model: nn.Module) -> None:
     """Make reads of the model's simulated weights cheaper."""
     reads = []
     for module in model.modules():
-        if isinstance(module, ParametrizationList) and _has_one_simulator(module):
-            read = WeightRead(module)
-            read.install()
-            reads.append(read)
+        if not is_parametrized(module):
+            continue
+        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
+            if _has_one_simulator(parametrizations):
+                read = WeightRead(parametrizations)
+                read.install()
+                _shorten_the_way(type(module), name)
+                reads.append(read)
     if len(reads) > 1:
         TogetherForward(model, reads).install()
+
+
+def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
+    """Let the attribute look for a weight that is there before it calls the parametrization.
+
+    Args:
+        cls: the class that torch made for the parametrized module, with a property for the weight.
+        name: the weight's name.
+    """
+    given: Any = cls.__dict__[name]
+    if isinstance(given, _ShortProperty):
+        return
+
+    def read(module: nn.Module) -> Any:
+        if not torch.compiler.is_compiling():
+            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]
+            forward = parametrizations._modules[name].__dict__.get("forward")
+            if type(forward) is WeightRead and (weight := forward.fresh()) is not None:
+                return weight
+        return given.fget(module)
+
+    setattr(cls, name, _ShortProperty(read, given.fset))
+
+
+class _ShortProperty(property):
+    """The property of a parametrized weight, after :func:`_shorten_the_way`."""
 
 
 def _has_one_simulator(parametrizations: ParametrizationList) -> bool:
@@ -115,16 +147,8 @@ class WeightRead(ReplacedForward):
         original, simulator = _original_of(module), parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
-            fresh = self._fresh
-            if (
-                fresh is not None
-                and fresh[3].is_running
-                and fresh[1] is original
-                and fresh[2] == original._version
-                and not _are_saved_tensors_hooked()
-            ):
-                return fresh[0]
-            return simulate(simulator, original)
+            fresh = self.fresh()
+            return simulate(simulator, original) if fresh is None else fresh
         held = self._held
         if held is not None and held.is_valid(original, simulator):
             return held.output
@@ -134,14 +158,32 @@ class WeightRead(ReplacedForward):
             self._held = _Held(original, simulator, output)
         return output
 
+    def fresh(self) -> Tensor | None:
+        """What was taken for the forward that is running, if it is good for the reader."""
+        taken = self._fresh
+        if taken is None or not torch.is_grad_enabled():
+            return None
+        output, original, version, generation = taken
+        module: Any = self._module()
+        if (
+            generation.is_running
+            and module._parameters.get("original") is original
+            and original._version == version
+            and len(module._modules) == 1
+            and not _are_saved_tensors_hooked()
+        ):
+            return output
+        return None
+
     @property
     def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
         """The simulator and the weight that it simulates."""
-        module = self.module
-        return module._modules["0"], _original_of(module)  # type: ignore[return-value]
+        module: Any = self._module()
+        return module._modules["0"], _original_of(module)
 
     def take(self, output: Tensor, original: Tensor, generation: _Generation) -> None:
         """Give ``output`` to readers in this generation."""
+        self._held = None
         self._fresh = (output, original, original._version, generation)
 
     def drop(self) -> None:
@@ -171,7 +213,7 @@ def _are_saved_tensors_hooked() -> bool:
 
     Such a part is computed again in the backward pass, and must save the same tensors then.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[attr-defined]
+    return _top_hooks(True) is not None
 
 
 class TogetherForward(ReplacedForward):
@@ -184,7 +226,10 @@ class TogetherForward(ReplacedForward):
 
     def __init__(self, model: nn.Module, reads: list[WeightRead]) -> None:
         super().__init__(model)
-        self.reads = reads
+        by_simulator: dict[FakeQuantizeImplBase, list[WeightRead]] = {}
+        for read in reads:
+            by_simulator.setdefault(read.pair[0], []).append(read)
+        self.reads = list(by_simulator.values())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
@@ -201,27 +246,26 @@ class TogetherForward(ReplacedForward):
                 read.drop()
 
     def _fill(self, generation: _Generation) -> list[WeightRead]:
-        chosen: dict[int, list[WeightRead]] = {}
-        pairs: list[tuple[FakeQuantizeImplBase, Tensor]] = []
-        for read in self.reads:
-            simulator, original = read.pair
-            known = chosen.get(id(simulator))
-            if known is not None:
-                known.append(read)
-            elif (
+        chosen: list[list[WeightRead]] = []
+        simulators: list[FakeQuantizeImplBase] = []
+        originals: list[Tensor] = []
+        for reads in self.reads:
+            simulator, original = reads[0].pair
+            if (
                 type(original) is nn.Parameter
                 and original.requires_grad
                 and original.numel() < _LARGE
                 and gives_the_same_again(simulator)
             ):
-                chosen[id(simulator)] = [read]
-                pairs.append((simulator, original))
-        if len(pairs) < 2:
+                chosen.append(reads)
+                simulators.append(simulator)
+                originals.append(original)
+        if len(chosen) < 2:
             return []
-        outputs = simulate_together([each for each, _ in pairs], [original for _, original in pairs])
+        outputs = simulate_together(simulators, originals)
         filled = []
-        for (_, original), output, reads in zip(pairs, outputs, chosen.values(), strict=True):
+        for reads, original, output in zip(chosen, originals, outputs, strict=True):
             for read in reads:
                 read.take(output, original, generation)
-                filled.append(read)
+            filled += reads
         return filled
