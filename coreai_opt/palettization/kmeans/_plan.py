@@ -45,12 +45,6 @@ def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple
     planned = []
     for target in configured_targets(model, config, uses):
         tensor = target.tensor
-        if not tensor.is_floating_point() or not tensor.numel():
-            logger.warning(
-                f"Disabling palettization for weight {target.fqn!r}: dtype {tensor.dtype}, "
-                f"shape {tuple(tensor.shape)}"
-            )
-            continue
         module_config = cast(ModuleKMeansPalettizerConfig, target.config)
         simulator = _build(target, module_config, functions.get(id(tensor)))
         try:
@@ -59,6 +53,8 @@ def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple
             logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
             continue
         planned.append(Planned(target, simulator, module_config.pat_schedule))
+    if not planned:
+        logger.warning("Nothing is palettized: the configuration names no weight that an operation reads")
     return planned
 
 
