@@ -10,13 +10,12 @@ import copy
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from digits_model import Digits, DigitsNet, load_data
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
-from tqdm import tqdm
+from training import accuracy, predict, train
 
 import coreai_kernels
 from coreai_opt.common import ExportBackend
@@ -27,7 +26,6 @@ from coreai_opt.palettization import (
     PalettizationSpec,
 )
 
-BATCH = 256
 BITS = (4, 2)
 # What happens to a weight in training, as `PalettizationSpec` names it; None for no training at all.
 STRATEGIES = {
@@ -49,42 +47,10 @@ class PaletteResult:
     float_bytes: int
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    return (model.eval()(images).argmax(1) == labels).float().mean().item()
-
-
 def palettizer_for(model: nn.Module, n_bits: int, strategy: str | None) -> KMeansPalettizer:
     spec = PalettizationSpec(n_bits=n_bits, training_strategy_spec={"type": strategy or "default"})
     module_config = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
     return KMeansPalettizer(model, KMeansPalettizerConfig(global_config=module_config))
-
-
-def train(
-    model: nn.Module,
-    data: Digits,
-    title: str,
-    *,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    palettizer: KMeansPalettizer | None = None,
-) -> None:
-    """Train ``model`` in place. The seed alone decides the order of the images."""
-    shuffling = torch.Generator().manual_seed(seed)
-    steps = len(data.train_labels) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
-    model.train()
-    for _ in tqdm(range(epochs), desc=f"{title:<26}", unit="epoch"):
-        for batch in torch.randperm(len(data.train_labels), generator=shuffling).split(BATCH)[:steps]:
-            loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if palettizer is not None:
-                palettizer.step()
 
 
 @torch.no_grad()
@@ -120,16 +86,17 @@ def compare_palettes(
             palettizer = palettizer_for(copied, n_bits, strategy)
             palettizer.prepare((data.train_images[:1],))
             if strategy is not None:
-                with palettizer.training_mode():
-                    train(
-                        copied,
-                        data,
-                        f"{n_bits} bits, {title}",
-                        epochs=epochs,
-                        learning_rate=learning_rate,
-                        seed=seed,
-                        palettizer=palettizer,
-                    )
+                train(
+                    copied,
+                    data,
+                    f"{n_bits} bits, {title}",
+                    epochs=epochs,
+                    learning_rate=learning_rate,
+                    seed=seed,
+                    weight_decay=0.01,
+                    mode=palettizer.training_mode,
+                    after_step=palettizer.step,
+                )
             palettizer.finalize(backend=ExportBackend._TORCH)
             float_bytes = sum(
                 module.parametrizations.weight.original.nbytes
@@ -140,7 +107,7 @@ def compare_palettes(
                 PaletteResult(
                     title=title,
                     n_bits=n_bits,
-                    accuracy=accuracy(copied, data.test_images, data.test_labels),
+                    accuracy=accuracy(predict(copied, data.test_images), data.test_labels),
                     packed_bytes=packed_bytes(copied),
                     float_bytes=float_bytes,
                 )
@@ -178,7 +145,7 @@ def main() -> None:
     data = load_data(arguments.seed)
     model = DigitsNet()
     train(model, data, "float32", epochs=arguments.epochs, learning_rate=2e-3, seed=arguments.seed)
-    float_accuracy = accuracy(model, data.test_images, data.test_labels)
+    float_accuracy = accuracy(predict(model, data.test_images), data.test_labels)
     results = compare_palettes(
         model, data, epochs=arguments.epochs // 2, learning_rate=5e-4, seed=arguments.seed
     )

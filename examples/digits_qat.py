@@ -1,18 +1,19 @@
-"""Quantization-aware training and pruning of a small network on handwritten digits.
+"""Quantization, pruning and palettization of a small network on handwritten digits.
 
-    python examples/digits_qat.py            # prints a table, writes demo/report.png
+    python examples/digits_qat.py            # prints tables, writes demo/report.png
 
 The steps, one function each in :func:`main`:
 
 1. train a network in float32;
-2. put simulators on its weights (int4 in blocks) and on the inputs of its layers (int8): rounding alone;
+2. quantize its weights (int4 in blocks) and the inputs of its layers (int8): rounding alone;
 3. train on with the simulators in place, once on the fused kernels and once on plain torch. Both runs must
    give the same losses and the same model, bit for bit, or the script fails;
 4. prune the float network while it trains on: three quarters of each weight, and two of every four elements;
-5. pack the weights as a file would hold them, and time single steps.
+5. replace its weights by palettes of 16 and of 4 values, alone and with training;
+6. pack the weights as a file would hold them, and time single steps.
 
-How a simulator meets a model is in ``quantized_layer.py``, how a model is pruned in ``pruned_model.py``;
-network and data are in ``digits_model.py``.
+How a model is quantized is in ``quantized_model.py``, how it is pruned in ``pruned_model.py``, how its
+weights become palettes in ``digits_palettes.py``; network and data are in ``digits_model.py``.
 """
 
 import argparse
@@ -20,93 +21,24 @@ import copy
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from digits_model import Digits, DigitsNet, load_data
+from digits_palettes import compare_palettes, print_palettes
 from measure import median_seconds, peak_bytes
 from pruned_model import PATTERNS, Pruning, sparse_size, zeros
-from quantized_layer import Size, float_size, frozen_ranges, packed_size, quantized_copy
+from quantized_model import Quantization, Size, float_size, packed_size
 from report import TITLES, Report, Result, print_table, write_plots
 from rich.console import Console
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
+from training import BATCH, History, accuracy, predict, train, training_step
 
 import coreai_kernels
 
-BATCH = 256
 # Of `coreai_kernels.use_backend`: "auto" takes the fused kernels of the device at hand.
 BACKENDS = {"fused": "auto", "reference": "reference"}
-
-
-@dataclass
-class History:
-    """Training losses, one a step, and test accuracies, one an epoch."""
-
-    losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor) -> Tensor:
-    """Scores of the ten digits for each image."""
-    model.eval()
-    with frozen_ranges(model):
-        return model(images)
-
-
-def accuracy(scores: Tensor, labels: Tensor) -> float:
-    return (scores.argmax(1) == labels).float().mean().item()
-
-
-def training_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
-) -> Tensor:
-    loss = F.cross_entropy(model(images), labels)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.detach()
-
-
-def train(
-    model: nn.Module,
-    data: Digits,
-    title: str,
-    *,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    after_step: Callable[[], None] = lambda: None,
-) -> History:
-    """Train ``model`` in place. The seed alone decides the order of the images."""
-    shuffling = torch.Generator().manual_seed(seed)
-    steps = len(data.train_labels) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
-    history = History()
-    with tqdm(total=epochs * steps, desc=f"{title:<13}", unit="step") as progress:
-        for _ in range(epochs):
-            model.train()
-            for batch in torch.randperm(len(data.train_labels), generator=shuffling).split(BATCH)[:steps]:
-                loss = training_step(model, optimizer, data.train_images[batch], data.train_labels[batch])
-                schedule.step()
-                after_step()
-                history.losses.append(loss.item())
-                progress.update()
-            history.accuracies.append(accuracy(predict(model, data.test_images), data.test_labels))
-            progress.set_postfix(loss=f"{history.losses[-1]:.4f}", test=f"{history.accuracies[-1]:.2%}")
-    return history
-
-
-@torch.no_grad()
-def calibrate(model: nn.Module, images: Tensor) -> None:
-    """Show the activations' simulators some data: a forward is all that they need to find their ranges."""
-    model.eval()
-    for batch in images.split(BATCH):
-        model(batch)
 
 
 def require_identical(runs: dict[str, History], models: dict[str, nn.Module]) -> None:
@@ -165,16 +97,22 @@ def main() -> None:
     epochs, seed = arguments.epochs, arguments.seed
     runs = {"float32": train(model, data, "float32", epochs=epochs, learning_rate=2e-3, seed=seed)}
 
-    rounded = quantized_copy(model)
-    calibrate(rounded, data.train_images)
+    rounded = Quantization.of(model, data.train_images, BATCH)
 
-    trained = {}
+    quantized = {}
     for name, backend in BACKENDS.items():
-        trained[name] = copy.deepcopy(rounded)
+        quantized[name] = rounded.copied()
         with coreai_kernels.use_backend(backend):
             runs[name] = train(
-                trained[name], data, f"QAT {name}", epochs=epochs // 2, learning_rate=5e-4, seed=seed
+                quantized[name].model,
+                data,
+                f"QAT {name}",
+                epochs=epochs // 2,
+                learning_rate=5e-4,
+                seed=seed,
+                mode=quantized[name].training,
             )
+    trained = {name: each.model for name, each in quantized.items()}
     require_identical(runs, trained)
 
     prunings = {}
@@ -190,10 +128,13 @@ def main() -> None:
             seed=seed,
             after_step=prunings[name].step,
         )
-    in_training = {"float32": model, **trained, **{name: each.model for name, each in prunings.items()}}
+    observing = {name: each.observing() for name, each in quantized.items()}
+    in_training = {"float32": model, **observing, **{name: each.model for name, each in prunings.items()}}
     pruned = {name: each.finished() for name, each in prunings.items()}
 
-    models = {"float32": model, "rounded": rounded, **trained, **pruned}
+    palettes = compare_palettes(model, data, epochs=max(1, epochs // 8), learning_rate=5e-4, seed=seed)
+
+    models = {"float32": model, "rounded": rounded.model, **trained, **pruned}
     steps = {name: step_on(BACKENDS.get(name, "auto"), in_training[name], data) for name in runs}
     seconds = median_seconds(steps, rounds=2 if arguments.quick else 25)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}
@@ -221,6 +162,7 @@ def main() -> None:
     console.print(
         same, "Packed weights, unpacked, equal the simulated and the pruned ones bit for bit.", sep="\n"
     )
+    print_palettes(results["float32"].accuracy, palettes, console)
     for name, run in runs.items():
         console.print(f"last training loss, {name}: {run.losses[-1]!r}", highlight=False)
     write_plots(report, data, arguments.out / "report.png")

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field
 
 import torch
-from quantized_layer import Size
+from quantized_model import Size
 from torch import Tensor, nn
 
 import coreai_kernels

@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from digits_model import Digits
 from matplotlib.axes import Axes
-from quantized_layer import Size
+from quantized_model import Size
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor

@@ -86,6 +86,16 @@ def test_pruned_weights_are_zero(runs):
 
 
 @pytest.mark.slow
+def test_palettes_are_measured_in_each_way(runs):
+    _, tables, _ = runs[0]
+    for label, size in (("4 bits", "101.5 KiB of 807.2"), ("2 bits", "50.6 KiB of 807.2")):
+        *accuracies, stored = _row(tables, label)
+        assert len(accuracies) == 4
+        assert all(re.fullmatch(r"\d+\.\d\d%", cell) for cell in accuracies)
+        assert stored == size
+
+
+@pytest.mark.slow
 def test_table_measures_steps(runs):
     _, table, _ = runs[0]
     times = _row(table, "median step time (ms)")
