@@ -74,6 +74,10 @@ class Apple:
         """Time of a training step that was prepared."""
         return self._ask("sample_training", config=config, calls=calls, cpu_time=cpu_time)  # type: ignore[no-any-return]
 
+    def cluster(self, **case: Any) -> dict[str, float]:
+        """See :func:`benchmarks.clustering_run.cluster`."""
+        return self._ask("cluster", **case)  # type: ignore[no-any-return]
+
     def memory(self, case: Case) -> dict[str, float]:
         """See :func:`benchmarks.memory.of_simulation`."""
         return self._ask("memory", case=asdict(case))  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.cases import Case
+from benchmarks.clustering_run import cluster
 from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
@@ -52,6 +53,9 @@ class Worker:
 
     def sample_training(self, config: str, calls: int, cpu_time: bool) -> float:
         return self.steps[config].seconds(calls, cpu_time)
+
+    def cluster(self, **case: Any) -> dict[str, float]:
+        return cluster(**case)
 
     def memory(self, case: dict[str, Any]) -> dict[str, float]:
         return memory.of_simulation(Simulation(Case(**case)))
