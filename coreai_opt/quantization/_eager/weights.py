@@ -2,8 +2,8 @@
 
 Reading a parametrized weight runs its simulator. Two things make that cheaper, without another result:
 
-- A forward of the whole model that needs gradients first simulates all small weights at once, and readers
-  find theirs. What a reader finds is good for that forward only.
+- A forward of the whole model that needs gradients first simulates all small weights at once
+  (`together_forward`), and readers find theirs. What a reader finds is good for that forward only.
 - A weight that needs no gradient at the moment is held, and given out until it, the simulator's state or its
   settings change. Changes are told by the tensors' version counters, which writes through ``tensor.data`` do
   not move; ``model.train()`` and ``model.eval()`` let go of what is held.
@@ -53,9 +53,9 @@ def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
 
     def read(module: nn.Module) -> Any:
         if not torch.compiler.is_compiling():
-            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]
-            forward = parametrizations._modules[name].__dict__.get("forward")
-            if type(forward) is WeightRead and (weight := forward.fresh()) is not None:
+            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
+            forward = parametrizations.__dict__.get("forward")
+            if type(forward) is WeightRead and (weight := forward.fresh(parametrizations)) is not None:
                 return weight
         return given.fget(module)
 
@@ -142,7 +142,7 @@ class WeightRead(ReplacedForward):
         original, simulator = _original_of(module), parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
-            fresh = self.fresh()
+            fresh = self.fresh(module)
             return simulate(simulator, original) if fresh is None else fresh
         held = self._held
         if held is not None and held.is_valid(original, simulator):
@@ -153,13 +153,16 @@ class WeightRead(ReplacedForward):
             self._held = _Held(original, simulator, output)
         return output
 
-    def fresh(self) -> Tensor | None:
-        """What was taken for the forward that is running, if it is good for the reader."""
+    def fresh(self, module: Any) -> Tensor | None:
+        """What was taken for the forward that is running, if it is good for the reader.
+
+        Args:
+            module: the parametrization list whose forward this is.
+        """
         taken = self._fresh
         if taken is None or not torch.is_grad_enabled():
             return None
         output, original, version, generation = taken
-        module: Any = self._module()
         if (
             generation.is_running
             and module._parameters.get("original") is original

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from coreai_kernels.ops import foreach
 from coreai_opt.quantization.spec._plan import settings_of
@@ -25,6 +26,7 @@ _CALCULATORS = (StaticQParamsCalculator, MovingAverageQParamsCalculator, GlobalM
 
 # What a tensor may be given without becoming another object.
 _facts = attrgetter("requires_grad", "dtype", "device", "shape")
+_version = attrgetter("_version")
 
 
 class KeptLaunches:
@@ -71,6 +73,7 @@ class KeptLaunches:
         self._simulators = [simulators[i] for i in self.members]
         self.tensors = [tensors[i] for i in self.members]
         calculators: list[Any] = [each._modules["qparams_calculator"] for each in self._simulators]
+        self._last_hook = RemovableHandle.next_id
         self._hooks = [vars(each)[name] for each in self._simulators for name in HOOKS]
         self._flags = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
         self._places = [
@@ -79,7 +82,7 @@ class KeptLaunches:
             *(each._buffers for each in calculators),
         ]
         self._values = list(_values(self._places))
-        self._versions = [flag._version for flag in self._flags]  # type: ignore[union-attr]
+        self._versions = list(map(_version, self._flags))
         self._tensor_facts = list(map(_facts, self.tensors))
         self._settings = list(map(settings_of, self._simulators))
 
@@ -89,12 +92,22 @@ class KeptLaunches:
         return (
             len(values) == len(self._values)
             and all(map(is_, values, self._values))
-            and [flag._version for flag in self._flags] == self._versions  # type: ignore[union-attr]
+            and list(map(_version, self._flags)) == self._versions
             and list(map(_facts, self.tensors)) == self._tensor_facts
-            and not any(self._hooks)
+            and not self._are_hooked()
             and not (self._is_hooked or _has_any_global_hook())
             and list(map(settings_of, self._simulators)) == self._settings
         )
+
+    def _are_hooked(self) -> bool:
+        # Torch numbers all hooks in one sequence: as long as it does not go on there are no new ones.
+        last = RemovableHandle.next_id
+        if last == self._last_hook:
+            return False
+        if any(self._hooks):
+            return True
+        self._last_hook = last
+        return False
 
     def __call__(self) -> Iterable[Tensor]:
         """The outputs of the members, as :func:`simulate_together` gives them."""

@@ -86,8 +86,8 @@ class StraightThroughList(torch.autograd.Function):
         ctx.save_for_backward(mask)
         ctx.set_materialize_grads(False)
         ctx.starts = reference.mask_starts(inputs)
-        orders = [fake_quantize_op.layout_of(output) for output in outputs]
-        ctx.orders = orders if any(orders) else None
+        is_row_major = all(map(Tensor.is_contiguous, outputs))
+        ctx.orders = None if is_row_major else [fake_quantize_op.layout_of(output) for output in outputs]
         return tuple(outputs)
 
     @staticmethod
