@@ -19,8 +19,8 @@ from coreai_opt.quantization._eager.placement import (
     undone_on_failure,
 )
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
+from coreai_opt.quantization._eager.together_forward import install_weight_access
 from coreai_opt.quantization._eager.trace import trace_forward
-from coreai_opt.quantization._eager.weights import install_weight_access
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 

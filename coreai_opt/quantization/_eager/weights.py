@@ -2,8 +2,8 @@
 
 Reading a parametrized weight runs its simulator. Two things make that cheaper, without another result:
 
-- A forward of the whole model that needs gradients first simulates all small weights at once, and readers
-  find theirs. What a reader finds is good for that forward only.
+- A forward of the whole model that needs gradients first simulates all small weights at once
+  (`together_forward`), and readers find theirs. What a reader finds is good for that forward only.
 - A weight that needs no gradient at the moment is held, and given out until it, the simulator's state or its
   settings change. Changes are told by the tensors' version counters, which writes through ``tensor.data`` do
   not move; ``model.train()`` and ``model.eval()`` let go of what is held.
@@ -19,18 +19,14 @@ from coreai_opt.quantization._eager.interception import ReplacedForward, simulat
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
-from coreai_opt.quantization.spec.together import simulate_together
 
-__all__ = ["install_weight_access"]
+__all__ = ["Generation", "WeightRead", "are_saved_tensors_hooked", "gives_the_same_again", "install_reads"]
 
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
-# Elements from which on a weight is worth a launch of its own.
-_LARGE = 1 << 17
 
-
-def install_weight_access(model: nn.Module) -> None:
-    """Make reads of the model's simulated weights cheaper."""
+def install_reads(model: nn.Module) -> list["WeightRead"]:
+    """Put a :class:`WeightRead` on each of the model's weights with a simulator, and return them."""
     reads = []
     for module in model.modules():
         if not is_parametrized(module):
@@ -41,8 +37,7 @@ def install_weight_access(model: nn.Module) -> None:
                 read.install()
                 _shorten_the_way(type(module), name)
                 reads.append(read)
-    if len(reads) > 1:
-        TogetherForward(model, reads).install()
+    return reads
 
 
 def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
@@ -58,9 +53,9 @@ def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
 
     def read(module: nn.Module) -> Any:
         if not torch.compiler.is_compiling():
-            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]
-            forward = parametrizations._modules[name].__dict__.get("forward")
-            if type(forward) is WeightRead and (weight := forward.fresh()) is not None:
+            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
+            forward = parametrizations.__dict__.get("forward")
+            if type(forward) is WeightRead and (weight := forward.fresh(parametrizations)) is not None:
                 return weight
         return given.fget(module)
 
@@ -75,7 +70,7 @@ def _has_one_simulator(parametrizations: ParametrizationList) -> bool:
     return len(parametrizations) == 1 and isinstance(parametrizations[0], FakeQuantizeImplBase)
 
 
-class _Generation:
+class Generation:
     """One forward of the whole model."""
 
     __slots__ = ("is_running",)
@@ -133,7 +128,7 @@ class WeightRead(ReplacedForward):
     def __init__(self, parametrizations: ParametrizationList) -> None:
         super().__init__(parametrizations)
         self._held: _Held | None = None
-        self._fresh: tuple[Tensor, Tensor, int, _Generation] | None = None
+        self._fresh: tuple[Tensor, Tensor, int, Generation] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_held": None, "_fresh": None}
@@ -147,7 +142,7 @@ class WeightRead(ReplacedForward):
         original, simulator = _original_of(module), parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
-            fresh = self.fresh()
+            fresh = self.fresh(module)
             return simulate(simulator, original) if fresh is None else fresh
         held = self._held
         if held is not None and held.is_valid(original, simulator):
@@ -158,22 +153,31 @@ class WeightRead(ReplacedForward):
             self._held = _Held(original, simulator, output)
         return output
 
-    def fresh(self) -> Tensor | None:
-        """What was taken for the forward that is running, if it is good for the reader."""
+    def fresh(self, module: Any) -> Tensor | None:
+        """What was taken for the forward that is running, if it is good for the reader.
+
+        Args:
+            module: the parametrization list whose forward this is.
+        """
         taken = self._fresh
         if taken is None or not torch.is_grad_enabled():
             return None
         output, original, version, generation = taken
-        module: Any = self._module()
         if (
             generation.is_running
             and module._parameters.get("original") is original
             and original._version == version
             and len(module._modules) == 1
-            and not _are_saved_tensors_hooked()
+            and not are_saved_tensors_hooked()
         ):
             return output
         return None
+
+    @property
+    def places(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Where the weight and the simulator are kept."""
+        module: Any = self._module()
+        return module._parameters, module._modules
 
     @property
     def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
@@ -181,10 +185,10 @@ class WeightRead(ReplacedForward):
         module: Any = self._module()
         return module._modules["0"], _original_of(module)
 
-    def take(self, output: Tensor, original: Tensor, generation: _Generation) -> None:
-        """Give ``output`` to readers in this generation."""
+    def take(self, output: Tensor, original: Tensor, version: int, generation: Generation) -> None:
+        """Give ``output`` of ``original`` in that version to readers in this generation."""
         self._held = None
-        self._fresh = (output, original, original._version, generation)
+        self._fresh = (output, original, version, generation)
 
     def drop(self) -> None:
         """Forget what was taken."""
@@ -208,64 +212,9 @@ def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:
     )
 
 
-def _are_saved_tensors_hooked() -> bool:
+def are_saved_tensors_hooked() -> bool:
     """Whether autograd hands what it saves to hooks, as it does in a checkpointed part of a model.
 
     Such a part is computed again in the backward pass, and must save the same tensors then.
     """
     return _top_hooks(True) is not None
-
-
-class TogetherForward(ReplacedForward):
-    """The forward of the whole model: simulates the small weights together, before anything else.
-
-    Args:
-        model: the model.
-        reads: its simulated weights.
-    """
-
-    def __init__(self, model: nn.Module, reads: list[WeightRead]) -> None:
-        super().__init__(model)
-        by_simulator: dict[FakeQuantizeImplBase, list[WeightRead]] = {}
-        for read in reads:
-            by_simulator.setdefault(read.pair[0], []).append(read)
-        self.reads = list(by_simulator.values())
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        module = self.module
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _are_saved_tensors_hooked():
-            return self._run(module, args, kwargs)
-        generation = _Generation()
-        filled = self._fill(generation)
-        try:
-            return self._run(module, args, kwargs)
-        finally:
-            generation.is_running = False
-            for read in filled:
-                read.drop()
-
-    def _fill(self, generation: _Generation) -> list[WeightRead]:
-        chosen: list[list[WeightRead]] = []
-        simulators: list[FakeQuantizeImplBase] = []
-        originals: list[Tensor] = []
-        for reads in self.reads:
-            simulator, original = reads[0].pair
-            if (
-                type(original) is nn.Parameter
-                and original.requires_grad
-                and original.numel() < _LARGE
-                and gives_the_same_again(simulator)
-            ):
-                chosen.append(reads)
-                simulators.append(simulator)
-                originals.append(original)
-        if len(chosen) < 2:
-            return []
-        outputs = simulate_together(simulators, originals)
-        filled = []
-        for reads, original, output in zip(chosen, originals, outputs, strict=True):
-            for read in reads:
-                read.take(output, original, generation)
-            filled += reads
-        return filled

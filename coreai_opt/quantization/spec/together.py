@@ -13,12 +13,15 @@ from coreai_opt.quantization.spec._state import is_shaped
 from coreai_opt.quantization.spec.errors import _BlockSizeMismatchError
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["simulate_together"]
+__all__ = ["HOOKS", "Task", "is_hooked", "launch_of", "launches", "simulate_together", "task_of"]
 
 # Elements of a tensor that is worth a launch of its own.
 _LARGE = 1 << 17
 # Elements of a launch. The gradients of its tensors are kept until the last has come: this bounds the memory.
 _MOST = 1 << 21
+
+# Where a module keeps those who listen to its calls.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # What the tensors of a launch have in common, and a tensor's state or parameters with its blocks.
 Setting = tuple[Any, ...]
@@ -55,14 +58,14 @@ def simulate_together(simulators: Sequence[FakeQuantizeImplBase], tensors: Seque
     seen: set[int] = set()
     for i, (simulator, tensor) in enumerate(zip(simulators, tensors, strict=True)):
         calculator = id(simulator._modules["qparams_calculator"])
-        task = None if calculator in seen else _task_of(simulator, tensor)
+        task = None if calculator in seen else task_of(simulator, tensor)
         seen.add(calculator)
         if task is None:
             singles.append(i)
         else:
             groups.setdefault(task[0], []).append((i, task))
     for setting, members in groups.items():
-        for launch in _launches(members, tensors):
+        for launch in launches(members, tensors):
             found = _run(setting, [tensors[i] for i, _ in launch], [task for _, task in launch])
             for (i, _), output in zip(launch, found, strict=True):
                 outputs[i] = output
@@ -71,11 +74,11 @@ def simulate_together(simulators: Sequence[FakeQuantizeImplBase], tensors: Seque
     return outputs
 
 
-def _task_of(simulator: FakeQuantizeImplBase, tensor: Tensor) -> Task | None:
+def task_of(simulator: FakeQuantizeImplBase, tensor: Tensor) -> Task | None:
     """What the fused operators have to do for the simulator; None if its own forward has to."""
     flags = simulator._flags
     flags.update(simulator._buffers)
-    if flags.disabled or not flags.fake_quant or tensor.numel() >= _LARGE or _is_hooked(simulator):
+    if flags.disabled or not flags.fake_quant or tensor.numel() >= _LARGE or is_hooked(simulator):
         return None
     try:
         plan = simulator._plan_for(tensor)
@@ -113,17 +116,13 @@ def _kinds(row: tuple[Tensor | None, ...]) -> tuple[bool, ...]:
     return tuple([value is None for value in row])
 
 
-def _is_hooked(simulator: FakeQuantizeImplBase) -> bool:
+def is_hooked(simulator: FakeQuantizeImplBase) -> bool:
+    """Whether somebody listens to the simulator's calls, so that they must take place."""
     own = simulator.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    )
+    return any(map(own.__getitem__, HOOKS))
 
 
-def _launches(members: list[tuple[int, Task]], tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, Task]]]:
+def launches(members: list[tuple[int, Task]], tensors: Sequence[Tensor]) -> Iterator[list[tuple[int, Task]]]:
     """The members in order, in pieces of limited size."""
     piece: list[tuple[int, Task]] = []
     size = 0
@@ -144,3 +143,14 @@ def _run(setting: Setting, tensors: list[Tensor], tasks: list[Task]) -> list[Ten
     if observes:
         return foreach.apply_step(tensors, rows, setting[-1], blocks, config)
     return foreach.apply(tensors, rows, blocks, *config)
+
+
+def launch_of(tasks: list[Task]) -> foreach.Launch:
+    """The operator for tensors whose tasks have one setting; whoever calls it sees that it takes them."""
+    setting = tasks[0][0]
+    rows = [row for _, row, _ in tasks]
+    blocks = [block_size for _, _, block_size in tasks]
+    observes, config = setting[:2]
+    if observes:
+        return foreach.launch_step(rows, setting[-1], blocks, config)
+    return foreach.launch(rows, blocks, *config)

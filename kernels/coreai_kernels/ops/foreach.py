@@ -19,10 +19,14 @@ from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format, RangeUpdate
 
 __all__ = [
+    "Launch",
     "apply",
     "apply_step",
     "foreach_fake_quantize",
     "foreach_observe_and_fake_quantize",
+    "launch",
+    "launch_step",
+    "takes",
 ]
 
 # Tensors or None: scale, zero point, minimum and, of a step, running minimum and maximum.
@@ -82,8 +86,8 @@ class StraightThroughList(torch.autograd.Function):
         ctx.save_for_backward(mask)
         ctx.set_materialize_grads(False)
         ctx.starts = reference.mask_starts(inputs)
-        orders = [fake_quantize_op.layout_of(output) for output in outputs]
-        ctx.orders = orders if any(orders) else None
+        is_row_major = all(map(Tensor.is_contiguous, outputs))
+        ctx.orders = None if is_row_major else [fake_quantize_op.layout_of(output) for output in outputs]
         return tuple(outputs)
 
     @staticmethod
@@ -104,7 +108,7 @@ class StraightThroughList(torch.autograd.Function):
         return None, None, *results
 
 
-def _takes(input: Tensor, state: Row) -> bool:
+def takes(input: Tensor, state: Row) -> bool:
     """Whether the list operators can do the tensor: not float64, nor with state of other dtypes."""
     return input.dtype != torch.float64 and step_op.is_plain(input, state)
 
@@ -113,7 +117,7 @@ def _shared_out(
     inputs: Sequence[Tensor],
     states: Sequence[Row],
     one: Callable[[int], Tensor],
-    several: Callable[[list[int]], list[Tensor]],
+    several: Callable[[list[int]], Sequence[Tensor]],
 ) -> list[Tensor]:
     """Outputs of ``several``, called for each device and for what needs a gradient or not; or of ``one``."""
     if torch.compiler.is_compiling():  # a compiled program has no calls to save
@@ -122,7 +126,7 @@ def _shared_out(
     groups: dict[tuple[bool, torch.device], list[int]] = {}
     outputs: list[Any] = [None] * len(inputs)
     for i, (x, state) in enumerate(zip(inputs, states, strict=True)):
-        if _takes(x, state):
+        if takes(x, state):
             groups.setdefault((records and x.requires_grad, x.device), []).append(i)
         else:
             outputs[i] = one(i)
@@ -132,16 +136,50 @@ def _shared_out(
     return outputs
 
 
-def _run(
-    name: str, indices: list[int], inputs: Sequence[Tensor], states: Sequence[Row], args: tuple[Any, ...]
-) -> list[Tensor]:
-    operator = implementation(name)
-    chosen = [inputs[i] for i in indices]
-    columns = zip(*[states[i] for i in indices], strict=True)
-    all_args = (*([] if column[0] is None else column for column in columns), *args)
-    if torch.is_grad_enabled() and chosen[0].requires_grad:
-        return StraightThroughList.apply(operator, all_args, *chosen)  # type: ignore[no-any-return]
-    return operator(chosen, *all_args, False)[0]  # type: ignore[no-any-return]
+class Launch:
+    """An operator on tensors of the same shapes, again and again: its other arguments are put together once.
+
+    All tensors are on one device, and :func:`takes` them.
+
+    Args:
+        name: the operator.
+        rows: state or parameters of each tensor; all have None in the same places.
+        args: the operator's arguments after them, but for the last.
+    """
+
+    __slots__ = ("_args", "_name")
+
+    def __init__(self, name: str, rows: Sequence[Row], args: tuple[Any, ...]) -> None:
+        columns = zip(*rows, strict=True)
+        self._name = name
+        self._args = (*([] if column[0] is None else list(column) for column in columns), *args)
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Outputs for the inputs, which all need a gradient or all do not."""
+        operator = implementation(self._name)
+        if torch.is_grad_enabled() and inputs[0].requires_grad:
+            return StraightThroughList.apply(operator, self._args, *inputs)  # type: ignore[no-any-return]
+        return operator(inputs, *self._args, False)[0]  # type: ignore[no-any-return]
+
+
+def launch(
+    params: Sequence[Row],
+    block_sizes: Sequence[tuple[int, ...]],
+    format: int,
+    quant_min: float,
+    quant_max: float,
+) -> Launch:
+    """What :func:`apply` calls for tensors that go together."""
+    args = (list(chain.from_iterable(block_sizes)), format, quant_min, quant_max)
+    return Launch("foreach_fake_quantize_forward", params, args)
+
+
+def launch_step(
+    states: Sequence[Row], has_running: bool, block_sizes: Sequence[tuple[int, ...]], config: tuple[Any, ...]
+) -> Launch:
+    """What :func:`apply_step` calls for tensors that go together."""
+    args = (has_running, list(chain.from_iterable(block_sizes)), *config)
+    return Launch("foreach_observe_and_fake_quantize_", states, args)
 
 
 def apply(
@@ -159,10 +197,9 @@ def apply(
         settings = (block_sizes[i], format, quant_min, quant_max)
         return fake_quantize_op.apply(inputs[i], scale, zero_point, minval, *settings)
 
-    def several(indices: list[int]) -> list[Tensor]:
-        blocks = list(chain.from_iterable([block_sizes[i] for i in indices]))
-        args = (blocks, format, quant_min, quant_max)
-        return _run("foreach_fake_quantize_forward", indices, inputs, params, args)
+    def several(indices: list[int]) -> Sequence[Tensor]:
+        rows, blocks = [params[i] for i in indices], [block_sizes[i] for i in indices]
+        return launch(rows, blocks, format, quant_min, quant_max)([inputs[i] for i in indices])
 
     return _shared_out(inputs, params, one, several)
 
@@ -182,10 +219,9 @@ def apply_step(
     def one(i: int) -> Tensor:
         return step_op.apply(inputs[i], states[i], has_running, (block_sizes[i], *config))
 
-    def several(indices: list[int]) -> list[Tensor]:
-        blocks = list(chain.from_iterable([block_sizes[i] for i in indices]))
-        args = (has_running, blocks, *config)
-        return _run("foreach_observe_and_fake_quantize_", indices, inputs, states, args)
+    def several(indices: list[int]) -> Sequence[Tensor]:
+        rows, blocks = [states[i] for i in indices], [block_sizes[i] for i in indices]
+        return launch_step(rows, has_running, blocks, config)([inputs[i] for i in indices])
 
     return _shared_out(inputs, states, one, several)
 

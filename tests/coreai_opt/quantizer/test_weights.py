@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from coreai_kernels.ops import foreach
 from coreai_opt.quantization import QuantizationSpec, QuantizerConfig
-from coreai_opt.quantization._eager import weights
 
 from .support import WEIGHTS_ONLY, Mlp, Outer, globally, prepared
 
@@ -27,14 +27,17 @@ def simulated_singly(model: nn.Module, x: Tensor) -> Tensor:
     return reference(x)
 
 
-def test_training_simulates_together_and_reads_each_once(monkeypatch) -> None:
+def test_training_simulates_together(monkeypatch) -> None:
     model = weights_only(Mlp()).train()
-    seen = []
-    simulate = weights.simulate_together
-    monkeypatch.setattr(weights, "simulate_together", lambda s, t: seen.append(len(t)) or simulate(s, t))
-    out = model(X)
-    assert seen == [2]
-    torch.testing.assert_close(out, simulated_singly(model, X), rtol=0, atol=0)
+    launched = []
+    given = foreach.StraightThroughList.apply
+    monkeypatch.setattr(
+        foreach.StraightThroughList, "apply", lambda *args: launched.append(len(args) - 2) or given(*args)
+    )
+    for count in range(1, 4):
+        out = model(X)
+        assert launched == [2] * count
+        torch.testing.assert_close(out, simulated_singly(model, X), rtol=0, atol=0)
 
 
 def test_gradients_are_those_of_single_simulators() -> None:

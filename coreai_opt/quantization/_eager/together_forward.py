@@ -1,0 +1,132 @@
+"""The forward of a model that simulates its small weights together, before anything else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.quantization._eager.interception import ReplacedForward
+from coreai_opt.quantization._eager.weights import (
+    Generation,
+    WeightRead,
+    are_saved_tensors_hooked,
+    gives_the_same_again,
+    install_reads,
+)
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+from coreai_opt.quantization.spec.kept_launches import KeptLaunches
+from coreai_opt.quantization.spec.together import simulate_together
+
+__all__ = ["install_weight_access"]
+
+# Elements from which on a weight is worth a launch of its own.
+_LARGE = 1 << 17
+
+# The reads of one simulator, which share its output.
+Shared = list[WeightRead]
+
+
+def install_weight_access(model: nn.Module) -> None:
+    """Make reads of the model's simulated weights cheaper."""
+    reads = install_reads(model)
+    if len(reads) > 1:
+        TogetherForward(model, reads).install()
+
+
+class TogetherForward(ReplacedForward):
+    """The forward of the whole model.
+
+    Args:
+        model: the model.
+        reads: its simulated weights.
+    """
+
+    def __init__(self, model: nn.Module, reads: list[WeightRead]) -> None:
+        super().__init__(model)
+        by_simulator: dict[FakeQuantizeImplBase, Shared] = {}
+        for read in reads:
+            by_simulator.setdefault(read.pair[0], []).append(read)
+        self.reads = list(by_simulator.values())
+        self._known: _Division | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model."""
+        module = self.module
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or are_saved_tensors_hooked():
+            return self._run(module, args, kwargs)
+        known = self._known
+        if known is None or not known.is_valid():
+            known = self._known = _Division(self.reads, known)
+        generation = Generation()
+        try:
+            known.fill(generation)
+            return self._run(module, args, kwargs)
+        finally:
+            generation.is_running = False
+            known.drop()
+
+
+class _Division:
+    """Which weights go in launches that are kept from forward to forward, which in others, and which in none.
+
+    Args:
+        reads: all reads.
+        last: the division before this one.
+    """
+
+    def __init__(self, reads: list[Shared], last: "_Division | None") -> None:
+        chosen: list[Shared] = []
+        self._single: list[Shared] = []
+        for shared in reads:
+            (chosen if _can_be_shared(shared) else self._single).append(shared)
+        pairs = [shared[0].pair for shared in chosen]
+        simulators, originals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self._launches = KeptLaunches(simulators, originals, [shared[0].places for shared in chosen])
+        members = set(self._launches.members)
+        self._kept = [chosen[i] for i in self._launches.members]
+        self._others = [shared for i, shared in enumerate(chosen) if i not in members]
+        # A simulator can be kept once it has observed: the next forward looks again at those that are not.
+        self._is_settled = not self._others or (last is not None and last._others == self._others)
+        self._filled: list[Shared] = []
+
+    def is_valid(self) -> bool:
+        """Whether it would be made the same again."""
+        return self._is_settled and self._launches.are_valid() and not any(map(_can_be_shared, self._single))
+
+    def fill(self, generation: Generation) -> None:
+        """Simulate what goes together, for the readers of this generation."""
+        if len(self._kept) + len(self._others) < 2:
+            return
+        kept = self._launches
+        self._filled = self._kept + self._others
+        for shared, original, output in zip(self._kept, kept.tensors, kept(), strict=True):
+            _give(shared, original, output, generation)
+        if self._others:
+            pairs = [shared[0].pair for shared in self._others]
+            outputs = simulate_together([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+            for shared, (_, original), output in zip(self._others, pairs, outputs, strict=True):
+                _give(shared, original, output, generation)
+
+    def drop(self) -> None:
+        """Forget what was simulated."""
+        for shared in self._filled:
+            for read in shared:
+                read.drop()
+        self._filled = []
+
+
+def _can_be_shared(shared: Shared) -> bool:
+    simulator, original = shared[0].pair
+    if type(original) is not nn.Parameter or not original.requires_grad or original.numel() >= _LARGE:
+        return False
+    flags = simulator._flags
+    return gives_the_same_again(simulator) and flags.fake_quant and not flags.disabled
+
+
+def _give(shared: Shared, original: Tensor, output: Tensor, generation: Generation) -> None:
+    version = original._version
+    for read in shared:
+        read.take(output, original, version, generation)
