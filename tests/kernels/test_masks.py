@@ -30,7 +30,7 @@ from tests.kernels.mask_support import (
 )
 from tests.kernels.support import DTYPES, assert_same_bits
 
-many = settings(max_examples=120, deadline=None)
+many = settings(max_examples=60, deadline=None)
 backends = pytest.mark.parametrize("backend", ["reference", "auto"])
 NAN, INF = math.nan, math.inf
 
@@ -148,9 +148,9 @@ def test_other_instruction_sets() -> None:
 def sample() -> None:
     """Some of everything, for a process that runs another instruction set."""
     choice = random.Random(7)
-    for i, (content, layout, dtype) in enumerate(
-        itertools.product(CONTENTS, ["contiguous", "transposed", "channels_last"], DTYPES)
-    ):
+    layouts = itertools.cycle(["contiguous", "transposed", "channels_last"])
+    for i, (content, dtype) in enumerate(itertools.product(CONTENTS, DTYPES)):
+        layout = next(layouts)
         shape = choice.choice([(24, 96), (101,), (4, 12, 5, 7), (64, 33), (2, 3, 17, 4), (140, 150)])
         weight = Weight(shape, content, layout, dtype, seed=i)
         check_topk("native", "cpu", [weight], choice.randint(0, math.prod(shape)))
@@ -161,7 +161,7 @@ def sample() -> None:
             for m in (2, 3, 4, 5, 8, 12, 16, 32):
                 if size % m == 0:
                     check_nm("native", "cpu", weight, choice.randint(1, m - 1), m, axis)
-    for weight in LARGE[:4]:
+    for weight in LARGE[:3]:
         check_topk("native", "cpu", [weight], math.prod(weight.shape) // 3)
 
 
