@@ -25,6 +25,7 @@ from tests.kernels.mask_support import (
     check_blocks,
     check_nm,
     check_product,
+    check_slices,
     check_topk,
     weights,
 )
@@ -72,6 +73,8 @@ def test_blocks_agree(weight: Weight, data: st.DataObject) -> None:
     )
     blocks = math.prod(size // block for size, block in zip(weight.shape, block_size, strict=True))
     check_blocks("auto", "cpu", weight, data.draw(st.integers(0, blocks)), block_size)
+    for axis, size in enumerate(weight.shape):
+        check_slices("auto", "cpu", weight, size // 2, axis)
 
 
 @many
