@@ -158,6 +158,8 @@ def sample() -> None:
         weight = Weight(shape, content, layout, dtype, seed=i)
         check_topk("native", "cpu", [weight], choice.randint(0, math.prod(shape)))
         check_product("native", "cpu", weight, weight)
+        small = tuple(next(b for b in (4, 3, 2, 1) if length % b == 0) for length in shape)
+        check_blocks("native", "cpu", weight, 1, small)
         for axis, size in enumerate(shape):
             block_size = tuple(1 if j == axis else length for j, length in enumerate(shape))
             check_blocks("native", "cpu", weight, size // 2, block_size)
