@@ -59,6 +59,20 @@ Tensor block_mask(Tensor weight, int64_t num_keep, Blocks block_size) {
   return x.output;
 }
 
+Tensor top_blocks(Tensor weight, int64_t num_keep, Blocks block_size) {
+  const Operand x(weight, weight.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  Ints grid(x.shape.size());
+  Ints strides(x.shape.size(), 1);
+  for (size_t i = 0; i < grid.size(); ++i) grid[i] = x.shape[i] / block_size[i];
+  for (size_t i = grid.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(grid[i], 1);
+  Tensor chosen = empty(grid, strides, weight.scalar_type());
+  if (weight.numel() > 0) {
+    cpu::top_blocks(layout, element_of("weight", weight), x.data, chosen.mutable_data_ptr(), num_keep);
+  }
+  return chosen;
+}
+
 Tensor apply_mask(Tensor weight, Tensor mask) {
   STD_TORCH_CHECK(mask.scalar_type() == weight.scalar_type(), "mask must have the weight's dtype");
   STD_TORCH_CHECK(mask.numel() == weight.numel(), "mask must have the weight's shape");
@@ -79,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
   library.impl("apply_mask", TORCH_BOX(&apply_mask));
   library.impl("block_mask", TORCH_BOX(&block_mask));
   library.impl("nm_mask", TORCH_BOX(&nm_mask));
+  library.impl("top_blocks", TORCH_BOX(&top_blocks));
   library.impl("topk_mask", TORCH_BOX(&topk_mask));
   library.impl("topk_masks", TORCH_BOX(&topk_masks));
 }

@@ -83,39 +83,65 @@ void fill(const Geometry& g, const std::vector<Word>& words, Word one, Word* mas
   });
 }
 
-template <Element kElement>
-void fill_mask(const Geometry& g, const std::vector<double>& keep, void* mask) {
-  using Word = WordOf<kElement>;
-  std::vector<Word> words(keep.size());
-  for (size_t i = 0; i < keep.size(); ++i) words[i] = keep[i] != 0.0 ? Magnitude<kElement>::kOne : Word{0};
-  fill(g, words, Magnitude<kElement>::kOne, static_cast<Word*>(mask));
+size_t row_major_index(const Layout& layout, size_t i) {
+  return layout.block_index.empty() ? i : static_cast<size_t>(layout.block_index[i]);
 }
 
-}  // namespace
-
-void block_mask(const Layout& layout, Element element, const void* input, void* mask, int64_t num_keep) {
+// Ones and zeros in float64, a block each, in row-major order.
+std::vector<double> choose(const Layout& layout, Element element, const void* input, int64_t num_keep) {
   const Geometry& g = layout.geometry;
   const auto blocks = static_cast<size_t>(g.blocks);
-  std::vector<double> norms(blocks), ranked(blocks), kept(blocks), keep(blocks);
+  std::vector<double> norms(blocks), ranked, chosen(blocks);
   if (element == Element::kFloat64) {
     norms_of_doubles(g, static_cast<const double*>(input), norms.data());
   } else {
     kernels().block_norms(g, element, input, norms.data());
   }
-  const auto index = [&](size_t i) { return layout.block_index.empty() ? i : static_cast<size_t>(layout.block_index[i]); };
-  for (size_t i = 0; i < blocks; ++i) ranked[index(i)] = norms[i];
-  write_topk_masks({{Element::kFloat64, ranked.data(), kept.data(), g.blocks, Ints(), Ints()}}, num_keep);
-  for (size_t i = 0; i < blocks; ++i) keep[i] = kept[index(i)];
+  if (!layout.block_index.empty()) {
+    ranked.resize(blocks);
+    for (size_t i = 0; i < blocks; ++i) ranked[row_major_index(layout, i)] = norms[i];
+    norms.swap(ranked);
+  }
+  write_topk_masks({{Element::kFloat64, norms.data(), chosen.data(), g.blocks, Ints(), Ints()}}, num_keep);
+  return chosen;
+}
+
+template <Element kElement>
+constexpr WordOf<kElement> word_of(double chosen) {
+  return chosen != 0.0 ? Magnitude<kElement>::kOne : WordOf<kElement>{0};
+}
+
+template <class Body>
+void with_element(Element element, Body body) {
   switch (element) {
     case Element::kBFloat16:
-      return fill_mask<Element::kBFloat16>(g, keep, mask);
+      return body.template operator()<Element::kBFloat16>();
     case Element::kFloat16:
-      return fill_mask<Element::kFloat16>(g, keep, mask);
+      return body.template operator()<Element::kFloat16>();
     case Element::kFloat64:
-      return fill_mask<Element::kFloat64>(g, keep, mask);
+      return body.template operator()<Element::kFloat64>();
     default:
-      return fill_mask<Element::kFloat32>(g, keep, mask);
+      return body.template operator()<Element::kFloat32>();
   }
+}
+
+}  // namespace
+
+void top_blocks(const Layout& layout, Element element, const void* input, void* chosen, int64_t num_keep) {
+  const std::vector<double> keep = choose(layout, element, input, num_keep);
+  with_element(element, [&]<Element kElement>() {
+    std::transform(keep.begin(), keep.end(), static_cast<WordOf<kElement>*>(chosen), word_of<kElement>);
+  });
+}
+
+void block_mask(const Layout& layout, Element element, const void* input, void* mask, int64_t num_keep) {
+  const std::vector<double> keep = choose(layout, element, input, num_keep);
+  with_element(element, [&]<Element kElement>() {
+    using Word = WordOf<kElement>;
+    std::vector<Word> words(keep.size());  // in memory order
+    for (size_t i = 0; i < words.size(); ++i) words[i] = word_of<kElement>(keep[row_major_index(layout, i)]);
+    fill(layout.geometry, words, Magnitude<kElement>::kOne, static_cast<Word*>(mask));
+  });
 }
 
 }  // namespace coreai::cpu

@@ -15,32 +15,47 @@ constexpr int64_t kNormPart = 1 << 16;
 constexpr int kHalf = kWidth / 2;
 typedef float FloatHalf __attribute__((vector_size(4 * kHalf)));
 typedef double DoubleHalf __attribute__((vector_size(8 * kHalf)));
+typedef uint64_t WordHalf __attribute__((vector_size(8 * kHalf)));
 
 COREAI_HD I magnitude_bits(F x) { return Simd::iand(Simd::as_int(x), Simd::iset(0x7fffffff)); }
+
+// Magnitudes in float64.
+struct Wide {
+  DoubleHalf half[2];
+
+  explicit COREAI_HD Wide(F x) {
+    const F magnitude = Simd::as_float(magnitude_bits(x));
+#if defined(__AVX512DQ__)  // of the conversion below GCC makes twice as many instructions
+    half[0] = (DoubleHalf)_mm512_cvtps_pd(_mm512_castps512_ps256(magnitude));
+    half[1] = (DoubleHalf)_mm512_cvtps_pd(_mm512_extractf32x8_ps(magnitude, 1));
+#else
+    FloatHalf part[2];
+    __builtin_memcpy(part, &magnitude, sizeof(part));
+    half[0] = __builtin_convertvector(part[0], DoubleHalf);
+    half[1] = __builtin_convertvector(part[1], DoubleHalf);
+#endif
+  }
+};
 
 // Sums in progress, one a lane.
 struct Sums {
   DoubleHalf half[2];
 
   COREAI_HD void add(F x, DoubleHalf low_shift, DoubleHalf high_shift) {
-    const F magnitude = Simd::as_float(magnitude_bits(x));
-#if defined(__AVX512DQ__)  // of the conversion below GCC makes twice as many instructions
-    const auto low = (DoubleHalf)_mm512_cvtps_pd(_mm512_castps512_ps256(magnitude));
-    const auto high = (DoubleHalf)_mm512_cvtps_pd(_mm512_extractf32x8_ps(magnitude, 1));
-#else
-    FloatHalf part[2];
-    __builtin_memcpy(part, &magnitude, sizeof(part));
-    const auto low = __builtin_convertvector(part[0], DoubleHalf);
-    const auto high = __builtin_convertvector(part[1], DoubleHalf);
-#endif
-    half[0] += (low + low_shift) - low_shift;
-    half[1] += (high + high_shift) - high_shift;
+    const Wide wide(x);
+    half[0] += (wide.half[0] + low_shift) - low_shift;
+    half[1] += (wide.half[1] + high_shift) - high_shift;
   }
-  COREAI_HD double total() const {
-    const DoubleHalf both = half[0] + half[1];
-    double sum = 0.0;
-    for (int i = 0; i < kHalf; ++i) sum += both[i];
-    return sum;
+};
+
+// The same in units: a value plus 2^52 units has the bits of those and, in its low bits, the number of units.
+struct UnitSums {
+  WordHalf half[2];
+
+  COREAI_HD void add(F x, DoubleHalf shift) {
+    const Wide wide(x);
+    half[0] += (WordHalf)(wide.half[0] + shift);
+    half[1] += (WordHalf)(wide.half[1] + shift);
   }
 };
 
@@ -67,16 +82,21 @@ COREAI_HD int32_t peak_of(const T* x, int64_t n) {
 template <class T>
 COREAI_HD double sum_of(const T* x, int64_t n, double shift) {
   const DoubleHalf shifts = DoubleHalf{} + shift;
-  Sums a = {}, b = {};
+  UnitSums a = {}, b = {};
   int64_t i = 0;
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    a.add(Simd::load(x + i), shifts, shifts);
-    b.add(Simd::load(x + i + kWidth), shifts, shifts);
+    a.add(Simd::load(x + i), shifts);
+    b.add(Simd::load(x + i + kWidth), shifts);
   }
   for (; i < n; i += kWidth) {
-    a.add(Simd::load_n(x + i, static_cast<int>(smaller<int64_t>(kWidth, n - i))), shifts, shifts);
+    a.add(Simd::load_n(x + i, static_cast<int>(smaller<int64_t>(kWidth, n - i))), shifts);
   }
-  return a.total() + b.total();
+  const WordHalf both = a.half[0] + a.half[1] + b.half[0] + b.half[1];
+  uint64_t bits_of_shift, units = 0;
+  __builtin_memcpy(&bits_of_shift, &shift, sizeof(shift));
+  for (int lane = 0; lane < kHalf; ++lane) units += both[lane];
+  units -= static_cast<uint64_t>(i) * bits_of_shift;  // lanes past the end are zeros
+  return static_cast<double>(static_cast<int64_t>(units)) * (shift * 0x1p-52);
 }
 
 template <class = void>
@@ -154,9 +174,24 @@ struct Parts {
   }
 };
 
-// body(part, row offset in the tensor, first block of the row or run, columns) for blocks that several parts share.
+// Runs shorter than a vector, as columns of their own: their sums are added in the end.
+template <class = void>
+COREAI_HD Geometry without_short_runs(Geometry g, int64_t& joined) {
+  joined = 1;
+  if (g.run == 1 || g.run >= kWidth || g.outer_axes == 0) return g;
+  joined = g.run;
+  g.run = 1;
+  g.columns *= joined;
+  g.blocks *= joined;
+  for (int axis = 0; axis < g.outer_axes; ++axis) g.outer[axis].stride *= joined;
+  return g;
+}
+
+// For blocks that several parts share.
 template <class T>
-void norms_in_parts(const Geometry& g, const T* x, int bits_of_count, double* norms) {
+void norms_in_parts(const Geometry& geometry, const T* x, int bits_of_count, double* norms) {
+  int64_t joined;
+  const Geometry g = without_short_runs(geometry, joined);
   const bool single = g.outer_axes == 0;  // few long runs: cut them
   const int64_t length = single ? g.run : row_length(g);
   const int64_t items = single ? (g.run + kNormPart - 1) / kNormPart : g.numel / length;
@@ -174,9 +209,13 @@ void norms_in_parts(const Geometry& g, const T* x, int bits_of_count, double* no
     }
     for (; begin < end; ++begin) peaks_of_row(g, x + begin * length, mine + row_base(g, begin));
   });
-  for (int64_t i = 0; i < g.blocks; ++i) {
-    for (int64_t part = 1; part < parts.count; ++part) peaks[i] = larger(peaks[i], peaks[part * g.blocks + i]);
-    shifts[i] = rounding_shift(float_of(smaller(peaks[i], kInfinityKey - 1)), bits_of_count);
+  for (int64_t part = 1; part < parts.count; ++part) {
+    for (int64_t i = 0; i < g.blocks; ++i) peaks[i] = larger(peaks[i], peaks[part * g.blocks + i]);
+  }
+  for (int64_t i = 0; i < g.blocks; i += joined) {
+    for (int64_t j = i + 1; j < i + joined; ++j) peaks[i] = larger(peaks[i], peaks[j]);
+    const double shift = rounding_shift(float_of(smaller(peaks[i], kInfinityKey - 1)), bits_of_count);
+    for (int64_t j = i; j < i + joined; ++j) shifts[j] = shift;
   }
   parts.each([&](int64_t part, int64_t begin, int64_t end) {
     double* mine = sums + part * g.blocks;
@@ -190,10 +229,12 @@ void norms_in_parts(const Geometry& g, const T* x, int bits_of_count, double* no
       sums_of_row(g, x + begin * length, shifts + base, mine + base);
     }
   });
-  for (int64_t i = 0; i < g.blocks; ++i) {
+  for (int64_t i = 0; i < geometry.blocks; ++i) {
     double sum = 0.0;
-    for (int64_t part = 0; part < parts.count; ++part) sum += sums[part * g.blocks + i];
-    norms[i] = norm_or(peaks[i], sum);
+    for (int64_t part = 0; part < parts.count; ++part) {
+      for (int64_t j = i * joined; j < (i + 1) * joined; ++j) sum += sums[part * g.blocks + j];
+    }
+    norms[i] = norm_or(peaks[i * joined], sum);
   }
   delete[] peaks;
   delete[] sums;

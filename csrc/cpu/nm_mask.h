@@ -1,7 +1,7 @@
 // N:M masks: in every group of m elements, an element is kept if fewer than n rank before it.
 //
 // Element j ranks before element i if its key is larger, or equal and j < i. With keys lowered by one where j < i,
-// that is one comparison.
+// that is one comparison. Of large groups the n-th largest key is found by sorting, and ties are then counted.
 #pragma once
 
 #include "common/magnitude.h"
@@ -12,6 +12,29 @@ namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
 constexpr int kLargestGroup = 32;
+constexpr int kComparedGroup = 5;  // up to this size all pairs are compared
+
+// Batcher's merge exchange for any number of elements (Knuth, TAOCP 3, 5.2.2, algorithm M). The pairs depend on m
+// alone.
+struct Exchanges {
+  int count = 0;
+  uint8_t first[192], second[192];
+
+  explicit Exchanges(int m) {
+    int top = 1;
+    while (2 * top < m) top *= 2;
+    for (int p = top; p > 0; p /= 2) {
+      int r = 0, d = p;
+      for (int q = top;; q /= 2) {
+        for (int i = 0; i + d < m; ++i) {
+          if ((i & p) == r) first[count] = static_cast<uint8_t>(i), second[count++] = static_cast<uint8_t>(i + d);
+        }
+        if (q == p) break;
+        d = q - p, r = p;
+      }
+    }
+  }
+};
 
 template <Element kElement>
 struct Groups {
@@ -72,6 +95,34 @@ struct Groups {
     return mask_of(rank, n);
   }
 
+  // Replaces the keys of m groups' elements by their mask.
+  static COREAI_HD void choose(V* keys, const Exchanges& exchanges, int n, int m) {
+    V sorted[kLargestGroup];
+    for (int i = 0; i < m; ++i) sorted[i] = keys[i];
+    for (int i = 0; i < exchanges.count; ++i) {
+      V &high = sorted[exchanges.first[i]], &low = sorted[exchanges.second[i]];
+      const V a = high, b = low;
+      high = a > b ? a : b;
+      low = a > b ? b : a;
+    }
+    const V threshold = sorted[n - 1], one = W::set(static_cast<Signed>(Magnitude<kElement>::kOne));
+    V left = W::set(static_cast<Signed>(n));  // to be kept of those equal to it
+    for (int i = 0; i < n; ++i) left += sorted[i] > threshold;
+    for (int i = 0; i < m; ++i) {
+      const V tie = keys[i] == threshold;
+      keys[i] = ((keys[i] > threshold) | (tie & (left > 0))) & one;
+      left += tie;
+    }
+  }
+
+  // Masks of the groups in an array of keys, in their place.
+  static COREAI_HD void choose_any(V* keys, const Exchanges& exchanges, int n, int m) {
+    if (m > kComparedGroup) return choose(keys, exchanges, n, m);
+    V kept[kComparedGroup];
+    for (int i = 0; i < m; ++i) kept[i] = among(keys, i, n, m);
+    for (int i = 0; i < m; ++i) keys[i] = kept[i];
+  }
+
   template <int kM>
   static void adjacent(const Word* x, Word* mask, int64_t numel, int n) {
     int64_t i = 0;
@@ -86,8 +137,9 @@ struct Groups {
 
   // Groups one after the other, of any size: turned into the lanes and back.
   static void adjacent_any(const Word* x, Word* mask, int64_t groups, int n, int m) {
+    const Exchanges exchanges(m);
     V keys[kLargestGroup];
-    Word rows[kLargestGroup][kLanes];
+    Word rows[kLargestGroup][kLanes] = {};
     for (int64_t g = 0; g < groups; g += kLanes) {
       const int some = static_cast<int>(smaller<int64_t>(kLanes, groups - g));
       const Word* from = x + g * m;
@@ -96,7 +148,8 @@ struct Groups {
         for (int i = 0; i < m; ++i) rows[i][lane] = from[lane * m + i];
       }
       for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(rows[i]));
-      for (int i = 0; i < m; ++i) W::store(rows[i], among(keys, i, n, m));
+      choose_any(keys, exchanges, n, m);
+      for (int i = 0; i < m; ++i) W::store(rows[i], keys[i]);
       for (int lane = 0; lane < some; ++lane) {
         for (int i = 0; i < m; ++i) to[lane * m + i] = rows[i][lane];
       }
@@ -104,12 +157,14 @@ struct Groups {
   }
 
   // Columns [begin, end) of one block of m rows.
-  static void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m) {
+  static void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m,
+                      const Exchanges& exchanges) {
     V keys[kLargestGroup];
     int64_t c = begin;
     for (; c + kLanes <= end; c += kLanes) {
       for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(x + i * inner + c));
-      for (int i = 0; i < m; ++i) W::store(mask + i * inner + c, among(keys, i, n, m));
+      choose_any(keys, exchanges, n, m);
+      for (int i = 0; i < m; ++i) W::store(mask + i * inner + c, keys[i]);
     }
     if (c < end) {
       const uint64_t bytes = static_cast<uint64_t>(end - c) * sizeof(Word);
@@ -118,10 +173,8 @@ struct Groups {
         __builtin_memcpy(&bits, x + i * inner + c, bytes);
         keys[i] = keys_of(bits);
       }
-      for (int i = 0; i < m; ++i) {
-        const V kept = among(keys, i, n, m);
-        __builtin_memcpy(mask + i * inner + c, &kept, bytes);
-      }
+      choose_any(keys, exchanges, n, m);
+      for (int i = 0; i < m; ++i) __builtin_memcpy(mask + i * inner + c, &keys[i], bytes);
     }
   }
 
@@ -146,12 +199,14 @@ struct Groups {
       });
       return;
     }
+    const Exchanges exchanges(m);
     // A strip of columns whose rows stay in the cache together.
     const int64_t width = smaller<int64_t>(job.inner, 1024), strips = (job.inner + width - 1) / width;
     share(job.blocks * strips, 1, larger<int64_t>(1, kParallelElements / (m * width)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i / strips * m * job.inner, column = i % strips * width;
-        columns(x + start, mask + start, job.inner, column, smaller(job.inner, column + width), n, m);
+        columns(x + start, mask + start, job.inner, column, smaller(job.inner, column + width), n, m,
+                exchanges);
       }
     });
   }

@@ -129,6 +129,17 @@ def check_blocks(
     )
 
 
+def check_slices(backend: str, device: str, weight: Weight, num_keep: int, axis: int) -> None:
+    """The mask that is a view of one value a slice, against the one that is written."""
+    x = weight.tensor(device)
+    with ck.use_backend("reference"):
+        wanted = ck.channel_mask(weight.tensor(), num_keep, axis)
+    with ck.use_backend(backend):
+        got = ck.channel_mask(x, num_keep, axis, expanded=True)
+    assert_same_bits(got.cpu(), wanted, f"{num_keep} slices along {axis} of {weight}")
+    assert x.numel() == 0 or all(got.stride(i) == 0 for i in range(x.dim()) if i != axis and x.size(i) > 1)
+
+
 def check_product(backend: str, device: str, weight: Weight, factor: Weight) -> None:
     on_both(
         backend,

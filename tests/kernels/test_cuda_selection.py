@@ -82,9 +82,11 @@ def test_compiled_by_nvcc(tmp_path: Path) -> None:
         "-isystem",
         str(include),
     ]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    # PTX of the oldest, assembled for each: nothing in the source depends on the generation.
+    codes = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    command.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=[{codes}]")
     command += ["-c", str(SOURCE), "-o", str(tmp_path / "topk_mask.o"), "-Xptxas", "-v"]
-    command += ["--threads", "2", "--keep", "--keep-dir", str(tmp_path)]
+    command += ["--keep", "--keep-dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-3000:]
@@ -94,18 +96,17 @@ def test_compiled_by_nvcc(tmp_path: Path) -> None:
     assert "lmem" not in report
     registers = [int(used) for used in re.findall(r"Used (\d+) registers", report)]
     assert max(registers) <= 64  # 512 threads: two blocks and more to a multiprocessor
-    for arch in ARCHITECTURES:
-        (ptx,) = tmp_path.glob(f"*compute_{arch}*.ptx")
-        text = ptx.read_text()
-        assert ".local" not in text
-        entries = text.split(".entry ")[1:]
-        assert len(entries) == kernels
-        for entry in entries:
-            name = entry[: entry.index("(")]
-            if "pick_digit" in name or "sum_ties" in name or "start_select" in name:
-                continue
-            assert re.search(r"ld\.global\S*\.v[24]\.[bu](32|64)", entry), name
-            assert "write_mask" not in name or re.search(r"st\.global\S*\.v[24]\.[bu](32|64)", entry), name
+    (ptx,) = tmp_path.glob("*.ptx")
+    text = ptx.read_text()
+    assert ".local" not in text
+    entries = text.split(".entry ")[1:]
+    assert len(entries) == kernels
+    for entry in entries:
+        name = entry[: entry.index("(")]
+        if "pick_digit" in name or "sum_ties" in name or "start_select" in name:
+            continue
+        assert re.search(r"ld\.global\S*\.v[24]\.[bu](32|64)", entry), name
+        assert "write_mask" not in name or re.search(r"st\.global\S*\.v[24]\.[bu](32|64)", entry), name
 
 
 def test_every_content_has_ties_or_not() -> None:

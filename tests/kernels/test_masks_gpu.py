@@ -8,7 +8,15 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import native
-from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product, check_topk
+from tests.kernels.mask_support import (
+    CONTENTS,
+    Weight,
+    check_blocks,
+    check_nm,
+    check_product,
+    check_slices,
+    check_topk,
+)
 from tests.kernels.support import DTYPES, assert_same_bits
 
 pytestmark = [
@@ -50,6 +58,8 @@ def test_others(content: str) -> None:
             check_nm("auto", "cuda", weight, n, m, axis)
         for block_size in ((1, 32, 3, 12), (16, 1, 3, 12), (16, 32, 3, 1), (2, 4, 1, 3), weight.shape):
             check_blocks("auto", "cuda", weight, 1, block_size)
+        for axis, size in enumerate(weight.shape):
+            check_slices("auto", "cuda", weight, size // 2, axis)
         matrix = Weight((512, 640), content, layout, dtype)
         check_nm("auto", "cuda", matrix, 2, 4, 1)
         check_blocks("auto", "cuda", matrix, 300, (1, 640))

@@ -85,6 +85,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "apply_mask": lambda: (leaf(4, 8), torch.randint(2, (4, 8)).float()),
     "block_mask": lambda: (torch.randn(4, 8), 3, BLOCKS),
     "nm_mask": lambda: (torch.randn(4, 8), 2, 4, 1),
+    "top_blocks": lambda: (torch.randn(4, 8).T, 3, BLOCKS[::-1]),
     "topk_mask": lambda: (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), 50),
     "topk_masks": lambda: ([torch.randn(4, 8), torch.randn(5, 3).T.bfloat16()], 20),
 }

@@ -71,7 +71,8 @@ class PruneImplBase(CompressionSimulatorBase):
             pruning_scheme: which elements are pruned together.
 
         Returns:
-            Tensor of the weight's shape: 1 for what stays, 0 for what is pruned.
+            Tensor of the weight's shape: 1 for what stays, 0 for what is pruned. It may be an expanded view;
+            the buffer ``mask`` gets memory of its own then.
         """
 
     @property
@@ -164,7 +165,9 @@ class PruneImplBase(CompressionSimulatorBase):
                     f"Tensor {self.tensor_fqn!r}: {type(self).__name__}.compute_mask gave a mask of shape "
                     f"{tuple(mask.shape)} for a weight of shape {tuple(weight.shape)}"
                 )
-            return mask.to(weight)
+            mask = mask.to(weight)
+            # The buffer is dense: it is loaded in place, and multiplied at every step.
+            return torch.empty_like(weight).copy_(mask) if 0 in mask.stride() else mask
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask by one that was computed elsewhere, for the present sparsity."""

@@ -57,9 +57,9 @@ class ChannelStructured(PruningScheme):
     axis: int = 0
 
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
-        """See the base; the number of pruned slices is rounded down."""
+        """See the base; the number of pruned slices is rounded down. A view of one value a slice."""
         axis = normalize_axis(self.axis, weight.ndim)
-        return coreai_kernels.channel_mask(weight, kept_of(weight.shape[axis], sparsity), axis)
+        return coreai_kernels.channel_mask(weight, kept_of(weight.shape[axis], sparsity), axis, expanded=True)
 
 
 @PruningScheme.register("n_m_structured")

@@ -8,17 +8,25 @@ from torch import Tensor
 
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
-from coreai_kernels.reference.block_mask import block_mask as reference
+from coreai_kernels.reference import block_mask as reference
 from coreai_kernels.triton import registry as triton
+from coreai_kernels.types import grid_shape
 
 __all__ = ["block_mask", "channel_mask"]
 
 define(
     "block_mask",
     "(Tensor weight, int num_keep, int[] block_size) -> Tensor",
-    reference=reference,
+    reference=reference.block_mask,
     fake=lambda weight, num_keep, block_size: torch.empty_like(weight),
     triton=triton.get("block_mask"),
+)
+define(
+    "top_blocks",
+    "(Tensor weight, int num_keep, int[] block_size) -> Tensor",
+    reference=reference.top_blocks,
+    fake=lambda weight, num_keep, block_size: weight.new_empty(grid_shape(weight.shape, tuple(block_size))),
+    triton=triton.get("top_blocks"),
 )
 
 
@@ -55,7 +63,7 @@ def block_mask(weight: Tensor, num_keep: int, block_size: Sequence[int]) -> Tens
     return implementation("block_mask")(weight.detach(), num_keep, tuple(block_size))  # type: ignore[no-any-return]
 
 
-def channel_mask(weight: Tensor, num_keep: int, axis: int = 0) -> Tensor:
+def channel_mask(weight: Tensor, num_keep: int, axis: int = 0, *, expanded: bool = False) -> Tensor:
     """Mask that keeps exactly ``num_keep`` slices along ``axis``: those of largest L1 norm.
 
     :func:`block_mask` with blocks that are one wide along ``axis`` and whole along all others.
@@ -64,9 +72,11 @@ def channel_mask(weight: Tensor, num_keep: int, axis: int = 0) -> Tensor:
         weight: float32, bfloat16, float16 or float64 tensor of at least one axis, of any strides.
         num_keep: number of slices of ones, 0 to ``weight.size(axis)``.
         axis: axis that the slices are numbered along; negative values count from the end.
+        expanded: give a view of one value a slice, with stride 0 along the other axes. Nothing of the
+            weight's size is written then.
 
     Returns:
-        Ones and zeros in the weight's shape, dtype and memory format.
+        Ones and zeros in the weight's shape and dtype, and unless ``expanded`` in its memory format.
 
     Raises:
         ValueError: ``num_keep`` is out of range.
@@ -79,4 +89,7 @@ def channel_mask(weight: Tensor, num_keep: int, axis: int = 0) -> Tensor:
     if weight.numel() == 0:
         return torch.empty_like(weight)
     block_size = tuple(1 if i == axis else size for i, size in enumerate(weight.shape))
+    if expanded:
+        chosen = implementation("top_blocks")(weight.detach(), num_keep, block_size)
+        return chosen.expand(weight.shape)  # type: ignore[no-any-return]
     return implementation("block_mask")(weight.detach(), num_keep, block_size)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from coreai_kernels.reference.layout import per_block, split_blocks
 from coreai_kernels.reference.topk_mask import topk_mask
 from coreai_kernels.types import grid_shape
 
-__all__ = ["block_mask", "block_norms"]
+__all__ = ["block_mask", "block_norms", "top_blocks"]
 
 
 def block_norms(weight: Tensor, block_size: tuple[int, ...]) -> Tensor:
@@ -32,9 +32,18 @@ def block_norms(weight: Tensor, block_size: tuple[int, ...]) -> Tensor:
     return sums.reshape(grid)
 
 
+def top_blocks(weight: Tensor, num_keep: int, block_size: tuple[int, ...]) -> Tensor:
+    """One for each of the ``num_keep`` blocks of largest L1 norm, else zero; the lower block index first."""
+    grid = grid_shape(weight.shape, tuple(block_size))
+    chosen = weight.new_empty(grid)
+    if weight.numel() == 0:
+        return chosen
+    return chosen.copy_(topk_mask(block_norms(weight, tuple(block_size)), num_keep))
+
+
 def block_mask(weight: Tensor, num_keep: int, block_size: tuple[int, ...]) -> Tensor:
-    """One in the ``num_keep`` blocks of largest L1 norm, else zero; the lower block index first."""
+    """The ones and zeros of :func:`top_blocks`, for every element of a block."""
     if weight.numel() == 0:
         return torch.empty_like(weight)
-    keep = topk_mask(block_norms(weight, block_size), num_keep)
-    return torch.empty_like(weight).copy_(per_block(keep, weight, block_size))
+    chosen = top_blocks(weight, num_keep, block_size)
+    return torch.empty_like(weight).copy_(per_block(chosen, weight, block_size))

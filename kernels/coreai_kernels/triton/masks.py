@@ -13,7 +13,7 @@ from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense
 
-__all__ = ["apply_mask", "block_mask", "nm_mask"]
+__all__ = ["apply_mask", "block_mask", "nm_mask", "top_blocks"]
 
 _INFINITY = tl.constexpr(0x7F800000)
 
@@ -206,13 +206,21 @@ def _block_norms(source: Tensor, block_size: list[int]) -> Tensor:
     return norms
 
 
+def top_blocks(weight: Tensor, num_keep: int, block_size: list[int]) -> Tensor:
+    """See ``reference/block_mask.py``."""
+    chosen = weight.new_empty([size // block for size, block in zip(weight.shape, block_size, strict=True)])
+    if weight.numel() == 0:
+        return chosen
+    norms = _block_norms(dense(weight), block_size)
+    return chosen.copy_(torch.ops.coreai_kernels.topk_mask(norms, num_keep))
+
+
 def block_mask(weight: Tensor, num_keep: int, block_size: list[int]) -> Tensor:
     """See ``reference/block_mask.py``."""
     source = dense(weight)
     if source.numel() == 0:
         return torch.empty_like(source)
-    keep = torch.ops.coreai_kernels.topk_mask(_block_norms(source, block_size), num_keep)
-    expanded = keep.to(weight.dtype)
+    expanded = top_blocks(source, num_keep, block_size)
     for axis, block in enumerate(block_size):
         if block > 1 and expanded.size(axis) > 1:
             expanded = expanded.repeat_interleave(block, axis)

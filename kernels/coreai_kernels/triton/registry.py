@@ -33,6 +33,7 @@ _MODULES = {
     "soft_centroids_backward": "soft_palettize",
     "soft_palettize": "soft_palettize",
     "soft_palettize_backward": "soft_palettize",
+    "top_blocks": "masks",
     "unpack_bits": "bits",
 }
 
