@@ -48,7 +48,9 @@ def test_gradient_backends_agree(case: PaletteCase) -> None:
         results.append(centroids.grad.float())
     scale = float(upstream.abs().float().sum()) + 1e-30
     eps = max(torch.finfo(case.palette_dtype).eps, torch.finfo(torch.float32).eps)
-    assert bool(((results[0] - results[1]).abs() <= 1e-9 * scale + eps * results[0].abs()).all())
+    close = (results[0] - results[1]).abs() <= 1e-9 * scale + eps * results[0].abs()
+    overflow = results[0] == results[1]  # float16 sums may both be infinite
+    assert bool((close | overflow).all())
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
