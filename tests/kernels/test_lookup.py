@@ -9,7 +9,7 @@ import coreai_kernels as ck
 from tests.kernels.palette_support import PaletteCase, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
 
-many = settings(max_examples=100, deadline=None)
+many = settings(max_examples=60, deadline=None)
 
 
 @many
@@ -93,8 +93,9 @@ def test_gradient_does_not_depend_on_threads() -> None:
     assert torch.equal(sums[0], sums[2])
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_compiles_without_a_graph_break(backend: str) -> None:
+# Inductor takes its time over the reference, which is nothing but torch's own operations.
+@pytest.mark.parametrize(("backend", "compiler"), [("reference", "aot_eager"), ("auto", "inductor")])
+def test_compiles_without_a_graph_break(backend: str, compiler: str) -> None:
     indices = torch.randint(0, 4, (8, 6), dtype=torch.uint8)
     weight, centroids = torch.randn(8, 6), torch.randn(2, 4, 1)
 
@@ -103,7 +104,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 
     results = []
     with ck.use_backend(backend):
-        for function in (step, torch.compile(step, fullgraph=True)):
+        for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
             leaves = [weight.clone().requires_grad_(), centroids.clone().requires_grad_()]
             function(*leaves).backward()
             results.append([leaf.grad for leaf in leaves])
