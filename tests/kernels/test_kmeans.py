@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
 from coreai_kernels.ops.library import implementation
+from tests.kernels.palette_support import many
 from tests.kernels.support import assert_same_bits
 
 
@@ -41,7 +42,7 @@ def test_finds_clumps(backend: str, dim: int) -> None:
     assert float(distance.min(1).values.max()) < 0.02
 
 
-@settings(max_examples=60, deadline=None)
+@many
 @given(
     tries=st.integers(1, 3),
     blocks=st.integers(1, 4),

@@ -5,11 +5,12 @@ import itertools
 import numpy
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
+from tests.kernels.palette_support import many
 from tests.kernels.support import Case, assert_same_bits, cases
 
 
@@ -49,7 +50,7 @@ def test_least_squares_by_exhaustive_search(backend: str, weighted: bool, cluste
         assert error <= least_error(values, weights, clusters) * (1 + 1e-6) + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@many
 @given(
     cases(),
     st.sampled_from([1, 2, 3, 16, 100, 256]),

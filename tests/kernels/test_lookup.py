@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import coreai_kernels as ck
-from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
-
-many = settings(max_examples=60, deadline=None)
 
 
 @many

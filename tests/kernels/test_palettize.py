@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 import coreai_kernels as ck
 from coreai_kernels import native
 from coreai_kernels.reference.layout import to_vectors
-from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
-
-many = settings(max_examples=60, deadline=None)
 
 
 @many
