@@ -2,6 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "tensors.h"
@@ -78,6 +81,27 @@ class Palettes {
   const std::vector<int64_t>& index_;
   int64_t blocks_, clusters_, dim_;
 };
+
+// Where the nearest of some scalars changes: see decision_bounds in kernels/coreai_kernels/reference/palettize.py.
+inline void decision_bounds(const float* centroids, int64_t clusters, float* bounds, int32_t* indices) {
+  int32_t order[256];
+  std::iota(order, order + clusters, 0);
+  std::stable_sort(order, order + clusters, [&](int32_t a, int32_t b) {
+    return centroids[a] < centroids[b] || (std::isnan(centroids[b]) && !std::isnan(centroids[a]));
+  });
+  for (int64_t j = 0; j < clusters; ++j) {
+    const bool repeats = j > 0 && centroids[order[j]] == centroids[order[j - 1]];
+    indices[j] = repeats ? indices[j - 1] : order[j];
+  }
+  for (int64_t j = 0; j + 1 < clusters; ++j) {
+    const double middle = (static_cast<double>(centroids[order[j]]) + static_cast<double>(centroids[order[j + 1]])) / 2;
+    float bound = static_cast<float>(middle);
+    constexpr float kBelow = -std::numeric_limits<float>::infinity();
+    if (bound > middle) bound = std::nextafter(bound, kBelow);
+    if (indices[j + 1] < indices[j] && bound == middle) bound = std::nextafter(bound, kBelow);
+    bounds[j] = std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound;
+  }
+}
 
 // Elements summed by one part, if not too many blocks ask for sums: so the order of additions does not depend on
 // the number of threads.

@@ -1,14 +1,19 @@
 """Random weights with palettes: shapes, layouts and values that the palette operations must take."""
 
+import os
 from dataclasses import dataclass
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.support import Case
 
-__all__ = ["PaletteCase", "palette_cases"]
+__all__ = ["PaletteCase", "many", "palette_cases"]
+
+# Fewer in the processes that repeat tests for another instruction set.
+many = settings(max_examples=20 if "COREAI_CPU_CAPABILITY" in os.environ else 40, deadline=None)
 
 
 @dataclass

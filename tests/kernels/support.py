@@ -99,7 +99,8 @@ class Case:
         if self.dtype != torch.float64:
             x = x.float()
         if self.special and x.numel():
-            chosen = torch.randint(0, x.numel(), (max(1, x.numel() // 16),), generator=generator)
+            # No place twice: which of two assignments stays is not defined.
+            chosen = torch.randperm(x.numel(), generator=generator)[: max(1, x.numel() // 16)]
             which = torch.randint(0, len(SPECIAL), chosen.shape, generator=generator)
             x.view(-1)[chosen] = torch.tensor(SPECIAL, dtype=x.dtype)[which]
         return x.to(self.dtype)

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
+from coreai_kernels.ops.library import implementation
+from tests.kernels.palette_support import many
+from tests.kernels.support import assert_same_bits
 
 
 def error(
@@ -35,6 +40,52 @@ def test_finds_clumps(backend: str, dim: int) -> None:
     distance = (points[:, :, None] - found[:, None]).square().sum(3).sqrt()
     assert float(distance.min(2).values.max()) < 0.02
     assert float(distance.min(1).values.max()) < 0.02
+
+
+@many
+@given(
+    tries=st.integers(1, 3),
+    blocks=st.integers(1, 4),
+    dim=st.sampled_from([1, 2, 3, 4, 9]),
+    count=st.sampled_from([1, 5, 16, 33, 700]),
+    clusters=st.sampled_from([1, 2, 7, 16, 33, 256]),
+    weighting=st.sampled_from(["none", "some", "zeros"]),
+    coarse=st.booleans(),
+    iterations=st.sampled_from([0, 1, 2, 30]),
+    limit=st.sampled_from([0.0, 1e-3]),
+    seed=st.integers(0, 999),
+)
+def test_iterations_on_all_backends_agree(
+    tries: int,
+    blocks: int,
+    dim: int,
+    count: int,
+    clusters: int,
+    weighting: str,
+    coarse: bool,
+    iterations: int,
+    limit: float,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(blocks, dim, count, generator=generator)
+    centroids = torch.randn(tries, blocks, clusters, dim, generator=generator)
+    if coarse:  # exact ties, equal centroids, clusters without a vector
+        vectors, centroids = vectors.round(), centroids.round()
+    mass = None
+    if weighting != "none":
+        keep = torch.rand(blocks, count, generator=generator) > 0.3
+        mass = torch.rand(blocks, count, generator=generator) * keep * (weighting == "some")
+    results = {}
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            results[backend] = implementation("lloyd")(vectors, mass, centroids, iterations, limit)
+    assert_same_bits(results["auto"], results["reference"])
+
+
+def test_opcheck() -> None:
+    args = (torch.randn(2, 3, 40), torch.rand(2, 40), torch.randn(5, 2, 4, 3), 10, 1e-6)
+    torch.library.opcheck(torch.ops.coreai_kernels.lloyd.default, args)
 
 
 def test_converged_centroids_are_means() -> None:

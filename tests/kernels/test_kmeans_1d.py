@@ -5,11 +5,12 @@ import itertools
 import numpy
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
+from tests.kernels.palette_support import many
 from tests.kernels.support import Case, assert_same_bits, cases
 
 
@@ -49,7 +50,7 @@ def test_least_squares_by_exhaustive_search(backend: str, weighted: bool, cluste
         assert error <= least_error(values, weights, clusters) * (1 + 1e-6) + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@many
 @given(
     cases(),
     st.sampled_from([1, 2, 3, 16, 100, 256]),
@@ -81,13 +82,13 @@ def test_backends_agree(case: Case, clusters: int, decimals: int | None, weighti
 def test_large_blocks(dtype: torch.dtype, decimals: int | None, weighted: bool) -> None:
     """Counting, and the sort of many values, each on several threads."""
     generator = torch.Generator().manual_seed(0)
-    values = torch.randn(210, 200, generator=generator).to(dtype)
-    weights = torch.rand(210, 200, generator=generator) if weighted else None
+    values = torch.randn(170, 200, generator=generator).to(dtype)
+    weights = torch.rand(170, 200, generator=generator) if weighted else None
     results = {}
     for backend in ("reference", "auto"):
         with ck.use_backend(backend):
             results[backend] = ck.kmeans_1d(
-                values, 4, block_size=(210, 200), weights=weights, decimals=decimals
+                values, 3, block_size=(170, 200), weights=weights, decimals=decimals
             )
     assert_same_bits(results["auto"], results["reference"])
 
@@ -153,7 +154,8 @@ NAN, INF = float("nan"), float("inf")
 def test_values_that_have_no_mean(
     backend: str, dtype: torch.dtype, size: int, value: float, weight: float
 ) -> None:
-    values, weights = torch.randn(2, size).to(dtype), torch.rand(2, size)
+    # Few distinct ones in the block that is in order: the reference takes its time.
+    values, weights = torch.randn(2, size).round(decimals=1).to(dtype), torch.rand(2, size)
     values[1, size // 2], weights[1, size // 2] = value, weight
     with ck.use_backend(backend):
         for decimals in (None, 4):

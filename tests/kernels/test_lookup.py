@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import coreai_kernels as ck
-from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
-
-many = settings(max_examples=100, deadline=None)
 
 
 @many
@@ -48,7 +46,9 @@ def test_gradient_backends_agree(case: PaletteCase) -> None:
         results.append(centroids.grad.float())
     scale = float(upstream.abs().float().sum()) + 1e-30
     eps = max(torch.finfo(case.palette_dtype).eps, torch.finfo(torch.float32).eps)
-    assert bool(((results[0] - results[1]).abs() <= 1e-9 * scale + eps * results[0].abs()).all())
+    close = (results[0] - results[1]).abs() <= 1e-9 * scale + eps * results[0].abs()
+    overflow = results[0] == results[1]  # float16 sums may both be infinite
+    assert bool((close | overflow).all())
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -91,8 +91,9 @@ def test_gradient_does_not_depend_on_threads() -> None:
     assert torch.equal(sums[0], sums[2])
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_compiles_without_a_graph_break(backend: str) -> None:
+# Inductor takes its time over the reference, which is nothing but torch's own operations.
+@pytest.mark.parametrize(("backend", "compiler"), [("reference", "aot_eager"), ("auto", "inductor")])
+def test_compiles_without_a_graph_break(backend: str, compiler: str) -> None:
     indices = torch.randint(0, 4, (8, 6), dtype=torch.uint8)
     weight, centroids = torch.randn(8, 6), torch.randn(2, 4, 1)
 
@@ -101,7 +102,7 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
 
     results = []
     with ck.use_backend(backend):
-        for function in (step, torch.compile(step, fullgraph=True)):
+        for function in (step, torch.compile(step, fullgraph=True, backend=compiler)):
             leaves = [weight.clone().requires_grad_(), centroids.clone().requires_grad_()]
             function(*leaves).backward()
             results.append([leaf.grad for leaf in leaves])

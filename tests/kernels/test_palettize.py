@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 import coreai_kernels as ck
 from coreai_kernels import native
 from coreai_kernels.reference.layout import to_vectors
-from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
-
-many = settings(max_examples=100, deadline=None)
 
 
 @many
@@ -129,7 +127,7 @@ def test_other_instruction_sets(level: str) -> None:
     if native.extension is None or level not in native.extension.build_info()["cpu_levels"]:
         pytest.skip(f"no native code for {level} in this build")
     here = Path(__file__)
-    names = ["test_palettize.py", "test_lookup.py", "test_kmeans_1d.py", "test_soft_palettize.py"]
+    names = [f"test_{name}.py" for name in ("palettize", "lookup", "kmeans", "kmeans_1d", "soft_palettize")]
     result = subprocess.run(
         [
             sys.executable,

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from torch import Tensor
 
 import coreai_kernels as ck
 from coreai_kernels.reference.layout import from_vectors, to_vectors
-from tests.kernels.palette_support import PaletteCase, palette_cases
+from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_memory_format
 
 Results = list[Tensor]
@@ -85,7 +85,7 @@ def test_against_float64_autograd(
         torch.testing.assert_close(got.double(), wanted, rtol=2e-5, atol=1e-5 * scale)
 
 
-@settings(max_examples=40, deadline=None)
+@many
 @given(palette_cases(max_clusters=33, special=False))
 def test_backends_agree(case: PaletteCase) -> None:
     """All to 1e-4 of the largest value, or two steps of a 16-bit type.

@@ -94,8 +94,8 @@ def test_errors_are_never_greater(name: str, ours: dict[str, Any], answers: dict
     expected = squared_errors(CASES[name], answers["cases"][name])
     found = squared_errors(CASES[name], ours[name])
     assert found.keys() == expected.keys()
-    # Apple's package finds vectors by chance: from run to run its own errors differ by some percent.
-    slack = 1e-6 if name in UNIQUE else 0.03
+    # Apple's package finds vectors by chance: from run to run its own errors differ by a percent or two.
+    slack = 1e-6 if name in UNIQUE else 0.005
     for weight, error in expected.items():
         assert found[weight] <= error * (1 + slack), weight
 

@@ -1,5 +1,6 @@
 """From a weight to its palettes, and what has to hold before."""
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
-# Lloyd's iterations end in local minima: the best of so many is taken.
-_RESTARTS = 4
+# Lloyd's iterations end in local minima, of which the best is taken. The smaller a tensor, the more these
+# differ, and the less they cost.
+_LEAST_RESTARTS, _MOST_RESTARTS, _SIDE_OF_ONE = 4, 128, 1 << 11
 
 
 class Clusters(NamedTuple):
@@ -69,7 +71,7 @@ def _centroids_and_indices(
             cluster_dim=simulator.cluster_dim,
             block_size=block_size,
             weights=weights,
-            restarts=_RESTARTS,
+            restarts=_restarts(weight),
         )
     else:
         decimals = _decimals(simulator, weight)
@@ -82,6 +84,10 @@ def _centroids_and_indices(
             # A value belongs to the cluster that it was rounded into.
             weight = torch.round(weight.to(torch.float32), decimals=decimals)
     return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
+
+
+def _restarts(weight: Tensor) -> int:
+    return min(_MOST_RESTARTS, max(_LEAST_RESTARTS, _SIDE_OF_ONE // max(1, math.isqrt(weight.numel()))))
 
 
 def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:

@@ -1,20 +1,47 @@
 """``kmeans``: palettes of vectors, by Lloyd's algorithm, for all blocks at once.
 
-A composition of other operations: assignment is ``palettize``, the sums over clusters are the gradient of
-``lookup``. So it runs wherever these do.
+Seeds are drawn by plain torch on any device. The iterations are one operator: fused on the CPU, and elsewhere
+composed of ``palettize``, which assigns, and of the gradient of ``lookup``, which sums over clusters.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
 from coreai_kernels.ops import checks
-from coreai_kernels.ops.library import implementation
+from coreai_kernels.ops.library import define, implementation
+from coreai_kernels.reference import kmeans as reference
 from coreai_kernels.reference.layout import to_vectors
 
 __all__ = ["kmeans"]
 
 # Seeding looks at this many vectors a cluster: more change the seeds, not their quality.
 _SEEDS_PER_CLUSTER = 256
+# Tries are seeded together, as far as distances to their candidates stay this few.
+_SEEDING = 1 << 18
+
+
+def _composed(
+    vectors: Tensor, mass: Tensor | None, centroids: Tensor, max_iterations: int, limit: float
+) -> Tensor:
+    assign, segment_sum = implementation("palettize"), implementation("lookup_backward")
+    return reference.lloyd(vectors, mass, centroids, max_iterations, limit, assign, segment_sum)
+
+
+def _fake(
+    vectors: Tensor, mass: Tensor | None, centroids: Tensor, max_iterations: int, limit: float
+) -> Tensor:
+    return torch.empty_like(centroids)
+
+
+define(
+    "lloyd",
+    "(Tensor vectors, Tensor? mass, Tensor centroids, int max_iterations, float limit) -> Tensor",
+    reference=reference.lloyd,
+    fake=_fake,
+    triton=_composed,
+)
 
 
 def kmeans(
@@ -30,6 +57,8 @@ def kmeans(
     restarts: int = 1,
 ) -> Tensor:
     """Centroids of vectors: k-means++ seeds (Arthur & Vassilvitskii, SODA 2007), then Lloyd's iterations.
+
+    Each seed is the best of ``2 + log(num_clusters)`` drawn (the greedy variant of the same paper's authors).
 
     Deterministic: a seed gives the same centroids on every run and for every number of threads; devices agree
     up to the rounding of sums. Waits for the device once an iteration.
@@ -73,12 +102,12 @@ def kmeans(
         weights = weights.detach()
     problem = _Problem(weight, weights, cluster_dim, block_size)
     generator = torch.Generator().manual_seed(seed)
-    best = problem.iterate(problem.seeds(num_clusters, generator), max_iterations, tolerance)
-    for _ in range(restarts - 1):
-        found = problem.iterate(problem.seeds(num_clusters, generator), max_iterations, tolerance)
-        better = problem.error(found) < problem.error(best)
-        best = torch.where(better[:, None, None], found, best)
-    return best
+    seeds = problem.seeds(num_clusters, restarts, generator)
+    found = problem.iterate(seeds, max_iterations, tolerance)
+    if restarts == 1:
+        return found[0]
+    best = torch.stack([problem.error(tried) for tried in found]).argmin(0)
+    return found[best, torch.arange(found.size(1), device=found.device)]
 
 
 def _check_weights(weights: Tensor, weight: Tensor) -> None:
@@ -99,56 +128,42 @@ class _Problem:
         self.vectors = to_vectors(weight, self.block_size, dim)
         # The importance of each vector as a matrix, one row a block; none where all weigh the same.
         self.mass: Tensor | None = None
-        self.weighted = self.vectors
         if weights is not None:
             mass = to_vectors(weights, self.block_size, dim).double().sum(2)
-            mass = torch.where((mass > 0).any(1, keepdim=True), mass, 1.0).float()
-            self.mass = mass
-            self.weighted = self.vectors.float() * mass.unsqueeze(2)
+            self.mass = torch.where((mass > 0).any(1, keepdim=True), mass, 1.0).float()
 
-    def seeds(self, clusters: int, generator: torch.Generator) -> Tensor:
-        """Vectors drawn one by one, each by its mass times squared distance to those before."""
+    def seeds(self, clusters: int, tries: int, generator: torch.Generator) -> Tensor:
+        """Centroids to begin with, float32 ``(tries, blocks, clusters, dim)``."""
         blocks, count, dim = self.vectors.shape
         device = self.weight.device
-        chosen = torch.randperm(count, generator=generator)[: _SEEDS_PER_CLUSTER * clusters].sort().values
-        vectors = self.vectors[:, chosen.to(device)].float()
-        mass = vectors.new_ones(vectors.shape[:2]) if self.mass is None else self.mass[:, chosen.to(device)]
-        # From the CPU's generator, so that a seed means the same on every device.
-        draws = torch.rand(clusters, blocks, 1, generator=generator, dtype=torch.float64).to(device)
-        centroids = vectors.new_empty(blocks, clusters, dim)
-        nearest = torch.full_like(mass, torch.inf)
-        chances = mass.double()
-        for cluster in range(clusters):
-            total = chances.cumsum(1)
-            place = torch.searchsorted(total, draws[cluster] * total[:, -1:], right=True)
-            place = place.clamp(max=vectors.size(1) - 1)
-            picked = vectors.gather(1, place.unsqueeze(2).expand(-1, -1, dim))
-            centroids[:, cluster] = picked[:, 0]
-            nearest = torch.minimum(nearest, (vectors - picked).square().sum(2))
-            chances = nearest.double() * mass
-        return centroids
+        candidates = 2 + int(math.log(clusters))
+        looked_at = min(count, _SEEDS_PER_CLUSTER * clusters)
+        together = max(1, _SEEDING // max(1, blocks * looked_at * candidates))
+        found = []
+        for first in range(0, tries, together):
+            # From the CPU's generator, so that a seed means the same on every device.
+            drawn = [
+                (
+                    torch.randperm(count, generator=generator)[:looked_at].sort().values,
+                    torch.rand(clusters, blocks, candidates, generator=generator, dtype=torch.float64),
+                )
+                for _ in range(first, min(tries, first + together))
+            ]
+            chosen = torch.stack([places for places, _ in drawn]).to(device)
+            draws = torch.stack([shares for _, shares in drawn], 1).flatten(1, 2).to(device)
+            vectors = self.vectors[:, chosen].transpose(0, 1).reshape(-1, looked_at, dim).float()
+            mass = vectors.new_ones(vectors.shape[:2])
+            if self.mass is not None:
+                mass = self.mass[:, chosen].transpose(0, 1).reshape(-1, looked_at)
+            found.append(_seeds(vectors, mass, draws).reshape(-1, blocks, clusters, dim))
+        return torch.cat(found)
 
     def iterate(self, centroids: Tensor, max_iterations: int, tolerance: float) -> Tensor:
-        """Lloyd's iterations; a centroid that loses all its vectors stays where it is."""
-        blocks, clusters, dim = centroids.shape
-        count = self.vectors.size(1)
-        assign, segment_sum = implementation("palettize"), implementation("lookup_backward")
-        rows, row_block = (blocks * dim, count), (dim, count)
-        # A vector's entries lie below each other: a block becomes ``dim`` rows.
-        data = self.vectors.transpose(1, 2).reshape(rows)
-        weighted = data if self.mass is None else self.weighted.transpose(1, 2).reshape(rows)
-        mass = torch.ones((blocks, count), device=data.device) if self.mass is None else self.mass
-        limit = (tolerance * self.weight.float().std(correction=0)) ** 2
-        for _ in range(max_iterations):
-            indices = assign(data, centroids, row_block)
-            sums = segment_sum(weighted, indices, row_block, clusters, dim)
-            masses = segment_sum(mass, indices, (1, count), clusters, 1)
-            moved = torch.where(masses > 0, sums / masses, centroids)
-            shift = (moved - centroids).square().sum(2).max()
-            centroids = moved
-            if bool(shift <= limit):
-                break
-        return centroids
+        """Lloyd's iterations from ``centroids (tries, blocks, k, dim)``."""
+        vectors = self.vectors.float().transpose(1, 2).contiguous()
+        limit = (tolerance * float(self.weight.double().std(correction=0))) ** 2
+        run: Tensor = implementation("lloyd")(vectors, self.mass, centroids, max_iterations, limit)
+        return run
 
     def error(self, centroids: Tensor) -> Tensor:
         """Weighted sum of squared errors of each block, float64."""
@@ -156,3 +171,33 @@ class _Problem:
         back = implementation("lookup")(indices, centroids, self.block_size)
         squares = to_vectors((self.weight.float() - back).double().square(), self.block_size, self.dim).sum(2)
         return (squares if self.mass is None else squares * self.mass).sum(1)
+
+
+def _seeds(vectors: Tensor, mass: Tensor, draws: Tensor) -> Tensor:
+    """Vectors drawn one by one, by their mass times squared distance to those before.
+
+    Of several candidates, the one that leaves the least error is taken.
+
+    Args:
+        vectors: float32 ``(blocks, n, dim)``.
+        mass: float32 ``(blocks, n)``.
+        draws: uniform in [0, 1), float64 ``(clusters, blocks, candidates)``.
+    """
+    dim = vectors.size(2)
+    entries = vectors.transpose(1, 2).contiguous()
+    nearest = torch.full_like(mass, torch.inf)
+    chances = mass.double()
+    seeds = []
+    for draw in draws:
+        total = chances.cumsum(1)
+        place = torch.searchsorted(total, draw * total[:, -1:], right=True).clamp(max=vectors.size(1) - 1)
+        picked = vectors.gather(1, place.unsqueeze(2).expand(-1, -1, dim))
+        distance = torch.zeros_like(mass).unsqueeze(1)
+        for entry in range(dim):
+            distance = distance + (entries[:, entry, None] - picked[:, :, entry, None]).square()
+        left = torch.minimum(nearest.unsqueeze(1), distance)
+        best = (left * mass.unsqueeze(1)).sum(2, dtype=torch.float64).argmin(1)[:, None, None]
+        seeds.append(picked.gather(1, best.expand(-1, -1, dim)))
+        nearest = left.gather(1, best.expand(-1, -1, left.size(2)))[:, 0]
+        chances = nearest.double() * mass
+    return torch.cat(seeds, 1)

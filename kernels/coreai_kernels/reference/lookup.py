@@ -42,6 +42,6 @@ def lookup_backward(
     flat = to_vectors(indices, _index_blocks(block_size, dim))[:, :, 0].long()
     blocks = flat.size(0)
     flat = flat + num_clusters * torch.arange(blocks, device=flat.device).unsqueeze(1)
-    vectors = to_vectors(grad, block_size, dim).reshape(-1, dim).double()
+    vectors = to_vectors(grad, block_size, dim).reshape(-1, dim).float().double()
     sums = vectors.new_zeros(blocks * num_clusters, dim).index_add_(0, flat.reshape(-1), vectors)
     return sums.reshape(blocks, num_clusters, dim).float()
