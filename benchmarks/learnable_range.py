@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 import coreai_kernels
+from benchmarks import nncf
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import NATIVE, Bench
 from benchmarks.operators import REFERENCE_UP_TO
@@ -37,6 +38,8 @@ def build(case: Case) -> Bench:
         torch.autograd.grad(output, (x, span), grad)
 
     contenders = {NATIVE: lambda: train("auto"), "torch": eager}
+    if case.dtype == "fp32":
+        contenders |= nncf.contender(lambda: nncf.symmetric_range(x, span, grad))
     if case.size <= REFERENCE_UP_TO:
         contenders["reference"] = lambda: train("reference")
     # Forward: input and output. Backward: gradient, input, gradient to the input.

@@ -18,7 +18,7 @@ from benchmarks.harness import COPY, NATIVE, Result
 __all__ = ["SCHEMA", "Report", "print_comparison", "print_report"]
 
 SCHEMA = 1
-_RIVALS = ("reference", "torch", "compile", "apple", "singly", "one tensor")
+_RIVALS = ("reference", "torch", "compile", "apple", "nncf", "singly", "one tensor")
 _STYLES = {"yes": "green", "on average": "yellow", "no": "bold red"}
 _CHANGE_WORTH_A_ROW = 1.1
 _LEGEND = """\

@@ -1,4 +1,4 @@
-"""The examples of the controllers, with one epoch each."""
+"""The examples of the controllers, with one short epoch each."""
 
 import importlib
 import sys
@@ -17,7 +17,10 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common
 @pytest.fixture(autouse=True)
 def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     for name in ("common", *NAMES):
         sys.modules.pop(name, None)
 
@@ -28,12 +31,19 @@ def test_there_is_one_for_each_algorithm() -> None:
     assert BaseCompressionAlgorithmBuilder.list_registry_keys() <= set(NAMES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     example, common = importlib.import_module(name), importlib.import_module("common")
-    controller, model = common.run(*example.ALGORITHMS, arguments=["--epochs", "1"])
+    controller, model = common.run(*example.ALGORITHMS, arguments=["--epochs", "1", "--images", "128"])
     printed = capsys.readouterr().out
     assert "test accuracy" in printed
     assert bool(torch.isfinite(model(torch.randn(2, 1, 8, 8))).all())
     assert set(controller.statistics().to_dict()) == {each["algorithm"] for each in example.ALGORITHMS}
+
+
+def test_the_demonstration_returns_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = importlib.import_module("composed").demonstrate(epochs=1, images=128)
+    assert shown.statistics in capsys.readouterr().out
+    assert set(shown.figures) == {"filter_pruning", "quantization", "knowledge_distillation"}
+    assert 0 <= shown.accuracy_stripped <= 1
+    assert 0 <= shown.compression_rate <= 1

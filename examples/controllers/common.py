@@ -3,6 +3,8 @@
 import argparse
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from digits_model import Digits, load_data
 from coreai_opt.controllers import create_compressed_model, register_default_init_args
 
 BATCH = 64
+torch.set_num_threads(1)  # the network is so small that a second thread mostly waits
 
 
 class DigitsCNN(nn.Module):
@@ -71,16 +74,27 @@ def train(model: nn.Module, data: Digits, epochs: int, controller: Any = None) -
             optimizer.step()
 
 
-def run(*algorithms: dict[str, Any], arguments: list[str] | None = None) -> tuple[Any, nn.Module]:
-    """Train, compress, train on; print what became of the model, and return it with its controller."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of compressed training")
-    parser.add_argument("--onnx", type=Path, help="write the compressed model to this file")
-    options = parser.parse_args(arguments)
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a model: its controller, test accuracies in [0, 1], and the table that was printed."""
+
+    controller: Any
+    model: nn.Module
+    accuracy_before: float
+    accuracy_compressed: float
+    accuracy_stripped: float
+    compression_rate: float
+    statistics: str
+    figures: dict[str, Any]
+
+
+def compress(algorithms: Sequence[dict[str, Any]], epochs: int, images: int | None = None) -> Outcome:
+    """Train, compress and train on, with at most ``images`` images; print and return what came of it."""
     torch.manual_seed(0)
     start = time.perf_counter()
     data, model = load_data(seed=0), DigitsCNN()
-    train(model, data, min(options.epochs, 5))
+    data = replace(data, train_images=data.train_images[:images], train_labels=data.train_labels[:images])
+    train(model, data, min(epochs, 5))
     before = accuracy(model, data)
 
     config = {
@@ -88,14 +102,26 @@ def run(*algorithms: dict[str, Any], arguments: list[str] | None = None) -> tupl
         "compression": [dict(algorithm) for algorithm in algorithms],
     }
     controller, model = create_compressed_model(model, register_default_init_args(config, batches(data, 0)))
-    train(model, data, options.epochs, controller)
-    after, stripped = accuracy(model, data), controller.strip()
-    print(controller.statistics().to_str())
-    print(f"compression rate {controller.compression_rate:.3f}, {controller.compression_stage().name}")
-    print(
-        f"test accuracy {before:.2%} before, {after:.2%} compressed, {accuracy(stripped, data):.2%} stripped"
-    )
+    train(model, data, epochs, controller)
+    after, stripped = accuracy(model, data), accuracy(controller.strip(), data)
+    statistics, rate = controller.statistics(), controller.compression_rate
+    print(statistics.to_str())
+    print(f"compression rate {rate:.3f}, {controller.compression_stage().name}")
+    print(f"test accuracy {before:.2%} before, {after:.2%} compressed, {stripped:.2%} stripped")
     print(f"{time.perf_counter() - start:.1f} s")
+    return Outcome(
+        controller, model, before, after, stripped, rate, statistics.to_str(), statistics.to_dict()
+    )
+
+
+def run(*algorithms: dict[str, Any], arguments: list[str] | None = None) -> tuple[Any, nn.Module]:
+    """The command line of an example; returns the controller and the compressed model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of compressed training")
+    parser.add_argument("--images", type=int, help="train on so many images only")
+    parser.add_argument("--onnx", type=Path, help="write the compressed model to this file")
+    options = parser.parse_args(arguments)
+    outcome = compress(algorithms, options.epochs, options.images)
     if options.onnx is not None:
-        controller.export_model(options.onnx)
-    return controller, model
+        outcome.controller.export_model(options.onnx)
+    return outcome.controller, outcome.model

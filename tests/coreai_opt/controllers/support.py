@@ -115,20 +115,46 @@ def assert_same_model(actual: nn.Module, expected: nn.Module, what: str = "") ->
         assert torch.equal(mine[name], value), f"{what}: {name} differs"
 
 
+def assert_same_state(actual: Any, expected: Any, what: str) -> None:
+    """Numbers, strings and tensors of two saved states, to the last bit."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(actual, expected), f"{what} differs"
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected), what
+        for key, value in expected.items():
+            assert_same_state(actual[key], value, f"{what}, {key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), what
+        for index, (mine, its) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_state(mine, its, f"{what}, {index}")
+    else:
+        assert actual == expected, f"{what}: {actual} instead of {expected}"
+
+
 def check_resume(config: Any) -> None:
-    """Save at every step; a run resumed from there ends as the whole run did, to the last bit."""
+    """Save at every step; a run resumed from there goes on as the whole run did, to the last bit.
+
+    After one step it has the state that the whole run had, from which the next one resumes; in mid-epoch, it
+    goes on to the end, too.
+    """
     whole = Run(config)
-    saved = [whole.save()]
+    saved, rates = [whole.save()], []
     for step in range(EPOCHS * STEPS):
         whole.train(step + 1)
         saved.append(whole.save())
+        rates.append((whole.controller.compression_stage(), whole.controller.compression_rate))
     for step, state in enumerate(saved[:-1]):
+        until = len(rates) if step == STEPS + 1 else step + 1
         resumed = Run.resumed(config, state)
-        resumed.train()
-        assert_same_model(resumed.model, whole.model, f"resumed at step {step}")
-        assert torch.equal(torch.stack(resumed.losses), torch.stack(whole.losses[step:]))
-        assert resumed.controller.compression_stage() == whole.controller.compression_stage()
-        assert resumed.controller.compression_rate == whole.controller.compression_rate
+        resumed.train(until)
+        now, then = (
+            torch.load(io.BytesIO(each), weights_only=True) for each in (resumed.save(), saved[until])
+        )
+        assert_same_state(now, then, f"resumed at step {step}")
+        assert torch.equal(torch.stack(resumed.losses), torch.stack(whole.losses[step:until]))
+        assert (resumed.controller.compression_stage(), resumed.controller.compression_rate) == rates[
+            until - 1
+        ]
 
 
 class RefuseWaits(TorchDispatchMode):

@@ -23,6 +23,7 @@ import torch
 from controllers.support import Run, configured
 from controllers.test_resume import ALGORITHMS
 
+torch.set_num_threads(1)  # as the first process: threads group the sums of a convolution's gradient
 saved, result = map(Path, sys.argv[1:])
 run = Run.resumed(configured(*ALGORITHMS), saved.read_bytes())
 run.train()
