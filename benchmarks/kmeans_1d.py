@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 
 from benchmarks.cases import Case, Sweep, make_input
-from benchmarks.harness import NATIVE, Bench
+from benchmarks.harness import Bench
 from benchmarks.lookup import COMBINATIONS, QUICK_COMBINATIONS
-from coreai_kernels.ops.library import implementation
+from benchmarks.operators import bench_of
 
 __all__ = ["build", "cases"]
 
-# Exact clustering of as many distinct float32 values as a whole tensor has takes seconds.
+# Exact clustering of as many distinct float32 values as a whole tensor has takes seconds, the reference minutes.
 _EXACT_UP_TO = 1024
+_REFERENCE_UP_TO = 64
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -22,12 +23,12 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def build(case: Case) -> Bench:
-    x, cluster = make_input(case), implementation("kmeans_1d")
+    x = make_input(case)
     clusters = 16 if case.format == "int4" else 256
     decimals = 4 if case.variant == "decimals" else None
     blocks = case.numel // (case.block_size[0] * case.block_size[1])
-    return Bench(
-        {NATIVE: lambda: cluster(x, None, case.block_size, clusters, decimals)},
-        x.nbytes,
-        4 * blocks * clusters,
-    )
+    args = (x, None, case.block_size, clusters, decimals)
+    bench = bench_of(case, "kmeans_1d", args, x.nbytes, 4 * blocks * clusters)
+    if case.size > _REFERENCE_UP_TO:
+        bench.contenders.pop("reference", None)
+    return bench

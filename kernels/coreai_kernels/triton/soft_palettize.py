@@ -167,7 +167,7 @@ class _Problem:
                 count,
                 tiles,
                 STEP=step,
-                warps=4,
+                warps=8,
                 **constants,
             )
         if step == _PALETTIZE:

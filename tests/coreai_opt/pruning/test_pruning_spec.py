@@ -178,9 +178,10 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
 def test_memory_format_is_kept(scheme):
     weight = randn(4, 8, 3, 3).to(memory_format=torch.channels_last)
-    mask = compute_mask(weight, 0.5, scheme)
-    assert mask.stride() == weight.stride()
-    assert torch.equal(mask, compute_mask(weight.contiguous(), 0.5, scheme))
+    simulator = PruneImplBase.get_class("default")(0.5, scheme)
+    simulator(weight)
+    assert simulator.mask.stride() == weight.stride()
+    assert torch.equal(simulator.mask, compute_mask(weight.contiguous(), 0.5, scheme))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=repr)
