@@ -9,7 +9,7 @@ from benchmarks.operators import bench_of
 
 __all__ = ["build", "cases"]
 
-# Exact clustering of as many distinct float32 values as a whole tensor has takes seconds, the reference minutes.
+# Exact clustering of as many distinct float32 values as a tensor has takes seconds, the reference minutes.
 _EXACT_UP_TO = 1024
 _REFERENCE_UP_TO = 64
 
