@@ -21,7 +21,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo       quantization-aware training on real data: a table and demo/report.png'
+	@echo 'make demo       compressed training on real data: tables and demo/report.png'
 	@echo 'make test       all tests          PYTEST_FLAGS="-k name" selects'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
