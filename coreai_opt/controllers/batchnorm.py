@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.controllers.base import BuildContext
 from coreai_opt.controllers.distributed import mean_over_ranks
 from coreai_opt.controllers.inputs import batches
@@ -24,21 +25,18 @@ def adapt_batchnorm(model: nn.Module, context: BuildContext, num_samples: int) -
     ]
     if not layers or num_samples == 0 or context.init_args.train_loader is None:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta: dict[nn.Module, Any] = {layer: layer.momentum for layer in layers}
-    model.eval()
-    for layer in layers:
-        layer.train()
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative average
-    try:
-        for args, kwargs in batches(context, model, num_samples):
-            model(*args, **kwargs)
-    finally:
+    with training_flags(model, False):
         for layer in layers:
-            layer.momentum = momenta[layer]
-        for module, mode in modes.items():
-            module.training = mode
+            layer.train()
+            layer.reset_running_stats()
+            layer.momentum = None  # a cumulative average
+        try:
+            for args, kwargs in batches(context, model, num_samples):
+                model(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.momentum = momenta[layer]
     for layer in layers:
         for buffer in (layer.running_mean, layer.running_var):
             if buffer is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.controllers.channels import Cluster, Consumer
 from coreai_opt.controllers.scopes import WEIGHTED
 
@@ -115,13 +116,10 @@ def _multiplications(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         for name, layer in model.named_modules()
         if isinstance(layer, WEIGHTED)
     ]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        model(*args, **kwargs)
+        with training_flags(model, False):
+            model(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return counted

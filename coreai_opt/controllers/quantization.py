@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.controllers import qdq, quantizers
 from coreai_opt.controllers.api import CompressionStage, State
@@ -316,16 +317,13 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
         return [name for name in layers if name not in from_outside]
 
     def _run(self, model: nn.Module, handles: list[Any], inputs: Any) -> None:
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
         try:
-            for args, kwargs in inputs:
-                model(*args, **kwargs)
+            with training_flags(model, False):
+                for args, kwargs in inputs:
+                    model(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
 
     def build_controller(self, model: nn.Module) -> QuantizationController:
         """See the base."""

@@ -1,6 +1,5 @@
 """Palettized models: state, weights, outputs, training; state that one package wrote and the other reads."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ from .palettizer_calls import CALLS
 from .palettizer_runs import CASES, TRAINED, Case, attempt, build_model, call, continue_from, run, train
 from .snapshots import Raised, Snapshot, differences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # The last bit of a float32 mean of float64 sums depends on the order of the sums.
 ULP = 2.0**-23
 
@@ -19,15 +20,6 @@ ULP = 2.0**-23
 UNIQUE = [name for name, case in CASES.items() if case.spec.get("cluster_dim", 1) == 1]
 # Rounding to so few decimals that palettes lose entries: ours does not round then.
 COARSE = "1 decimals"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the oracle's process: sums depend on how torch splits them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

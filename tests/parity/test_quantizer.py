@@ -1,10 +1,8 @@
 """Whole models: where simulators are, and every output, loss, gradient and state, bit for bit."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.models import MODELS
 from coreai_kernels import use_backend
@@ -16,6 +14,8 @@ from .quantizer_runs import RUNS, continue_from, train
 from .quantizer_scopes import PLACES, place
 from .snapshots import Raised, differences
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REFERENCE_TOO = ("default", "floats")
 # What differs on purpose, and the headings under which docs/differences.md says why.
 RUNS_INTENDED = {("shared", "schedule"): "Schedules reach what the model itself owns"}
@@ -26,15 +26,6 @@ INTENDED = {
     "config of a module": "Errors by kind",
     "model None": "Errors by kind",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the oracle's process: sums over a batch depend on how torch splits them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
