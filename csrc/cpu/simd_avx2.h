@@ -130,6 +130,18 @@ struct Simd {
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) { return _mm256_max_ps(a, b); });
   }
+  // The same for pairs of signed 16-bit words: each lane of the result holds two words that are still to be compared.
+  static constexpr bool kHasWordRows = true;
+  static COREAI_HD F min_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm256_castsi256_ps(_mm256_min_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    });
+  }
+  static COREAI_HD F max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm256_castsi256_ps(_mm256_max_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    });
+  }
 
  private:
   // The nearest bfloat16 of each lane, in its lower half.

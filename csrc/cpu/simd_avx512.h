@@ -144,6 +144,18 @@ struct Simd {
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) { return _mm512_max_ps(a, b); });
   }
+  // The same for pairs of signed 16-bit words: each lane of the result holds two words that are still to be compared.
+  static constexpr bool kHasWordRows = true;
+  static COREAI_HD F min_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_min_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+  }
+  static COREAI_HD F max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_max_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+  }
 
  private:
   static COREAI_HD F widen(__m256i a) {

@@ -181,6 +181,7 @@ struct Simd {
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](float a, float b) __attribute__((always_inline)) { return a > b ? a : b; });
   }
+  static constexpr bool kHasWordRows = false;
 
  private:
   static COREAI_HD I iselect(M m, I a, I b) {
