@@ -39,17 +39,44 @@ Masks empty_masks(const Tensors& inputs, bool wanted) {
 class Reader {
  public:
   Reader(const char* name, const std::vector<int64_t>& values) : name_(name), values_(&values) {}
-  Blocks take(size_t count) {
+  Ints take(size_t count) {
     STD_TORCH_CHECK(at_ + count <= values_->size(), name_, " must have one entry for each axis of each tensor");
-    const auto first = values_->begin() + static_cast<std::ptrdiff_t>(at_);
+    const int64_t* first = values_->data() + at_;
     at_ += count;
-    return Blocks(first, first + static_cast<std::ptrdiff_t>(count));
+    return Ints(first, first + count);
   }
 
  private:
   const char* name_;
   const std::vector<int64_t>* values_;
   size_t at_ = 0;
+};
+
+bool equal(const Ints& one, const Ints& other) {
+  return std::equal(one.begin(), one.end(), other.begin(), other.end());
+}
+
+// Layouts of a list's tensors. Those of one shape, memory order and block size share one.
+class Layouts {
+ public:
+  const cpu::Layout& of(const Operand& x, const Ints& block) {
+    // The layers of a model have few shapes, and mostly the one before.
+    const size_t recent = std::min<size_t>(known_.size(), kRecent);
+    for (size_t i = 1; i <= recent; ++i) {
+      const Known& one = known_[known_.size() - i];
+      if (equal(one.shape, x.shape) && equal(one.order, x.order) && equal(one.block, block)) return one.layout;
+    }
+    known_.push_back({x.shape, x.order, block, cpu::make_layout(x.shape, x.order, Blocks(block.begin(), block.end()))});
+    return known_.back().layout;
+  }
+
+ private:
+  static constexpr size_t kRecent = 8;
+  struct Known {
+    Ints shape, order, block;
+    cpu::Layout layout;
+  };
+  std::deque<Known> known_;  // references to its entries stay valid
 };
 
 void check_length(const char* name, const Tensors& values, const Tensors& inputs, bool optional) {
@@ -87,14 +114,6 @@ void run_all(std::deque<Job>& jobs) {
       &small);
 }
 
-template <class Job>
-Tensors outputs_of(const std::deque<Job>& jobs) {
-  Tensors outputs;
-  outputs.reserve(jobs.size());
-  for (const Job& job : jobs) outputs.push_back(job.output());
-  return outputs;
-}
-
 std::tuple<Tensors, Tensor> foreach_fake_quantize_forward(const Tensors& inputs, const Tensors& scales,
                                                           const Tensors& zero_points, const Tensors& minvals,
                                                           const Blocks& block_sizes, int64_t format, double quant_min,
@@ -104,14 +123,18 @@ std::tuple<Tensors, Tensor> foreach_fake_quantize_forward(const Tensors& inputs,
   check_length("minvals", minvals, inputs, true);
   const Masks masks = empty_masks(inputs, with_mask);
   Reader blocks("block_sizes", block_sizes);
+  Layouts layouts;
   std::deque<FakeQuantizeJob> jobs;
+  Tensors outputs;
+  outputs.reserve(inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
-    jobs.emplace_back(inputs[i], scales[i], optional_at(zero_points, i), optional_at(minvals, i),
-                      blocks.take(static_cast<size_t>(inputs[i].dim())), format, quant_min, quant_max,
-                      masks.starts[i]);
+    Operand x(inputs[i], inputs[i].scalar_type());
+    jobs.emplace_back(x, layouts.of(x, blocks.take(x.shape.size())), scales[i], optional_at(zero_points, i),
+                      optional_at(minvals, i), format, quant_min, quant_max, masks.starts[i]);
+    outputs.push_back(std::move(x.output));
   }
   run_all(jobs);
-  return {outputs_of(jobs), masks.bits};
+  return {std::move(outputs), masks.bits};
 }
 
 Tensors foreach_fake_quantize_backward(const Tensors& grads, const Tensor& mask, const std::vector<int64_t>& starts,
@@ -120,16 +143,17 @@ Tensors foreach_fake_quantize_backward(const Tensors& grads, const Tensor& mask,
   const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   Reader axes("orders", orders);
   std::deque<MaskedGradientJob> jobs;
+  Tensors results;
+  results.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     const auto dim = static_cast<size_t>(grads[i].dim());
-    const Blocks order = orders.empty() ? Blocks() : axes.take(dim);
+    const Ints order = orders.empty() ? natural_order(dim) : axes.take(dim);
     STD_TORCH_CHECK(starts[i] >= 0 && starts[i] + (grads[i].numel() + 7) / 8 <= mask.numel(),
                     "mask must have one bit per element of each gradient");
-    jobs.emplace_back(grads[i], order.empty() ? natural_order(dim) : Ints(order.data(), order.data() + dim),
-                      bits + starts[i]);
+    results.push_back(jobs.emplace_back(grads[i], order, bits + starts[i]).output());
   }
   run_all(jobs);
-  return outputs_of(jobs);
+  return results;
 }
 
 std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
@@ -147,16 +171,21 @@ std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
   const StepSettings settings = {has_running, scheme,    format,    quant_min,   quant_max, use_minval,
                                  update,      averaging_constant, range_min, range_max, power_of_two};
   Reader blocks("block_sizes", block_sizes);
+  Layouts layouts;
   std::deque<StepJob> jobs;
+  Tensors outputs;
+  outputs.reserve(inputs.size());
   for (size_t i = 0; i < inputs.size(); ++i) {
-    jobs.emplace_back(settings, inputs[i],
+    Operand x(inputs[i], inputs[i].scalar_type());
+    jobs.emplace_back(settings, x, layouts.of(x, blocks.take(x.shape.size())),
                       StepState{scales[i], optional_at(zero_points, i), optional_at(minvals, i),
                                 optional_at(running_mins, i), optional_at(running_maxs, i)},
-                      blocks.take(static_cast<size_t>(inputs[i].dim())), masks.starts[i]);
+                      masks.starts[i]);
+    outputs.push_back(std::move(x.output));
   }
   run_all(jobs);
   for (StepJob& job : jobs) job.write_back();
-  return {outputs_of(jobs), masks.bits};
+  return {std::move(outputs), masks.bits};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {

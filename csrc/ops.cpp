@@ -19,9 +19,11 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
-  const FakeQuantizeJob job(input, scale, zero_point, minval, block_size, format, quant_min, quant_max, bytes_of(mask));
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  const FakeQuantizeJob job(x, layout, scale, zero_point, minval, format, quant_min, quant_max, bytes_of(mask));
   job.run();
-  return {job.output(), mask};
+  return {x.output, mask};
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
@@ -96,12 +98,14 @@ std::tuple<Tensor, Tensor> observe_and_fake_quantize_(
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   StepJob step({has_running, scheme, format, quant_min, quant_max, use_minval, update, averaging_constant, range_min,
                 range_max, power_of_two},
-               input, {scale, zero_point, minval, running_min, running_max}, block_size, bytes_of(mask));
+               x, layout, {scale, zero_point, minval, running_min, running_max}, bytes_of(mask));
   step.run();
   step.write_back();
-  return {step.output(), mask};
+  return {x.output, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
