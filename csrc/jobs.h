@@ -22,6 +22,7 @@ class FakeQuantizeJob {
   void run() const {
     if (numel() > 0) cpu::kernels().fake_quantize(job_);
   }
+  void write_back() {}
 
  private:
   AffineValues values_;
@@ -31,22 +32,15 @@ class FakeQuantizeJob {
 // Gradient through a packed mask. Not float64.
 class MaskedGradientJob {
  public:
-  // `order`: the axes from the outermost in memory to the innermost.
-  MaskedGradientJob(const Tensor& grad, const Ints& order, const uint8_t* mask)
-      : output_(empty_in_order(grad, order)), numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask) {
+  // `order`: the axes from the outermost in memory to the innermost. `output`: empty_in_order(grad, order).
+  MaskedGradientJob(const Tensor& grad, const Ints& order, const uint8_t* mask, Tensor& output)
+      : numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask) {
     const bool dense = is_dense(to_ints(grad.sizes()), to_ints(grad.strides()), order);
-    if (!dense) torch::stable::copy_(output_, grad);
-    source_ = dense ? grad.const_data_ptr() : output_.const_data_ptr();
-    target_ = output_.mutable_data_ptr();
+    if (!dense) torch::stable::copy_(output, grad);
+    source_ = dense ? grad.const_data_ptr() : output.const_data_ptr();
+    target_ = output.mutable_data_ptr();
   }
 
-  int64_t numel() const { return numel_; }
-  const Tensor& output() const { return output_; }
-  void run() const {
-    if (numel_ > 0) cpu::kernels().masked_gradient(element_, source_, target_, mask_, numel_);
-  }
-
- private:
   static Tensor empty_in_order(const Tensor& grad, const Ints& order) {
     const Ints shape = to_ints(grad.sizes());
     STD_TORCH_CHECK(order.size() == shape.size(), "order must name each of the ", shape.size(), " axes once");
@@ -59,7 +53,13 @@ class MaskedGradientJob {
     return empty(shape, strides, grad.scalar_type());
   }
 
-  Tensor output_;
+  int64_t numel() const { return numel_; }
+  void run() const {
+    if (numel_ > 0) cpu::kernels().masked_gradient(element_, source_, target_, mask_, numel_);
+  }
+  void write_back() {}
+
+ private:
   int64_t numel_;
   Element element_;
   const uint8_t* mask_;

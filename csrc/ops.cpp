@@ -32,9 +32,9 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Bloc
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
   const Ints order =
       axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
-  const MaskedGradientJob job(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()));
-  job.run();
-  return job.output();
+  Tensor result = MaskedGradientJob::empty_in_order(grad, order);
+  MaskedGradientJob(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()), result).run();
+  return result;
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.

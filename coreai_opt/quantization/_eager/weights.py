@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
+from coreai_opt.quantization._eager.shared_classes import share_classes
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
@@ -43,6 +44,7 @@ def install_reads(model: nn.Module) -> list["WeightRead"]:
                 read.install()
                 _shorten_the_way(type(module), name)
                 reads.append(read)
+    share_classes(model)
     return reads
 
 
@@ -59,9 +61,12 @@ def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
 
     def read(module: nn.Module) -> Any:
         if not _is_compiling():
-            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
-            forward = parametrizations.__dict__.get("forward")
             # All in one function: two hundred calls of a helper take longer than the work.
+            try:
+                parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
+            except KeyError:  # removed, from a module that shares its class with others
+                raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}") from None
+            forward = parametrizations.__dict__.get("forward")
             if type(forward) is WeightRead and (found := forward.shelf.found) is not None:
                 output, original, version = found[forward.index]
                 if (

@@ -72,6 +72,8 @@ class KeptLaunches:
         self._launches = [
             (launch_of([task for _, task in piece]), [tensors[i] for i, _ in piece]) for piece in pieces
         ]
+        for launch, _ in self._launches:
+            launch.keep()
         self._simulators = [simulators[i] for i in self.members]
         self.tensors = [tensors[i] for i in self.members]
         calculators: list[Any] = [each._modules["qparams_calculator"] for each in self._simulators]
