@@ -20,9 +20,11 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
-  const FakeQuantizeJob job(input, scale, zero_point, minval, block_size, format, quant_min, quant_max, bytes_of(mask));
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  const FakeQuantizeJob job(x, layout, scale, zero_point, minval, format, quant_min, quant_max, bytes_of(mask));
   job.run();
-  return {job.output(), mask};
+  return {x.output, mask};
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
@@ -31,9 +33,9 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Bloc
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
   const Ints order =
       axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
-  const MaskedGradientJob job(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()));
-  job.run();
-  return job.output();
+  Tensor result = MaskedGradientJob::empty_in_order(grad, order);
+  MaskedGradientJob(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()), result).run();
+  return result;
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
@@ -93,10 +95,12 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
-  StepJob job(settings, input, state, block_size, bytes_of(mask));
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  StepJob job(settings, x, layout, state, bytes_of(mask));
   job.run();
   job.write_back();
-  return {job.output(), mask};
+  return {x.output, mask};
 }
 
 std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const Tensor& scale,
