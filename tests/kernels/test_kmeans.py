@@ -140,10 +140,11 @@ def test_column_blocks_are_row_blocks_of_the_transposed() -> None:
     assert torch.equal(columns, rows)
 
 
-def test_fewer_vectors_than_clusters() -> None:
-    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    found = ck.kmeans(weight, 8, cluster_dim=2, block_size=(2, 2))
-    assert error(weight, found, (2, 2)) == 0.0
+def test_fewer_distinct_vectors_than_clusters() -> None:
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(1, 4)
+    found = ck.kmeans(weight, 5, cluster_dim=2, block_size=(2, 8))
+    assert error(weight, found, (2, 8)) == 0.0
+    assert len(found[0].unique(dim=0)) == 2
 
 
 def test_zero_weights_count_as_none() -> None:
@@ -158,6 +159,7 @@ def test_zero_weights_count_as_none() -> None:
     [
         ("cluster_dim must divide the 4 rows of a block; got 3", {"cluster_dim": 3}),
         ("num_clusters must be in", {"num_clusters": 300}),
+        (r"num_clusters must be at most 16.*\(4, 8\).*vectors of 2 values; got 17", {"num_clusters": 17}),
         ("max_iterations must be at least 0", {"max_iterations": -1}),
         ("restarts must be at least 1", {"restarts": 0}),
         ("tolerance must be at least 0", {"tolerance": float("nan")}),

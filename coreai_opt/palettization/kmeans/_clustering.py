@@ -40,11 +40,13 @@ def cluster(
 
     Raises:
         TypeError: the weight is not floating point.
-        ValueError: it has values that are not finite, or the sensitivities have another shape.
+        ValueError: it has no values, or some that are not finite, or the sensitivities have another shape.
     """
     name = f"Tensor {simulator.tensor_fqn!r}"
     if not weight.is_floating_point():
         raise TypeError(f"{name} must be floating point to be palettized; got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} must have values to be palettized; got shape {tuple(weight.shape)}")
     weights = simulator.sensitivities
     if weights is not None:
         if weights.shape != weight.shape:
@@ -63,7 +65,8 @@ def cluster(
 def _centroids_and_indices(
     simulator: "_KMeansFakePalettize", weight: Tensor, block_size: tuple[int, ...], weights: Tensor | None
 ) -> Clusters:
-    count = 2**simulator.n_bits
+    entries = 2**simulator.n_bits
+    count = min(entries, math.prod(block_size) // simulator.cluster_dim)
     if simulator.cluster_dim > 1:
         centroids = coreai_kernels.kmeans(
             weight,
@@ -83,6 +86,8 @@ def _centroids_and_indices(
         if decimals is not None:
             # A value belongs to the cluster that it was rounded into.
             weight = torch.round(weight.to(torch.float32), decimals=decimals)
+    # A block of fewer values than entries has each of them, and repeats the last.
+    centroids = torch.cat([centroids, centroids[:, -1:].expand(-1, entries - count, -1)], 1)
     return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
 
 

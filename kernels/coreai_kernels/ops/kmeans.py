@@ -65,7 +65,7 @@ def kmeans(
 
     Args:
         weight: float32, bfloat16, float16 or float64 tensor; the latter is rounded to float32.
-        num_clusters: 1 to 256.
+        num_clusters: 1 to 256, and no more than a block has vectors.
         cluster_dim: a vector is so many consecutive entries of axis 0.
         block_size: extent of a block along each axis; ``cluster_dim`` must divide the first.
         weights: importance of each element, at least 0, in the shape of ``weight``; a vector has the sum of
@@ -86,9 +86,9 @@ def kmeans(
         TypeError: ``weight`` or ``weights`` is not floating point.
     """
     checks.check_float_input("weight", weight)
-    checks.check_num_clusters(num_clusters)
     checks.check_blocks("block_size", weight, block_size)
     checks.check_vectors("cluster_dim", cluster_dim, block_size)
+    checks.check_num_clusters(num_clusters, block_size, cluster_dim)
     for name, value, least in (("max_iterations", max_iterations, 0), ("restarts", restarts, 1)):
         if value < least:
             raise ValueError(f"{name} must be at least {least}; got {value}")
