@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
-# Lloyd's iterations end in local minima, of which the best is taken. The smaller a tensor, the more these
-# differ, and the less they cost.
-_LEAST_RESTARTS, _MOST_RESTARTS, _SIDE_OF_ONE = 4, 128, 1 << 11
-
-
 class Clusters(NamedTuple):
     """Palettes ``[blocks, 2 ** n_bits, cluster_dim]`` (float32) and the index of each vector (uint8)."""
 
@@ -74,7 +69,6 @@ def _centroids_and_indices(
             cluster_dim=simulator.cluster_dim,
             block_size=block_size,
             weights=weights,
-            restarts=_restarts(weight),
         )
     else:
         decimals = _decimals(simulator, weight)
@@ -89,10 +83,6 @@ def _centroids_and_indices(
     # A block of fewer values than entries has each of them, and repeats the last.
     centroids = torch.cat([centroids, centroids[:, -1:].expand(-1, entries - count, -1)], 1)
     return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
-
-
-def _restarts(weight: Tensor) -> int:
-    return min(_MOST_RESTARTS, max(_LEAST_RESTARTS, _SIDE_OF_ONE // max(1, math.isqrt(weight.numel()))))
 
 
 def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:
