@@ -16,7 +16,7 @@ from coreai_kernels.reference.layout import to_vectors
 __all__ = ["kmeans"]
 
 # The search looks at so many vectors of a block; the solution that it finds is then brought to rest with all.
-_SEARCHED = 1 << 16
+_SEARCHED = 1 << 18
 # Where clusters are few there are few swaps, and many starts cost little.
 _LEAST_RESTARTS, _MOST_RESTARTS, _RESTARTS_TIMES_CLUSTERS = 8, 64, 512
 
@@ -60,7 +60,7 @@ def kmeans(
 
     Starts are drawn by k-means++ (Arthur & Vassilvitskii, SODA 2007) and improved by Lloyd's iterations; the
     best of them is improved by swaps, which merge two clusters and split a third. Of a block of more than
-    65,536 vectors the search sees that many; in the last iterations all take part.
+    262,144 vectors the search sees that many; in the last iterations all take part.
 
     Deterministic: a seed gives the same centroids on every run and for every number of threads; devices agree
     up to the rounding of sums. Waits for the device.
@@ -76,7 +76,7 @@ def kmeans(
         max_iterations: Lloyd's iterations at most, in the end.
         tolerance: these stop when one lowers a block's error by no more than this share of it.
         restarts: how many starts; None for 8 to 64, the more the fewer clusters there are.
-        swaps: rounds of swaps at most; they end when three find nothing better.
+        swaps: rounds of swaps at most; they end when several in turn find nothing better.
 
     Returns:
         float32 ``(blocks, num_clusters, cluster_dim)`` on the device of ``weight``. Where distinct vectors

@@ -24,9 +24,11 @@ _SEEDING = 1 << 18
 # Minima differ by less than 1e-4, so that they compare only near their ends.
 _ROUGH, _SHORT, _FINE = (15, 1e-3), (5, 1e-3), (200, 1e-6)
 # Of the starts, one in so many goes on.
-_KEPT = 8
-# Swaps in a round; those that go on; rounds without success before the end.
-_SWAPS, _PROMISING, _PATIENCE = 8, 2, 3
+_KEPT = 4
+# Swaps in a round, and those that go on.
+_SWAPS, _PROMISING = 8, 2
+# Rounds without success before the end; fewer where iterations have so few distances that rounds cost more.
+_PATIENCE, _SMALL_PATIENCE, _SMALL = 6, 3, 1 << 13
 # Swaps are made of so many merges and so many splits, the best of either.
 _CHOICES = 16
 
@@ -113,6 +115,7 @@ def search(
     found = problem.lloyd(_seeds(problem, clusters, starts, generator), *_ROUGH)
     found = problem.lloyd(found.best(max(1, starts // _KEPT)).centroids, *_FINE).best(1)
     failures = torch.zeros_like(found.error[0], dtype=torch.int64)
+    patience = _PATIENCE if problem.vectors.size(2) * clusters > _SMALL else _SMALL_PATIENCE
     # With two clusters, a swap would leave none to merge.
     for _ in range(rounds if clusters > 2 else 0):
         tried = problem.lloyd(_swapped(found, failures * _SWAPS), *_SHORT)
@@ -120,7 +123,7 @@ def search(
         better = tried.error < found.error * (1 - 1e-6)
         found = found.or_better(tried, better)
         failures = torch.where(better[0], 0, failures + 1)
-        if (failures >= _PATIENCE).all():
+        if (failures >= patience).all():
             break
     return found
 
