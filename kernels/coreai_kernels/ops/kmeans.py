@@ -12,6 +12,7 @@ from coreai_kernels.ops.kmeans_search import Problem, search
 from coreai_kernels.ops.library import define
 from coreai_kernels.reference import kmeans as reference
 from coreai_kernels.reference.layout import to_vectors
+from coreai_kernels.triton import registry as triton
 
 __all__ = ["kmeans"]
 
@@ -40,6 +41,7 @@ define(
     "float tolerance) -> (Tensor, Tensor, Tensor)",
     reference=reference.lloyd,
     fake=_fake,
+    triton=triton.get("lloyd"),
 )
 
 
