@@ -17,12 +17,12 @@ EPOCHS, STEPS = 3, 3
 class Net(nn.Module):
     """Convolutions with batch norm and a skip connection, then a linear layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.inner = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Linear(8 * 4 * 4, 10)
+        self.stem = nn.Conv2d(1, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.inner = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width * 4 * 4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.norm(self.stem(x)))
@@ -30,9 +30,9 @@ class Net(nn.Module):
         return self.head(F.max_pool2d(x, 2).flatten(1))
 
 
-def make_model(seed: int = 0) -> Net:
+def make_model(seed: int = 0, width: int = 8) -> Net:
     torch.manual_seed(seed)
-    return Net()
+    return Net(width)
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -62,11 +62,12 @@ class Run:
     state: dict[str, Any] | None = None
     losses: list[Tensor] = field(default_factory=list)
     step: int = 0
+    width: int = 8
 
     def __post_init__(self) -> None:
         state = self.state or {}
         self.controller, self.model = create_compressed_model(
-            make_model(self.seed), self.config, state.get("compression")
+            make_model(self.seed, self.width), self.config, state.get("compression")
         )
         if state:
             self.model.load_state_dict(state["model"])
@@ -89,36 +90,31 @@ class Run:
             self.losses.append(loss.detach())
             self.step += 1
 
+    def snapshot(self) -> dict[str, Any]:
+        """What is saved."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "compression": self.controller.get_compression_state(),
+            "step": self.step,
+        }
+
     def save(self) -> bytes:
         stream = io.BytesIO()
-        torch.save(
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "compression": self.controller.get_compression_state(),
-                "step": self.step,
-            },
-            stream,
-        )
+        torch.save(self.snapshot(), stream)
         return stream.getvalue()
 
     @classmethod
-    def resumed(cls, config: Any, saved: bytes) -> "Run":
+    def resumed(cls, config: Any, saved: bytes, width: int = 8) -> "Run":
         # Another seed: nothing may depend on the weights that the model is made with.
-        return cls(config, seed=7, state=torch.load(io.BytesIO(saved), weights_only=True))
-
-
-def assert_same_model(actual: nn.Module, expected: nn.Module, what: str = "") -> None:
-    mine, its = actual.state_dict(), expected.state_dict()
-    assert list(mine) == list(its)
-    for name, value in its.items():
-        assert torch.equal(mine[name], value), f"{what}: {name} differs"
+        return cls(config, seed=7, width=width, state=torch.load(io.BytesIO(saved), weights_only=True))
 
 
 def assert_same_state(actual: Any, expected: Any, what: str) -> None:
     """Numbers, strings and tensors of two saved states, to the last bit."""
     if isinstance(expected, Tensor):
-        assert torch.equal(actual, expected), f"{what} differs"
+        assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+        assert actual.numpy().tobytes() == expected.numpy().tobytes(), f"{what} differs"
     elif isinstance(expected, dict):
         assert list(actual) == list(expected), what
         for key, value in expected.items():
@@ -129,32 +125,6 @@ def assert_same_state(actual: Any, expected: Any, what: str) -> None:
             assert_same_state(mine, its, f"{what}, {index}")
     else:
         assert actual == expected, f"{what}: {actual} instead of {expected}"
-
-
-def check_resume(config: Any) -> None:
-    """Save at every step; a run resumed from there goes on as the whole run did, to the last bit.
-
-    After one step it has the state that the whole run had, from which the next one resumes; in mid-epoch, it
-    goes on to the end, too.
-    """
-    whole = Run(config)
-    saved, rates = [whole.save()], []
-    for step in range(EPOCHS * STEPS):
-        whole.train(step + 1)
-        saved.append(whole.save())
-        rates.append((whole.controller.compression_stage(), whole.controller.compression_rate))
-    for step, state in enumerate(saved[:-1]):
-        until = len(rates) if step == STEPS + 1 else step + 1
-        resumed = Run.resumed(config, state)
-        resumed.train(until)
-        now, then = (
-            torch.load(io.BytesIO(each), weights_only=True) for each in (resumed.save(), saved[until])
-        )
-        assert_same_state(now, then, f"resumed at step {step}")
-        assert torch.equal(torch.stack(resumed.losses), torch.stack(whole.losses[step:until]))
-        assert (resumed.controller.compression_stage(), resumed.controller.compression_rate) == rates[
-            until - 1
-        ]
 
 
 class RefuseWaits(TorchDispatchMode):

@@ -5,7 +5,7 @@ import torch
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model
 
-from .support import Run, check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import Run, check_compiles, check_no_waits, configured, make_model
 
 
 def movement(**more: Any) -> dict[str, Any]:
@@ -68,10 +68,6 @@ def test_bad_epochs_are_named() -> None:
         create_compressed_model(make_model(), configured(movement(warmup_end_epoch=1)))
     with pytest.raises(ValueError, match="steps_per_epoch"):
         create_compressed_model(make_model(), {"compression": movement()})
-
-
-def test_resume_at_any_step() -> None:
-    check_resume(configured(movement()))
 
 
 def test_nothing_waits() -> None:
