@@ -1,12 +1,13 @@
 """Every algorithm with every schedule, and what resumes their saved runs in a process of its own."""
 
 import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .support import EPOCHS, STEPS, Run, configured
+from .support import EPOCHS, STEPS, Run, configured, make_model, make_transformer
 
 BY_STEP = {"update_per_optimizer_step": True}
 SPARSITY = {
@@ -65,6 +66,18 @@ def _cases() -> dict[str, Any]:
         ):
             cases[f"quantization-{kind}-{name}"] = [{"algorithm": "quantization", "params": params, **more}]
     cases["movement_sparsity"] = [{"algorithm": "movement_sparsity", "params": MOVEMENT}]
+    shared = [
+        {"mode": "block", "sparse_factors": [4, 2], "target_scopes": "{re}query|key|value"},
+        {"mode": "per_dim", "axis": 1, "target_scopes": ["attention.output", "down"]},
+        {"mode": "per_dim", "axis": 0, "target_scopes": ["gate", "up"]},
+    ]
+    cases["movement_sparsity-structured"] = [
+        {
+            "algorithm": "movement_sparsity",
+            "params": {**MOVEMENT, "enable_structured_masking": True},
+            "sparse_structure_by_scopes": shared,
+        }
+    ]
     cases["const_sparsity"] = [{"algorithm": "const_sparsity"}]
     for name, params in {
         "at-once": {},
@@ -90,9 +103,13 @@ CASES = _cases()
 
 def make_run(case: str, saved: bytes | None = None) -> Run:
     """A new run of a case, or the one that was saved."""
-    width = 24 if "filter_pruning" in case or "pruned" in case else 8  # kept filters are multiples of 8
+    make: Any = make_model
+    if "filter_pruning" in case or "pruned" in case:
+        make = partial(make_model, width=24)  # kept filters are multiples of 8
+    elif "structured" in case:
+        make = make_transformer
     config = configured(*CASES[case])
-    return Run(config, width=width) if saved is None else Run.resumed(config, saved, width=width)
+    return Run(config, make=make) if saved is None else Run.resumed(config, saved, make=make)
 
 
 def masks_of(run: Run) -> dict[str, Any]:

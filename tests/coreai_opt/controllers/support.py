@@ -1,6 +1,7 @@
 """A small network, its data, and runs that are saved and resumed at any step."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,45 @@ def make_model(seed: int = 0, width: int = 8) -> Net:
     return Net(width)
 
 
+class Attention(nn.Module):
+    """Attention of 4 heads with 4 features each, written so that it runs with any number of heads."""
+
+    def __init__(self, heads: int = -1) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 16) for _ in range(3))
+        self.output = nn.Linear(16, 8)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).view(*x.shape[:2], self.heads, 4).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.output(y.transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """Rows of images as tokens; one block of attention and a gated feed-forward part; 10 classes."""
+
+    def __init__(self, heads: int = -1) -> None:
+        super().__init__()
+        self.attention = Attention(heads)
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norm, self.classify = nn.LayerNorm(8), nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.squeeze(1)
+        x = x + self.attention(self.norm(x))
+        x = x + self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.classify(x.mean(1))
+
+
+def make_transformer(seed: int = 0, heads: int = -1) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(heads)
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + step)
     return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
@@ -62,12 +102,12 @@ class Run:
     state: dict[str, Any] | None = None
     losses: list[Tensor] = field(default_factory=list)
     step: int = 0
-    width: int = 8
+    make: Callable[[int], nn.Module] = make_model
 
     def __post_init__(self) -> None:
         state = self.state or {}
         self.controller, self.model = create_compressed_model(
-            make_model(self.seed, self.width), self.config, state.get("compression")
+            self.make(self.seed), self.config, state.get("compression")
         )
         if state:
             self.model.load_state_dict(state["model"])
@@ -105,9 +145,9 @@ class Run:
         return stream.getvalue()
 
     @classmethod
-    def resumed(cls, config: Any, saved: bytes, width: int = 8) -> "Run":
+    def resumed(cls, config: Any, saved: bytes, make: Callable[[int], nn.Module] = make_model) -> "Run":
         # Another seed: nothing may depend on the weights that the model is made with.
-        return cls(config, seed=7, width=width, state=torch.load(io.BytesIO(saved), weights_only=True))
+        return cls(config, seed=7, make=make, state=torch.load(io.BytesIO(saved), weights_only=True))
 
 
 def assert_same_state(actual: Any, expected: Any, what: str) -> None:
@@ -139,9 +179,9 @@ class RefuseWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_no_waits(config: Any) -> None:
+def check_no_waits(config: Any, make: Callable[[int], nn.Module] = make_model) -> None:
     """A step, a forward, the loss and a backward do not wait for the device."""
-    run = Run(config)
+    run = Run(config, make=make)
     run.train(1)
     x, y = batch(1)
     with RefuseWaits():
@@ -150,9 +190,9 @@ def check_no_waits(config: Any) -> None:
         loss.backward()
 
 
-def check_compiles(config: Any) -> None:
+def check_compiles(config: Any, make: Callable[[int], nn.Module] = make_model) -> None:
     """The compressed model is one graph, with the eager one's results."""
-    eager, compiled = Run(config), Run(config)
+    eager, compiled = (Run(config, make=make) for _ in range(2))
     torch._dynamo.reset()
     run = torch.compile(compiled.model, fullgraph=True, backend="aot_eager")
     for each in (eager, compiled):

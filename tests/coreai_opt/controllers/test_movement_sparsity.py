@@ -66,8 +66,9 @@ def test_masks_are_fixed_after_warm_up() -> None:
 def test_bad_epochs_are_named() -> None:
     with pytest.raises(ValueError, match="warmup_end_epoch must come after"):
         create_compressed_model(make_model(), configured(movement(warmup_end_epoch=1)))
+    config = {"input_info": {"sample_size": [2, 1, 8, 8]}, "compression": movement()}
     with pytest.raises(ValueError, match="steps_per_epoch"):
-        create_compressed_model(make_model(), {"compression": movement()})
+        create_compressed_model(make_model(), config)
 
 
 def test_nothing_waits() -> None:
