@@ -28,6 +28,7 @@ struct Simd {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static COREAI_HD M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static COREAI_HD M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
   static COREAI_HD M mand(M a, M b) { return _mm256_and_ps(a, b); }
   static COREAI_HD M mor(M a, M b) { return _mm256_or_ps(a, b); }

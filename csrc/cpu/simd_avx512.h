@@ -49,6 +49,7 @@ struct Simd {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static COREAI_HD M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static COREAI_HD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   static COREAI_HD M mand(M a, M b) { return static_cast<M>(a & b); }
   static COREAI_HD M mor(M a, M b) { return static_cast<M>(a | b); }

@@ -48,6 +48,7 @@ struct Simd {
     return select({magnitude.half[0] < big.half[0], magnitude.half[1] < big.half[1]}, with_sign, a);
   }
   static COREAI_HD M equal(F a, F b) { return {a.half[0] == b.half[0], a.half[1] == b.half[1]}; }
+  static COREAI_HD M greater(F a, F b) { return {a.half[0] > b.half[0], a.half[1] > b.half[1]}; }
   static COREAI_HD M unordered(F a, F b) {
     return {(a.half[0] != a.half[0]) | (b.half[0] != b.half[0]), (a.half[1] != a.half[1]) | (b.half[1] != b.half[1])};
   }
