@@ -16,6 +16,7 @@ from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
+from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
@@ -274,8 +275,13 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             return make_plan(self, tensor)
         key = (tensor.shape, tensor.dtype)
         plan = self._plans.get(key)
-        if plan is not None and plan.settings == settings_of(self):
-            return plan
+        if plan is not None:
+            if plan.quiet is not None and plan.quiet.lasts():
+                return plan
+            quiet = Quiet()
+            if plan.settings == settings_of(self):
+                plan.quiet = quiet
+                return plan
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         plan = self._plans[key] = make_plan(self, tensor)
