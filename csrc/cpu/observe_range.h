@@ -66,11 +66,6 @@ __attribute__((noinline)) Range with_nan(const T* x, int64_t run, int blocks, Ra
   return {Simd::select(is_nan, quiet, range.low), Simd::select(is_nan, quiet, range.high)};
 }
 
-template <class T>
-constexpr bool kIsBFloat16 = false;
-template <>
-constexpr bool kIsBFloat16<BFloat16> = true;
-
 // 16-bit elements are compared as signed words: with the other bits of negative ones flipped these have the order of
 // the values, and NaN of either sign lies beyond the infinities. Twice the lanes, and nothing to widen.
 template <class T>
