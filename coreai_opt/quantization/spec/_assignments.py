@@ -1,4 +1,4 @@
-"""Word of assignments to the modules of a simulator, for those that would else compare all settings each time."""
+"""Word of assignments to a simulator's modules, for those that would else compare all settings each time."""
 
 from typing import Any
 
