@@ -12,9 +12,53 @@
 namespace coreai {
 namespace {
 
+// What has to be as it was: dtypes and shapes of the inputs, and the values of switches, of one byte each.
+class Guard {
+ public:
+  Guard() = default;
+  Guard(const Tensors& inputs, const Tensors& switches) : is_set_(true), switches_(switches) {
+    for (const Tensor& x : inputs) {
+      types_.push_back(x.scalar_type());
+      const auto sizes = x.sizes();
+      sizes_.push_back(static_cast<int64_t>(sizes.size()));
+      sizes_.insert(sizes_.end(), sizes.begin(), sizes.end());
+    }
+    for (const Tensor& one : switches_) {
+      STD_TORCH_CHECK(one.is_cpu() && one.element_size() == 1 && one.numel() == 1,
+                      "switches must be of one byte each, on the CPU");
+      values_.push_back(value_of(one));
+    }
+  }
+  bool holds(const Tensors& inputs) const {
+    if (!is_set_) return true;
+    if (inputs.size() != types_.size()) return false;
+    const int64_t* expected = sizes_.data();
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      const auto sizes = inputs[i].sizes();
+      if (inputs[i].scalar_type() != types_[i] || static_cast<int64_t>(sizes.size()) != *expected++) return false;
+      if (!std::equal(sizes.begin(), sizes.end(), expected)) return false;
+      expected += sizes.size();
+    }
+    for (size_t i = 0; i < switches_.size(); ++i) {
+      if (value_of(switches_[i]) != values_[i]) return false;
+    }
+    return true;
+  }
+
+ private:
+  static uint8_t value_of(const Tensor& one) { return *static_cast<const uint8_t*>(one.const_data_ptr()); }
+
+  bool is_set_ = false;
+  std::vector<ScalarType> types_;
+  std::vector<int64_t> sizes_;  // of each input its number of axes, then their sizes
+  Tensors switches_;
+  std::vector<uint8_t> values_;
+};
+
 // A list's state and settings. It is run by one thread at a time, as whoever shares its state has to anyway.
 struct Kept {
   std::variant<AffineList, StepList> list;
+  Guard guard;
   std::mutex mutex;
 
   template <class List>
@@ -72,9 +116,18 @@ int64_t keep_observe_and_fake_quantize_(
   return registry().add(StepList(scales, zero_points, minvals, running_mins, running_maxs, block_sizes, settings));
 }
 
+void guard_kept(const Tensors& inputs, const Tensors& switches, int64_t number) {
+  const auto kept = registry().at(number);
+  Guard guard(inputs, switches);
+  const std::lock_guard<std::mutex> lock(kept->mutex);
+  kept->guard = std::move(guard);
+}
+
+// No outputs if the guard does not hold.
 std::tuple<Tensors, Tensor> run_kept(const Tensors& inputs, int64_t number, bool with_mask) {
   const auto kept = registry().at(number);
   const std::lock_guard<std::mutex> lock(kept->mutex);
+  if (!kept->guard.holds(inputs)) return {Tensors(), empty(one_axis(0), ScalarType::Byte)};
   return std::visit([&](auto& list) { return list.run(inputs, with_mask); }, kept->list);
 }
 
@@ -83,6 +136,7 @@ void drop_kept(int64_t number) { registry().take(number); }
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
   library.impl("keep_fake_quantize", TORCH_BOX(&keep_fake_quantize));
   library.impl("keep_observe_and_fake_quantize_", TORCH_BOX(&keep_observe_and_fake_quantize_));
+  library.impl("guard_kept", TORCH_BOX(&guard_kept));
   library.impl("run_kept", TORCH_BOX(&run_kept));
 }
 

@@ -61,7 +61,7 @@ def share_classes(model: nn.Module) -> None:
                 by_kind.setdefault((cls.__bases__, names), []).append(module)
     for modules in by_kind.values():
         if len(modules) > 1:
-            cls = type(modules[0])
-            shared = SharedClass(cls.__name__, cls.__bases__, dict(vars(cls)))
+            first = type(modules[0])
+            shared: Any = SharedClass(first.__name__, first.__bases__, dict(vars(first)))
             for module in modules:
                 module.__class__ = shared  # type: ignore[assignment]

@@ -58,10 +58,10 @@ class TogetherForward(ReplacedForward):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or are_saved_tensors_hooked():
             return self._run(module, args, kwargs)
         known = self._known
-        if known is None or not known.is_valid():
+        if known is None or not (known.is_valid() and known.fill()):
             known = self._known = _Division(self.reads, known)
-        try:
             known.fill()
+        try:
             return self._run(module, args, kwargs)
         finally:
             known.clear()
@@ -97,17 +97,24 @@ class _Division:
         """Whether it would be made the same again."""
         return self._is_settled and self._launches.are_valid() and not any(map(_can_be_shared, self._single))
 
-    def fill(self) -> None:
-        """Simulate what goes together, for the readers of the forward that begins."""
+    def fill(self) -> bool:
+        """Simulate what goes together, for the readers of the forward that begins.
+
+        Returns:
+            False if something has changed: then the division is not valid.
+        """
         if len(self._kept) + len(self._others) < 2:
-            return
-        outputs, originals = list(self._launches()), self._launches.tensors
+            return True
+        outputs, originals = self._launches(), self._launches.tensors
+        if outputs is None:
+            return False
         if self._others:
             pairs = [shared[0].pair for shared in self._others]
             others = [original for _, original in pairs]
             outputs += simulate_together([simulator for simulator, _ in pairs], others)
             originals = originals + others
         self._shelf.fill(outputs, originals)
+        return True
 
     def clear(self) -> None:
         """Forget what was simulated."""

@@ -1,7 +1,7 @@
 """The same fake quantizers on the same tensors, forward after forward."""
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, starmap, zip_longest
+from itertools import chain, islice, starmap, zip_longest
 from operator import attrgetter, is_
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from coreai_kernels.ops import foreach
+from coreai_kernels.ops.library import reaches_kernels
 from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._plan import settings_of
 from coreai_opt.quantization.spec._switches import Flags
@@ -27,7 +28,8 @@ _CALCULATORS = (StaticQParamsCalculator, MovingAverageQParamsCalculator, GlobalM
 _NOTHING = object()
 
 # What a tensor may be given without becoming another object.
-_facts = attrgetter("requires_grad", "dtype", "device", "shape")
+_requires_grad = attrgetter("requires_grad")
+_facts = attrgetter("dtype", "device", "shape")
 _version = attrgetter("_version")
 
 
@@ -72,13 +74,18 @@ class KeptLaunches:
         self._launches = [
             (launch_of([task for _, task in piece]), [tensors[i] for i, _ in piece]) for piece in pieces
         ]
-        for launch, _ in self._launches:
-            launch.keep()
         self._simulators = [simulators[i] for i in self.members]
         self.tensors = [tensors[i] for i in self.members]
         calculators: list[Any] = [each._modules["qparams_calculator"] for each in self._simulators]
         self._hooks = [vars(each)[name] for each in self._simulators for name in HOOKS]
-        self._flags = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
+        self._flags: list[Any] = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
+        flags = iter(self._flags)
+        # All of them, not up to the first that cannot be kept.
+        can = [
+            launch.keep(inputs, list(islice(flags, len(Flags.NAMES) * len(inputs))))
+            for launch, inputs in self._launches
+        ]
+        self._are_guarded = all(can)
         self._places = [
             *chain.from_iterable([places[i] for i in self.members]),
             *(each._buffers for each in self._simulators),
@@ -94,10 +101,17 @@ class KeptLaunches:
         """Whether nothing has changed."""
         return (
             _are_same(_values(self._places), self._values)
-            and list(map(_version, self._flags)) == self._versions
-            and list(map(_facts, self.tensors)) == self._tensor_facts
+            and all(map(_requires_grad, self.tensors))
+            and ((self._are_guarded and reaches_kernels()) or self._are_untouched())
             and not (self._is_hooked or _has_any_global_hook())
             and (self._quiet.lasts() or self._are_unchanged())
+        )
+
+    def _are_untouched(self) -> bool:
+        """What the native backend makes sure of, if it keeps the launches."""
+        return (
+            list(map(_version, self._flags)) == self._versions
+            and list(map(_facts, self.tensors)) == self._tensor_facts
         )
 
     def _are_unchanged(self) -> bool:
@@ -108,9 +122,16 @@ class KeptLaunches:
         self._quiet = quiet
         return True
 
-    def __call__(self) -> Iterable[Tensor]:
-        """The outputs of the members, as :func:`simulate_together` gives them."""
-        return chain.from_iterable([launch(tensors) for launch, tensors in self._launches])
+    def __call__(self) -> list[Tensor] | None:
+        """The outputs of the members, as :func:`simulate_together` gives them.
+
+        Returns:
+            None if something has changed that :meth:`are_valid` leaves to the native backend.
+        """
+        outputs: list[Tensor] = []
+        for launch, tensors in self._launches:
+            outputs += launch(tensors)
+        return outputs if len(outputs) == len(self.tensors) else None
 
 
 def _are_same(some: Iterable[object], others: Iterable[object]) -> bool:

@@ -163,9 +163,24 @@ class Launch:
         self._kept: Kept | None = None
         self._starts: list[int] | None = None
 
-    def keep(self) -> None:
-        """Make calls cheaper, for one that costs more."""
-        self._kept = keep(self._name, self._args)
+    def keep(self, inputs: list[Tensor], switches: list[Tensor]) -> bool:
+        """Make calls cheaper, at the cost of this one, if the backend can.
+
+        Calls that reach the native kernels then return no outputs once an input has another dtype or shape,
+        or a switch another value.
+
+        Args:
+            inputs: what it will be called with.
+            switches: tensors of one element each.
+
+        Returns:
+            Whether it can.
+        """
+        if all(switch.is_cpu and switch.element_size() == 1 for switch in switches):
+            self._kept = keep(self._name, self._args)
+        if self._kept is not None:
+            self._kept.guard(inputs, switches)
+        return self._kept is not None
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         """Outputs for the inputs, which all need a gradient or all do not."""

@@ -31,6 +31,7 @@ _keepers = {
     ),
 }
 _run = define_native("run_kept", "(Tensor[] inputs, int number, bool with_mask) -> (Tensor[], Tensor)")
+_guard = define_native("guard_kept", "(Tensor[] inputs, Tensor[] switches, int number) -> ()")
 _drop = define_native("drop_kept", "(int number) -> ()")
 
 
@@ -49,8 +50,18 @@ class Kept:
         weakref.finalize(self, drop, number).atexit = False
 
     def __call__(self, inputs: list[Tensor], with_mask: bool) -> Any:
-        """The operator's results."""
+        """The operator's results; no outputs if there is a guard that does not hold."""
         return _run(inputs, self._number, with_mask)  # type: ignore[misc]
+
+    def guard(self, inputs: list[Tensor], switches: list[Tensor]) -> None:
+        """Let calls give outputs as long as inputs have these dtypes and shapes, and switches their values.
+
+        Args:
+            inputs: what it will be called with.
+            switches: tensors of one byte each, on the CPU.
+        """
+        with torch.no_grad():
+            _guard(inputs, switches, self._number)  # type: ignore[misc]
 
 
 def keep(name: str, args: tuple[Any, ...]) -> Kept | None:
