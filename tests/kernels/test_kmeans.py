@@ -189,7 +189,7 @@ def test_a_search_by_a_part_of_the_vectors(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_seed_decides() -> None:
     weight = torch.randn(64, 300)
-    kwargs = {"cluster_dim": 2, "block_size": (32, 300)}
+    kwargs = {"cluster_dim": 2, "block_size": (32, 300), "restarts": 4, "swaps": 2}
     one, again = (ck.kmeans(weight, 16, seed=7, **kwargs) for _ in range(2))
     assert torch.equal(one, again)
     assert not torch.equal(one, ck.kmeans(weight, 16, seed=8, **kwargs))

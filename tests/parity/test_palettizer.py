@@ -86,8 +86,8 @@ def test_errors_are_never_greater(name: str, ours: dict[str, Any], answers: dict
     expected = squared_errors(CASES[name], answers["cases"][name])
     found = squared_errors(CASES[name], ours[name])
     assert found.keys() == expected.keys()
-    # Apple's package finds vectors by chance: from run to run its own errors differ by a percent or two.
-    slack = 1e-6 if name in UNIQUE else 0.005
+    # Vectors are found by chance in Apple's package: a lucky run of it may be a bit better.
+    slack = 1e-6 if name in UNIQUE else 1e-3
     for weight, error in expected.items():
         assert found[weight] <= error * (1 + slack), weight
 

@@ -4,11 +4,13 @@ Lloyd's iterations are one operator, with many tries at a time; what to try is c
 device (see ``kmeans_search.py``).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from coreai_kernels.ops import checks
-from coreai_kernels.ops.kmeans_search import Problem, search
+from coreai_kernels.ops.kmeans_search import SMALL, Problem, search
 from coreai_kernels.ops.library import define
 from coreai_kernels.reference import kmeans as reference
 from coreai_kernels.reference.layout import to_vectors
@@ -18,8 +20,9 @@ __all__ = ["kmeans"]
 
 # The search looks at so many vectors of a block; the solution that it finds is then brought to rest with all.
 _SEARCHED = 1 << 18
-# Where clusters are few there are few swaps, and many starts cost little.
+# Where clusters are few there are few swaps, and many starts cost little; the less, the smaller the block.
 _LEAST_RESTARTS, _MOST_RESTARTS, _RESTARTS_TIMES_CLUSTERS = 8, 64, 512
+_MOST_RESTARTS_IF_SMALL = 256
 
 
 def _fake(
@@ -77,7 +80,7 @@ def kmeans(
         seed: of the random choices.
         max_iterations: Lloyd's iterations at most, in the end.
         tolerance: these stop when one lowers a block's error by no more than this share of it.
-        restarts: how many starts; None for 8 to 64, the more the fewer clusters there are.
+        restarts: how many starts; None for 8 to 256, the more the fewer clusters and vectors there are.
         swaps: rounds of swaps at most; they end when several in turn find nothing better.
 
     Returns:
@@ -94,7 +97,7 @@ def kmeans(
     checks.check_vectors("cluster_dim", cluster_dim, block_size)
     checks.check_num_clusters(num_clusters, block_size, cluster_dim)
     if restarts is None:
-        restarts = max(_LEAST_RESTARTS, min(_MOST_RESTARTS, _RESTARTS_TIMES_CLUSTERS // num_clusters))
+        restarts = _restarts(math.prod(block_size) // cluster_dim, num_clusters)
     for name, value, least in (
         ("max_iterations", max_iterations, 0),
         ("restarts", restarts, 1),
@@ -116,6 +119,12 @@ def kmeans(
     problem = Problem.of(vectors, mass)
     found = search(problem.sample(_SEARCHED, generator), num_clusters, restarts, swaps, generator)
     return problem.lloyd(found.centroids, max_iterations, tolerance).centroids[0]
+
+
+def _restarts(vectors: int, clusters: int) -> int:
+    small = vectors * clusters <= SMALL
+    most = _MOST_RESTARTS_IF_SMALL if small else _MOST_RESTARTS
+    return max(_LEAST_RESTARTS, min(most, _RESTARTS_TIMES_CLUSTERS * (1 + small) // clusters))
 
 
 def _check_weights(weights: Tensor, weight: Tensor) -> None:

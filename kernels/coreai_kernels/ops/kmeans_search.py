@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coreai_kernels.ops.library import implementation
 
-__all__ = ["Problem", "search"]
+__all__ = ["SMALL", "Problem", "search"]
 
 # Seeding looks at this many vectors a cluster, and takes the better of two: more make better seeds, but
 # hardly better ends.
@@ -28,7 +28,7 @@ _KEPT = 4
 # Swaps in a round, and those that go on.
 _SWAPS, _PROMISING = 8, 2
 # Rounds without success before the end; fewer where iterations have so few distances that rounds cost more.
-_PATIENCE, _SMALL_PATIENCE, _SMALL = 6, 3, 1 << 13
+_PATIENCE, _SMALL_PATIENCE, SMALL = 6, 3, 1 << 13
 # Swaps are made of so many merges and so many splits, the best of either.
 _CHOICES = 16
 
@@ -115,7 +115,7 @@ def search(
     found = problem.lloyd(_seeds(problem, clusters, starts, generator), *_ROUGH)
     found = problem.lloyd(found.best(max(1, starts // _KEPT)).centroids, *_FINE).best(1)
     failures = torch.zeros_like(found.error[0], dtype=torch.int64)
-    patience = _PATIENCE if problem.vectors.size(2) * clusters > _SMALL else _SMALL_PATIENCE
+    patience = _PATIENCE if problem.vectors.size(2) * clusters > SMALL else _SMALL_PATIENCE
     # With two clusters, a swap would leave none to merge.
     for _ in range(rounds if clusters > 2 else 0):
         tried = problem.lloyd(_swapped(found, failures * _SWAPS), *_SHORT)
