@@ -78,6 +78,10 @@ class Apple:
         """See :func:`benchmarks.clustering_run.cluster`."""
         return self._ask("cluster", **case)  # type: ignore[no-any-return]
 
+    def cluster_vectors(self, **case: Any) -> dict[str, float]:
+        """See :func:`benchmarks.vector_clustering_run.cluster_vectors`."""
+        return self._ask("cluster_vectors", **case)  # type: ignore[no-any-return]
+
     def memory(self, case: Case) -> dict[str, float]:
         """See :func:`benchmarks.memory.of_simulation`."""
         return self._ask("memory", case=asdict(case))  # type: ignore[no-any-return]

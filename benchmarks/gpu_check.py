@@ -120,6 +120,7 @@ class Case:
 
     def ours(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.ops.library import implementation
+        from coreai_kernels.ops.observe_and_fake_quantize import packed
 
         forward = implementation("fake_quantize_forward")
         backward = implementation("fake_quantize_backward")
@@ -131,7 +132,9 @@ class Case:
         if operation == "backward":
             return lambda: backward(self.x, self.mask, [])
         scale = self.scale.clone()
-        return lambda: step(self.x, scale, zero_point, None, *running, True, *self._step_config())
+        *config, with_mask = self._step_config()
+        settings = packed(tuple(config))
+        return lambda: step(self.x, scale, zero_point, None, *running, True, settings, with_mask)
 
     def reference(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.reference import fake_quantize, observe_and_fake_quantize

@@ -19,6 +19,7 @@ from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
 from benchmarks.training_step import TrainingStep
+from benchmarks.vector_clustering_run import cluster_vectors
 
 __all__ = ["main"]
 
@@ -56,6 +57,9 @@ class Worker:
 
     def cluster(self, **case: Any) -> dict[str, float]:
         return cluster(**case)
+
+    def cluster_vectors(self, **case: Any) -> dict[str, float]:
+        return cluster_vectors(**case)
 
     def memory(self, case: dict[str, Any]) -> dict[str, float]:
         return memory.of_simulation(Simulation(Case(**case)))

@@ -1,10 +1,8 @@
 #include "cpu/block_mask.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "common/exact_sum.h"
 #include "common/magnitude.h"
 #include "cpu/select.h"
 #include "cpu/share.h"
@@ -31,29 +29,6 @@ void over_runs(const Geometry& g, int64_t begin, int64_t end, Body body) {
     const int64_t base = first_block(g, row);
     for (; column < g.columns && begin < end; ++column, ++begin) body(begin, base + column);
   }
-}
-
-// The definition, one element after the other: float64 has no kernel of its own.
-void norms_of_doubles(const Geometry& g, const double* x, double* norms) {
-  const int64_t runs = g.numel / g.run;
-  const int bits_of_count = bits_to_count(g.numel / g.blocks);
-  std::fill_n(norms, g.blocks, 0.0);
-  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
-    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) {
-      const double magnitude = std::fabs(x[i]);
-      if (!(magnitude <= norms[block]) && !std::isnan(norms[block])) norms[block] = magnitude;
-    }
-  });
-  std::vector<double> units(static_cast<size_t>(g.blocks));
-  for (int64_t i = 0; i < g.blocks; ++i) {
-    units[static_cast<size_t>(i)] = power_of_two(unit_exponent(std::fabs(norms[i]), bits_of_count));
-    norms[i] = 0.0;
-  }
-  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
-    const double unit = units[static_cast<size_t>(block)];
-    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) norms[block] += std::nearbyint(std::fabs(x[i]) / unit);
-  });
-  for (int64_t i = 0; i < g.blocks; ++i) norms[i] *= units[static_cast<size_t>(i)];
 }
 
 template <class Word>
@@ -92,11 +67,7 @@ std::vector<double> choose(const Layout& layout, Element element, const void* in
   const Geometry& g = layout.geometry;
   const auto blocks = static_cast<size_t>(g.blocks);
   std::vector<double> norms(blocks), ranked, chosen(blocks);
-  if (element == Element::kFloat64) {
-    norms_of_doubles(g, static_cast<const double*>(input), norms.data());
-  } else {
-    kernels().block_norms(g, element, input, norms.data());
-  }
+  kernels().block_norms(g, element, input, norms.data());
   if (!layout.block_index.empty()) {
     ranked.resize(blocks);
     for (size_t i = 0; i < blocks; ++i) ranked[row_major_index(layout, i)] = norms[i];

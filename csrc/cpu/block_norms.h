@@ -1,256 +1,339 @@
-// L1 norms of blocks, as the reference defines them: sums that do not depend on the order of the additions.
+// L1 norms of blocks, as the reference defines them: counts of units, whose sums no order of additions changes.
+//
+// The unit depends on the block's largest magnitude, which is known in the end only. So blocks are added up with a
+// unit that is guessed from some of their elements, or from their neighbours, and once more where the guess was wrong:
+// one read of the memory mostly, two at most.
 #pragma once
 
 #include "common/exact_sum.h"
+#include "cpu/any_norms.h"
 #include "cpu/loops.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
 constexpr int32_t kInfinityKey = 0x7f800000;
-// Part of a block that is worth a thread's while.
-constexpr int64_t kNormPart = 1 << 16;
+constexpr int kPair = 2 * kWidth;
+constexpr int kAdditions = 1 << (32 - kUnitBits);  // of counts that 32 bits hold
+constexpr int64_t kShortRun = 64;                  // shorter ones are added up as columns
+constexpr int64_t kStrip = 1024;                   // columns whose sums stay in the nearest cache
+constexpr int64_t kFirstRows = 64;                 // that a guess is made from, at least
 
-// Half the lanes, as the compiler's own vectors: they convert to as many float64.
-constexpr int kHalf = kWidth / 2;
-typedef float FloatHalf __attribute__((vector_size(4 * kHalf)));
-typedef double DoubleHalf __attribute__((vector_size(8 * kHalf)));
-typedef uint64_t WordHalf __attribute__((vector_size(8 * kHalf)));
+typedef uint64_t Counts __attribute__((vector_size(4 * kWidth)));
+
+// The memory as bands x rows x columns x run: a block is a column of a band, `rows` runs of neighbouring elements.
+struct Bands {
+  int64_t bands = 1, rows = 1, columns, run;
+
+  int64_t stride() const { return columns * run; }
+  int64_t block_elements() const { return rows * run; }
+};
+
+COREAI_HD int32_t bits_of(float x) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+COREAI_HD float float_of(int32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The factor that makes units of a block's values: a float32, so that there is a least unit. Blocks of which all
+// values are so small that theirs is less are `tiny`.
+constexpr int kFieldToDouble = 1023 - 127, kLeastUnit = 1023 - 124;
+COREAI_HD int raw_unit(int32_t peak) { return unit_exponent((peak >> 23) + kFieldToDouble); }
+COREAI_HD bool is_tiny(int32_t peak) { return peak != 0 && raw_unit(peak) < kLeastUnit; }
+COREAI_HD int unit_field(int32_t peak) { return larger(kLeastUnit, raw_unit(peak)); }
+COREAI_HD float scale_for(int32_t peak) { return float_of((127 + 1023 - unit_field(peak)) << 23); }
+
+struct Norm {
+  int32_t peak = 0;  // bits of the largest magnitude; above infinity's if there is a NaN
+  uint64_t units = 0;
+
+  // Of a block with an infinity or a NaN nothing else counts.
+  COREAI_HD double value() const {
+    const double sum = static_cast<double>(static_cast<int64_t>(units)) * power_of_two(unit_field(peak));
+    const double special = peak == kInfinityKey ? __builtin_inf() : __builtin_nan("");
+    return peak < kInfinityKey ? sum : special;
+  }
+};
 
 COREAI_HD I magnitude_bits(F x) { return Simd::iand(Simd::as_int(x), Simd::iset(0x7fffffff)); }
 
-// Magnitudes in float64.
-struct Wide {
-  DoubleHalf half[2];
+// Magnitudes of 2 * kWidth neighbours: the first half of them and the second; of bfloat16 the even ones and the odd
+// ones, which takes the fewest instructions.
+struct Pair {
+  I a, b;
 
-  explicit COREAI_HD Wide(F x) {
-    const F magnitude = Simd::as_float(magnitude_bits(x));
-#if defined(__AVX512DQ__)  // of the conversion below GCC makes twice as many instructions
-    half[0] = (DoubleHalf)_mm512_cvtps_pd(_mm512_castps512_ps256(magnitude));
-    half[1] = (DoubleHalf)_mm512_cvtps_pd(_mm512_extractf32x8_ps(magnitude, 1));
-#else
-    FloatHalf part[2];
-    __builtin_memcpy(part, &magnitude, sizeof(part));
-    half[0] = __builtin_convertvector(part[0], DoubleHalf);
-    half[1] = __builtin_convertvector(part[1], DoubleHalf);
-#endif
+  template <class T>
+  static COREAI_HD Pair load(const T* x) {
+    return {magnitude_bits(Simd::load(x)), magnitude_bits(Simd::load(x + kWidth))};
+  }
+  static COREAI_HD Pair load(const BFloat16* x) {
+    I words;
+    __builtin_memcpy(&words, x, sizeof(words));
+    return {Simd::iand(Simd::template shl<16>(words), Simd::iset(0x7fffffff)),
+            Simd::iand(words, Simd::iset(0x7fff0000))};
+  }
+  // The first and the second half, and zeros from the n-th on.
+  template <class T>
+  static COREAI_HD Pair load_n(const T* x, int n) {
+    const int first = smaller(n, kWidth);
+    return {magnitude_bits(Simd::load_n(x, first)), magnitude_bits(Simd::load_n(x + first, n - first))};
   }
 };
 
-// Sums in progress, one a lane.
 struct Sums {
-  DoubleHalf half[2];
+  Pair peak = {Simd::iset(0), Simd::iset(0)}, units = {Simd::iset(0), Simd::iset(0)};
 
-  COREAI_HD void add(F x, DoubleHalf low_shift, DoubleHalf high_shift) {
-    const Wide wide(x);
-    half[0] += (wide.half[0] + low_shift) - low_shift;
-    half[1] += (wide.half[1] + high_shift) - high_shift;
+  COREAI_HD void see(Pair x) {
+    peak.a = Simd::imax(peak.a, x.a);
+    peak.b = Simd::imax(peak.b, x.b);
+  }
+  COREAI_HD void add(Pair x, F scale_a, F scale_b) {
+    see(x);
+    units.a = Simd::iadd(units.a, Simd::nearest(Simd::mul(Simd::as_float(x.a), scale_a)));
+    units.b = Simd::iadd(units.b, Simd::nearest(Simd::mul(Simd::as_float(x.b), scale_b)));
   }
 };
 
-// The same in units: a value plus 2^52 units has the bits of those and, in its low bits, the number of units.
-struct UnitSums {
-  WordHalf half[2];
-
-  COREAI_HD void add(F x, DoubleHalf shift) {
-    const Wide wide(x);
-    half[0] += (WordHalf)(wide.half[0] + shift);
-    half[1] += (WordHalf)(wide.half[1] + shift);
-  }
-};
-
-// Bits of the largest magnitude; above infinity's if there is a NaN.
-template <class T>
-COREAI_HD int32_t peak_of(const T* x, int64_t n) {
-  I a = Simd::iset(0), b = a;
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    a = Simd::imax(a, magnitude_bits(Simd::load(x + i)));
-    b = Simd::imax(b, magnitude_bits(Simd::load(x + i + kWidth)));
-  }
-  a = Simd::imax(a, b);
-  for (; i < n; i += kWidth) {
-    a = Simd::imax(a, magnitude_bits(Simd::load_n(x + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)))));
-  }
-  alignas(64) int32_t lanes[kWidth];
-  Simd::store(lanes, a);
-  int32_t peak = 0;
-  for (int lane = 0; lane < kWidth; ++lane) peak = larger(peak, lanes[lane]);
-  return peak;
+COREAI_HD Counts widened(I units) {
+  Counts both;
+  __builtin_memcpy(&both, &units, sizeof(both));
+  return (both & 0xffffffff) + (both >> 32);
 }
 
 template <class T>
-COREAI_HD double sum_of(const T* x, int64_t n, double shift) {
-  const DoubleHalf shifts = DoubleHalf{} + shift;
-  UnitSums a = {}, b = {};
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    a.add(Simd::load(x + i), shifts);
-    b.add(Simd::load(x + i + kWidth), shifts);
-  }
-  for (; i < n; i += kWidth) {
-    a.add(Simd::load_n(x + i, static_cast<int>(smaller<int64_t>(kWidth, n - i))), shifts);
-  }
-  const WordHalf both = a.half[0] + a.half[1] + b.half[0] + b.half[1];
-  uint64_t bits_of_shift, units = 0;
-  __builtin_memcpy(&bits_of_shift, &shift, sizeof(shift));
-  for (int lane = 0; lane < kHalf; ++lane) units += both[lane];
-  units -= static_cast<uint64_t>(i) * bits_of_shift;  // lanes past the end are zeros
-  return static_cast<double>(static_cast<int64_t>(units)) * (shift * 0x1p-52);
-}
-
-template <class = void>
-COREAI_HD float float_of(int32_t bits) {
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof(result));
-  return result;
-}
-
-// Of a block with an infinity or a NaN nothing else counts.
-template <class = void>
-COREAI_HD double norm_or(int32_t peak, double sum) {
-  return peak < kInfinityKey ? sum : peak == kInfinityKey ? __builtin_inf() : __builtin_nan("");
-}
-
-template <class T>
-void norms_of_runs(const Geometry& g, const T* x, int bits_of_count, double* norms) {
-  share(g.columns, 1, larger<int64_t>(1, kParallelElements / g.run), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const T* p = x + i * g.run;
-      const int32_t peak = peak_of(p, g.run);
-      const double shift = rounding_shift(float_of(smaller(peak, kInfinityKey - 1)), bits_of_count);
-      norms[i] = norm_or(peak, sum_of(p, g.run, shift));
+COREAI_HD Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, float scale) {
+  const F scales = Simd::set(scale);
+  I peak = Simd::iset(0);
+  Counts units = {};
+  const auto take = [&](const Sums& sums) __attribute__((always_inline)) {
+    peak = Simd::imax(peak, Simd::imax(sums.peak.a, sums.peak.b));
+    units += widened(sums.units.a) + widened(sums.units.b);
+  };
+  for (; rows > 0; --rows, x += stride) {
+    int64_t i = 0;
+    for (; i + kAdditions * kPair <= run; i += kAdditions * kPair) {
+      Sums sums;
+#pragma GCC unroll 16
+      for (int j = 0; j < kAdditions; ++j) sums.add(Pair::load(x + i + j * kPair), scales, scales);
+      take(sums);
     }
-  });
+    if (i < run) {
+      Sums sums;
+      for (; i + kPair <= run; i += kPair) sums.add(Pair::load(x + i), scales, scales);
+      if (i < run) sums.add(Pair::load_n(x + i, static_cast<int>(run - i)), scales, scales);
+      take(sums);
+    }
+  }
+  Norm norm;
+  alignas(64) int32_t peaks[kWidth];
+  Simd::store(peaks, peak);
+  for (int i = 0; i < kWidth; ++i) norm.peak = larger(norm.peak, peaks[i]);
+  for (int i = 0; i < kWidth / 2; ++i) norm.units += units[i];
+  return norm;
 }
 
+// False if a block is tiny.
 template <class T>
-COREAI_HD void peaks_of_row(const Geometry& g, const T* x, int32_t* peaks) {
-  if (g.run > 1) {
-    for (int64_t i = 0; i < g.columns; ++i) peaks[i] = larger(peaks[i], peak_of(x + i * g.run, g.run));
-    return;
-  }
-  int64_t i = 0;
-  for (; i + kWidth <= g.columns; i += kWidth) {
-    Simd::store(peaks + i, Simd::imax(Simd::load(peaks + i), magnitude_bits(Simd::load(x + i))));
-  }
-  for (; i < g.columns; ++i) peaks[i] = larger(peaks[i], peak_of(x + i, 1));
+bool norms_of_runs(const Bands& g, const T* x, double* norms) {
+  int all_fine = 1;
+  share(g.bands * g.columns, 1, larger<int64_t>(1, kParallelElements / g.block_elements()),
+        [&](int64_t begin, int64_t end) {
+          float scale = 0.0f;
+          bool fine = true;
+          for (int64_t i = begin; i < end; ++i) {
+            const T* block = x + (i / g.columns * g.rows * g.columns + i % g.columns) * g.run;
+            if (i == begin) scale = scale_for(norm_of(block, 1, 0, smaller(g.run, kStrip), 0.0f).peak);
+            Norm norm = norm_of(block, g.rows, g.stride(), g.run, scale);
+            if (scale_for(norm.peak) != scale) {
+              scale = scale_for(norm.peak);
+              norm = norm_of(block, g.rows, g.stride(), g.run, scale);
+            }
+            fine &= !is_tiny(norm.peak);
+            norms[i] = norm.value();
+          }
+          if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
+        });
+  return all_fine != 0;
 }
 
-template <class T>
-COREAI_HD void sums_of_row(const Geometry& g, const T* x, const double* shifts, double* sums) {
-  if (g.run > 1) {
-    for (int64_t i = 0; i < g.columns; ++i) sums[i] += sum_of(x + i * g.run, g.run, shifts[i]);
-    return;
-  }
-  int64_t i = 0;
-  for (; i + kWidth <= g.columns; i += kWidth) {
-    Sums lanes;
-    DoubleHalf shift[2];
-    __builtin_memcpy(&lanes, sums + i, sizeof(lanes));
-    __builtin_memcpy(shift, shifts + i, sizeof(shift));
-    lanes.add(Simd::load(x + i), shift[0], shift[1]);
-    __builtin_memcpy(sums + i, &lanes, sizeof(lanes));
-  }
-  for (; i < g.columns; ++i) sums[i] += sum_of(x + i, 1, shifts[i]);
-}
+// Sums of neighbouring columns.
+struct Strip {
+  int64_t width, run;
+  alignas(64) int32_t peaks[kStrip];
+  alignas(64) float scales[kStrip];
+  alignas(64) uint64_t units[kStrip];
 
-// Work that is divided into parts, each with an array of its own for what it finds.
-struct Parts {
-  int64_t count, size, total;
-  Parts(int64_t items, int64_t wanted) {
-    count = larger<int64_t>(1, smaller(wanted, items));
-    size = (items + count - 1) / count;
-    total = items;
+  Strip(int64_t columns, int64_t run_) : width(columns), run(run_) {
+    __builtin_memset(peaks, 0, sizeof(peaks));
+    __builtin_memset(units, 0, sizeof(units));
   }
+
+  // body.operator()<run>() for the runs that loops over blocks are compiled for, <0> for others.
   template <class Body>
-  void each(Body body) const {
-    share(count, 1, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = smaller(total, i * size);
-        body(i, first, smaller(total, first + size));
+  static COREAI_HD void with_run(int64_t run, Body body) {
+    switch (run) {
+      case 1:
+        return body.template operator()<1>();
+      case 2:
+        return body.template operator()<2>();
+      case 4:
+        return body.template operator()<4>();
+      case 8:
+        return body.template operator()<8>();
+      case 16:
+        return body.template operator()<16>();
+      default:
+        return body.template operator()<0>();
+    }
+  }
+
+  // Gives all columns of a block the largest of their peaks.
+  void join_peaks() {
+    with_run(run, [this]<int kRun>() {
+      const int64_t length = kRun > 0 ? kRun : run;
+      for (int64_t i = 0; i < width; i += length) {
+        int32_t peak = 0;
+        for (int64_t j = 0; j < length; ++j) peak = larger(peak, peaks[i + j]);
+        for (int64_t j = 0; j < length; ++j) peaks[i + j] = peak;
+      }
+    });
+  }
+  void set_scales() {
+    for (int64_t i = 0; i < width; ++i) scales[i] = scale_for(peaks[i]);
+  }
+  // Whether columns [begin, end) have been added up with other scales than theirs.
+  bool is_wrong(int64_t begin, int64_t end) const {
+    int different = 0;
+    for (int64_t i = begin; i < end; ++i) different |= bits_of(scales[i]) ^ bits_of(scale_for(peaks[i]));
+    return different != 0;
+  }
+  bool has_tiny() const {
+    int tiny = 0;
+    for (int64_t i = 0; i < width; ++i) tiny |= is_tiny(peaks[i]);
+    return tiny != 0;
+  }
+  void values(double* norms) const {
+    with_run(run, [&]<int kRun>() {
+      const int64_t length = kRun > 0 ? kRun : run;
+      for (int64_t i = 0, block = 0; i < width; i += length, ++block) {
+        Norm norm = {peaks[i], 0};
+        for (int64_t j = 0; j < length; ++j) norm.units += units[i + j];
+        norms[block] = norm.value();
       }
     });
   }
 };
 
-// Runs shorter than a vector, as columns of their own: their sums are added in the end.
-template <class = void>
-COREAI_HD Geometry without_short_runs(Geometry g, int64_t& joined) {
-  joined = 1;
-  if (g.run == 1 || g.run >= kWidth || g.outer_axes == 0) return g;
-  joined = g.run;
-  g.run = 1;
-  g.columns *= joined;
-  g.blocks *= joined;
-  for (int axis = 0; axis < g.outer_axes; ++axis) g.outer[axis].stride *= joined;
-  return g;
+// Columns [c, c + kPair) of some rows: their peaks, and if asked for their sums.
+template <bool kAdd, class T>
+COREAI_HD void add_group(Strip& s, const T* x, int64_t stride, int rows, int64_t c) {
+  constexpr bool kAlternate = __is_same(T, BFloat16);
+  const int some = static_cast<int>(smaller<int64_t>(kPair, s.width - c));
+  const bool alternate = kAlternate && some == kPair;
+  F a = Simd::load(s.scales + c), b = Simd::load(s.scales + c + kWidth);
+  if (alternate) Simd::deinterleave(a, b);
+  Sums sums;
+  const auto take = [&](Pair values) __attribute__((always_inline)) {
+    if constexpr (kAdd) {
+      sums.add(values, a, b);
+    } else {
+      sums.see(values);
+    }
+  };
+  if (some < kPair) {
+    for (int r = 0; r < rows; ++r) take(Pair::load_n(x + r * stride + c, some));
+  } else if (rows == kAdditions) {
+#pragma GCC unroll 16
+    for (int r = 0; r < kAdditions; ++r) take(Pair::load(x + r * stride + c));
+  } else {
+    for (int r = 0; r < rows; ++r) take(Pair::load(x + r * stride + c));
+  }
+  if (alternate) {
+    Simd::interleave(sums.peak.a, sums.peak.b);
+    Simd::interleave(sums.units.a, sums.units.b);
+  }
+  Simd::store(s.peaks + c, Simd::imax(Simd::load(s.peaks + c), sums.peak.a));
+  Simd::store(s.peaks + c + kWidth, Simd::imax(Simd::load(s.peaks + c + kWidth), sums.peak.b));
+  if constexpr (kAdd) {
+    uint32_t units[kPair];
+    __builtin_memcpy(units, &sums.units, sizeof(units));
+    for (int i = 0; i < kPair; ++i) s.units[c + i] += units[i];
+  }
 }
 
-// For blocks that several parts share.
+template <bool kAdd, class T>
+void add_rows(Strip& s, const T* x, int64_t stride, int64_t rows, int64_t begin, int64_t end) {
+  for (int64_t r = 0; r < rows; r += kAdditions) {
+    const int some = static_cast<int>(smaller<int64_t>(kAdditions, rows - r));
+    for (int64_t c = begin; c < end; c += kPair) add_group<kAdd>(s, x + r * stride, stride, some, c);
+  }
+}
+
 template <class T>
-void norms_in_parts(const Geometry& geometry, const T* x, int bits_of_count, double* norms) {
-  int64_t joined;
-  const Geometry g = without_short_runs(geometry, joined);
-  const bool single = g.outer_axes == 0;  // few long runs: cut them
-  const int64_t length = single ? g.run : row_length(g);
-  const int64_t items = single ? (g.run + kNormPart - 1) / kNormPart : g.numel / length;
-  const Parts parts(items, g.numel < kParallelElements ? 1 : threads());
-  const auto size = static_cast<uint64_t>(parts.count * g.blocks);
-  int32_t* peaks = new int32_t[size]();
-  double* sums = new double[size]();
-  double* shifts = new double[static_cast<uint64_t>(g.blocks)];
-  parts.each([&](int64_t part, int64_t begin, int64_t end) {
-    int32_t* mine = peaks + part * g.blocks;
-    if (single) {
-      const int64_t first = begin * kNormPart, n = smaller(g.run, end * kNormPart) - first;
-      for (int64_t i = 0; n > 0 && i < g.columns; ++i) mine[i] = peak_of(x + i * g.run + first, n);
-      return;
+bool norms_of_strip(const Bands& g, const T* x, int64_t width, double* norms) {
+  Strip s(width, g.run);
+  add_rows<false>(s, x, g.stride(), smaller(g.rows, larger(kFirstRows, g.rows / 16)), 0, width);
+  s.join_peaks();
+  s.set_scales();
+  add_rows<true>(s, x, g.stride(), g.rows, 0, width);
+  if (g.rows > kFirstRows) {
+    s.join_peaks();
+    const Strip first = s;
+    s.set_scales();
+    for (int64_t c = 0; c < width; c += kPair) {
+      const int64_t end = smaller(width, c + kPair);
+      if (!first.is_wrong(c, end)) continue;
+      for (int64_t i = c; i < end; ++i) s.units[i] = 0;
+      add_rows<true>(s, x, g.stride(), g.rows, c, end);
     }
-    for (; begin < end; ++begin) peaks_of_row(g, x + begin * length, mine + row_base(g, begin));
-  });
-  for (int64_t part = 1; part < parts.count; ++part) {
-    for (int64_t i = 0; i < g.blocks; ++i) peaks[i] = larger(peaks[i], peaks[part * g.blocks + i]);
   }
-  for (int64_t i = 0; i < g.blocks; i += joined) {
-    for (int64_t j = i + 1; j < i + joined; ++j) peaks[i] = larger(peaks[i], peaks[j]);
-    const double shift = rounding_shift(float_of(smaller(peaks[i], kInfinityKey - 1)), bits_of_count);
-    for (int64_t j = i; j < i + joined; ++j) shifts[j] = shift;
-  }
-  parts.each([&](int64_t part, int64_t begin, int64_t end) {
-    double* mine = sums + part * g.blocks;
-    if (single) {
-      const int64_t first = begin * kNormPart, n = smaller(g.run, end * kNormPart) - first;
-      for (int64_t i = 0; n > 0 && i < g.columns; ++i) mine[i] = sum_of(x + i * g.run + first, n, shifts[i]);
-      return;
-    }
-    for (; begin < end; ++begin) {
-      const int64_t base = row_base(g, begin);
-      sums_of_row(g, x + begin * length, shifts + base, mine + base);
-    }
-  });
-  for (int64_t i = 0; i < geometry.blocks; ++i) {
-    double sum = 0.0;
-    for (int64_t part = 0; part < parts.count; ++part) {
-      for (int64_t j = i * joined; j < (i + 1) * joined; ++j) sum += sums[part * g.blocks + j];
-    }
-    norms[i] = norm_or(peaks[i * joined], sum);
-  }
-  delete[] peaks;
-  delete[] sums;
-  delete[] shifts;
+  s.values(norms);
+  return !s.has_tiny();
+}
+
+template <class T>
+bool norms_of_strips(const Bands& g, const T* x, double* norms) {
+  int64_t width = kStrip;
+  while (width > kPair && width > 2 * kShortRun && g.bands * (g.stride() / width) < threads()) width /= 2;
+  width -= width % g.run;
+  const int64_t strips = (g.stride() + width - 1) / width;
+  int all_fine = 1;
+  share(g.bands * strips, 1, larger<int64_t>(1, kParallelElements / (g.rows * width)),
+        [&](int64_t begin, int64_t end) {
+          bool fine = true;
+          for (; begin < end; ++begin) {
+            const int64_t band = begin / strips, first = begin % strips * width;
+            const int64_t some = smaller(width, g.stride() - first);
+            fine &= norms_of_strip(g, x + band * g.rows * g.stride() + first, some,
+                                   norms + band * g.columns + first / g.run);
+          }
+          if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
+        });
+  return all_fine != 0;
+}
+
+// False, with nothing of use written, if the blocks are of another kind, or one is tiny.
+template <class T>
+bool norms_of_bands(const Geometry& g, const T* x, double* norms) {
+  Bands bands;
+  bands.columns = g.columns, bands.run = g.run;
+  if (g.outer_axes > 2) return false;
+  // The innermost of the outer axes lies within blocks: those beside each other are columns already.
+  if (g.outer_axes > 0) bands.rows = g.outer[g.outer_axes - 1].size;
+  if (g.outer_axes > 1) bands.bands = g.outer[0].size;
+  return g.run < kShortRun ? norms_of_strips(bands, x, norms) : norms_of_runs(bands, x, norms);
 }
 
 void block_norms(const Geometry& g, Element element, const void* x, double* norms) {
-  const int bits_of_count = bits_to_count(g.numel / g.blocks);
+  if (element == Element::kFloat64) return any_norms(g, static_cast<const double*>(x), norms);
   with_type(element, [&](auto type) {
     const auto* data = static_cast<const typename decltype(type)::type*>(x);
-    const bool few_long_runs = g.columns < 4 * threads() && g.run > 4 * kNormPart && threads() > 1;
-    if (g.outer_axes == 0 && !few_long_runs) {
-      norms_of_runs(g, data, bits_of_count, norms);
-    } else {
-      norms_in_parts(g, data, bits_of_count, norms);
-    }
+    if (!norms_of_bands(g, data, norms)) any_norms(g, data, norms);
   });
 }
 

@@ -15,17 +15,23 @@ COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
   Bits::put_lanes(cursor, Simd::bits(inside));
 }
 
+// Two neighbouring vectors of results; of finite values they are numbers.
+template <class K, class T>
+COREAI_HD void store_results(T* y, F a, F b) {
+  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
+    Simd::store_pair_of_numbers(y, a, b);
+  } else {
+    Simd::store_pair(y, a, b);
+  }
+}
+
 template <class Bits, class K, class T>
 COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
                                   typename Bits::Cursor& cursor) {
   M inside[2];
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
-  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
-    Simd::store_pair_of_numbers(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
-  } else {
-    Simd::store_pair(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
-  }
+  store_results<K>(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
   Bits::put_lanes(cursor, Simd::bits(inside[0]));
   Bits::put_lanes(cursor, Simd::bits(inside[1]));
 }
@@ -136,8 +142,8 @@ COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
 
 // Elements of one block.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
-  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, false), [&](auto kind) __attribute__((always_inline)) {
+COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, bool finite, Bits& bits) {
+  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, finite), [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_run<decltype(kind)>(x, y, n, p, bits);
   });
 }
@@ -203,11 +209,11 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
       const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
       int64_t piece = smaller(n, run - inside);
       if (blocks > 1) {
-        params.load<K>(a, block, blocks, false);
+        params.load<K>(a, block, blocks, a.finite);
         fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
         piece = blocks * run;
       } else {
-        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), bits);
+        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), a.finite, bits);
       }
       x += piece, y += piece, column += piece, n -= piece;
     }
@@ -223,6 +229,90 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     } else {
       fake_quantize_some<K>(x + i, y + i, some, p, bits);
     }
+  }
+}
+
+// Rows of blocks of one element: a look at the parameters serves so many rows.
+constexpr int kBand = 4;
+
+// Parameters of kWidth neighbouring blocks, one a lane, and the quickest way to divide by them.
+struct ColumnParams {
+  Params<Simd> lanes;
+  Way way;
+
+  template <class K>
+  static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n) {
+    ColumnParams p = {params_of_columns(a, block, 0, 1, n), Way::kDivide};
+    p.way = way_to_divide<K>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);
+    if (p.way != Way::kDivide) p.lanes.reciprocal = Simd::div(Simd::set(1.0f), p.lanes.scale);
+    return p;
+  }
+};
+
+// The same columns of some rows, `stride` elements apart: two whole vectors of them.
+template <class K, class T>
+COREAI_HD void fake_quantize_column_pair(const T* x, T* y, uint8_t* mask, int64_t stride, int rows,
+                                         const Params<Simd>& left, const Params<Simd>& right) {
+  for (int row = 0; row < rows; ++row, x += stride, y += stride) {
+    M inside[2];
+    const F a = quantize_lanes<Simd, K>(Simd::load(x), left, inside[0]);
+    const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), right, inside[1]);
+    store_results<K>(y, dequantize_lanes<Simd, K>(a, left), dequantize_lanes<Simd, K>(b, right));
+    if (mask) {
+      BitWriter::Cursor cursor = mask + row * (stride / 8);
+      BitWriter::put_lanes(cursor, Simd::bits(inside[0]));
+      BitWriter::put_lanes(cursor, Simd::bits(inside[1]));
+    }
+  }
+}
+
+// Up to one vector of them, whole bytes of the mask.
+template <class K, class T>
+COREAI_HD void fake_quantize_some_columns(const T* x, T* y, uint8_t* mask, int64_t stride, int rows, int n,
+                                          const Params<Simd>& p) {
+  for (int row = 0; row < rows; ++row, x += stride, y += stride) {
+    M inside;
+    const F q = quantize_lanes<Simd, K>(Simd::load_n(x, n), p, inside);
+    Simd::store_n(y, dequantize_lanes<Simd, K>(q, p), n);
+    const uint32_t bits = Simd::bits(inside);
+    for (int byte = 0; mask && byte < n / 8; ++byte) {
+      mask[row * (stride / 8) + byte] = static_cast<uint8_t>(bits >> (8 * byte));
+    }
+  }
+}
+
+// Whether each element of a row is a block of its own, and rows are whole bytes of the mask.
+inline bool is_by_columns(const Geometry& g) { return g.run == 1 && g.columns >= kWidth && g.columns % 8 == 0; }
+
+template <class K, class T>
+void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64_t end) {
+  const Geometry& g = *job.geometry;
+  const int64_t length = g.columns;
+  const int64_t sharing = g.outer_axes > 0 && g.outer[g.outer_axes - 1].stride == 0 ? g.outer[g.outer_axes - 1].size : 1;
+  const T* x = static_cast<const T*>(job.input);
+  T* y = static_cast<T*>(job.output);
+  while (begin < end) {
+    const int64_t base = row_base(g, begin);
+    const int rows = static_cast<int>(smaller<int64_t>(smaller<int64_t>(kBand, end - begin), sharing - begin % sharing));
+    const int64_t first = begin * length;
+    const auto mask_at = [&](int64_t i) { return job.mask ? job.mask + (first + i) / 8 : nullptr; };
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
+      const auto left = ColumnParams::load<K>(job.affine, base + i, kWidth);
+      const auto right = ColumnParams::load<K>(job.affine, base + i + kWidth, kWidth);
+      with_way<K>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
+        fake_quantize_column_pair<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, left.lanes,
+                                                  right.lanes);
+      });
+    }
+    for (; i < length; i += kWidth) {
+      const int n = static_cast<int>(smaller<int64_t>(kWidth, length - i));
+      const auto p = ColumnParams::load<K>(job.affine, base + i, n);
+      with_way<K>(p.way, [&](auto kind) __attribute__((always_inline)) {
+        fake_quantize_some_columns<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, n, p.lanes);
+      });
+    }
+    begin += rows;
   }
 }
 
@@ -255,6 +345,12 @@ void fake_quantize(const FakeQuantize& job) {
     using T = typename decltype(type)::type;
     with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
       using K = decltype(kind);
+      const Geometry& g = *job.geometry;
+      if (is_by_columns(g)) {
+        share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns),
+              [&](int64_t begin, int64_t end) { fake_quantize_rows_of_columns<K, T>(job, begin, end); });
+        return;
+      }
       share(job.geometry->numel, kAlignment, kParallelElements,
             [&](int64_t begin, int64_t end) { fake_quantize_range<K, T>(job, begin, end); });
     });

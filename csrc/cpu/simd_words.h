@@ -47,6 +47,22 @@ struct Words {
   }
   static COREAI_HD void store(void* p, V a) { __builtin_memcpy(p, &a, sizeof(a)); }
   static COREAI_HD V set(Word x) { return V{} + x; }
+  static COREAI_HD V min(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_min_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#endif
+    return a < b ? a : b;
+  }
+  static COREAI_HD V max(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#endif
+    return a > b ? a : b;
+  }
 
 #if defined(__AVX512BW__)
   using M = uint32_t;  // one bit a lane

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels.ops.library import implementation
+from coreai_kernels.ops import kmeans as kmeans_module
+from coreai_kernels.ops.kmeans_search import Problem
+from coreai_kernels.reference.kmeans import PART
 from tests.kernels.palette_support import many
 from tests.kernels.support import assert_same_bits
 
@@ -48,11 +50,12 @@ def test_finds_clumps(backend: str, dim: int) -> None:
     blocks=st.integers(1, 4),
     dim=st.sampled_from([1, 2, 3, 4, 9]),
     count=st.sampled_from([1, 5, 16, 33, 700]),
+    offset=st.sampled_from([0.0, 50.0]),
     clusters=st.sampled_from([1, 2, 7, 16, 33, 256]),
     weighting=st.sampled_from(["none", "some", "zeros"]),
     coarse=st.booleans(),
     iterations=st.sampled_from([0, 1, 2, 30]),
-    limit=st.sampled_from([0.0, 1e-3]),
+    tolerance=st.sampled_from([0.0, 1e-3]),
     seed=st.integers(0, 999),
 )
 def test_iterations_on_all_backends_agree(
@@ -60,11 +63,12 @@ def test_iterations_on_all_backends_agree(
     blocks: int,
     dim: int,
     count: int,
+    offset: float,
     clusters: int,
     weighting: str,
     coarse: bool,
     iterations: int,
-    limit: float,
+    tolerance: float,
     seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -76,15 +80,59 @@ def test_iterations_on_all_backends_agree(
     if weighting != "none":
         keep = torch.rand(blocks, count, generator=generator) > 0.3
         mass = torch.rand(blocks, count, generator=generator) * keep * (weighting == "some")
+    check_iterations(vectors + offset, mass, centroids + offset, iterations, tolerance)
+
+
+def check_iterations(
+    vectors: Tensor, mass: Tensor | None, centroids: Tensor, iterations: int, tolerance: float
+) -> None:
+    problem = Problem.of(vectors, mass)
     results = {}
     for backend in ("reference", "auto"):
         with ck.use_backend(backend):
-            results[backend] = implementation("lloyd")(vectors, mass, centroids, iterations, limit)
-    assert_same_bits(results["auto"], results["reference"])
+            results[backend] = problem.lloyd(centroids, iterations, tolerance)
+    for found, expected in zip(results["auto"], results["reference"], strict=True):
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dim", [2, 3])
+def test_iterations_over_parts(threads: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(1, dim, 2 * PART + 1000, generator=generator)
+    mass = torch.rand(1, vectors.size(2), generator=generator) if dim == 2 else None
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check_iterations(vectors, mass, torch.randn(2, 1, 9, dim, generator=generator), 5, 0.0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_iterations_return() -> None:
+    """By definition, with float64 sums in any order."""
+    generator = torch.Generator().manual_seed(0)
+    vectors, mass = torch.randn(1, 2, 60, generator=generator), torch.rand(1, 60, generator=generator)
+    start = torch.randn(1, 1, 5, 2, generator=generator)
+    for iterations in (0, 40):
+        found = Problem.of(vectors, mass).lloyd(start, iterations, 0.0)
+        centroids, points = found.centroids[0, 0].double(), vectors[0].T.double()
+        distances = (points[:, None] - centroids).square()
+        nearest = distances.sum(2).argmin(1)
+        for j in range(5):
+            inside = mass[0, nearest == j].double()
+            own = points[nearest == j]
+            torch.testing.assert_close(found.masses[0, 0, j], inside.sum())
+            spread = (inside[:, None] * (own - centroids[j]).square()).sum(0)
+            torch.testing.assert_close(found.spread[0, 0, j], spread)
+            if iterations and len(own):
+                mean = (own * inside[:, None]).sum(0) / inside.sum()
+                torch.testing.assert_close(centroids[j], mean, rtol=1e-6, atol=1e-6)
 
 
 def test_opcheck() -> None:
-    args = (torch.randn(2, 3, 40), torch.rand(2, 40), torch.randn(5, 2, 4, 3), 10, 1e-6)
+    problem = Problem.of(torch.randn(2, 3, 40), torch.rand(2, 40))
+    args = (problem.vectors, problem.mass, torch.randn(5, 2, 4, 3), problem.center, problem.total, 10, 1e-6)
     torch.library.opcheck(torch.ops.coreai_kernels.lloyd.default, args)
 
 
@@ -104,17 +152,39 @@ def test_converged_centroids_are_means() -> None:
 def test_scalars_come_near_the_optimum() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     best = error(weight, ck.kmeans_1d(weight, 8, block_size=(64, 64)), (64, 64))
-    found = ck.kmeans(weight, 8, cluster_dim=1, block_size=(64, 64), restarts=3)
-    assert best * (1 - 1e-6) <= error(weight, found, (64, 64)) <= best * 1.05
+    found = ck.kmeans(weight, 8, cluster_dim=1, block_size=(64, 64))
+    assert best * (1 - 1e-6) <= error(weight, found, (64, 64)) <= best * (1 + 1e-3)
 
 
-def test_more_restarts_are_no_worse() -> None:
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
-    errors = []
-    for restarts in (1, 2, 5):
-        found = ck.kmeans(weight, 16, cluster_dim=4, block_size=(32, 64), restarts=restarts)
-        errors.append(error(weight, found, (32, 64)))
-    assert errors == sorted(errors, reverse=True)
+@pytest.mark.parametrize("heavy", [False, True])
+def test_the_search_beats_the_best_of_many_starts(heavy: bool) -> None:
+    weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    if heavy:
+        weight = weight.pow(3)
+    kwargs = {"cluster_dim": 2, "block_size": (64, 64)}
+    plain = [
+        error(weight, ck.kmeans(weight, 32, restarts=1, swaps=0, seed=seed, **kwargs), (64, 64))
+        for seed in range(20)
+    ]
+    assert error(weight, ck.kmeans(weight, 32, **kwargs), (64, 64)) < min(plain)
+
+
+def test_a_search_by_a_part_of_the_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(64, 256, generator=torch.Generator().manual_seed(1))
+    kwargs = {"cluster_dim": 2, "block_size": (32, 256), "weights": weights}
+    by_all = ck.kmeans(weight, 8, **kwargs)
+    monkeypatch.setattr(kmeans_module, "_SEARCHED", 1000)
+    by_part = ck.kmeans(weight, 8, **kwargs)
+    errors = [error(weight, found, (32, 256), weights) for found in (by_all, by_part)]
+    assert errors[1] < 1.01 * errors[0]
+    indices = ck.palettize(weight, by_part, block_size=(32, 256))[:16].reshape(-1)
+    vectors = weight[:32].reshape(16, 2, 256).transpose(1, 2).reshape(-1, 2)
+    mass = weights[:32].reshape(16, 2, 256).sum(1).reshape(-1)
+    for j in range(8):
+        inside = indices == j
+        mean = (vectors[inside] * mass[inside, None]).sum(0) / mass[inside].sum()
+        torch.testing.assert_close(by_part[0, j], mean, rtol=1e-3, atol=1e-3)
 
 
 def test_a_seed_decides() -> None:
@@ -140,10 +210,11 @@ def test_column_blocks_are_row_blocks_of_the_transposed() -> None:
     assert torch.equal(columns, rows)
 
 
-def test_fewer_vectors_than_clusters() -> None:
-    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    found = ck.kmeans(weight, 8, cluster_dim=2, block_size=(2, 2))
-    assert error(weight, found, (2, 2)) == 0.0
+def test_fewer_distinct_vectors_than_clusters() -> None:
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(1, 4)
+    found = ck.kmeans(weight, 5, cluster_dim=2, block_size=(2, 8))
+    assert error(weight, found, (2, 8)) == 0.0
+    assert len(found[0].unique(dim=0)) == 2
 
 
 def test_zero_weights_count_as_none() -> None:
@@ -158,8 +229,10 @@ def test_zero_weights_count_as_none() -> None:
     [
         ("cluster_dim must divide the 4 rows of a block; got 3", {"cluster_dim": 3}),
         ("num_clusters must be in", {"num_clusters": 300}),
+        (r"num_clusters must be at most 16.*\(4, 8\).*vectors of 2 values; got 17", {"num_clusters": 17}),
         ("max_iterations must be at least 0", {"max_iterations": -1}),
         ("restarts must be at least 1", {"restarts": 0}),
+        ("swaps must be at least 0", {"swaps": -1}),
         ("tolerance must be at least 0", {"tolerance": float("nan")}),
         ("weight must be finite", {"weight": torch.full((4, 8), float("nan"))}),
         ("weights must have the shape", {"weights": torch.ones(4, 7)}),

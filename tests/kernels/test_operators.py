@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels.ops.observe_and_fake_quantize import packed
 from tests.kernels.support import assert_same_bits
 
 ops = torch.ops.coreai_kernels
@@ -40,7 +41,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         -torch.rand(4, 2),
         torch.rand(4, 2),
         True,
-        *STEP,
+        packed(STEP),
         True,
     ),
     "foreach_fake_quantize_forward": lambda: (

@@ -1,4 +1,4 @@
-"""The Triton palette kernels compiled ahead of time, as in ``test_triton_aot.py``."""
+"""Ahead of time: palettes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+from coreai_kernels.triton import lloyd, palettes, soft_palettize
+from tests.kernels.aot_support import ARCHITECTURES, BF16, FP32, Variant, check, meta
 
-from coreai_kernels.triton import palettes, soft_palettize
-from tests.kernels.test_triton_aot import compiled, meta, resources  # noqa: F401 (compiled is a fixture)
-
-BF16, BYTES = torch.bfloat16, torch.uint8
+BYTES = torch.uint8
 WHOLE, GROUPS = [1024, 4096], [16, 4096]
 
 
@@ -49,20 +47,29 @@ def soft(name: str, clusters: int, dim: int, dtype: torch.dtype) -> Callable[[],
     return lambda: getattr(soft_palettize, name)(*before.get(name, ()), weight, table, 0.1, GROUPS)
 
 
-FP32 = torch.float32
-VARIANTS: dict[str, tuple[str, Callable[[], Any]]] = {
-    "palettize-16-fp32": ("nearest_scalars", palettize(WHOLE, 16, 1, FP32)),
-    "palettize-256-bf16": ("nearest_scalars", palettize(GROUPS, 256, 1, BF16)),
-    "palettize-vectors-fp32": ("nearest_vectors", palettize(WHOLE, 16, 4, FP32)),
-    "lookup-16-fp32": ("lookup", lookup(WHOLE, 16, 1, FP32)),
-    "lookup-256-bf16": ("lookup", lookup(GROUPS, 256, 1, BF16)),
-    "lookup-vectors-bf16": ("lookup", lookup(WHOLE, 16, 2, BF16)),
-    "lookup-packed-4-bf16": ("lookup", packed(4, BF16)),
-    "lookup-packed-3-fp32": ("lookup", packed(3, FP32)),
-    "backward-16-fp32": ("sum_by_index", backward(16, 1, FP32)),
-    "backward-vectors-bf16": ("sum_by_index", backward(64, 2, BF16)),
+def iterations(clusters: int, dim: int, weighted: bool) -> Callable[[], Any]:
+    vectors, start = meta(4, dim, 1 << 20), meta(2, 4, clusters, dim)
+    mass = meta(4, 1 << 20) if weighted else None
+    center, total = meta(4, dim, dtype=torch.float64), meta(4, dtype=torch.float64)
+    return lambda: lloyd.lloyd(vectors, mass, start, center, total, 1, 1e-4)
+
+
+LLOYD = ("assign_and_sum", "move", "assign_and_sum")
+VARIANTS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
+    "palettize-16-fp32": (("nearest_scalars",), palettize(WHOLE, 16, 1, FP32)),
+    "palettize-256-bf16": (("nearest_scalars",), palettize(GROUPS, 256, 1, BF16)),
+    "palettize-vectors-fp32": (("nearest_vectors",), palettize(WHOLE, 16, 4, FP32)),
+    "lookup-16-fp32": (("lookup",), lookup(WHOLE, 16, 1, FP32)),
+    "lookup-256-bf16": (("lookup",), lookup(GROUPS, 256, 1, BF16)),
+    "lookup-vectors-bf16": (("lookup",), lookup(WHOLE, 16, 2, BF16)),
+    "lookup-packed-4-bf16": (("lookup",), packed(4, BF16)),
+    "lookup-packed-3-fp32": (("lookup",), packed(3, FP32)),
+    "backward-16-fp32": (("sum_by_index",), backward(16, 1, FP32)),
+    "backward-vectors-bf16": (("sum_by_index",), backward(64, 2, BF16)),
+    "lloyd-16-2": (LLOYD, iterations(16, 2, False)),
+    "lloyd-256-4-weighted": (LLOYD, iterations(256, 4, True)),
     **{
-        f"{name}-{clusters}-{dim}": ("soft", soft(name, clusters, dim, dtype))
+        f"{name}-{clusters}-{dim}": (("soft",), soft(name, clusters, dim, dtype))
         for name in (
             "soft_palettize",
             "soft_palettize_backward",
@@ -74,23 +81,9 @@ VARIANTS: dict[str, tuple[str, Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_compiled(
-    variant: str,
-    arch: int,
-    compiled: list[tuple[str, Any]],  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    name, run = VARIANTS[variant]
-    run()
-    assert [kernel_name for kernel_name, _ in compiled] == [name]
-    kernel = compiled[0][1]
-    assert kernel.metadata.enable_fp_fusion is False
-    ptx = kernel.asm["ptx"]
-    assert ".local" not in ptx
-    used = resources(kernel.asm["cubin"], tmp_path)
-    assert (used["STACK"], used["LOCAL"]) == (0, 0), used
-    if name != "soft":  # there, exponentials are approximate
-        for inexact in ("fma.rn.f32", "div.full", "div.approx", "rcp.approx", ".ftz"):
-            assert inexact not in ptx
+@ARCHITECTURES
+@pytest.mark.parametrize("name", VARIANTS)
+def test_compiled(name: str, arch: int, compiled: list[tuple[str, Any]], tmp_path: Path) -> None:
+    kernels, run = VARIANTS[name]
+    # Exponentials are approximate.
+    check(Variant(name, run, kernels, False, False, False, exact=kernels != ("soft",)), compiled, tmp_path)

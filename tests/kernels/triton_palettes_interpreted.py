@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import coreai_kernels as ck
+from coreai_kernels.ops.kmeans_search import Problem
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before anything imports triton"
@@ -89,3 +90,28 @@ def test_parts_of_a_large_block(monkeypatch: pytest.MonkeyPatch) -> None:
             ck.lookup(indices, palette, block_size=(20, 50)).backward(upstream)
         results.append(palette.grad)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tries", "blocks", "dim", "count", "clusters", "weighted"),
+    [(2, 2, 2, 100, 5, True), (1, 1, 3, 70, 20, False), (1, 1, 1, 40, 4, False), (1, 1, 2, 1, 1, True)],
+)
+def test_lloyd(tries, blocks, dim, count, clusters, weighted, monkeypatch) -> None:
+    """Several parts, empty clusters, equal centroids and exact ties; sums are float64 in another order."""
+    from coreai_kernels.triton import lloyd
+
+    monkeypatch.setattr(lloyd, "_TILE", 16)
+    generator = torch.Generator().manual_seed(count)
+    vectors = torch.randint(-40, 41, (blocks, dim, count), generator=generator) / 8
+    start = torch.randint(-16, 17, (tries, blocks, clusters, dim), generator=generator) / 4
+    start[..., -1, :] = start[..., 0, :]
+    mass = torch.randint(0, 4, (blocks, count), generator=generator) / 2 if weighted else None
+    problem = Problem.of(vectors, mass)
+    for iterations, tolerance in ((0, 0.0), (3, -1.0), (9, 1e-2)):
+        found = {}
+        for backend in ("reference", "triton"):
+            with ck.use_backend(backend):
+                found[backend] = problem.lloyd(start, iterations, tolerance)
+        for got, wanted in zip(found["triton"], found["reference"], strict=True):
+            assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+            torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)

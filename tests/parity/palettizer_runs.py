@@ -148,6 +148,9 @@ def _all_cases() -> Iterator[Case]:
     for size, dim in itertools.product((None, 8), (2, 4)):
         spec = {"n_bits": 2, "cluster_dim": dim} | ({"granularity": _grouped(0, size)} if size else {})
         yield Case(f"vectors of {dim}, groups {size}", spec=spec, config={"enable_fast_kmeans_mode": False})
+    yield Case("fewer values than entries", spec={"n_bits": 8, "granularity": _grouped(0, 2)})
+    few = {"n_bits": 6, "cluster_dim": 2, "granularity": _grouped(0, 2)}
+    yield Case("fewer vectors than entries", spec=few, config={"enable_fast_kmeans_mode": False})
     schedule = {"pat_schedule": {"enable_fake_palettize": 2}}
     yield Case("trained", spec={"n_bits": 2})
     yield Case("trained from step 2", spec={"n_bits": 2}, config=schedule)

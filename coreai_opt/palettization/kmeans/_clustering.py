@@ -15,11 +15,6 @@ if TYPE_CHECKING:
 __all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
-# Lloyd's iterations end in local minima, of which the best is taken. The smaller a tensor, the more these
-# differ, and the less they cost.
-_LEAST_RESTARTS, _MOST_RESTARTS, _SIDE_OF_ONE = 4, 128, 1 << 11
-
-
 class Clusters(NamedTuple):
     """Palettes ``[blocks, 2 ** n_bits, cluster_dim]`` (float32) and the index of each vector (uint8)."""
 
@@ -40,11 +35,13 @@ def cluster(
 
     Raises:
         TypeError: the weight is not floating point.
-        ValueError: it has values that are not finite, or the sensitivities have another shape.
+        ValueError: it has no values, or some that are not finite, or the sensitivities have another shape.
     """
     name = f"Tensor {simulator.tensor_fqn!r}"
     if not weight.is_floating_point():
         raise TypeError(f"{name} must be floating point to be palettized; got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} must have values to be palettized; got shape {tuple(weight.shape)}")
     weights = simulator.sensitivities
     if weights is not None:
         if weights.shape != weight.shape:
@@ -63,7 +60,8 @@ def cluster(
 def _centroids_and_indices(
     simulator: "_KMeansFakePalettize", weight: Tensor, block_size: tuple[int, ...], weights: Tensor | None
 ) -> Clusters:
-    count = 2**simulator.n_bits
+    entries = 2**simulator.n_bits
+    count = min(entries, math.prod(block_size) // simulator.cluster_dim)
     if simulator.cluster_dim > 1:
         centroids = coreai_kernels.kmeans(
             weight,
@@ -71,7 +69,6 @@ def _centroids_and_indices(
             cluster_dim=simulator.cluster_dim,
             block_size=block_size,
             weights=weights,
-            restarts=_restarts(weight),
         )
     else:
         decimals = _decimals(simulator, weight)
@@ -83,11 +80,9 @@ def _centroids_and_indices(
         if decimals is not None:
             # A value belongs to the cluster that it was rounded into.
             weight = torch.round(weight.to(torch.float32), decimals=decimals)
+    # A block of fewer values than entries has each of them, and repeats the last.
+    centroids = torch.cat([centroids, centroids[:, -1:].expand(-1, entries - count, -1)], 1)
     return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
-
-
-def _restarts(weight: Tensor) -> int:
-    return min(_MOST_RESTARTS, max(_LEAST_RESTARTS, _SIDE_OF_ONE // max(1, math.isqrt(weight.numel()))))
 
 
 def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:

@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coreai_opt.quantization._eager.interception import ReplacedForward
 from coreai_opt.quantization._eager.weights import (
-    Generation,
+    Shelf,
     WeightRead,
     are_saved_tensors_hooked,
     gives_the_same_again,
@@ -60,13 +60,11 @@ class TogetherForward(ReplacedForward):
         known = self._known
         if known is None or not known.is_valid():
             known = self._known = _Division(self.reads, known)
-        generation = Generation()
         try:
-            known.fill(generation)
+            known.fill()
             return self._run(module, args, kwargs)
         finally:
-            generation.is_running = False
-            known.drop()
+            known.clear()
 
 
 class _Division:
@@ -90,32 +88,30 @@ class _Division:
         self._others = [shared for i, shared in enumerate(chosen) if i not in members]
         # A simulator can be kept once it has observed: the next forward looks again at those that are not.
         self._is_settled = not self._others or (last is not None and last._others == self._others)
-        self._filled: list[Shared] = []
+        self._shelf = Shelf()
+        for i, shared in enumerate(self._kept + self._others):
+            for read in shared:
+                read.place_on(self._shelf, i)
 
     def is_valid(self) -> bool:
         """Whether it would be made the same again."""
         return self._is_settled and self._launches.are_valid() and not any(map(_can_be_shared, self._single))
 
-    def fill(self, generation: Generation) -> None:
-        """Simulate what goes together, for the readers of this generation."""
+    def fill(self) -> None:
+        """Simulate what goes together, for the readers of the forward that begins."""
         if len(self._kept) + len(self._others) < 2:
             return
-        kept = self._launches
-        self._filled = self._kept + self._others
-        for shared, original, output in zip(self._kept, kept.tensors, kept(), strict=True):
-            _give(shared, original, output, generation)
+        outputs, originals = list(self._launches()), self._launches.tensors
         if self._others:
             pairs = [shared[0].pair for shared in self._others]
-            outputs = simulate_together([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-            for shared, (_, original), output in zip(self._others, pairs, outputs, strict=True):
-                _give(shared, original, output, generation)
+            others = [original for _, original in pairs]
+            outputs += simulate_together([simulator for simulator, _ in pairs], others)
+            originals = originals + others
+        self._shelf.fill(outputs, originals)
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Forget what was simulated."""
-        for shared in self._filled:
-            for read in shared:
-                read.drop()
-        self._filled = []
+        self._shelf.clear()
 
 
 def _can_be_shared(shared: Shared) -> bool:
@@ -124,9 +120,3 @@ def _can_be_shared(shared: Shared) -> bool:
         return False
     flags = simulator._flags
     return gives_the_same_again(simulator) and flags.fake_quant and not flags.disabled
-
-
-def _give(shared: Shared, original: Tensor, output: Tensor, generation: Generation) -> None:
-    version = original._version
-    for read in shared:
-        read.take(output, original, version, generation)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels import Format, RangeUpdate, grid_shape
+from coreai_kernels.ops.observe_and_fake_quantize import packed
 from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
 from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
@@ -50,6 +51,7 @@ class Plan:
         keeps_range: whether it keeps a running range.
         is_built_in: whether the forward quantizes as the built-in class's does.
         step: the configuration of the fused training step, None if the modules' methods do something else.
+        packed_step: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
         setting: what the step on them shares with other simulators' steps, once somebody has asked.
     """
@@ -60,6 +62,7 @@ class Plan:
         "is_built_in",
         "is_stateless",
         "keeps_range",
+        "packed_step",
         "setting",
         "settings",
         "state",
@@ -78,6 +81,8 @@ class Plan:
         is_empty = 0 in self.block_size
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
         self.step = None if is_empty or step is None else (self.block_size, *step)
+        is_eager = not torch.compiler.is_compiling()
+        self.packed_step = packed(self.step) if is_eager and self.step is not None else None
         self.state: State = (None,) * 5
         self.setting: tuple[Any, ...] | None = None
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from coreai_opt._environment import quiet_torchao_import
+from coreai_opt.quantization.spec._assignments import ReportsAssignments
 
 with quiet_torchao_import():
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
@@ -68,7 +69,7 @@ class Flags:
         self.adopt(buffers)
 
 
-class SwitchableFakeQuantize(FakeQuantizeBase):
+class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
     """torchao's base of fake quantizers, with switches that cost a forward no wait.
 
     The buffers ``fake_quant_enabled`` and ``observer_enabled`` (uint8, one element) switch simulation and

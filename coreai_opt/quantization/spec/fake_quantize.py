@@ -236,7 +236,7 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             if observes and flags.fake_quant and plan.step is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
                 if state is not None:
-                    return training_step_op.apply(tensor, *state, plan.step)
+                    return training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
             return self._forward_in_parts(tensor, observes, flags.fake_quant)
         except _BlockSizeMismatchError:
             if not (flags.observe or self.is_stateless):

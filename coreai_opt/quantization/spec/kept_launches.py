@@ -1,15 +1,15 @@
 """The same fake quantizers on the same tensors, forward after forward."""
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, starmap, zip_longest
 from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 from coreai_kernels.ops import foreach
+from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._plan import settings_of
 from coreai_opt.quantization.spec._switches import Flags
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -24,6 +24,8 @@ __all__ = ["KeptLaunches"]
 
 _CALCULATORS = (StaticQParamsCalculator, MovingAverageQParamsCalculator, GlobalMinMaxQParamsCalculator)
 
+_NOTHING = object()
+
 # What a tensor may be given without becoming another object.
 _facts = attrgetter("requires_grad", "dtype", "device", "shape")
 _version = attrgetter("_version")
@@ -34,7 +36,7 @@ class KeptLaunches:
 
     Working out what each of many simulators has to do costs more than its work. Here a forward makes sure of
     all of them at once, in a few passes over flat lists: the identity of buffers and tensors, the version
-    counters of the switches, the settings, and that nobody listens.
+    counters of the switches, that nobody listens, and that no setting has been assigned to.
 
     Simulators are kept that simulate_together launches, with a built-in calculator that keeps its parameters
     and has observed before; and tensors that need a gradient.
@@ -70,10 +72,11 @@ class KeptLaunches:
         self._launches = [
             (launch_of([task for _, task in piece]), [tensors[i] for i, _ in piece]) for piece in pieces
         ]
+        for launch, _ in self._launches:
+            launch.keep()
         self._simulators = [simulators[i] for i in self.members]
         self.tensors = [tensors[i] for i in self.members]
         calculators: list[Any] = [each._modules["qparams_calculator"] for each in self._simulators]
-        self._last_hook = RemovableHandle.next_id
         self._hooks = [vars(each)[name] for each in self._simulators for name in HOOKS]
         self._flags = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
         self._places = [
@@ -85,33 +88,33 @@ class KeptLaunches:
         self._versions = list(map(_version, self._flags))
         self._tensor_facts = list(map(_facts, self.tensors))
         self._settings = list(map(settings_of, self._simulators))
+        self._quiet = Quiet()
 
     def are_valid(self) -> bool:
         """Whether nothing has changed."""
-        values = list(_values(self._places))
         return (
-            len(values) == len(self._values)
-            and all(map(is_, values, self._values))
+            _are_same(_values(self._places), self._values)
             and list(map(_version, self._flags)) == self._versions
             and list(map(_facts, self.tensors)) == self._tensor_facts
-            and not self._are_hooked()
             and not (self._is_hooked or _has_any_global_hook())
-            and list(map(settings_of, self._simulators)) == self._settings
+            and (self._quiet.lasts() or self._are_unchanged())
         )
 
-    def _are_hooked(self) -> bool:
-        # Torch numbers all hooks in one sequence: as long as it does not go on there are no new ones.
-        last = RemovableHandle.next_id
-        if last == self._last_hook:
+    def _are_unchanged(self) -> bool:
+        """Whether there are the same settings, and nobody listens, after something was assigned somewhere."""
+        quiet = Quiet()
+        if any(self._hooks) or list(map(settings_of, self._simulators)) != self._settings:
             return False
-        if any(self._hooks):
-            return True
-        self._last_hook = last
-        return False
+        self._quiet = quiet
+        return True
 
     def __call__(self) -> Iterable[Tensor]:
         """The outputs of the members, as :func:`simulate_together` gives them."""
         return chain.from_iterable([launch(tensors) for launch, tensors in self._launches])
+
+
+def _are_same(some: Iterable[object], others: Iterable[object]) -> bool:
+    return all(starmap(is_, zip_longest(some, others, fillvalue=_NOTHING)))
 
 
 def _values(places: Iterable[dict[str, Any]]) -> Iterable[Any]:

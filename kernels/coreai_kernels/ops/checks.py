@@ -63,10 +63,17 @@ def check_centroids(centroids: Tensor, shape: tuple[int, ...], block_size: tuple
         )
 
 
-def check_num_clusters(num_clusters: int) -> None:
-    """ValueError unless an index of eight bits can name each cluster."""
+def check_num_clusters(num_clusters: int, block_size: tuple[int, ...], dim: int = 1) -> None:
+    """ValueError unless eight bits can name each cluster, and a block has a value (a vector) for each."""
     if not 1 <= num_clusters <= 256:
         raise ValueError(f"num_clusters must be in 1..256; got {num_clusters}")
+    available = math.prod(block_size) // dim
+    if num_clusters > available:
+        what = "values" if dim == 1 else f"vectors of {dim} values"
+        raise ValueError(
+            f"num_clusters must be at most {available}, for a block of shape {tuple(block_size)} has so many "
+            f"{what}; got {num_clusters}"
+        )
 
 
 def check_vectors(name: str, dim: int, block_size: tuple[int, ...]) -> None:

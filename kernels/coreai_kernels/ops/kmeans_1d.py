@@ -46,7 +46,7 @@ def kmeans_1d(
 
     Args:
         weight: float32, bfloat16, float16 or float64 tensor; the latter is rounded to float32.
-        num_clusters: 1 to 256.
+        num_clusters: 1 to 256, and no more than a block has elements.
         block_size: extent of a block along each axis; must divide the shape.
         weights: importance of each element, at least 0, in the shape of ``weight``. A block of which all are
             0 counts as unweighted.
@@ -57,13 +57,13 @@ def kmeans_1d(
         ascending within each. With fewer distinct values than clusters, the largest repeats.
 
     Raises:
-        ValueError: shapes or ``num_clusters`` do not fit; NaN or an infinity in ``weight`` or ``weights``, or
-            a negative one in ``weights``.
+        ValueError: shapes do not fit; a block has fewer elements than ``num_clusters``; NaN or an infinity in
+            ``weight`` or ``weights``, or a negative one in ``weights``.
         TypeError: ``weight`` or ``weights`` is not floating point.
     """
     checks.check_float_input("weight", weight)
-    checks.check_num_clusters(num_clusters)
     checks.check_blocks("block_size", weight, block_size)
+    checks.check_num_clusters(num_clusters, block_size)
     if weights is not None:
         checks.check_float_input("weights", weights)
         if weights.shape != weight.shape:

@@ -17,6 +17,7 @@ _MODULES = {
     "foreach_fake_quantize_forward": "foreach",
     "foreach_observe_and_fake_quantize_": "foreach",
     "learnable_range_backward": "learnable_range",
+    "lloyd": "lloyd",
     "lookup": "palettes",
     "lookup_backward": "palettes",
     "lookup_packed": "palettes",

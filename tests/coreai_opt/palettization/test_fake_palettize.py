@@ -89,7 +89,21 @@ def test_fewer_values_than_entries(simulator):
         module = simulator(n_bits=3, enable_fast_kmeans_mode=fast)
         assert torch.equal(module(weight), weight)
         assert module.centroids.flatten().tolist() == [1, 2, 3, 5, 5, 5, 5, 5]
-    assert torch.equal(simulator(n_bits=3, cluster_dim=2)(weight), weight)
+
+    vectors = simulator(n_bits=3, cluster_dim=2)
+    assert torch.equal(vectors(weight), weight)
+    assert vectors.centroids.shape == (1, 8, 2)
+    assert vectors.centroids.unique(dim=1).shape == (1, 2, 2)
+    assert torch.equal(vectors.centroids[:, 2:], vectors.centroids[:, 1:2].expand(-1, 6, -1))
+
+
+def test_fewer_values_than_entries_in_each_group(simulator):
+    rows = PerGroupedChannelGranularity(axis=0, group_size=1)
+    weight = torch.tensor([[3.0, 1.0], [2.0, 2.0]])
+    module = simulator(n_bits=2, granularity=rows, enable_per_channel_scale=True)
+    assert torch.equal(module(weight), weight)
+    third = torch.tensor(1 / 3).item()
+    assert module.centroids.flatten(1).tolist() == [[third, 1, 1, 1], [1, 1, 1, 1]]
 
 
 def test_fast_mode_clusters_rounded_values(simulator, weight):
@@ -236,6 +250,8 @@ def test_values_that_are_not_finite(simulator, weight, bad, fast, cluster_dim):
 
 
 def test_bad_arguments(simulator, weight):
+    with pytest.raises(ValueError, match=r"must have values to be palettized; got shape \(0, 3\)"):
+        simulator()(torch.empty(0, 3))
     with pytest.raises(TypeError, match="floating point"):
         simulator()(torch.arange(16).reshape(4, 4))
     with pytest.raises(ValueError, match="negative"):

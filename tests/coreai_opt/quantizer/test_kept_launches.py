@@ -43,7 +43,7 @@ def launched(monkeypatch) -> list[int]:
     sizes: list[int] = []
     given = foreach.StraightThroughList.apply
     monkeypatch.setattr(
-        foreach.StraightThroughList, "apply", lambda *args: sizes.append(len(args) - 2) or given(*args)
+        foreach.StraightThroughList, "apply", lambda *args: sizes.append(len(args) - 3) or given(*args)
     )
     return sizes
 
