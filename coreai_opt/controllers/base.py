@@ -145,6 +145,10 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         from coreai_opt.controllers.distributed import synchronize
 
         synchronize(self)
+        self.observe_over_ranks()
+
+    def observe_over_ranks(self) -> None:
+        """Let what follows data follow those of all ranks."""
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for one forward of the model, from the configuration or the registered loader.
