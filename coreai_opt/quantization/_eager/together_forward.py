@@ -1,5 +1,6 @@
 """The forward of a model that simulates its small weights together, before anything else."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class TogetherForward(ReplacedForward):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": None}
 
+    def of_replica(self, replica: nn.Module) -> Callable[..., Any] | None:
+        """What a replica runs: it has weights of its own, for a single forward."""
+        return self._displaced_of(replica)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         module = self.module
@@ -78,7 +83,8 @@ class _Division:
     def __init__(self, reads: list[Shared], last: "_Division | None") -> None:
         chosen: list[Shared] = []
         self._single: list[Shared] = []
-        for shared in reads:
+        needed = [[read for read in shared if read.is_needed] for shared in reads]
+        for shared in filter(None, needed):
             (chosen if _can_be_shared(shared) else self._single).append(shared)
         pairs = [shared[0].pair for shared in chosen]
         simulators, originals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -95,7 +101,11 @@ class _Division:
 
     def is_valid(self) -> bool:
         """Whether it would be made the same again."""
-        return self._is_settled and self._launches.are_valid() and not any(map(_can_be_shared, self._single))
+        return (
+            self._is_settled
+            and self._launches.are_valid()
+            and not any(_can_be_shared(shared) for shared in self._single if shared[0].is_needed)
+        )
 
     def fill(self) -> bool:
         """Simulate what goes together, for the readers of the forward that begins.

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList
 
 from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
 from coreai_opt.quantization._eager.shared_classes import share_classes
+from coreai_opt.quantization._eager.trace import compressions_of
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
@@ -35,15 +36,14 @@ _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # type: i
 def install_reads(model: nn.Module) -> list["WeightRead"]:
     """Put a :class:`WeightRead` on each of the model's weights with a simulator, and return them."""
     reads = []
-    for module in model.modules():
-        if not is_parametrized(module):
-            continue
-        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            if _has_one_simulator(parametrizations):
-                read = WeightRead(parametrizations)
-                read.install()
-                _shorten_the_way(type(module), name)
-                reads.append(read)
+    for module, _, name, parametrizations in compressions_of(model):
+        if _has_one_simulator(parametrizations):
+            read = WeightRead(parametrizations)
+            read.install()
+            _shorten_the_way(type(module), name)
+            reads.append(read)
+        else:
+            ChainRead(parametrizations).install()
     share_classes(model)
     return reads
 
@@ -158,6 +158,14 @@ def _settings_now(simulator: FakeQuantizeImplBase) -> tuple[Any, ...]:
     return (torch.is_inference_mode_enabled(), simulator.mode_changes, *settings_of(simulator))
 
 
+class ChainRead(ReplacedForward):
+    """The forward of a parametrization list that compresses otherwise: prunes and quantizes, for example."""
+
+    def __call__(self) -> Tensor:
+        """The compressed weight. The functions that this calls are none of the module's forward."""
+        return self._run_unseen(self.module, (), {})  # type: ignore[no-any-return]
+
+
 class WeightRead(ReplacedForward):
     """The forward of a parametrization list that is one simulator."""
 
@@ -196,6 +204,11 @@ class WeightRead(ReplacedForward):
         return module._parameters, module._modules
 
     @property
+    def is_needed(self) -> bool:
+        """Whether the parametrization has not been removed."""
+        return self._module() is not None
+
+    @property
     def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
         """The simulator and the weight that it simulates."""
         module: Any = self._module()
@@ -213,8 +226,10 @@ class WeightRead(ReplacedForward):
 
 
 def _original_of(parametrizations: nn.Module) -> Any:
-    parameter = parametrizations._parameters.get("original")
-    return parametrizations._buffers["original"] if parameter is None else parameter
+    for place in (parametrizations._parameters, parametrizations._buffers):
+        if (original := place.get("original")) is not None:
+            return original
+    return parametrizations.original  # a replica has plain tensors for parameters
 
 
 def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:

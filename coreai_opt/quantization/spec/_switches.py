@@ -136,6 +136,12 @@ class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
         self._flags.adopt(self._buffers)
         return self
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # Replicas run in threads of their own.
+        replica.__dict__["_flags"] = Flags(*self._flags.values())
+        return replica
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._flags.update(self._buffers)

@@ -290,6 +290,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_plans": {}}
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_plans"] = {}
+        return replica
+
     def _warn_and_disable(self, shape: torch.Size) -> None:
         self._log_mismatch(tuple(shape))
         self._disable()
