@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "cpu/split_windows.h"
 
 namespace coreai::cpu {
 namespace {
@@ -11,14 +12,17 @@ using std::size_t;
 
 // Rows of this length or more are shared among threads.
 constexpr int64_t kParallelRow = 1 << 15;
+// From so many points on, bounds on where the splits are cost less than they save.
+constexpr int64_t kWindowsFrom = 1 << 15;
 
-// A row of the table: for each i in [first, last] the best last split. It never decreases with i, so one bit for
-// each i and one for each step up hold it: bit splits[i] + i - first is set.
+// A row of the table: for each i in [first, last] the best last split, no less than `least`. It never decreases with
+// i, so one bit for each i and one for each step up hold it: bit splits[i] - least + i - first is set.
 class Staircase {
  public:
-  Staircase(int64_t first, int64_t last) : first_(first), words_(static_cast<size_t>((2 * last - first) / 64 + 1)) {}
+  Staircase(int64_t first, int64_t last, int64_t least)
+      : first_(first), least_(least), words_(static_cast<size_t>((2 * last - first - least) / 64 + 1)) {}
   void add(int64_t i, int64_t split) {
-    const auto bit = static_cast<uint64_t>(split + i - first_);
+    const auto bit = static_cast<uint64_t>(split - least_ + i - first_);
     words_[bit / 64] |= uint64_t{1} << (bit % 64);
   }
   int64_t split(int64_t i) const {
@@ -31,11 +35,11 @@ class Staircase {
     }
     uint64_t rest = words_[word];
     for (; rank > 0; --rank) rest &= rest - 1;
-    return static_cast<int64_t>(word * 64) + __builtin_ctzll(rest) - (i - first_);
+    return static_cast<int64_t>(word * 64) + __builtin_ctzll(rest) - (i - first_) + least_;
   }
 
  private:
-  int64_t first_;
+  int64_t first_, least_;
   std::vector<uint64_t> words_;
 };
 
@@ -47,15 +51,14 @@ struct Range {
 class Table {
  public:
   Table(const std::vector<double>& sums, const std::vector<double>& masses)
-      : sums_(sums), masses_(masses), count_(static_cast<int64_t>(sums.size()) - 1), gain_(sums.size()),
-        next_(sums.size()), splits_(sums.size()) {
+      : sums_(sums), masses_(masses), gain_(sums.size()), next_(sums.size()), splits_(sums.size()) {
     for (size_t i = 1; i < sums.size(); ++i) gain_[i] = sums[i] * sums[i] / masses[i];
   }
 
-  // Adds a cluster: gains of the first i points for all i from `first` on.
-  Staircase add(int64_t clusters, int64_t first) {
-    std::vector<Range> ranges = {{first, count_, clusters - 1, count_ - 1}};
-    if (count_ - first >= kParallelRow && threads() > 1) ranges = halve(std::move(ranges), 8 * threads());
+  // Adds a cluster: gains of the first i points for i in a window, with the last split in another.
+  Staircase add(const Window& ends, const Window& splits) {
+    std::vector<Range> ranges = {{ends.low, ends.high, splits.low, std::min(splits.high, ends.high - 1)}};
+    if (ends.high - ends.low >= kParallelRow && threads() > 1) ranges = halve(std::move(ranges), 8 * threads());
     struct Context {
       Table* table;
       const std::vector<Range>* ranges;
@@ -67,8 +70,8 @@ class Table {
           for (int64_t i = begin; i < end; ++i) c->table->solve((*c->ranges)[static_cast<size_t>(i)]);
         },
         &context);
-    Staircase row(first, count_);
-    for (int64_t i = first; i <= count_; ++i) row.add(i, splits_[static_cast<size_t>(i)]);
+    Staircase row(ends.low, ends.high, splits.low);
+    for (int64_t i = ends.low; i <= ends.high; ++i) row.add(i, splits_[static_cast<size_t>(i)]);
     gain_.swap(next_);
     return row;
   }
@@ -108,7 +111,6 @@ class Table {
   }
 
   const std::vector<double>&sums_, &masses_;
-  int64_t count_;
   std::vector<double> gain_, next_;
   std::vector<uint32_t> splits_;
   decltype(PaletteKernels::best_split) best_split_ = kernels().palettes.best_split;
@@ -129,15 +131,24 @@ void best_centroids(const Points& points, int clusters, float* centroids) {
     return;
   }
   const double center = mean(points, 0, count);
-  std::vector<double> sums(count + 1), masses(count + 1);
+  const auto last = static_cast<int64_t>(count);
+  const bool windowed = last >= kWindowsFrom && clusters > 2;
+  PrefixSums sums{std::vector<double>(count + 1), std::vector<double>(count + 1), {}};
+  if (windowed) sums.squares.resize(count + 1);
   for (size_t i = 0; i < count; ++i) {
-    sums[i + 1] = sums[i] + (points.values[i] - center) * points.masses[i];
-    masses[i + 1] = masses[i] + points.masses[i];
+    const double around = points.values[i] - center;
+    sums.values[i + 1] = sums.values[i] + around * points.masses[i];
+    sums.masses[i + 1] = sums.masses[i] + points.masses[i];
+    if (windowed) sums.squares[i + 1] = sums.squares[i] + around * around * points.masses[i];
   }
-  Table table(sums, masses);
+  std::vector<Window> windows;
+  if (windowed) windows = split_windows(sums, clusters);
+  for (int64_t j = 1; !windowed && j < clusters; ++j) windows.push_back({j, last});
+  windows.push_back({last, last});
+  Table table(sums.values, sums.masses);
   std::vector<Staircase> rows;
   rows.reserve(wanted);
-  for (int64_t j = 2; j <= clusters; ++j) rows.push_back(table.add(j, j == clusters ? static_cast<int64_t>(count) : j));
+  for (size_t j = 1; j < wanted; ++j) rows.push_back(table.add(windows[j], windows[j - 1]));
   size_t end = count;
   for (size_t cluster = wanted; cluster-- > 0;) {
     const size_t begin = cluster == 0 ? 0 : static_cast<size_t>(rows[cluster - 1].split(static_cast<int64_t>(end)));

@@ -94,6 +94,20 @@ def test_large_blocks(dtype: torch.dtype, decimals: int | None, weighted: bool) 
     assert_same_bits(results["auto"], results["reference"])
 
 
+@pytest.mark.parametrize("kind", ["even", "heavy", "clumps"])
+def test_bounded_splits(kind: str) -> None:
+    """From 32,768 values on, splits are sought where bounds leave room for them; among many exact ties, too."""
+    values = torch.arange(33_000.0)
+    if kind != "even":
+        values = torch.randn(33_000, generator=torch.Generator().manual_seed(0))
+        values = values.pow(5) if kind == "heavy" else values + 50 * (torch.arange(33_000) % 4)
+    results = {}
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            results[backend] = ck.kmeans_1d(values, 5, block_size=(33_000,))
+    assert_same_bits(results["auto"], results["reference"])
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_few_distinct_values(backend: str) -> None:
     values = torch.tensor([2.0, -0.0, 2.0, 0.0, -1.0])
