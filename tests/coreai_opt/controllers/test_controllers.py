@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from coreai_opt.controllers import (
 from coreai_opt.controllers.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.state import check_plain
 
-from .support import Run, configured, loader, make_model
+from .support import Run, check_compiles, check_no_waits, configured, loader, make_model
 
 MAGNITUDE = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.2}
 MSE = {"algorithm": "knowledge_distillation", "type": "mse"}
@@ -209,6 +210,23 @@ def test_a_disabled_scheduler_counts_and_holds(algorithms: Any) -> None:
     resumed.train(9)
     assert resumed.controller.compression_rate == rate
     assert resumed.controller.scheduler.current_step == 8
+
+
+PRUNED = {"algorithm": "filter_pruning", "pruning_init": 0.4, "params": {"prune_first_conv": True}}
+RANDOM = {
+    "algorithm": "rb_sparsity",
+    "params": {"schedule": "exponential", "update_per_optimizer_step": True},
+}
+INT8 = {"algorithm": "quantization", "preset": "mixed"}
+
+
+@pytest.mark.parametrize(
+    "algorithms", [(PRUNED, INT8, MSE), (RANDOM, {**INT8, "learnable_ranges": True}, MSE)]
+)
+def test_several_neither_wait_nor_break_the_graph(algorithms: Any) -> None:
+    make = partial(make_model, width=24)
+    check_no_waits(configured(*algorithms), make)
+    check_compiles(configured(*algorithms), make)
 
 
 def test_a_changed_configuration_is_noticed_on_resuming() -> None:
