@@ -257,6 +257,24 @@ def test_steps_per_epoch_come_from_the_loader() -> None:
     controller.scheduler.step()
 
 
+def test_a_dummy_forward_gives_the_inputs() -> None:
+    seen = []
+
+    def forward(model: nn.Module) -> None:
+        seen.append(model)
+        model(x=torch.zeros(2, 1, 8, 8))
+
+    model = make_model(width=16)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    controller, model = create_compressed_model(model, {"compression": PRUNED}, dummy_forward_fn=forward)
+    assert seen == [model]
+    assert controller.example_inputs()[1]["x"].shape == (2, 1, 8, 8)
+    assert not model._forward_pre_hooks
+    assert torch.equal(model.norm.running_mean, state["norm.running_mean"])
+    with pytest.raises(ValueError, match="dummy_forward_fn must call the model"):
+        create_compressed_model(make_model(), {"compression": PRUNED}, dummy_forward_fn=lambda model: None)
+
+
 def test_the_models_mode_stays() -> None:
     for training in (True, False):
         _, model = create_compressed_model(make_model().train(training), configured(MAGNITUDE))
