@@ -228,7 +228,7 @@ class BuildContext:
         init_args: loaders and functions for initialisation.
         input_info: the model's inputs.
         initialize: False where a state is loaded instead.
-        dummy_forward: runs the model once; None to make its inputs from ``input_info`` or the loader.
+        dummy_forward: calls the model; None to make its inputs from ``input_info`` or the loader.
     """
 
     def __init__(

@@ -20,8 +20,8 @@ constexpr int kCalls = 2;
 #endif
 typedef uint64_t PhiloxLanes __attribute__((vector_size(8 * kCalls)));
 
-// Vectors of calls that take turns, so that products of one need not be waited for; as many as fit into registers.
-constexpr int kGroups = kCalls == 8 ? 4 : 2;
+// Vectors of calls that take turns, so that products of one need not be waited for.
+constexpr int kGroups = 4;
 // Elements whose random words are made together.
 constexpr int64_t kSampled = 4 * kCalls * kGroups;
 

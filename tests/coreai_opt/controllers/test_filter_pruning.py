@@ -220,6 +220,7 @@ QUICK = {"prune_first_conv": True, "pruning_target": 0.5, "pruning_steps": 2}
 
 def test_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     check_no_waits(configured(pruning(**QUICK)))
+    check_no_waits(configured(pruning(**QUICK, update_per_optimizer_step=True)))
 
 
 def test_compiles() -> None:
