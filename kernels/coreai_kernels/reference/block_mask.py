@@ -15,10 +15,10 @@ def block_norms(weight: Tensor, block_size: tuple[int, ...]) -> Tensor:
 
     Magnitudes are rounded (half to even) to multiples of a unit, and the counts of units are added up, which
     are integers (Demmel and Nguyen, Fast Reproducible Floating-Point Summation, ARITH 2013). The unit follows
-    from the largest magnitude of the block alone: if that is less than ``2**g``, for the least ``g`` that is
-    a multiple of four, the unit is ``2**(g - 28)``. So no magnitude is rounded more coarsely than float32
-    rounds the largest of them: the sum of ``n`` is off by ``n / 2**25`` times the largest at most, which is
-    less than the bound for a sum in float32. Units below 2**-1022 become that.
+    from the largest magnitude of the block alone: if that is less than ``2**g``, with ``g`` the least such
+    multiple of four, the unit is ``2**(g - 28)``. No magnitude is rounded more coarsely than float32 rounds
+    the largest of them: the sum of ``n`` is off by at most ``n / 2**25`` times the largest, which is less
+    than the bound for a sum in float32. Units below 2**-1022 become that.
     """
     grid = grid_shape(weight.shape, block_size)
     blocks, axes = split_blocks(weight.double().abs(), block_size)
