@@ -74,7 +74,6 @@ class _Tracer:
         self.written: set[int] = set()
         self.rows: list[str] = []
         self.columns: list[tuple[int, str]] = []
-        self.seen: set[str] = set()
         for node in program.graph.nodes:
             if node.op == "call_function":
                 self._visit(node)
@@ -141,22 +140,18 @@ class _Tracer:
     def _linear(self, node: Any) -> None:
         layer = str(self.tensors.get(node.args[1].name, "")).rpartition(".")[0]
         value = self.values.get(node.args[0])
-        known = isinstance(self.modules.get(layer), nn.Linear) and layer not in self.seen
+        # A weight that is used twice serves units of two places.
+        known = isinstance(self.modules.get(layer), nn.Linear) and len(node.args[1].users) == 1
         if value is not None and known and value.axis == _dim(node.args[0]) - 1:
             self.columns.append((value.source, layer))
         else:
             self._fix(node)
-        if not known:
-            # A layer that runs twice: what it makes and reads the first time stays, too.
-            self.fixed.update(index for index, name in enumerate(self.rows) if name == layer)
-            self.fixed.update(source for source, name in self.columns if name == layer)
-            return
-        self.seen.add(layer)
-        source = len(self.rows)
-        self.rows.append(layer)
-        self.parent.append(source)
-        self.units.append(int(node.meta["val"].shape[-1]))
-        self.values[node] = _Value(_dim(node) - 1, source)
+        if known:
+            source = len(self.rows)
+            self.rows.append(layer)
+            self.parent.append(source)
+            self.units.append(int(node.meta["val"].shape[-1]))
+            self.values[node] = _Value(_dim(node) - 1, source)
 
     def _aligned(self, node: Any, inputs: list[Any]) -> _Value | None:
         """The value of a result whose axes line up with those of its inputs, counted from the last."""

@@ -78,6 +78,8 @@ class Mixing(nn.Module):
             return self.second(y.relu()), y
         if self.how == "twice":
             return self.second(self.first(y))
+        if self.how == "tied":
+            return self.second(y.relu()) @ self.first.weight
         if self.how == "sum":
             return self.second(y + x)
         if self.how == "tokens":
@@ -90,7 +92,7 @@ class Mixing(nn.Module):
         return self.second(y.tanh())
 
 
-@pytest.mark.parametrize("how", ["softmax", "output", "twice", "tokens", "halves", "split"])
+@pytest.mark.parametrize("how", ["softmax", "output", "twice", "tied", "tokens", "halves", "split"])
 def test_features_that_are_not_treated_alike_are_no_units(how: str) -> None:
     assert found_in(Mixing(how), torch.randn(2, 8, 8)) == []
 
