@@ -13,8 +13,8 @@ struct LaneSort {
   using V = typename W::V;
   static constexpr int kLargest = 32;
 
-  // The n-th largest of 1 <= n <= m <= kLargest vectors without negative lanes.
-  static COREAI_HD V nth_largest(const V* values, int n, int m) {
+  // The n-th largest of 1 <= n <= m <= kLargest vectors without negative lanes. Not inline: it is long.
+  static __attribute__((noinline)) V nth_largest(const V* values, int n, int m) {
     if (m <= 8) return of_lists<8, 0>(values, n, m);
     if (m <= 12) return of_lists<8, 4>(values, n, m);
     if (m <= 16) return of_lists<8, 8>(values, n, m);

@@ -65,10 +65,6 @@ class Selection {
       return true;
     }
     const bool few = total_ <= kWithoutSample;
-    if (few && row_major_) {
-      write_few_masks(tensors_, common_, total_, num_keep_);
-      return true;
-    }
     const Band band = few ? Band{0, nan_key(common_)} : likely_band(tensors_, common_, total_, num_keep_);
     if (split(band) && above_ <= num_keep_ && num_keep_ <= above_ + listed_) {
       if (num_keep_ > above_) enter(band, num_keep_ - above_);
@@ -331,7 +327,15 @@ class Selection {
 }  // namespace
 
 bool write_topk_masks(const std::vector<MaskTensor>& tensors, int64_t num_keep) {
-  return tensors.empty() || Selection(tensors, num_keep).run();
+  if (tensors.empty()) return true;
+  int64_t total = 0;
+  bool row_major = true;
+  for (const MaskTensor& t : tensors) total += t.numel, row_major = row_major && t.order.empty();
+  if (total <= kWithoutSample && row_major && 0 < num_keep && num_keep < total) {
+    write_few_masks(tensors, common_element(tensors), total, num_keep);
+    return true;
+  }
+  return Selection(tensors, num_keep).run();
 }
 
 }  // namespace coreai::cpu

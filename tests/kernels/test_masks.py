@@ -188,6 +188,9 @@ def sample() -> None:
             for m in (2, 3, 4, 5, 8, 12, 16, 32):
                 if size % m == 0:
                     check_nm("native", "cpu", weight, choice.randint(1, m - 1), m, axis)
+    for m, dtype in zip(range(2, 33), itertools.cycle(DTYPES), strict=False):
+        weight = Weight((67, 5 * m), "ties", "contiguous", dtype, seed=m)
+        check_nm("native", "cpu", weight, (m + 1) // 2, m, 1)
     for weight in LARGE[:3]:
         check_topk("native", "cpu", [weight], math.prod(weight.shape) // 3)
 

@@ -89,8 +89,10 @@ def channel_mask(weight: Tensor, num_keep: int, axis: int = 0, *, expanded: bool
     checks.check_num_keep(num_keep, weight.size(axis), "slices")
     if weight.numel() == 0:
         return torch.empty_like(weight)
-    block_size = tuple(1 if i == axis else size for i, size in enumerate(weight.shape))
+    block_size = list(weight.shape)
+    block_size[axis] = 1
+    if weight.requires_grad:
+        weight = weight.detach()
     if expanded:
-        chosen = implementation("top_blocks")(weight.detach(), num_keep, block_size)
-        return chosen.expand(weight.shape)  # type: ignore[no-any-return]
-    return implementation("block_mask")(weight.detach(), num_keep, block_size)  # type: ignore[no-any-return]
+        return implementation("top_blocks")(weight, num_keep, block_size).expand_as(weight)  # type: ignore[no-any-return]
+    return implementation("block_mask")(weight, num_keep, block_size)  # type: ignore[no-any-return]
