@@ -27,8 +27,9 @@ _ROUGH, _SHORT, _FINE = (15, 1e-3), (5, 1e-3), (200, 1e-6)
 _KEPT = 4
 # Swaps in a round, and those that go on.
 _SWAPS, _PROMISING = 8, 2
-# Rounds without success before the end; fewer where iterations have so few distances that rounds cost more.
-_PATIENCE, _SMALL_PATIENCE, SMALL = 6, 3, 1 << 13
+# Rounds without success before the end. Where an iteration has so few distances that a round costs more than
+# its iterations: fewer of these, and of all.
+_PATIENCE, _SMALL_PATIENCE, _SMALL_ROUNDS, SMALL = 6, 2, 8, 1 << 14
 # Swaps are made of so many merges and so many splits, the best of either.
 _CHOICES = 16
 
@@ -115,7 +116,9 @@ def search(
     found = problem.lloyd(_seeds(problem, clusters, starts, generator), *_ROUGH)
     found = problem.lloyd(found.best(max(1, starts // _KEPT)).centroids, *_FINE).best(1)
     failures = torch.zeros_like(found.error[0], dtype=torch.int64)
-    patience = _PATIENCE if problem.vectors.size(2) * clusters > SMALL else _SMALL_PATIENCE
+    patience = _PATIENCE
+    if problem.vectors.size(2) * clusters <= SMALL:
+        patience, rounds = _SMALL_PATIENCE, min(rounds, _SMALL_ROUNDS)
     # With two clusters, a swap would leave none to merge.
     for _ in range(rounds if clusters > 2 else 0):
         tried = problem.lloyd(_swapped(found, failures * _SWAPS), *_SHORT)
