@@ -17,10 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.gpu_timing import Timer, figures
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -38,68 +41,6 @@ GRANULARITIES = ("tensor", "channel", "block32")
 
 def blocks_of(granularity: str, size: int) -> tuple[int, int]:
     return {"tensor": (size, size), "channel": (1, size), "block32": (1, 32)}[granularity]
-
-
-class Timer:
-    """Median device time of a function, in microseconds, with a cold L2 cache."""
-
-    def __init__(self, repeats: int) -> None:
-        properties = torch.cuda.get_device_properties(0)
-        cache = int(getattr(properties, "L2_cache_size", 64 << 20))
-        self._flush = torch.empty(max(4 * cache, 256 << 20), dtype=torch.uint8, device="cuda")
-        self._repeats = repeats
-
-    def __call__(self, run: Callable[[], Any]) -> float:
-        """Replays a CUDA graph of ``run`` where it can be captured, or else calls it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                run()
-            replay: Callable[[], Any] = graph.replay
-        except RuntimeError:  # it waits for the device, or allocates what a graph may not
-            torch.cuda.synchronize()
-            replay = run
-        times = []
-        for _ in range(self._repeats):
-            self._flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            replay()
-            end.record()
-            times.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) * 1000.0 for start, end in times)
-
-
-def host_time(run: Callable[[], Any], calls: int = 200) -> float:
-    """Microseconds of host time a call, with the device left to catch up afterwards."""
-    for _ in range(10):
-        run()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(calls):
-        run()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / calls * 1e6
-
-
-def attempt(timer: Timer, run: Callable[[], Any] | None) -> tuple[float | None, str | None]:
-    """Time, or why there is none: torch's operators refuse some dtypes."""
-    if run is None:
-        return None, None
-    try:
-        return timer(run), None
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        torch.cuda.synchronize()
-        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
 
 
 class Case:
@@ -120,6 +61,7 @@ class Case:
 
     def ours(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.ops.library import implementation
+        from coreai_kernels.ops.observe_and_fake_quantize import packed
 
         forward = implementation("fake_quantize_forward")
         backward = implementation("fake_quantize_backward")
@@ -131,7 +73,9 @@ class Case:
         if operation == "backward":
             return lambda: backward(self.x, self.mask, [])
         scale = self.scale.clone()
-        return lambda: step(self.x, scale, zero_point, None, *running, True, *self._step_config())
+        *config, with_mask = self._step_config()
+        settings = packed(tuple(config))
+        return lambda: step(self.x, scale, zero_point, None, *running, True, settings, with_mask)
 
     def reference(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.reference import fake_quantize, observe_and_fake_quantize
@@ -219,33 +163,40 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         }
 
 
+def measure_operators(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same for masks and palettes."""
+    from benchmarks.gpu_operators import operator_benches
+    from benchmarks.harness import NATIVE
+
+    timer = Timer(arguments.repeats)
+    for case, bench in operator_benches(SIZES[2::2] if arguments.quick else SIZES[2:], "cuda"):
+        x = torch.randn(case.size, case.size, device="cuda").to(DTYPES[case.dtype])
+        y = torch.empty_like(x)
+        copy = timer(lambda y=y, x=x: y.copy_(x))  # type: ignore[misc]
+        ours: Any = bench.contenders[NATIVE]
+        compiled: Callable[[], Any] | None = None
+        if arguments.compile and case.size in COMPILED_SIZES and bench.compilable is not None:
+            torch.compiler.reset()
+            compiled = bench.compilable(lambda function: torch.compile(function, dynamic=False))  # type: ignore[assignment]
+        yield figures(timer, ours, bench.floor_bytes, 2 * x.nbytes, copy, None, compiled) | {
+            "operation": " ".join(filter(None, (case.op, case.variant))),
+            "dtype": case.dtype,
+            "size": case.size,
+            "format": case.format,
+            "granularity": case.granularity,
+        }
+
+
 def measure_one(
     timer: Timer, case: Case, operation: str, copy: float, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     ours = case.ours(operation)
-    time_us = timer(ours)
     compiled: Callable[[], Any] | None = None
     if arguments.compile and case.x.size(0) in COMPILED_SIZES:
         torch.compiler.reset()
         compiled = case.reference(operation)
-    theirs, theirs_error = attempt(timer, case.torchs_own(operation))
-    compiled_us, compiled_error = attempt(timer, compiled)
-    moved = case.floor_bytes(operation)
-    floor = copy * moved / (2 * case.x.numel() * case.x.element_size())
-    return {
-        "time_us": time_us,
-        "host_us": host_time(ours),
-        "copy_us": copy,
-        "floor_us": floor,
-        "floor_over_time": floor / time_us,
-        "gigabytes_per_second": moved / time_us / 1e3,
-        "torch_us": theirs,
-        "torch_over_time": theirs and theirs / time_us,
-        "torch_error": theirs_error,
-        "compile_us": compiled_us,
-        "compile_over_time": compiled_us and compiled_us / time_us,
-        "compile_error": compiled_error,
-    }
+    theirs = case.torchs_own(operation)
+    return figures(timer, ours, case.floor_bytes(operation), 2 * case.x.nbytes, copy, theirs, compiled)
 
 
 COLUMNS = {
@@ -376,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         result["tests"] = run_tests()
     if arguments.benchmarks:
         rows = []
-        for row in measure(arguments):
+        for row in chain(measure(arguments), measure_operators(arguments)):
             rows.append(row)
             print(f"\r{len(rows)} measurements", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)

@@ -18,6 +18,7 @@ from benchmarks.timing import UNTIMED_CALL_BELOW, seconds_per_call
 
 __all__ = [
     "COPY",
+    "MULTIPLY",
     "NATIVE",
     "Bench",
     "Contender",
@@ -32,7 +33,7 @@ __all__ = [
     "measure",
 ]
 
-COPY, NATIVE = "copy", "native"
+COPY, NATIVE, MULTIPLY = "copy", "native", "x * 1"
 _FRESH_FROM_BYTES = 32 * 2**20
 
 

@@ -8,7 +8,10 @@ from benchmarks.operators import bench_of
 
 __all__ = ["build", "cases"]
 
-_FULL = [("2:4", "axis 1"), ("1:4", "axis 1"), ("2:4", "axis 0"), ("4:8", "axis 1")]
+_FULL = [
+    *((pattern, "axis 1") for pattern in ("2:4", "1:4", "4:8", "3:6", "3:12", "8:16", "1:32", "16:32")),
+    *((pattern, "axis 0") for pattern in ("2:4", "3:6", "8:16", "16:32")),
+]
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
@@ -16,7 +19,7 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def build(case: Case) -> Bench:
-    x = make_input(case)
     n, m = map(int, case.format.split(":"))
     axis = int(case.granularity.removeprefix("axis "))
+    x = make_input(case).narrow(axis, 0, case.size // m * m).contiguous()
     return bench_of(case, "nm_mask", (x, n, m, axis), 2 * x.nbytes, x.nbytes)

@@ -1,7 +1,13 @@
 """NNCF's own torch operations as contenders, where the folder ``NNCF_PATH`` holds NNCF 2.13.
 
-``pip install --no-deps --target FOLDER nncf==2.13.0`` and the pure Python packages that it imports. Its torch
-fallback is timed: with ``CXX`` set to a compiler that does not exist, its extension is not built.
+NNCF and the packages that it imports, apart from the environment::
+
+    pip install --no-deps --target FOLDER nncf==2.13.0 attrs jsonschema jsonschema-specifications jstyleson \\
+        natsort networkx==3.3 openvino-telemetry pandas psutil pydot pyparsing python-dateutil pytz \\
+        referencing rpds-py six tabulate tzdata
+    CXX=/nonexistent NNCF_PATH=FOLDER python -m benchmarks --op learnable_range sampled_mask --dtypes fp32
+
+Its torch fallback is timed: with ``CXX`` set to a compiler that does not exist, its extension is not built.
 """
 
 import os

@@ -1,6 +1,7 @@
 """``observe_and_fake_quantize``: the whole training step of a fake quantizer; here without its module."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -8,6 +9,8 @@ from benchmarks.cases import DTYPES, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
 from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
 from coreai_kernels import RangeUpdate, Scheme
+from coreai_kernels.ops.observe_and_fake_quantize import packed
+from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
 
 __all__ = ["build", "cases", "floor_bytes"]
 
@@ -40,16 +43,26 @@ def build(case: Case) -> Bench:
     running_max = torch.full(scale.shape, 3.0, dtype=DTYPES[case.dtype])
     fmt, quant_min, quant_max = value_range(case)
     minval = None if zero_point is None else torch.zeros_like(scale)
-    args = (
-        *(x, scale, zero_point, minval, running_min, running_max, True),
+    config = (
         *(case.block_size, int(Scheme.SYMMETRIC), fmt, quant_min, quant_max, False),
         *(int(RangeUpdate.MOVING_AVERAGE), _AVERAGING_CONSTANT, None, None),
-        *(case.number_format.power_of_two_scale, True),
+        case.number_format.power_of_two_scale,
     )
+    args = (x, scale, zero_point, minval, running_min, running_max, True, packed(config), True)
     bench = bench_of(case, "observe_and_fake_quantize_", args, floor_bytes(case), x.nbytes)
+    bench.compilable = lambda compiler: _compiled(compiler(reference), x, (running_min, running_max), config)
     if zero_point is not None and case.granularity != "block 32":
         _add_torch(bench, case, x)
     return bench
+
+
+def _compiled(
+    step: Callable[..., Any],
+    x: torch.Tensor,
+    running: tuple[torch.Tensor, torch.Tensor],
+    config: tuple[Any, ...],
+) -> Callable[[], object]:
+    return lambda: step(x, *running, *config, True)
 
 
 def _add_torch(bench: Bench, case: Case, x: torch.Tensor) -> None:

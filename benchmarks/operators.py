@@ -1,6 +1,8 @@
 """What the operations' benchmarks share: the engine's bare operators, and parameters for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -11,11 +13,23 @@ from benchmarks.harness import NATIVE, Bench, Contender
 from coreai_kernels import Format, Scheme
 from coreai_kernels.ops.library import implementation
 
-__all__ = ["MASK_BYTES", "REFERENCE_UP_TO", "bench_of", "qparams_of", "value_range"]
+__all__ = ["MASK_BYTES", "REFERENCE_UP_TO", "bench_of", "on_device", "qparams_of", "value_range"]
 
 MASK_BYTES = 1 / 8
 # Above this size the reference takes long, and tells nothing new.
 REFERENCE_UP_TO = 2048
+
+_device: ContextVar[str] = ContextVar("device", default="cpu")
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Have :func:`bench_of` run operators on this device: it moves their tensors there."""
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
 
 
 def value_range(case: Case) -> tuple[int, float, float]:
@@ -40,6 +54,8 @@ def qparams_of(case: Case, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def bench_of(case: Case, name: str, args: tuple[Any, ...], floor_bytes: float, output_bytes: int) -> Bench:
     """The operator ``name`` as the device chooses it, its reference, and the latter to be compiled."""
+    device = _device.get()
+    args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
     with coreai_kernels.use_backend("auto"):
         chosen: Callable[..., Any] = implementation(name)
     with coreai_kernels.use_backend("reference"):

@@ -13,12 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.cases import geometric_mean
-from benchmarks.harness import COPY, NATIVE, Result
+from benchmarks.harness import COPY, MULTIPLY, NATIVE, Result
 
 __all__ = ["SCHEMA", "Report", "print_comparison", "print_report"]
 
 SCHEMA = 1
-_RIVALS = ("reference", "torch", "compile", "apple", "nncf", "singly", "one tensor")
+_RIVALS = ("reference", "torch", "compile", "apple", "nncf", "singly", "one tensor", MULTIPLY)
 _STYLES = {"yes": "green", "on average": "yellow", "no": "bold red"}
 _CHANGE_WORTH_A_ROW = 1.1
 _LEGEND = """\
@@ -169,8 +169,11 @@ def _memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _targets_table(rows: Sequence[dict[str, Any]]) -> Table:
-    headings = ["threads", "wanted", "each", "reached", "least", "cases"]
-    caption = "wanted, reached: geometric mean; each, least: single cases"
+    headings = ["threads", "wanted", "each", "reached", "least", MULTIPLY, "cases"]
+    caption = (
+        "wanted, reached: geometric mean; each, least: single cases; "
+        f"{MULTIPLY}: what torch's product with one would reach in its place, forward and backward"
+    )
     table = _table("Targets", ["target"], headings, caption)
     table.add_column("met")
     table.add_column("least is")
@@ -178,7 +181,7 @@ def _targets_table(rows: Sequence[dict[str, Any]]) -> Table:
         scale, suffix = (100, " %") if row["unit"] == "%" else (1, "×")
         wanted = (row["mean_wanted"], row["each_wanted"], row["mean"], row["least"])
         met = f"[{_STYLES[row['met']]}]{row['met']}[/]"
-        figures = [_number(value, scale, suffix) for value in wanted]
+        figures = [_number(value, scale, suffix) for value in (*wanted, row.get("product", math.nan))]
         worst = escape(row["worst_case"].replace("/", " ").strip())
         table.add_row(row["target"], str(row["threads"]), *figures, str(row["cases"]), met, worst)
     return table

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.apple import Apple, AppleError
 from benchmarks.cases import GRANULARITIES, INT_FORMATS, Case, Sweep, make_input
-from benchmarks.harness import NATIVE, Bench, Contender, Local, add_if_supported
+from benchmarks.harness import MULTIPLY, NATIVE, Bench, Contender, Local, add_if_supported
 from benchmarks.observe_and_fake_quantize import floor_bytes
 from benchmarks.operators import MASK_BYTES, REFERENCE_UP_TO
 from benchmarks.simulation import FORWARD, TRAINING, Simulation
@@ -48,7 +48,7 @@ class Suite:
         floor = floor_bytes(case)
         if case.phase == TRAINING:
             floor += case.numel * (2 * case.element_bytes + MASK_BYTES)
-        contenders: dict[str, Contender] = {NATIVE: simulation.call(case.phase)}
+        contenders: dict[str, Contender] = {NATIVE: simulation.call(case.phase), MULTIPLY: _product(case)}
         if case.size <= REFERENCE_UP_TO:
             reference = Simulation(case)
             contenders["reference"] = Local(reference.call(case.phase), lambda: use_backend("reference"))
@@ -80,6 +80,19 @@ def add_apple(bench: Bench, case: Case, apple: Apple, fingerprint: str) -> None:
         bench.notes.append("apple: output or gradient differ from ours")
     bench.contenders["apple"] = _InWorker(apple, case.phase)
     bench.release = apple.release
+
+
+def _product(case: Case) -> Contender:
+    """torch's product with one: what an operator costs that reads, writes and has a gradient, no more."""
+    x, grad = make_input(case).requires_grad_(), make_input(case, seed=1)
+
+    def step() -> None:
+        output = x * 1.0
+        if case.phase == TRAINING:
+            output.backward(grad)
+            x.grad = None
+
+    return step
 
 
 def _compiled(case: Case, compiler: Callable[..., Any]) -> Contender:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases import INT_FORMATS, geometric_mean
-from benchmarks.harness import Result
+from benchmarks.harness import MULTIPLY, Result
 from benchmarks.pruning import PRUNING
 from benchmarks.simulation import FORWARD, TRAINING
 from benchmarks.together import ONE_TENSOR
@@ -116,6 +116,14 @@ def _targets() -> Iterator[Target]:
 TARGETS = tuple(_targets())
 
 
+def _in_place_of_ours(group: Sequence[Result]) -> dict[str, float]:
+    """The mean ratio to Apple's that torch's product with one has, where it was measured."""
+    ratios = [
+        r.seconds["apple"] / r.seconds[MULTIPLY] for r in group if {"apple", MULTIPLY} <= r.seconds.keys()
+    ]
+    return {"product": geometric_mean(ratios)} if ratios else {}
+
+
 def evaluate(results: Iterable[Result], isa: str) -> list[dict[str, Any]]:
     """One row a target and number of threads that was measured.
 
@@ -144,6 +152,7 @@ def evaluate(results: Iterable[Result], isa: str) -> list[dict[str, Any]]:
                     "worst_case": worst,
                     "cases": len(figures),
                     "met": "yes" if mean_met and each_met else "on average" if mean_met else "no",
+                    **_in_place_of_ours(group),
                 }
             )
     return rows

@@ -1,4 +1,4 @@
-"""``simulate_together``: two hundred small weights, beside one tensor with as many elements."""
+"""Two hundred small weights in kept launches, as a training step has them, and one tensor of that size."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +16,7 @@ from coreai_kernels import use_backend
 
 __all__ = ["ONE_TENSOR", "SINGLY", "build", "cases", "layer_shapes"]
 
-ONE_TENSOR, SINGLY = "one tensor", "singly"
+ONE_TENSOR, SINGLY, ANEW = "one tensor", "singly", "worked out anew"
 # Some 200 layers of the sides below; a multiple of the blocks of 32.
 _SIZE = 1376
 _SIDES = (64, 96, 128)
@@ -41,6 +41,26 @@ def layer_shapes(elements: int) -> list[tuple[int, int]]:
     return shapes
 
 
+class _Kept:
+    """What a prepared model does with its small weights: make sure of the launches, and call them."""
+
+    def __init__(self) -> None:
+        self._known: Any = None
+
+    def __call__(self, simulators: list[Any], weights: list[torch.Tensor]) -> Any:
+        from coreai_opt.quantization.spec.kept_launches import KeptLaunches
+        from coreai_opt.quantization.spec.together import simulate_together
+
+        outputs = self._known() if self._known is not None and self._known.are_valid() else None
+        if outputs is None:
+            outputs = simulate_together(simulators, weights)
+            pairs = zip(simulators, weights, strict=True)
+            places = [({"original": weight}, {"0": simulator}) for simulator, weight in pairs]
+            self._known = KeptLaunches(simulators, weights, places)
+            assert self._known.members == list(range(len(weights)))
+        return outputs
+
+
 def build(case: Case) -> Bench:
     from coreai_opt.quantization.spec.together import simulate_together
 
@@ -63,13 +83,15 @@ def build(case: Case) -> Bench:
     def singly(modules: list[Any], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         return [module(tensor) for module, tensor in zip(modules, tensors, strict=True)]
 
+    kept = _Kept()
     floor = floor_bytes(case)
     if case.phase == TRAINING:
         floor += case.numel * (2 * case.element_bytes + MASK_BYTES)
     contenders: dict[str, Any] = {
-        NATIVE: lambda: step(simulate_together),
+        NATIVE: lambda: step(kept),
+        ANEW: lambda: step(simulate_together),
         SINGLY: lambda: step(singly),
         ONE_TENSOR: Simulation(case).call(case.phase),
-        "reference": Local(lambda: step(simulate_together), lambda: use_backend("reference")),
+        "reference": Local(lambda: step(kept), lambda: use_backend("reference")),
     }
     return Bench(contenders, floor, max(sizes) * case.element_bytes)

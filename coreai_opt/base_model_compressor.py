@@ -15,12 +15,16 @@ from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase
 
 __all__ = [
+    "PREPARED_BY_QUANTIZER",
     "EagerCompressionComponentBuilderMixin",
     "_BaseModelCompressor",
     "original_of",
     "remove_first",
     "training_flags",
 ]
+
+# The attribute of a model that says so.
+PREPARED_BY_QUANTIZER = "_coreai_opt_prepared"
 
 
 @contextmanager

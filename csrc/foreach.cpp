@@ -1,117 +1,16 @@
 // Operators on lists of tensors: one call, and one set of threads, for many small ones.
 #include <torch/csrc/stable/library.h>
 
-#include <deque>
-#include <tuple>
-
-#include "jobs.h"
+#include "lists.h"
 
 namespace coreai {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-
-// Masks start at multiples of this many bytes, which is what vector loads on a GPU ask for.
-constexpr int64_t kMaskAlignment = 16;
-
-// The packed masks of a list, one behind the other in one tensor.
-struct Masks {
-  Tensor bits;
-  std::vector<uint8_t*> starts;  // null: not wanted
-};
-
-Masks empty_masks(const Tensors& inputs, bool wanted) {
-  std::vector<int64_t> starts(1, 0);
-  for (const Tensor& x : inputs) {
-    const int64_t bytes = (x.numel() + 7) / 8;
-    starts.push_back(starts.back() + (bytes + kMaskAlignment - 1) / kMaskAlignment * kMaskAlignment);
-  }
-  Masks masks = {empty(one_axis(wanted ? starts.back() : 0), ScalarType::Byte), {}};
-  uint8_t* data = bytes_of(masks.bits);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    masks.starts.push_back(data ? data + starts[i] : nullptr);
-    if (data) std::fill(data + starts[i] + (inputs[i].numel() + 7) / 8, data + starts[i + 1], uint8_t{0});
-  }
-  return masks;
-}
-
-// The next `count` values of a list of lists written one after the other.
-class Reader {
- public:
-  Reader(const char* name, const std::vector<int64_t>& values) : name_(name), values_(&values) {}
-  Blocks take(size_t count) {
-    STD_TORCH_CHECK(at_ + count <= values_->size(), name_, " must have one entry for each axis of each tensor");
-    const auto first = values_->begin() + static_cast<std::ptrdiff_t>(at_);
-    at_ += count;
-    return Blocks(first, first + static_cast<std::ptrdiff_t>(count));
-  }
-
- private:
-  const char* name_;
-  const std::vector<int64_t>* values_;
-  size_t at_ = 0;
-};
-
-void check_length(const char* name, const Tensors& values, const Tensors& inputs, bool optional) {
-  STD_TORCH_CHECK(values.size() == inputs.size() || (optional && values.empty()), name,
-                  " must have one tensor for each input, that is ", inputs.size(), "; it has ", values.size());
-}
-
-Optional optional_at(const Tensors& values, size_t i) { return values.empty() ? Optional() : Optional(values[i]); }
-
-// Large tensors take all threads one after the other; of the small ones each thread takes some whole.
-template <class Job>
-void run_all(std::deque<Job>& jobs) {
-  struct Small {
-    std::vector<const Job*> jobs;
-    std::vector<int64_t> starts;  // in elements, as if they lay one after the other
-  } small;
-  int64_t total = 0;
-  for (const Job& job : jobs) {
-    if (job.numel() >= cpu::kParallelElements) {
-      job.run();
-      continue;
-    }
-    small.jobs.push_back(&job);
-    small.starts.push_back(total);
-    total += job.numel();
-  }
-  cpu::parallel(
-      0, total, cpu::kParallelElements,
-      [](int64_t begin, int64_t end, void* context) {
-        const auto& todo = *static_cast<const Small*>(context);
-        for (size_t i = 0; i < todo.jobs.size(); ++i) {
-          if (begin <= todo.starts[i] && todo.starts[i] < end) todo.jobs[i]->run();
-        }
-      },
-      &small);
-}
-
-template <class Job>
-Tensors outputs_of(const std::deque<Job>& jobs) {
-  Tensors outputs;
-  outputs.reserve(jobs.size());
-  for (const Job& job : jobs) outputs.push_back(job.output());
-  return outputs;
-}
 
 std::tuple<Tensors, Tensor> foreach_fake_quantize_forward(const Tensors& inputs, const Tensors& scales,
                                                           const Tensors& zero_points, const Tensors& minvals,
                                                           const Blocks& block_sizes, int64_t format, double quant_min,
                                                           double quant_max, bool with_mask) {
-  check_length("scales", scales, inputs, false);
-  check_length("zero_points", zero_points, inputs, true);
-  check_length("minvals", minvals, inputs, true);
-  const Masks masks = empty_masks(inputs, with_mask);
-  Reader blocks("block_sizes", block_sizes);
-  std::deque<FakeQuantizeJob> jobs;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    jobs.emplace_back(inputs[i], scales[i], optional_at(zero_points, i), optional_at(minvals, i),
-                      blocks.take(static_cast<size_t>(inputs[i].dim())), format, quant_min, quant_max,
-                      masks.starts[i]);
-  }
-  run_all(jobs);
-  return {outputs_of(jobs), masks.bits};
+  return AffineList(scales, zero_points, minvals, block_sizes, format, quant_min, quant_max).run(inputs, with_mask);
 }
 
 Tensors foreach_fake_quantize_backward(const Tensors& grads, const Tensor& mask, const std::vector<int64_t>& starts,
@@ -119,17 +18,19 @@ Tensors foreach_fake_quantize_backward(const Tensors& grads, const Tensor& mask,
   STD_TORCH_CHECK(starts.size() == grads.size(), "starts must have one entry for each gradient");
   const auto* bits = static_cast<const uint8_t*>(mask.const_data_ptr());
   Reader axes("orders", orders);
-  std::deque<MaskedGradientJob> jobs;
+  Jobs<MaskedGradientJob> jobs;
+  Tensors results;
+  results.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     const auto dim = static_cast<size_t>(grads[i].dim());
-    const Blocks order = orders.empty() ? Blocks() : axes.take(dim);
+    const Ints order = orders.empty() ? natural_order(dim) : axes.take(dim);
     STD_TORCH_CHECK(starts[i] >= 0 && starts[i] + (grads[i].numel() + 7) / 8 <= mask.numel(),
                     "mask must have one bit per element of each gradient");
-    jobs.emplace_back(grads[i], order.empty() ? natural_order(dim) : Ints(order.data(), order.data() + dim),
-                      bits + starts[i]);
+    results.push_back(MaskedGradientJob::empty_in_order(grads[i], order));
+    jobs.add(grads[i], order, bits + starts[i], results.back());
   }
-  run_all(jobs);
-  return outputs_of(jobs);
+  jobs.finish();
+  return results;
 }
 
 std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
@@ -138,25 +39,10 @@ std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
     int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
     double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, bool power_of_two,
     bool with_mask) {
-  check_length("scales", scales, inputs, false);
-  check_length("zero_points", zero_points, inputs, true);
-  check_length("minvals", minvals, inputs, true);
-  check_length("running_mins", running_mins, inputs, true);
-  check_length("running_maxs", running_maxs, inputs, true);
-  const Masks masks = empty_masks(inputs, with_mask);
-  const StepSettings settings = {has_running, scheme,    format,    quant_min,   quant_max, use_minval,
-                                 update,      averaging_constant, range_min, range_max, power_of_two};
-  Reader blocks("block_sizes", block_sizes);
-  std::deque<StepJob> jobs;
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    jobs.emplace_back(settings, inputs[i],
-                      StepState{scales[i], optional_at(zero_points, i), optional_at(minvals, i),
-                                optional_at(running_mins, i), optional_at(running_maxs, i)},
-                      blocks.take(static_cast<size_t>(inputs[i].dim())), masks.starts[i]);
-  }
-  run_all(jobs);
-  for (StepJob& job : jobs) job.write_back();
-  return {outputs_of(jobs), masks.bits};
+  const StepSettings settings = {has_running, scheme, format, quant_min, quant_max, use_minval, update, averaging_constant,
+                                 range_min, range_max, power_of_two};
+  return StepList(scales, zero_points, minvals, running_mins, running_maxs, block_sizes, settings)
+      .run(inputs, with_mask);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {

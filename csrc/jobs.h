@@ -1,5 +1,6 @@
 // Tensors made ready for a kernel, and what it left behind put in place: the same for one tensor and for lists.
-// Constructors check and allocate; run() does nothing but compute, on any thread.
+// Constructors check; run() does nothing but compute, on any thread. Jobs are small, for there may be hundreds: the
+// layout, which tensors of one shape share, is the caller's, who keeps it and the operand's output.
 #pragma once
 
 #include "tensors.h"
@@ -10,24 +11,20 @@ namespace {
 // Quantize and dequantize with parameters given. Not float64.
 class FakeQuantizeJob {
  public:
-  FakeQuantizeJob(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                  const Blocks& block_size, int64_t format, double quant_min, double quant_max, uint8_t* mask)
-      : x_(input, input.scalar_type()),
-        layout_(cpu::make_layout(x_.shape, x_.order, block_size)),
-        values_(layout_, scale, zero_point, minval, format, quant_min, quant_max),
-        job_{&layout_.geometry, element_of("input", input), x_.data, x_.output.mutable_data_ptr(), mask,
+  FakeQuantizeJob(const Operand& x, const cpu::Layout& layout, const Tensor& scale, const Optional& zero_point,
+                  const Optional& minval, int64_t format, double quant_min, double quant_max, uint8_t* mask)
+      : values_(layout, scale, zero_point, minval, format, quant_min, quant_max),
+        job_{&layout.geometry, element_of("input", x.output), x.data, x.output.mutable_data_ptr(), mask,
              values_.affine} {}
   FakeQuantizeJob(const FakeQuantizeJob&) = delete;
 
-  int64_t numel() const { return layout_.geometry.numel; }
-  const Tensor& output() const { return x_.output; }
+  int64_t numel() const { return job_.geometry->numel; }
   void run() const {
     if (numel() > 0) cpu::kernels().fake_quantize(job_);
   }
+  void write_back() {}
 
  private:
-  Operand x_;
-  cpu::Layout layout_;
   AffineValues values_;
   cpu::FakeQuantize job_;
 };
@@ -35,22 +32,15 @@ class FakeQuantizeJob {
 // Gradient through a packed mask. Not float64.
 class MaskedGradientJob {
  public:
-  // `order`: the axes from the outermost in memory to the innermost.
-  MaskedGradientJob(const Tensor& grad, const Ints& order, const uint8_t* mask)
-      : output_(empty_in_order(grad, order)), numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask) {
+  // `order`: the axes from the outermost in memory to the innermost. `output`: empty_in_order(grad, order).
+  MaskedGradientJob(const Tensor& grad, const Ints& order, const uint8_t* mask, Tensor& output)
+      : numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask) {
     const bool dense = is_dense(to_ints(grad.sizes()), to_ints(grad.strides()), order);
-    if (!dense) torch::stable::copy_(output_, grad);
-    source_ = dense ? grad.const_data_ptr() : output_.const_data_ptr();
-    target_ = output_.mutable_data_ptr();
+    if (!dense) torch::stable::copy_(output, grad);
+    source_ = dense ? grad.const_data_ptr() : output.const_data_ptr();
+    target_ = output.mutable_data_ptr();
   }
 
-  int64_t numel() const { return numel_; }
-  const Tensor& output() const { return output_; }
-  void run() const {
-    if (numel_ > 0) cpu::kernels().masked_gradient(element_, source_, target_, mask_, numel_);
-  }
-
- private:
   static Tensor empty_in_order(const Tensor& grad, const Ints& order) {
     const Ints shape = to_ints(grad.sizes());
     STD_TORCH_CHECK(order.size() == shape.size(), "order must name each of the ", shape.size(), " axes once");
@@ -63,7 +53,13 @@ class MaskedGradientJob {
     return empty(shape, strides, grad.scalar_type());
   }
 
-  Tensor output_;
+  int64_t numel() const { return numel_; }
+  void run() const {
+    if (numel_ > 0) cpu::kernels().masked_gradient(element_, source_, target_, mask_, numel_);
+  }
+  void write_back() {}
+
+ private:
   int64_t numel_;
   Element element_;
   const uint8_t* mask_;
@@ -90,21 +86,19 @@ struct StepState {
 // The whole step of a fake quantizer. Not float64.
 class StepJob {
  public:
-  StepJob(const StepSettings& settings, const Tensor& input, StepState state, const Blocks& block_size, uint8_t* mask)
-      : state_(with_parameters(std::move(state), settings, input, block_size)),
-        x_(input, input.scalar_type()),
-        layout_(cpu::make_layout(x_.shape, x_.order, block_size)),
-        scale_(checked("scale", state_.scale, ScalarType::Float), layout_.block_index, false),
-        low_("running_min", state_.running_min, input.scalar_type(), layout_, settings.has_running),
-        high_("running_max", state_.running_max, input.scalar_type(), layout_, settings.has_running) {
+  StepJob(const StepSettings& settings, const Operand& x, const cpu::Layout& layout, StepState state, uint8_t* mask)
+      : state_(with_parameters(std::move(state), settings, layout)),
+        scale_(checked("scale", state_.scale, ScalarType::Float, layout), layout.block_index, false),
+        low_("running_min", state_.running_min, x.output.scalar_type(), layout, settings.has_running),
+        high_("running_max", state_.running_max, x.output.scalar_type(), layout, settings.has_running) {
     if (state_.zero_point) {
-      zero_point_.emplace(checked("zero_point", *state_.zero_point, ScalarType::Int), layout_.block_index, false);
+      zero_point_.emplace(checked("zero_point", *state_.zero_point, ScalarType::Int, layout), layout.block_index, false);
     }
     if (state_.minval) {
-      minval_.emplace(checked("minval", *state_.minval, ScalarType::Float), layout_.block_index, false);
+      minval_.emplace(checked("minval", *state_.minval, ScalarType::Float, layout), layout.block_index, false);
     }
-    const ScalarType type = input.scalar_type();
-    const Element element = element_of("input", input);
+    const ScalarType type = x.output.scalar_type();
+    const Element element = element_of("input", x.output);
     const auto format = static_cast<Format>(settings.format);
     const bool by_zero_point = format == Format::kInt && !settings.use_minval;
     const bool by_minval = format == Format::kInt && settings.use_minval;
@@ -115,7 +109,7 @@ class StepJob {
                                 by_zero_point ? data_or_null(zero_point_) : nullptr,
                                 by_minval ? data_or_null(minval_) : nullptr,
                                 by_minval ? static_cast<float>(settings.quant_min) : 0.0f};
-    job_ = {{&layout_.geometry, element, x_.data, x_.output.mutable_data_ptr(), mask, affine},
+    job_ = {{&layout.geometry, element, x.data, x.output.mutable_data_ptr(), mask, affine},
             {static_cast<Scheme>(settings.scheme), format, settings.quant_min, settings.quant_max,
              settings.power_of_two, element},
             {static_cast<RangeUpdate>(settings.update), settings.has_running && low_.data() && high_.data(),
@@ -128,8 +122,7 @@ class StepJob {
   }
   StepJob(const StepJob&) = delete;
 
-  int64_t numel() const { return layout_.geometry.numel; }
-  const Tensor& output() const { return x_.output; }
+  int64_t numel() const { return job_.quantize.geometry->numel; }
   void run() const {
     if (numel() > 0) cpu::kernels().observe_and_fake_quantize(job_);
   }
@@ -144,22 +137,19 @@ class StepJob {
 
  private:
   // The kernels read back what they choose: they get room where the caller keeps nothing.
-  static StepState with_parameters(StepState state, const StepSettings& settings, const Tensor& input,
-                                   const Blocks& block_size) {
+  static StepState with_parameters(StepState state, const StepSettings& settings, const cpu::Layout& layout) {
     if (static_cast<Format>(settings.format) != Format::kInt) return state;
     Optional& needed = settings.use_minval ? state.minval : state.zero_point;
     const ScalarType type = settings.use_minval ? ScalarType::Float : ScalarType::Int;
-    if (!needed) needed = empty(grid_of(to_ints(input.sizes()), block_size), type);
+    if (!needed) needed = empty(one_axis(layout.geometry.blocks), type);
     return state;
   }
-  const Tensor& checked(const char* name, const Tensor& values, ScalarType type) const {
-    check_block_values(name, values, type, layout_.geometry.blocks);
+  static const Tensor& checked(const char* name, const Tensor& values, ScalarType type, const cpu::Layout& layout) {
+    check_block_values(name, values, type, layout.geometry.blocks);
     return values;
   }
 
   StepState state_;
-  Operand x_;
-  cpu::Layout layout_;
   BlockValues<float> scale_;
   std::optional<BlockValues<int32_t>> zero_point_;
   std::optional<BlockValues<float>> minval_;

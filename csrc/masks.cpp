@@ -19,6 +19,21 @@ cpu::MaskTensor mask_tensor(const Tensor& weight, Operand& x) {
           row_major ? Ints() : x.order};
 }
 
+// The memory that a weight's norms are read from, for results of another shape.
+struct Input {
+  Ints shape, order;
+  Tensor dense;
+
+  explicit Input(const Tensor& weight) : shape(to_ints(weight.sizes())), dense(weight) {
+    const Ints strides = to_ints(weight.strides());
+    order = memory_order(shape, strides);
+    if (is_dense(shape, strides, order)) return;
+    dense = torch::stable::empty_like(weight);
+    torch::stable::copy_(dense, weight);
+    order = memory_order(shape, to_ints(dense.strides()));
+  }
+};
+
 std::vector<Tensor> topk_masks(std::vector<Tensor> weights, int64_t num_keep) {
   std::vector<Operand> operands;
   std::vector<cpu::MaskTensor> tensors;
@@ -60,15 +75,12 @@ Tensor block_mask(Tensor weight, int64_t num_keep, Blocks block_size) {
 }
 
 Tensor top_blocks(Tensor weight, int64_t num_keep, Blocks block_size) {
-  const Operand x(weight, weight.scalar_type());
+  const Input x(weight);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  Ints grid(x.shape.size());
-  Ints strides(x.shape.size(), 1);
-  for (size_t i = 0; i < grid.size(); ++i) grid[i] = x.shape[i] / block_size[i];
-  for (size_t i = grid.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(grid[i], 1);
-  Tensor chosen = empty(grid, strides, weight.scalar_type());
+  Tensor chosen = empty(grid_of(x.shape, block_size), weight.scalar_type());
   if (weight.numel() > 0) {
-    cpu::top_blocks(layout, element_of("weight", weight), x.data, chosen.mutable_data_ptr(), num_keep);
+    cpu::top_blocks(layout, element_of("weight", weight), x.dense.const_data_ptr(), chosen.mutable_data_ptr(),
+                    num_keep);
   }
   return chosen;
 }

@@ -1,6 +1,7 @@
 // Registration of the CPU kernels with torch's dispatcher, through the stable ABI.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <tuple>
 
 #include "cpu/bits.h"
@@ -19,9 +20,11 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
-  const FakeQuantizeJob job(input, scale, zero_point, minval, block_size, format, quant_min, quant_max, bytes_of(mask));
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  const FakeQuantizeJob job(x, layout, scale, zero_point, minval, format, quant_min, quant_max, bytes_of(mask));
   job.run();
-  return {job.output(), mask};
+  return {x.output, mask};
 }
 
 Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
@@ -30,9 +33,9 @@ Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Bloc
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
   const Ints order =
       axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
-  const MaskedGradientJob job(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()));
-  job.run();
-  return job.output();
+  Tensor result = MaskedGradientJob::empty_in_order(grad, order);
+  MaskedGradientJob(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()), result).run();
+  return result;
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
@@ -79,29 +82,45 @@ std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const T
   return {scale, zero_point, minval};
 }
 
-std::tuple<Tensor, Tensor> observe_and_fake_quantize_(
-    const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-    const Optional& running_min, const Optional& running_max, bool has_running, const Blocks& block_size,
-    int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
-    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, bool power_of_two,
-    bool with_mask) {
+std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const Blocks& block_size,
+                                const StepSettings& settings, bool with_mask) {
   if (is_double(input)) {
-    const Optional low = to_float(running_min), high = to_float(running_max);
-    Optional kept_low = running_min, kept_high = running_max;
-    const auto [output, bits] = observe_and_fake_quantize_(
-        to_float(input), scale, zero_point, minval, low, high, has_running, block_size, scheme, format, quant_min,
-        quant_max, use_minval, update, averaging_constant, range_min, range_max, power_of_two, with_mask);
-    if (low) torch::stable::copy_(*kept_low, *low);
-    if (high) torch::stable::copy_(*kept_high, *high);
+    StepState narrow = state;
+    narrow.running_min = to_float(state.running_min);
+    narrow.running_max = to_float(state.running_max);
+    const auto [output, bits] = step(to_float(input), narrow, block_size, settings, with_mask);
+    Optional kept_low = state.running_min, kept_high = state.running_max;
+    if (kept_low) torch::stable::copy_(*kept_low, *narrow.running_min);
+    if (kept_high) torch::stable::copy_(*kept_high, *narrow.running_max);
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
-  StepJob step({has_running, scheme, format, quant_min, quant_max, use_minval, update, averaging_constant, range_min,
-                range_max, power_of_two},
-               input, {scale, zero_point, minval, running_min, running_max}, block_size, bytes_of(mask));
-  step.run();
-  step.write_back();
-  return {step.output(), mask};
+  const Operand x(input, input.scalar_type());
+  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
+  StepJob job(settings, x, layout, state, bytes_of(mask));
+  job.run();
+  job.write_back();
+  return {x.output, mask};
+}
+
+std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const Tensor& scale,
+                                                      const Optional& zero_point, const Optional& minval,
+                                                      const Optional& running_min, const Optional& running_max,
+                                                      bool has_running, const Tensor& settings, bool with_mask) {
+  // Numbers and then the block's extents, as ops/observe_and_fake_quantize.py packs them.
+  constexpr int64_t kNumbers = 10;
+  STD_TORCH_CHECK(settings.is_cpu() && settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
+                      settings.numel() == kNumbers + input.dim(),
+                  "settings must be ", kNumbers, " numbers and an extent for each axis, float64 on the CPU");
+  const auto* value = static_cast<const double*>(settings.const_data_ptr());
+  const auto integer = [&](int i) { return static_cast<int64_t>(value[i]); };
+  const auto bound = [&](int i) { return std::isnan(value[i]) ? std::nullopt : std::optional<double>(value[i]); };
+  Blocks block_size(static_cast<size_t>(input.dim()));
+  for (size_t i = 0; i < block_size.size(); ++i) block_size[i] = static_cast<int64_t>(value[kNumbers + i]);
+  return step(input, {scale, zero_point, minval, running_min, running_max}, block_size,
+              {has_running, integer(0), integer(1), value[2], value[3], value[4] != 0.0, integer(5), value[6], bound(7),
+               bound(8), value[9] != 0.0},
+              with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
@@ -118,9 +137,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_f
     torch::stable::copy_(low, *running_min);
     torch::stable::copy_(high, *running_max);
   }
-  const auto [output, mask] = observe_and_fake_quantize_(
-      input, scale, zero_point, minval, low, high, has_running, block_size, scheme, format, quant_min, quant_max,
-      use_minval, update, averaging_constant, range_min, range_max, power_of_two, with_mask);
+  const auto [output, mask] = step(input, {scale, zero_point, minval, low, high}, block_size,
+                                   {has_running, scheme, format, quant_min, quant_max, use_minval, update,
+                                    averaging_constant, range_min, range_max, power_of_two},
+                                   with_mask);
   return {output, mask, scale, zero_point, minval, low, high};
 }
 

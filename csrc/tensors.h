@@ -246,21 +246,45 @@ class RunningValues {
   RunningValues(const char* name, const Optional& tensor, ScalarType type, const cpu::Layout& layout, bool read)
       : tensor_(tensor) {
     if (!tensor) return;
-    STD_TORCH_CHECK(tensor->numel() == layout.geometry.blocks && tensor->scalar_type() == type, name,
-                    " must have the input's dtype and one value per block (", layout.geometry.blocks, ")");
-    float32_ = type == ScalarType::Float && tensor->is_contiguous() ? *tensor : as_float32(*tensor);
-    values_.emplace(*float32_, layout.block_index, read);
+    const int64_t blocks = layout.geometry.blocks;
+    STD_TORCH_CHECK(tensor->numel() == blocks && tensor->scalar_type() == type, name,
+                    " must have the input's dtype and one value per block (", blocks, ")");
+    STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
+    if (type == ScalarType::Float) {
+      values_.emplace(*tensor, layout.block_index, read);
+      return;
+    }
+    index_ = &layout.block_index;
+    wide_.resize(static_cast<size_t>(blocks));
+    if (!read) return;
+    type == ScalarType::Half ? widen<torch::headeronly::Half>() : widen<torch::headeronly::BFloat16>();
   }
-  float* data() { return data_or_null(values_); }
+  float* data() { return values_ ? values_->data() : wide_.empty() ? nullptr : wide_.data(); }
   void write_back() {
-    if (!tensor_) return;
-    values_->write_back();
-    if (float32_->get() != tensor_->get()) torch::stable::copy_(*tensor_, *float32_);
+    if (values_) values_->write_back();
+    if (wide_.empty()) return;
+    tensor_->scalar_type() == ScalarType::Half ? narrow<torch::headeronly::Half>()
+                                               : narrow<torch::headeronly::BFloat16>();
   }
 
  private:
-  Optional tensor_, float32_;
-  std::optional<BlockValues<float>> values_;
+  // By hand: torch's conversion of a few values takes longer than quantizing some thousands.
+  size_t place_of(size_t i) const { return index_->empty() ? i : static_cast<size_t>((*index_)[i]); }
+  template <class T>
+  void widen() {
+    const auto* data = static_cast<const T*>(tensor_->const_data_ptr());
+    for (size_t i = 0; i < wide_.size(); ++i) wide_[i] = static_cast<float>(data[place_of(i)]);
+  }
+  template <class T>
+  void narrow() {
+    auto* data = static_cast<T*>(tensor_->mutable_data_ptr());
+    for (size_t i = 0; i < wide_.size(); ++i) data[place_of(i)] = static_cast<T>(wide_[i]);
+  }
+
+  Optional tensor_;
+  std::optional<BlockValues<float>> values_;  // float32: the tensor's own memory where that is possible
+  std::vector<float> wide_;                   // other types
+  const Blocks* index_ = nullptr;
 };
 
 }  // namespace

@@ -12,7 +12,8 @@ from rich.console import Console
 from benchmarks import cli, targets
 from benchmarks.apple import Apple, AppleError
 from benchmarks.cases import Case, Sweep, geometric_mean
-from benchmarks.harness import COPY, NATIVE, Bench, Effort, Local, Result, add_if_supported, measure
+from benchmarks.gpu_operators import operator_benches
+from benchmarks.harness import COPY, MULTIPLY, NATIVE, Bench, Effort, Local, Result, add_if_supported, measure
 from benchmarks.memory import held_and_peak_bytes
 from benchmarks.plot import save_plot
 from benchmarks.report import Report, print_comparison, print_report
@@ -31,6 +32,24 @@ def fake_result(native: float = 1.0, **seconds: float) -> Result:
 def fake_report(*results: Result) -> Report:
     machine = {"cpu": "a", "isa": "avx2", "torch": "2", "huge_pages": False, "date": "today"}
     return Report(machine, "command", 1.0, list(results), targets.evaluate(results, "avx2"), [])
+
+
+def test_product_with_one_stands_beside_the_targets() -> None:
+    (row,) = targets.evaluate([fake_result(apple=4.0, **{MULTIPLY: 0.25})], "avx512")
+    assert (row["mean"], row["product"]) == pytest.approx((4.0, 16.0))
+    assert "16.0×" in text_of(print_report, fake_report(fake_result(apple=4.0, **{MULTIPLY: 0.25})))
+
+
+def test_gpu_check_runs_masks_and_palettes_where_their_tensors_are() -> None:
+    ran = set()
+    for case, bench in operator_benches([64], "cpu"):
+        bench.contenders[NATIVE]()  # type: ignore[operator]
+        assert bench.floor_bytes > 0
+        ran.add(case.op)
+    assert ran == {"topk_mask", "nm_mask", "block_mask", "palettize", "lookup", "soft_palettize"}
+    for _, bench in operator_benches([64], "meta"):
+        outputs = bench.contenders[NATIVE]()  # type: ignore[operator]
+        assert all(output.is_meta for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs))
 
 
 def text_of(function, *args) -> str:

@@ -145,6 +145,10 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         from coreai_opt.controllers.distributed import synchronize
 
         synchronize(self)
+        self.observe_over_ranks()
+
+    def observe_over_ranks(self) -> None:
+        """Let what follows data follow those of all ranks."""
 
     def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for one forward of the model, from the configuration or the registered loader.
@@ -224,7 +228,7 @@ class BuildContext:
         init_args: loaders and functions for initialisation.
         input_info: the model's inputs.
         initialize: False where a state is loaded instead.
-        dummy_forward: runs the model once; None to make its inputs from ``input_info`` or the loader.
+        dummy_forward: calls the model; None to make its inputs from ``input_info`` or the loader.
     """
 
     def __init__(

@@ -98,6 +98,11 @@ class CompositeCompressionAlgorithmController(BaseCompressionAlgorithmController
         for child in self._children:
             child.finish_lowering(model)
 
+    def observe_over_ranks(self) -> None:
+        """Let all algorithms follow the data of all ranks."""
+        for child in self._children:
+            child.observe_over_ranks()
+
     def disable_scheduler(self) -> None:
         """Disable the schedulers of all algorithms."""
         counters = self._scheduler

@@ -40,7 +40,7 @@ class ScheduleParams(ConfigModel):
     Fields:
         schedule: key of a scheduler.
         steps_per_epoch: optimizer steps in an epoch.
-        update_per_optimizer_step: move the level at each step (polynomial).
+        update_per_optimizer_step: move the level at each step (polynomial and exponentials).
         power, concave: of the polynomial.
         patience: epochs for which the adaptive level has to be reached.
         multistep_steps: epochs at which the multistep level changes.

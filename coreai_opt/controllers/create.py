@@ -41,8 +41,8 @@ def create_compressed_model(
         model: the model, on the device on which it will be trained.
         config: a dict, the path of a JSON or YAML file, or a :class:`ControllerConfig`.
         compression_state: what ``controller.get_compression_state()`` gave.
-        dummy_forward_fn: runs the model once on an example, for algorithms that follow its dataflow; by
-            default the example comes from ``input_info`` or the registered loader.
+        dummy_forward_fn: calls the model with an example of its inputs, for algorithms that follow its
+            dataflow and for export; by default it comes from ``input_info`` or the registered loader.
         wrap_inputs_fn: taken for compatibility. It marks the inputs of a traced graph; here layers are
             compressed where they are, and nothing has to be marked.
         wrap_outputs_fn: taken for compatibility, as ``wrap_inputs_fn``.

@@ -60,7 +60,8 @@ def _tensors_of(model: torch.nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _digest(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if tensor.numel() else tensor
+    # A copy: memory that numpy has seen cannot be resized any more, and empty buffers take their shape later.
+    data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
     return f"{tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(data.numpy().tobytes()).hexdigest()}"
 
 

@@ -18,19 +18,23 @@ if TYPE_CHECKING:
 
 __all__ = ["export_controlled_model", "export_onnx", "opset_of", "split_arguments"]
 
-DEFAULT_OPSET = 21
-"""The first with 4-bit QuantizeLinear."""
+DEFAULT_OPSET = 20
+"""Unless there are 4-bit integers.
+
+From 21 on, ONNX Runtime 1.31 fails to load signed 8-bit inputs, with three axes, of linear layers with
+biases: its optimizer makes a QuantizeLinear with a wrong ``output_dtype``, an attribute that 20 lacks.
+"""
 _OPSETS = range(18, 24)
 
 
-def opset_of(save_format: str | None) -> int:
-    """The ONNX opset that a format names.
+def opset_of(save_format: str | None) -> int | None:
+    """The ONNX opset that a format names; None if it leaves that open.
 
     Raises:
         ValueError: it is neither ``onnx`` nor ``onnx_<opset>`` with an opset that can be written.
     """
     if save_format in (None, "onnx"):
-        return DEFAULT_OPSET
+        return None
     match = re.fullmatch(r"onnx_(\d+)", save_format or "")
     if match and int(match[1]) in _OPSETS:
         return int(match[1])
@@ -73,6 +77,8 @@ def export_controlled_model(
     model = copy_model(controller.model).eval()
     controller.lower_model(model)
     controller.finish_lowering(model)
+    if opset is None:
+        opset = FIRST_OPSET_OF_4_BITS if needs_4_bits(model) else DEFAULT_OPSET
     if opset < FIRST_OPSET_OF_4_BITS and needs_4_bits(model):
         raise ValueError(
             f"save_format: opset {opset} has no 4-bit integers; use 'onnx_{FIRST_OPSET_OF_4_BITS}' or later"

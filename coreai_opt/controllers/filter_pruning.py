@@ -60,6 +60,11 @@ class FilterPruningParams(ScheduleParams):
     def _one_target(self) -> "FilterPruningParams":
         if self.pruning_flops_target is not None and "pruning_target" in self.model_fields_set:
             raise ValueError("pruning_target and pruning_flops_target exclude each other: give one")
+        if self.all_weights and self.update_per_optimizer_step:
+            raise ValueError(
+                "update_per_optimizer_step excludes all_weights: a ranking over all layers waits for the "
+                "device, and a step must not"
+            )
         return self
 
     @property
@@ -125,6 +130,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         clusters: Sequence[Cluster],
         consumers: Sequence[Consumer],
         costs: CostModel,
+        steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__(target_model)
         self.config = config
@@ -146,7 +152,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
             for tensor in _tensors_of(target_model.get_submodule(layer))
         }
         scheduler_class = LevelScheduler.resolve(params.schedule)
-        self._scheduler = scheduler_class(self, config.pruning_init, self._target, params)
+        self._scheduler = scheduler_class(self, config.pruning_init, self._target, params, steps_per_epoch)
 
     @property
     def level(self) -> float:
@@ -349,7 +355,14 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
 
     def build_controller(self, model: nn.Module) -> FilterPruningController:
         """See the base."""
-        controller = FilterPruningController(model, self.config, self._clusters, self._consumers, self._costs)
+        controller = FilterPruningController(
+            model,
+            self.config,
+            self._clusters,
+            self._consumers,
+            self._costs,
+            self.context.init_args.steps_per_epoch,
+        )
         if self.context.initialize and self.config.pruning_init > 0:
             controller.set_level(self.config.pruning_init)
         return controller

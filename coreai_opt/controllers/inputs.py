@@ -1,6 +1,6 @@
 """Inputs for the forwards that compression itself runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,11 +70,16 @@ def batch_size(batch: Batch) -> int:
 
 
 def example_inputs(context: BuildContext, model: nn.Module) -> Batch:
-    """Arguments for one forward, made from ``input_info``, or else one batch of the registered loader.
+    """Arguments for one forward.
+
+    Those that ``dummy_forward`` gives the model; or else made from ``input_info``; or else one batch of the
+    registered loader.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: there is none of them, or ``dummy_forward`` does not call the model.
     """
+    if context.dummy_forward is not None:
+        return _arguments_of(context.dummy_forward, model)
     if context.input_info:
         device = device_of(model)
         args = tuple(_example(info, device) for info in context.input_info if info.keyword is None)
@@ -86,6 +91,27 @@ def example_inputs(context: BuildContext, model: nn.Module) -> Batch:
         "an example of the model's inputs is needed: give input_info in the configuration, or register a "
         "loader with register_default_init_args"
     )
+
+
+class _Called(BaseException):
+    """Ends a dummy forward at the call of the model, which does not run. Not to be caught as an Exception."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.batch = args, kwargs
+
+
+def _arguments_of(dummy_forward: Callable[[nn.Module], Any], model: nn.Module) -> Batch:
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called(args, kwargs)
+
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        dummy_forward(model)
+    except _Called as called:
+        return called.batch
+    finally:
+        handle.remove()
+    raise ValueError("dummy_forward_fn must call the model that it is given; it returned without doing so")
 
 
 def _example(info: InputInfo, device: torch.device) -> Tensor:

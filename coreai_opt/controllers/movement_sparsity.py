@@ -1,124 +1,29 @@
 """Movement sparsity: weights that training moves towards zero are masked (Sanh et al., arXiv 2005.07683)."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-import coreai_kernels
 from coreai_opt.controllers import schedules
-from coreai_opt.controllers.api import CompressionLoss, CompressionStage, State
+from coreai_opt.controllers.api import CompressionStage, State
 from coreai_opt.controllers.base import BaseCompressionAlgorithmBuilder, BaseCompressionAlgorithmController
-from coreai_opt.controllers.config import AlgorithmConfig, ConfigModel
+from coreai_opt.controllers.inputs import example_inputs
 from coreai_opt.controllers.masks import bake, install, installed, kept_per_mask, original, sparsities
+from coreai_opt.controllers.movement_config import MovementSparsityConfig, MovementSparsityParams
+from coreai_opt.controllers.movement_masks import MovementMask, MovementSparsityLoss, kept_units, resolve
 from coreai_opt.controllers.schedulers import BaseCompressionScheduler
 from coreai_opt.controllers.scopes import select_layers
-from coreai_opt.controllers.statistics import CompressionStatistics, MovementSparsityStatistics
+from coreai_opt.controllers.shrink import shrink_units
+from coreai_opt.controllers.statistics import (
+    CompressionStatistics,
+    MovementSparsityStatistics,
+    SharedUnits,
+)
+from coreai_opt.controllers.structures import Structure, find_structures
 
 __all__ = ["MovementSparsityBuilder", "MovementSparsityConfig", "MovementSparsityController"]
-
-
-class MovementSparsityParams(ConfigModel):
-    """Parameters of movement sparsity.
-
-    Fields:
-        warmup_start_epoch, warmup_end_epoch: between them the threshold rises; then the masks are fixed.
-        importance_regularization_factor: factor on the loss.
-        init_importance_threshold, final_importance_threshold: of the polynomial.
-        power: of the polynomial.
-        steps_per_epoch: optimizer steps in an epoch.
-    """
-
-    warmup_start_epoch: int = Field(ge=0)
-    warmup_end_epoch: int = Field(ge=1)
-    importance_regularization_factor: float = Field(ge=0)
-    init_importance_threshold: float = -1.0
-    final_importance_threshold: float = 0.0
-    power: float = Field(default=3.0, gt=0)
-    steps_per_epoch: int | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "MovementSparsityParams":
-        if self.warmup_end_epoch <= self.warmup_start_epoch:
-            raise ValueError(
-                f"warmup_end_epoch must come after warmup_start_epoch; got {self.warmup_end_epoch} and "
-                f"{self.warmup_start_epoch}"
-            )
-        if self.final_importance_threshold < self.init_importance_threshold:
-            raise ValueError(
-                f"final_importance_threshold must not be below init_importance_threshold; got "
-                f"{self.final_importance_threshold} and {self.init_importance_threshold}"
-            )
-        return self
-
-
-class MovementSparsityConfig(AlgorithmConfig):
-    """Configuration of movement sparsity."""
-
-    algorithm: Literal["movement_sparsity"]
-    params: MovementSparsityParams
-
-
-class _Threshold(torch.autograd.Function):
-    """``1[scores > threshold]``, whose gradient passes to the scores."""
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, threshold: Tensor) -> Tensor:
-        return (scores > threshold).to(scores.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
-
-
-class MovementMask(nn.Module):
-    """Masks a weight by importance scores that are trained with it.
-
-    Args:
-        weight: gives the scores their shape, memory format and device; they begin at zero.
-    """
-
-    threshold: Tensor
-    fixed_mask: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-        self.register_buffer("threshold", torch.full((), -1.0, device=weight.device))
-        self.register_buffer("fixed_mask", torch.ones_like(weight, requires_grad=False))
-        self.frozen = False
-
-    def mask(self) -> Tensor:
-        """The current mask."""
-        return self.fixed_mask if self.frozen else self.scores.detach() > self.threshold
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """The masked weight."""
-        if self.frozen:
-            return coreai_kernels.apply_mask(weight, self.fixed_mask)
-        mask = _Threshold.apply(self.scores, self.threshold)  # type: ignore[no-untyped-call]
-        return weight * mask.to(weight.dtype)
-
-
-class MovementSparsityLoss(CompressionLoss):
-    """``factor * share of the way * mean of sigmoid(scores)``; zero before warm-up and once frozen."""
-
-    def __init__(self, masks: list[MovementMask], factor: float) -> None:
-        self._masks = masks
-        self._factor = factor
-        self.progress = 0.0
-        self.disabled = False
-
-    def calculate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss, with its gradient to the scores."""
-        device = self._masks[0].scores.device
-        if self.disabled or self.progress <= 0:
-            return torch.zeros((), device=device)
-        total = torch.zeros((), device=device)
-        for mask in self._masks:
-            total = total + mask.scores.sigmoid().sum()
-        return self._factor * self.progress * total / sum(mask.scores.numel() for mask in self._masks)
 
 
 class MovementScheduler(BaseCompressionScheduler):
@@ -182,16 +87,24 @@ class MovementScheduler(BaseCompressionScheduler):
 class MovementSparsityController(BaseCompressionAlgorithmController):
     """Trains importance scores, masks what lies below a rising threshold, and fixes the masks after warm-up.
 
+    Then attention heads and feed-forward dimensions are masked whole or not at all, unless
+    ``enable_structured_masking`` is false; see :func:`.movement_masks.resolve`.
+
     Its rate is the share of masked elements, which training decides and nobody can set.
     """
 
     _loss: MovementSparsityLoss
 
     def __init__(
-        self, target_model: nn.Module, config: MovementSparsityConfig, steps_per_epoch: int | None = None
+        self,
+        target_model: nn.Module,
+        config: MovementSparsityConfig,
+        steps_per_epoch: int | None = None,
+        structures: Sequence[Structure] = (),
     ) -> None:
         super().__init__(target_model)
         self.config = config
+        self.structures = tuple(structures)
         self._masks = installed(target_model, MovementMask)
         factor = config.params.importance_regularization_factor
         self._loss = MovementSparsityLoss(list(self._masks.values()), factor)
@@ -213,12 +126,13 @@ class MovementSparsityController(BaseCompressionAlgorithmController):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Fix the masks at the final threshold: the scores have no effect any more, and no loss."""
+        """Fix the masks at the final threshold, resolved: the scores have no effect any more, and no loss."""
         if self._frozen:
             return
         for mask in self._masks.values():
             mask.threshold.fill_(self.config.params.final_importance_threshold)
-            mask.fixed_mask.copy_(mask.mask())
+        for name, resolved in resolve(self.structures, self.masks()).items():
+            self._masks[name].fixed_mask.copy_(resolved)
         self._set_frozen()
 
     def _set_frozen(self) -> None:
@@ -243,12 +157,29 @@ class MovementSparsityController(BaseCompressionAlgorithmController):
         layers, masked, model = sparsities(self.masks(), self._model)
         progress = 1.0 if self._frozen else self._loss.progress
         shown = [] if quickly_collected_only else layers
-        own = MovementSparsityStatistics(masked, model, progress, 1.0, shown)
+        units = [] if quickly_collected_only else self._units()
+        own = MovementSparsityStatistics(masked, model, progress, 1.0, shown, units)
         return CompressionStatistics(movement_sparsity=own)
 
+    def _kept(self) -> list[Tensor]:
+        """Of each structure, which units are kept."""
+        masks = {name: mask.bool() for name, mask in self.masks().items()}
+        return [kept_units(structure, masks) for structure in self.structures]
+
+    def _units(self) -> list[SharedUnits]:
+        counts = kept_per_mask(self._kept())
+        return [
+            SharedUnits(", ".join((*each.rows, *each.columns)), each.units, each.units - kept)
+            for each, kept in zip(self.structures, counts, strict=True)
+        ]
+
     def strip_model(self, model: nn.Module) -> None:
-        """Leave zeros in the weights."""
+        """Leave zeros in the weights. Once the masks are fixed, remove the masked units where that can be."""
         bake(model, (MovementMask,))
+        if self._frozen:
+            for structure, kept in zip(self.structures, self._kept(), strict=True):
+                if structure.removable:
+                    shrink_units(model, structure.rows, structure.columns, kept)
 
     def _get_algorithm_state(self) -> State:
         return {"frozen": self._frozen, "progress": self._loss.progress}
@@ -267,16 +198,39 @@ class MovementSparsityBuilder(BaseCompressionAlgorithmBuilder):
     order = 20
 
     def check(self, model: nn.Module) -> None:
-        """See the base."""
-        select_layers(model, self.config, (nn.Linear,))
+        """See the base. Looks for structures, too."""
+        layers = select_layers(model, self.config, (nn.Linear,))
+        self._factors = self.config.factors(model, layers)
+        self._structures: list[Structure] = []
+        if not self.config.params.enable_structured_masking:
+            return
+        if self._loaded is not None:
+            self._structures = [Structure.from_state(each) for each in self._loaded["structures"]]
+            return
+        try:
+            inputs = example_inputs(self.context, model)
+            self._structures = find_structures(model, *inputs, set(layers))
+        except ValueError as error:
+            raise ValueError(f"{error}; or set enable_structured_masking to false") from error
+        if not self._structures and "enable_structured_masking" in self.config.params.model_fields_set:
+            raise ValueError(
+                "enable_structured_masking is true, and movement_sparsity finds no attention heads or "
+                "feed-forward dimensions: no two of its linear layers share features"
+            )
 
     def _apply_to(self, model: nn.Module) -> None:
-        for layer in select_layers(model, self.config, (nn.Linear,)).values():
-            mask = MovementMask(original(layer))
+        if not hasattr(self, "_factors"):
+            self.check(model)
+        for name, layer in select_layers(model, self.config, (nn.Linear,)).items():
+            mask = MovementMask(original(layer), self._factors[name])
             mask.threshold.fill_(float("-inf"))
             install(layer, mask)
             self.scale_gradient(mask.scores)
 
+    def _get_state(self) -> State:
+        return {"structures": [asdict(each) for each in self._structures]}
+
     def build_controller(self, model: nn.Module) -> MovementSparsityController:
         """See the base."""
-        return MovementSparsityController(model, self.config, self.context.init_args.steps_per_epoch)
+        steps = self.context.init_args.steps_per_epoch
+        return MovementSparsityController(model, self.config, steps, self._structures)

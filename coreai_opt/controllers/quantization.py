@@ -94,6 +94,12 @@ class QuantizationController(BaseCompressionAlgorithmController):
         self._builder.initialize_ranges(self._model, part)
         self._switch(part, True)
 
+    def observe_over_ranks(self) -> None:
+        """Let ranges that were not initialised from data follow the inputs of all ranks."""
+        if not self.config.initializer.range.num_init_samples:
+            for simulator in self.activations.values():
+                quantizers.observe_over_ranks(simulator)
+
     def _get_compression_rate(self) -> float:
         saved = full = 0
         for name, simulator in self.weights.items():

@@ -1,11 +1,13 @@
 """Simulators in a model: on weights as parametrizations, on the inputs of layers as hooks."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.controllers.distributed import is_distributed, widest_over_ranks
 from coreai_opt.controllers.hooks import remove_hooks
 from coreai_opt.controllers.masks import install
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
@@ -16,6 +18,7 @@ __all__ = [
     "INPUT",
     "channel_axis_of",
     "make_simulator",
+    "observe_over_ranks",
     "put_on_input",
     "put_on_weight",
     "set_range",
@@ -25,6 +28,7 @@ __all__ = [
 INPUT = "input_quantizer"
 """Name, in a layer, of the simulator of its input."""
 
+_SHARED = "observes_over_ranks"
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -51,11 +55,29 @@ def put_on_weight(layer: nn.Module, simulator: nn.Module) -> None:
 def _quantize_input(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    simulator = layer._modules[INPUT]
-    assert simulator is not None
+    simulator: Any = layer._modules[INPUT]
+    if getattr(simulator, _SHARED, False) and is_distributed():
+        simulator = partial(_simulate_over_ranks, simulator)
     if args:
         return (simulator(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "input": simulator(kwargs["input"])}
+
+
+def observe_over_ranks(simulator: Any) -> None:
+    """Let a simulator follow the inputs of all ranks; in evaluation, where ranks may differ, none."""
+    setattr(simulator, _SHARED, True)
+
+
+def _simulate_over_ranks(simulator: Any, tensor: Tensor) -> Tensor:
+    if simulator.training:
+        with torch.no_grad():
+            ends = torch.stack(widest_over_ranks(*tensor.detach().aminmax()))
+            simulator.qparams_calculator(ends.reshape(-1, *[1] * (tensor.dim() - 1)))
+    simulator.enable_observer(False)
+    try:
+        return simulator(tensor)  # type: ignore[no-any-return]
+    finally:
+        simulator.enable_observer(True)
 
 
 def put_on_input(layer: nn.Module, simulator: nn.Module) -> None:

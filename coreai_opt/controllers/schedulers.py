@@ -190,7 +190,8 @@ class LevelScheduler(ClassRegistryMixin, BaseCompressionScheduler):
             )
         if params.update_per_optimizer_step and not self.per_step:
             raise ValueError(
-                f"update_per_optimizer_step is for 'polynomial'; {params.schedule!r} moves at epochs"
+                f"update_per_optimizer_step is for 'polynomial', 'exponential' and 'exponential_with_bias'; "
+                f"{params.schedule!r} moves at epochs"
             )
 
     @property
@@ -206,6 +207,12 @@ class LevelScheduler(ClassRegistryMixin, BaseCompressionScheduler):
     @abstractmethod
     def level_at(self, epoch: int, step: int = 0) -> float:
         """The level in ``epoch`` (-1: before the first) at its ``step``."""
+
+    def _time(self, epoch: int, step: int) -> float:
+        """Epochs that are over, with the share of the current one where the level moves by step."""
+        if not (self._moves_by_step and self._steps_per_epoch):
+            return epoch
+        return epoch + min(step / self._steps_per_epoch, 1.0)
 
     def _freeze_epoch(self) -> float:
         return self.params.freeze_epoch
@@ -236,10 +243,7 @@ class PolynomialScheduler(LevelScheduler):
 
     def level_at(self, epoch: int, step: int = 0) -> float:
         """See :class:`LevelScheduler`."""
-        within = 0.0
-        if self._moves_by_step and self._steps_per_epoch:
-            within = min(step / self._steps_per_epoch, 1.0)
-        progress = schedules.share_of(max(epoch + within, 0.0), self.params.target_epoch)
+        progress = schedules.share_of(self._time(epoch, step), self.params.target_epoch)
         return schedules.polynomial(
             progress, self.initial, self.target, self.params.power, self.params.concave
         )
@@ -249,17 +253,22 @@ class PolynomialScheduler(LevelScheduler):
 class ExponentialScheduler(LevelScheduler):
     """See :func:`schedules.exponential`."""
 
+    per_step = True
+
     def level_at(self, epoch: int, step: int = 0) -> float:
         """See :class:`LevelScheduler`."""
         first, count = self.params.exponential_epochs()
         if epoch < first:
             return self.initial
-        return schedules.exponential(schedules.share_of(epoch - first, count), self.initial, self.target)
+        progress = schedules.share_of(self._time(epoch, step) - first, count)
+        return schedules.exponential(progress, self.initial, self.target)
 
 
 @LevelScheduler.register("exponential_with_bias")
 class BiasedExponentialScheduler(LevelScheduler):
     """See :func:`schedules.biased_exponential`."""
+
+    per_step = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -270,7 +279,8 @@ class BiasedExponentialScheduler(LevelScheduler):
         first, count = self.params.exponential_epochs()
         if epoch < first:
             return self.initial
-        return schedules.biased_exponential(epoch - first, self.initial, self.target, count)
+        time = self._time(epoch, step) - first
+        return schedules.biased_exponential(time, self.initial, self.target, count)
 
 
 @LevelScheduler.register("multistep")

@@ -8,7 +8,7 @@ from torch import nn
 
 from coreai_opt.controllers.config import AlgorithmConfig
 
-__all__ = ["WEIGHTED", "select_layers"]
+__all__ = ["WEIGHTED", "matching", "select_layers"]
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -37,8 +37,8 @@ def select_layers(
         ValueError: a scope matches no module; or no layer is left.
     """
     names = [name for name, _ in model.named_modules() if name]
-    ignored = _matching(config.ignored_scopes, names, "ignored_scopes")
-    wanted = None if config.target_scopes is None else _matching(config.target_scopes, names, "target_scopes")
+    ignored = matching(config.ignored_scopes, names, "ignored_scopes")
+    wanted = None if config.target_scopes is None else matching(config.target_scopes, names, "target_scopes")
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -53,7 +53,12 @@ def select_layers(
     return layers
 
 
-def _matching(scopes: Sequence[str], names: Sequence[str], key: str) -> set[str]:
+def matching(scopes: Sequence[str], names: Sequence[str], key: str) -> set[str]:
+    """The modules of ``names`` that scopes stand for, with all inside; ``key`` is where they were configured.
+
+    Raises:
+        ValueError: a scope matches none.
+    """
     found: set[str] = set()
     for scope in scopes:
         if scope.startswith("{re}"):

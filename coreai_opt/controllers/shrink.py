@@ -1,4 +1,4 @@
-"""Removing pruned channels from layers."""
+"""Removing pruned channels, and units of linear layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from coreai_opt.controllers.channels import Cluster, Consumer
 from coreai_opt.controllers.qdq import SCALE, ZERO_POINT
 from coreai_opt.controllers.quantizers import channel_axis_of
 
-__all__ = ["shrink"]
+__all__ = ["shrink", "shrink_units"]
 
 
 @torch.no_grad()
@@ -28,11 +28,7 @@ def shrink(
     for cluster, indices in zip(clusters, kept, strict=True):
         for name in cluster.producers:
             layer: Any = model.get_submodule(name)
-            _select(layer, "weight", indices, channel_axis_of(layer))
-            _select(layer, "bias", indices, 0)
-            for tensor in (SCALE, ZERO_POINT):  # of a quantized weight that is being exported
-                if getattr(layer, tensor, None) is not None and getattr(layer, tensor).numel() > 1:
-                    _select(layer, tensor, indices, channel_axis_of(layer))
+            _select_outputs(layer, indices)
             layer.out_channels = indices.numel()
         for name in cluster.followers:
             layer = model.get_submodule(name)
@@ -47,6 +43,41 @@ def shrink(
         indices = _input_indices(consumer, kept)
         _select(layer, "weight", indices, 1 - channel_axis_of(layer))
         setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", indices.numel())
+
+
+@torch.no_grad()
+def shrink_units(model: nn.Module, rows: Sequence[str], columns: Sequence[str], kept: Tensor) -> None:
+    """Leave the kept units of linear layers, in place; the first one, if none is kept.
+
+    Args:
+        model: without masks, with zeros for the units that go.
+        rows: layers that make the units.
+        columns: layers that read them.
+        kept: bool, one a unit; a unit is as many neighbouring rows, or columns, as a layer has for each.
+    """
+    units = kept.nonzero().squeeze(1)
+    units = units if units.numel() else units.new_zeros(1)
+    for name in rows:
+        layer: Any = model.get_submodule(name)
+        _select_outputs(layer, _features(units, layer.out_features // kept.numel()))
+        layer.out_features = layer.weight.shape[0]
+    for name in columns:
+        layer = model.get_submodule(name)
+        _select(layer, "weight", _features(units, layer.in_features // kept.numel()), 1)
+        layer.in_features = layer.weight.shape[1]
+
+
+def _features(units: Tensor, size: int) -> Tensor:
+    return (units[:, None] * size + torch.arange(size, device=units.device)).reshape(-1)
+
+
+def _select_outputs(layer: nn.Module, indices: Tensor) -> None:
+    _select(layer, "weight", indices, channel_axis_of(layer))
+    _select(layer, "bias", indices, 0)
+    for tensor in (SCALE, ZERO_POINT):  # of a quantized weight that is being exported
+        found = getattr(layer, tensor, None)
+        if found is not None and found.numel() > 1:
+            _select(layer, tensor, indices, channel_axis_of(layer))
 
 
 def _select(layer: nn.Module, name: str, indices: Tensor, axis: int) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "PalettizationStatistics",
     "QuantizationStatistics",
     "RBSparsityStatistics",
+    "SharedUnits",
     "SparsityStatistics",
 ]
 
@@ -59,6 +60,15 @@ class LayerPruning:
     filters: int
     pruned: int
     cluster: int
+
+
+@dataclass(frozen=True)
+class SharedUnits:
+    """Attention heads, or feed-forward dimensions, that the ``layers`` share."""
+
+    layers: str
+    units: int
+    masked: int
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,8 @@ class RBSparsityStatistics(SparsityStatistics):
 @dataclass(frozen=True)
 class MovementSparsityStatistics(SparsityStatistics):
     """See the base; the levels are the threshold's progress from 0 to 1."""
+
+    structures: list[SharedUnits] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

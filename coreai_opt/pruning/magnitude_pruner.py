@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import coreai_kernels
 from coreai_opt._state_tensors import StateTarget
 from coreai_opt.base_model_compressor import (
+    PREPARED_BY_QUANTIZER,
     EagerCompressionComponentBuilderMixin,
     _BaseModelCompressor,
     original_of,
@@ -86,11 +87,16 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             example_inputs: positional arguments for one forward, which leaves no trace in the model.
 
         Raises:
-            RuntimeError: the model is prepared already.
+            RuntimeError: the model is prepared already; by a Quantizer, too, which comes after the pruner.
             ValueError: a scheme does not fit a weight; the model stays as it was.
             TypeError: ``example_inputs`` is no tuple.
         """
         self._require_unprepared()
+        if getattr(self._model, PREPARED_BY_QUANTIZER, False):
+            raise RuntimeError(
+                "MagnitudePruner: the model is prepared by a Quantizer already, which comes last: "
+                "prepare the model with MagnitudePruner first, then with the Quantizer"
+            )
         built = [(target, self._build(target)) for target in self._find_targets(example_inputs)]
         self._refresh([(simulator, target.tensor) for target, simulator in built])
         for target, simulator in built:

@@ -7,15 +7,12 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from coreai_opt.base_model_compressor import _BaseModelCompressor, training_flags
+from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER, _BaseModelCompressor, training_flags
 from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
 from coreai_opt.quantization.config import ModuleQuantizerConfig, QATSchedule, QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["_BaseQuantizer"]
-
-# Attribute of a model that says that it was prepared.
-_PREPARED = "_coreai_opt_prepared"
 
 
 class _BaseQuantizer(_BaseModelCompressor):
@@ -30,7 +27,7 @@ class _BaseQuantizer(_BaseModelCompressor):
 
     @classmethod
     def _is_prepared(cls, model: nn.Module) -> bool:
-        return bool(getattr(model, _PREPARED, False))
+        return bool(getattr(model, PREPARED_BY_QUANTIZER, False))
 
     @contextmanager
     def calibration_mode(self, model: nn.Module | None = None) -> Iterator[None]:

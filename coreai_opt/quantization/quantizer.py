@@ -6,10 +6,11 @@ from typing import Any
 from torch import nn
 
 from coreai_opt._state_tensors import check_example_inputs
+from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
-from coreai_opt.quantization.base_quantizer import _PREPARED, _BaseQuantizer
+from coreai_opt.quantization.base_quantizer import _BaseQuantizer
 from coreai_opt.quantization.config import ExecutionMode, QuantizerConfig
 
 __all__ = ["Quantizer"]
@@ -81,7 +82,7 @@ class Quantizer(_BaseQuantizer):
         if not export_with_no_grad:
             warnings.warn("export_with_no_grad has no effect in eager mode", UserWarning, stacklevel=2)
         preparation.prepare(self._model, self._config, example_inputs)
-        setattr(self._model, _PREPARED, True)
+        setattr(self._model, PREPARED_BY_QUANTIZER, True)
         return self._model
 
     def finalize(

@@ -1,24 +1,20 @@
-// Sums of magnitudes that no order of additions changes: the values are rounded to a unit so large that float64
-// holds every sum of them exactly (Demmel and Nguyen, Fast Reproducible Floating-Point Summation, ARITH 2013).
+// Sums of magnitudes that no order of additions changes: before they are added, the magnitudes are rounded to a unit
+// that depends on the largest of them alone, and their counts of units are integers (Demmel and Nguyen, Fast
+// Reproducible Floating-Point Summation, ARITH 2013).
 #pragma once
 
 #include "common/element.h"
 
 namespace coreai {
 
-// Bits that count up to n: the power of two that n values of one exponent stay below.
-COREAI_HD int bits_to_count(int64_t n) {
-  int bits = 0;
-  while (bits < 62 && (int64_t{1} << bits) < n) ++bits;
-  return bits;
-}
+// Magnitudes are less than 2^28 units: the largest is at least 2^24 of them, so that none is rounded more coarsely
+// than float32 rounds the largest. Steps of four binades make most blocks of a tensor share a unit.
+constexpr int kUnitBits = 28, kUnitStep = 4;
 
-// Exponent field of the unit for n values, the largest of which is `peak`.
-COREAI_HD int unit_exponent(double peak, int bits_of_count) {
-  int64_t bits;
-  __builtin_memcpy(&bits, &peak, sizeof(bits));
-  const int exponent = static_cast<int>(bits >> 52) + 1 + bits_of_count - 52;
-  return exponent < 1 ? 1 : exponent > 2046 ? 2046 : exponent;
+// Exponent field of the unit, for the exponent field of the largest magnitude; both as in float64.
+COREAI_HD int unit_exponent(int exponent) {
+  const int unit = ((exponent + 1) & -kUnitStep) + (kUnitStep - 1) - kUnitBits;
+  return unit < 1 ? 1 : unit;
 }
 
 COREAI_HD double power_of_two(int exponent_field) {
@@ -28,10 +24,10 @@ COREAI_HD double power_of_two(int exponent_field) {
   return result;
 }
 
-// 2^52 units: added to a value and taken away again, it rounds it to a multiple of the unit, half to even. For a
-// peak that is a float32.
-COREAI_HD double rounding_shift(float peak, int bits_of_count) {
-  return power_of_two(unit_exponent(peak, bits_of_count) + 52);
+COREAI_HD double unit_for(double peak) {
+  int64_t bits;
+  __builtin_memcpy(&bits, &peak, sizeof(bits));
+  return power_of_two(unit_exponent(static_cast<int>(bits >> 52)));
 }
 
 }  // namespace coreai

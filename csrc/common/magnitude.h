@@ -48,6 +48,21 @@ COREAI_HD WordOf<kElement> magnitude_key(WordOf<kElement> bits) {
   return magnitude < kNanKey<kElement> ? magnitude : kNanKey<kElement>;
 }
 
+// body.operator()<element>()
+template <class Body>
+inline auto with_element(Element element, Body body) {
+  switch (element) {
+    case Element::kBFloat16:
+      return body.template operator()<Element::kBFloat16>();
+    case Element::kFloat16:
+      return body.template operator()<Element::kFloat16>();
+    case Element::kFloat64:
+      return body.template operator()<Element::kFloat64>();
+    default:
+      return body.template operator()<Element::kFloat32>();
+  }
+}
+
 // Key of the same value in another type that holds it. Subnormals are small integers times a power of two.
 template <Element kFrom, Element kTo>
 COREAI_HD WordOf<kTo> widen_key(WordOf<kFrom> key) {

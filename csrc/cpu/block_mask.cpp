@@ -1,10 +1,8 @@
 #include "cpu/block_mask.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
-#include "common/exact_sum.h"
 #include "common/magnitude.h"
 #include "cpu/select.h"
 #include "cpu/share.h"
@@ -13,7 +11,8 @@ namespace coreai::cpu {
 namespace {
 
 constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
-constexpr int64_t kPattern = 4096;   // elements of a run that are copied at once
+constexpr int64_t kPattern = 4096;   // elements that are copied at once
+constexpr int64_t kShortRun = 64;    // shorter ones are not worth a call of the C library
 
 int64_t first_block(const Geometry& g, int64_t row) {
   int64_t base = 0;
@@ -33,40 +32,54 @@ void over_runs(const Geometry& g, int64_t begin, int64_t end, Body body) {
   }
 }
 
-// The definition, one element after the other: float64 has no kernel of its own.
-void norms_of_doubles(const Geometry& g, const double* x, double* norms) {
-  const int64_t runs = g.numel / g.run;
-  const int bits_of_count = bits_to_count(g.numel / g.blocks);
-  std::fill_n(norms, g.blocks, 0.0);
-  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
-    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) {
-      const double magnitude = std::fabs(x[i]);
-      if (!(magnitude <= norms[block]) && !std::isnan(norms[block])) norms[block] = magnitude;
+// Each of `count` words `run` times.
+template <class Word>
+void repeat(const Word* words, int64_t count, int64_t run, Word* to) {
+  const auto each = [&]<int kRun>() {
+    const int64_t length = kRun > 0 ? kRun : run;
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < length; ++j) to[i * length + j] = words[i];
+    }
+  };
+  switch (run) {
+    case 1:
+      return each.template operator()<1>();
+    case 2:
+      return each.template operator()<2>();
+    case 4:
+      return each.template operator()<4>();
+    case 8:
+      return each.template operator()<8>();
+    case 16:
+      return each.template operator()<16>();
+    default:
+      return each.template operator()<0>();
+  }
+}
+
+// The rows of the innermost outer axis are alike: pieces of one are made once.
+template <class Word>
+void fill_short_runs(const Geometry& g, const std::vector<Word>& words, Word* mask) {
+  const int64_t length = g.run * g.columns, alike = g.outer_axes > 0 ? g.outer[g.outer_axes - 1].size : 1;
+  const int64_t piece = kPattern / g.run, pieces = (g.columns + piece - 1) / piece;
+  const int64_t items = g.numel / (length * alike) * pieces;
+  share_items(items, std::max<int64_t>(1, kGrain / (alike * kPattern)), [&](int64_t begin, int64_t end) {
+    Word pattern[kPattern];
+    for (; begin < end; ++begin) {
+      const int64_t row = begin / pieces * alike, column = begin % pieces * piece;
+      const int64_t count = std::min(piece, g.columns - column);
+      repeat(words.data() + first_block(g, row) + column, count, g.run, pattern);
+      Word* to = mask + row * length + column * g.run;
+      for (int64_t i = 0; i < alike; ++i) {
+        std::memcpy(to + i * length, pattern, static_cast<size_t>(count * g.run) * sizeof(Word));
+      }
     }
   });
-  std::vector<double> units(static_cast<size_t>(g.blocks));
-  for (int64_t i = 0; i < g.blocks; ++i) {
-    units[static_cast<size_t>(i)] = power_of_two(unit_exponent(std::fabs(norms[i]), bits_of_count));
-    norms[i] = 0.0;
-  }
-  over_runs(g, 0, runs, [&](int64_t run, int64_t block) {
-    const double unit = units[static_cast<size_t>(block)];
-    for (int64_t i = run * g.run; i < (run + 1) * g.run; ++i) norms[block] += std::nearbyint(std::fabs(x[i]) / unit);
-  });
-  for (int64_t i = 0; i < g.blocks; ++i) norms[i] *= units[static_cast<size_t>(i)];
 }
 
 template <class Word>
 void fill(const Geometry& g, const std::vector<Word>& words, Word one, Word* mask) {
-  if (g.run == 1) {
-    share_items(g.numel / g.columns, std::max<int64_t>(1, kGrain / g.columns), [&](int64_t begin, int64_t end) {
-      for (; begin < end; ++begin) {
-        std::memcpy(mask + begin * g.columns, words.data() + first_block(g, begin),
-                    static_cast<size_t>(g.columns) * sizeof(Word));
-      }
-    });
-    return;
-  }
+  if (g.run < kShortRun) return fill_short_runs(g, words, mask);
   // The C library's routines write long runs without reading the memory first, which loops do not.
   const std::vector<Word> ones(static_cast<size_t>(std::min(g.run, kPattern)), one);
   share_items(g.numel / g.run, std::max<int64_t>(1, kGrain / g.run), [&](int64_t begin, int64_t end) {
@@ -92,11 +105,7 @@ std::vector<double> choose(const Layout& layout, Element element, const void* in
   const Geometry& g = layout.geometry;
   const auto blocks = static_cast<size_t>(g.blocks);
   std::vector<double> norms(blocks), ranked, chosen(blocks);
-  if (element == Element::kFloat64) {
-    norms_of_doubles(g, static_cast<const double*>(input), norms.data());
-  } else {
-    kernels().block_norms(g, element, input, norms.data());
-  }
+  kernels().block_norms(g, element, input, norms.data());
   if (!layout.block_index.empty()) {
     ranked.resize(blocks);
     for (size_t i = 0; i < blocks; ++i) ranked[row_major_index(layout, i)] = norms[i];
@@ -109,20 +118,6 @@ std::vector<double> choose(const Layout& layout, Element element, const void* in
 template <Element kElement>
 constexpr WordOf<kElement> word_of(double chosen) {
   return chosen != 0.0 ? Magnitude<kElement>::kOne : WordOf<kElement>{0};
-}
-
-template <class Body>
-void with_element(Element element, Body body) {
-  switch (element) {
-    case Element::kBFloat16:
-      return body.template operator()<Element::kBFloat16>();
-    case Element::kFloat16:
-      return body.template operator()<Element::kFloat16>();
-    case Element::kFloat64:
-      return body.template operator()<Element::kFloat64>();
-    default:
-      return body.template operator()<Element::kFloat32>();
-  }
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// fake_quantize and its gradient.
+// fake_quantize.
 #pragma once
 
-#include "cpu/loops.h"
+#include "cpu/block_params.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -15,17 +15,23 @@ COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
   Bits::put_lanes(cursor, Simd::bits(inside));
 }
 
+// Two neighbouring vectors of results; of finite values they are numbers.
+template <class K, class T>
+COREAI_HD void store_results(T* y, F a, F b) {
+  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
+    Simd::store_pair_of_numbers(y, a, b);
+  } else {
+    Simd::store_pair(y, a, b);
+  }
+}
+
 template <class Bits, class K, class T>
 COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
                                   typename Bits::Cursor& cursor) {
   M inside[2];
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
-  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
-    Simd::store_pair_of_numbers(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
-  } else {
-    Simd::store_pair(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
-  }
+  store_results<K>(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
   Bits::put_lanes(cursor, Simd::bits(inside[0]));
   Bits::put_lanes(cursor, Simd::bits(inside[1]));
 }
@@ -58,86 +64,10 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
   }
 }
 
-template <class = void>
-COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
-  return a.zero_point ? static_cast<float>(a.zero_point[block]) : a.constant;
-}
-
-// The quickest way to divide by the first n scales. A corrected product with the reciprocal is as good as a division
-// if scales are far from overflow and underflow, and if rounding and clamping change only at numbers of up to nine
-// bits: tests/kernels/test_quotients.py compares the two around all of those.
-template <class K>
-COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
-  if constexpr (!Simd::kHasQuotient) {
-    return Way::kDivide;
-  } else {
-    const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
-    const auto is_short = [](F bound) __attribute__((always_inline)) {
-      if constexpr (K::kFormat == Format::kInt) {
-        return Simd::equal(bound, clamp_lanes<Simd>(bound, Simd::set(-255.0f), Simd::set(255.0f)));
-      } else {
-        return Simd::equal(bound, Simd::as_float(Simd::iand(Simd::as_int(bound), Simd::iset(-0x8000))));
-      }
-    };
-    const M suits = Simd::mand(Simd::equal(scales, kept), Simd::mand(is_short(low), is_short(high)));
-    const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
-    if ((Simd::bits(suits) & all) != all) return Way::kDivide;
-    return finite ? Way::kReciprocalOfFinite : Way::kReciprocal;
-  }
-}
-
-// Calls body(kind) with the kind that divides that way.
-template <class K, class Body>
-COREAI_HD void with_way(Way way, Body body) {
-  if constexpr (Simd::kHasQuotient) {
-    if (way == Way::kReciprocalOfFinite) return body(typename K::template By<Way::kReciprocalOfFinite>{});
-    if (way == Way::kReciprocal) return body(typename K::template By<Way::kReciprocal>{});
-  }
-  body(K{});
-}
-
-// Parameters of up to kWidth neighbouring blocks, ready to be broadcast one by one.
-struct BlockParams {
-  alignas(64) float scale[kWidth], low[kWidth], high[kWidth], offset[kWidth], reciprocal[kWidth];
-  Way way;
-
-  // `finite`: no element is infinite, NaN or beyond 2^62.
-  template <class K>
-  COREAI_HD void load(const Affine& a, int64_t block, int n, bool finite) {
-    F zero_point = Simd::set(a.constant);
-    if (a.zero_point && n == kWidth) {
-      zero_point = Simd::to_float(Simd::load(a.zero_point + block));
-    } else if (a.zero_point) {
-      alignas(64) float values[kWidth] = {};
-      for (int i = 0; i < n; ++i) values[i] = static_cast<float>(a.zero_point[block + i]);
-      zero_point = Simd::load(values);
-    }
-    const F scales = Simd::load_n(a.scale + block, n);
-    Simd::store(scale, scales);
-    const F lows = Simd::sub(Simd::set(a.low), zero_point), highs = Simd::sub(Simd::set(a.high), zero_point);
-    Simd::store(low, lows);
-    Simd::store(high, highs);
-    way = way_to_divide<K>(scales, lows, highs, n, finite);
-    if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
-    Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
-  }
-  COREAI_HD Params<Simd> operator[](int i) const {
-    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]),
-            Simd::set(reciprocal[i])};
-  }
-};
-
-template <class = void>
-COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
-  const float zero_point = zero_point_of(a, block);
-  return {Simd::set(a.scale[block]), Simd::set(a.low - zero_point), Simd::set(a.high - zero_point),
-          Simd::set(a.offset ? a.offset[block] : 0.0f), Simd::set(1.0f / a.scale[block])};
-}
-
 // Elements of one block.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
-  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, false), [&](auto kind) __attribute__((always_inline)) {
+COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, bool finite, Bits& bits) {
+  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, finite), [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_run<decltype(kind)>(x, y, n, p, bits);
   });
 }
@@ -165,32 +95,6 @@ COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, c
   });
 }
 
-// Parameters of kWidth neighbouring blocks, one a lane.
-template <class = void>
-COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
-  const F zero_point = a.zero_point ? Simd::to_float(Simd::load(a.zero_point + block)) : Simd::set(a.constant);
-  return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point),
-          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f),
-          Simd::set(0.0f)};
-}
-
-// Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
-template <class = void>
-COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t column, int64_t run, int n) {
-  if (run == 1 && n == kWidth) return params_of_lanes(a, base + column);
-  alignas(64) float scale[kWidth], zero_point[kWidth], offset[kWidth];
-  for (int i = 0; i < n; ++i) {
-    const int64_t block = base + (run == 1 ? column + i : (column + i) / run);
-    scale[i] = a.scale[block];
-    zero_point[i] = zero_point_of(a, block);
-    offset[i] = a.offset ? a.offset[block] : 0.0f;
-  }
-  for (int i = n; i < kWidth; ++i) scale[i] = 1.0f, zero_point[i] = offset[i] = 0.0f;
-  const F zero = Simd::load(zero_point);
-  return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero),
-          Simd::load(offset), Simd::set(0.0f)};
-}
-
 // Elements [column, column + n) of a row whose first block is `base`.
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, int64_t base, int64_t run,
@@ -203,11 +107,11 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
       const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
       int64_t piece = smaller(n, run - inside);
       if (blocks > 1) {
-        params.load<K>(a, block, blocks, false);
+        params.load<K>(a, block, blocks, a.finite);
         fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
         piece = blocks * run;
       } else {
-        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), bits);
+        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), a.finite, bits);
       }
       x += piece, y += piece, column += piece, n -= piece;
     }
@@ -223,6 +127,76 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     } else {
       fake_quantize_some<K>(x + i, y + i, some, p, bits);
     }
+  }
+}
+
+// Rows of blocks of one element: a look at the parameters serves so many rows.
+constexpr int kBand = 4;
+
+// The same columns of some rows, `stride` elements apart: two whole vectors of them.
+template <class K, class T>
+COREAI_HD void fake_quantize_column_pair(const T* x, T* y, uint8_t* mask, int64_t stride, int rows,
+                                         const Params<Simd>& left, const Params<Simd>& right) {
+  for (int row = 0; row < rows; ++row, x += stride, y += stride) {
+    M inside[2];
+    const F a = quantize_lanes<Simd, K>(Simd::load(x), left, inside[0]);
+    const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), right, inside[1]);
+    store_results<K>(y, dequantize_lanes<Simd, K>(a, left), dequantize_lanes<Simd, K>(b, right));
+    if (mask) {
+      BitWriter::Cursor cursor = mask + row * (stride / 8);
+      BitWriter::put_lanes(cursor, Simd::bits(inside[0]));
+      BitWriter::put_lanes(cursor, Simd::bits(inside[1]));
+    }
+  }
+}
+
+// Up to one vector of them, whole bytes of the mask.
+template <class K, class T>
+COREAI_HD void fake_quantize_some_columns(const T* x, T* y, uint8_t* mask, int64_t stride, int rows, int n,
+                                          const Params<Simd>& p) {
+  for (int row = 0; row < rows; ++row, x += stride, y += stride) {
+    M inside;
+    const F q = quantize_lanes<Simd, K>(Simd::load_n(x, n), p, inside);
+    Simd::store_n(y, dequantize_lanes<Simd, K>(q, p), n);
+    const uint32_t bits = Simd::bits(inside);
+    for (int byte = 0; mask && byte < n / 8; ++byte) {
+      mask[row * (stride / 8) + byte] = static_cast<uint8_t>(bits >> (8 * byte));
+    }
+  }
+}
+
+// Whether each element of a row is a block of its own, and rows are whole bytes of the mask.
+inline bool is_by_columns(const Geometry& g) { return g.run == 1 && g.columns >= kWidth && g.columns % 8 == 0; }
+
+template <class K, class T>
+void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64_t end) {
+  const Geometry& g = *job.geometry;
+  const int64_t length = g.columns;
+  const int64_t sharing = g.outer_axes > 0 && g.outer[g.outer_axes - 1].stride == 0 ? g.outer[g.outer_axes - 1].size : 1;
+  const T* x = static_cast<const T*>(job.input);
+  T* y = static_cast<T*>(job.output);
+  while (begin < end) {
+    const int64_t base = row_base(g, begin);
+    const int rows = static_cast<int>(smaller<int64_t>(smaller<int64_t>(kBand, end - begin), sharing - begin % sharing));
+    const int64_t first = begin * length;
+    const auto mask_at = [&](int64_t i) { return job.mask ? job.mask + (first + i) / 8 : nullptr; };
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
+      const auto left = ColumnParams::load<K>(job.affine, base + i, kWidth);
+      const auto right = ColumnParams::load<K>(job.affine, base + i + kWidth, kWidth);
+      with_way<K>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
+        fake_quantize_column_pair<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, left.lanes,
+                                                  right.lanes);
+      });
+    }
+    for (; i < length; i += kWidth) {
+      const int n = static_cast<int>(smaller<int64_t>(kWidth, length - i));
+      const auto p = ColumnParams::load<K>(job.affine, base + i, n);
+      with_way<K>(p.way, [&](auto kind) __attribute__((always_inline)) {
+        fake_quantize_some_columns<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, n, p.lanes);
+      });
+    }
+    begin += rows;
   }
 }
 
@@ -255,35 +229,14 @@ void fake_quantize(const FakeQuantize& job) {
     using T = typename decltype(type)::type;
     with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
       using K = decltype(kind);
+      const Geometry& g = *job.geometry;
+      if (is_by_columns(g)) {
+        share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns),
+              [&](int64_t begin, int64_t end) { fake_quantize_rows_of_columns<K, T>(job, begin, end); });
+        return;
+      }
       share(job.geometry->numel, kAlignment, kParallelElements,
             [&](int64_t begin, int64_t end) { fake_quantize_range<K, T>(job, begin, end); });
-    });
-  });
-}
-
-// A product with 0 or 1, so that NaN and infinite gradients behave as IEEE 754 says.
-template <class T>
-void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n) {
-  const F one = Simd::set(1.0f), zero = Simd::set(0.0f);
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    uint32_t bits = 0;
-    for (int byte = 0; byte < kWidth / 8; ++byte) bits |= static_cast<uint32_t>(mask[i / 8 + byte]) << (8 * byte);
-    Simd::store(out + i, Simd::mul(Simd::load(grad + i), Simd::select(Simd::from_bits(bits), one, zero)));
-  }
-  for (; i < n; i += 8) {
-    const int some = static_cast<int>(smaller<int64_t>(8, n - i));
-    const F factor = Simd::select(Simd::from_bits(mask[i / 8]), one, zero);
-    Simd::store_n(out + i, Simd::mul(Simd::load_n(grad + i, some), factor), some);
-  }
-}
-
-void masked_gradient(Element element, const void* grad, void* out, const uint8_t* mask, int64_t numel) {
-  with_type(element, [&](auto type) {
-    using T = typename decltype(type)::type;
-    share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
-      masked_gradient_range(static_cast<const T*>(grad) + begin, static_cast<T*>(out) + begin, mask + begin / 8,
-                            end - begin);
     });
   });
 }

@@ -39,6 +39,7 @@ struct Affine {
   const int32_t* zero_point;  // null: `constant` everywhere
   const float* offset;    // null: zero everywhere
   float constant;
+  bool finite = false;    // known: no element is infinite, NaN or beyond 2^62
 };
 
 struct FakeQuantize {

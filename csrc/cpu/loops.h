@@ -57,6 +57,11 @@ void share(int64_t count, int64_t unit, int64_t grain, Body body) {
 }
 
 template <class T>
+constexpr bool kIsBFloat16 = false;
+template <>
+constexpr bool kIsBFloat16<BFloat16> = true;
+
+template <class T>
 struct Type {
   using type = T;
 };

@@ -1,40 +1,18 @@
 // N:M masks: in every group of m elements, an element is kept if fewer than n rank before it.
 //
 // Element j ranks before element i if its key is larger, or equal and j < i. With keys lowered by one where j < i,
-// that is one comparison. Of large groups the n-th largest key is found by sorting, and ties are then counted.
+// that is one comparison. Of large groups the n-th largest key is found by sorting, and ties are then counted; there
+// every lane has a group of its own, for which groups along the memory are turned into the lanes.
 #pragma once
 
 #include "common/magnitude.h"
+#include "cpu/lane_sort.h"
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
+#include "cpu/transpose.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
-
-constexpr int kLargestGroup = 32;
-constexpr int kComparedGroup = 5;  // up to this size all pairs are compared
-
-// Batcher's merge exchange for any number of elements (Knuth, TAOCP 3, 5.2.2, algorithm M). The pairs depend on m
-// alone.
-struct Exchanges {
-  int count = 0;
-  uint8_t first[192], second[192];
-
-  explicit Exchanges(int m) {
-    int top = 1;
-    while (2 * top < m) top *= 2;
-    for (int p = top; p > 0; p /= 2) {
-      int r = 0, d = p;
-      for (int q = top;; q /= 2) {
-        for (int i = 0; i + d < m; ++i) {
-          if ((i & p) == r) first[count] = static_cast<uint8_t>(i), second[count++] = static_cast<uint8_t>(i + d);
-        }
-        if (q == p) break;
-        d = q - p, r = p;
-      }
-    }
-  }
-};
 
 template <Element kElement>
 struct Groups {
@@ -42,16 +20,15 @@ struct Groups {
   using W = Words<sizeof(Word)>;
   using V = typename W::V;
   using Signed = typename W::Word;
-  static constexpr int kLanes = W::kLanes;
+  static constexpr int kLanes = W::kLanes, kLargestGroup = LaneSort<W>::kLargest;
 
   static COREAI_HD V keys_of(V bits) {
     const V magnitude = bits & W::set(static_cast<Signed>(static_cast<Word>(~Word{0}) >> 1));
     const V nan = W::set(static_cast<Signed>(kNanKey<kElement>));
     return magnitude < nan ? magnitude : nan;
   }
-  static COREAI_HD V mask_of(V rank, int n) {
-    const V one = W::set(static_cast<Signed>(Magnitude<kElement>::kOne));
-    return W::where(W::greater(W::set(static_cast<Signed>(n)), rank), one);
+  static COREAI_HD V ones(typename W::M kept) {
+    return W::where(kept, W::set(static_cast<Signed>(Magnitude<kElement>::kOne)));
   }
 
   // Lane i of the result: the lane that is r after it in its group of kM; and -1 where that one comes before it.
@@ -83,44 +60,60 @@ struct Groups {
       const V others = rotated<kM>(keys, r, lowered);
       rank -= others > keys + lowered;
     }
-    return mask_of(rank, n);
+    return ones(W::greater(W::set(static_cast<Signed>(n)), rank));
   }
 
-  // Groups across the vectors of an array.
-  static COREAI_HD V among(const V* keys, int i, int n, int m) {
-    V rank = {};
-    const V own = keys[i], lowered = own - 1;
-    for (int j = 0; j < i; ++j) rank -= keys[j] > lowered;
-    for (int j = i + 1; j < m; ++j) rank -= keys[j] > own;
-    return mask_of(rank, n);
-  }
-
-  // Replaces the keys of m groups' elements by their mask.
-  static COREAI_HD void choose(V* keys, const Exchanges& exchanges, int n, int m) {
-    V sorted[kLargestGroup];
-    for (int i = 0; i < m; ++i) sorted[i] = keys[i];
-    for (int i = 0; i < exchanges.count; ++i) {
-      V &high = sorted[exchanges.first[i]], &low = sorted[exchanges.second[i]];
-      const V a = high, b = low;
-      high = a > b ? a : b;
-      low = a > b ? b : a;
+  // Groups across the vectors of an array, a lane each. Calls put(i, which of the i-th elements are kept), and has no
+  // use for keys[i] any more.
+  template <class Put>
+  static COREAI_HD void choose(const V* keys, int n, int m, Put put) {
+    switch (m) {
+      case 2:
+        return compare_all<2>(keys, n, put);
+      case 3:
+        return compare_all<3>(keys, n, put);
+      case 4:
+        return compare_all<4>(keys, n, put);
+      case 5:
+        return compare_all<5>(keys, n, put);
+      default:
+        return sort_all(keys, n, m, put);
     }
-    const V threshold = sorted[n - 1], one = W::set(static_cast<Signed>(Magnitude<kElement>::kOne));
-    V left = W::set(static_cast<Signed>(n));  // to be kept of those equal to it
-    for (int i = 0; i < n; ++i) left += sorted[i] > threshold;
+  }
+  template <class Put>
+  static COREAI_HD void sort_all(const V* keys, int n, int m, Put put) {
+    const V threshold = LaneSort<W>::nth_largest(keys, n, m), below = threshold - 1;
+    V left = W::set(static_cast<Signed>(n));
+    if constexpr (sizeof(Word) > 2) {  // 16-bit keys tie all the time
+      for (int i = 0; i < m; ++i) left = W::less_one(left, W::greater(keys[i], below));
+      if (W::bits(W::greater(V{}, left)) == 0) {
+        for (int i = 0; i < m; ++i) put(i, W::greater(keys[i], below));
+        return;
+      }
+      left = W::set(static_cast<Signed>(n));
+    }
+    for (int i = 0; i < m; ++i) left = W::less_one(left, W::greater(keys[i], threshold));
+    // The first ones of those equal to the threshold, as many as are left to be kept.
     for (int i = 0; i < m; ++i) {
-      const V tie = keys[i] == threshold;
-      keys[i] = ((keys[i] > threshold) | (tie & (left > 0))) & one;
-      left += tie;
+      const auto tie = W::equal(keys[i], threshold);
+      put(i, W::greater(keys[i], threshold) | (tie & W::greater(left, V{})));
+      left = W::less_one(left, tie);
     }
   }
-
-  // Masks of the groups in an array of keys, in their place.
-  static COREAI_HD void choose_any(V* keys, const Exchanges& exchanges, int n, int m) {
-    if (m > kComparedGroup) return choose(keys, exchanges, n, m);
-    V kept[kComparedGroup];
-    for (int i = 0; i < m; ++i) kept[i] = among(keys, i, n, m);
-    for (int i = 0; i < m; ++i) keys[i] = kept[i];
+  template <int kM, class Put>
+  static COREAI_HD void compare_all(const V* keys, int n, Put put) {
+    V own[kM];
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) own[i] = keys[i];
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+      V rank = {};
+#pragma GCC unroll 8
+      for (int j = 0; j < kM; ++j) {
+        if (j != i) rank -= own[j] > (j < i ? own[i] - 1 : own[i]);
+      }
+      put(i, W::greater(W::set(static_cast<Signed>(n)), rank));
+    }
   }
 
   template <int kM>
@@ -135,9 +128,64 @@ struct Groups {
     }
   }
 
-  // Groups one after the other, of any size: turned into the lanes and back.
+  // Groups one after the other, of any size: lanes take stretches of so many groups that they nearly fill vectors.
   static void adjacent_any(const Word* x, Word* mask, int64_t groups, int n, int m) {
-    const Exchanges exchanges(m);
+    constexpr int kBits = kLanes < 16 ? kLanes : 16;  // positions whose bits fill a word
+    const int stretch = m * groups_that_fill_vectors(m), padded = padded_to_vectors(stretch);
+    const int64_t tile = int64_t{stretch} * kLanes;
+    int64_t numel = groups * m;
+    V keys[kLongestStretch], bit[kBits];
+    for (int i = 0; i < kBits; ++i) bit[i] = W::set(static_cast<Signed>(1 << i));
+    // What is read and written past a stretch belongs to the next one, which is read before and written later. Not so
+    // past the last: the input may be the output.
+    for (; numel >= tile + padded - stretch; numel -= tile, x += tile, mask += tile) {
+      for (int from = 0; from < padded; from += kLanes) {
+        Transpose<W>::of(keys + from, [&](int i) { return keys_of(W::load(x + i * stretch + from)); });
+        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(x + tile + (from + i) * kLanes);
+      }
+      for (int from = 0; from < stretch; from += m) {
+        choose(keys + from, n, m, [&](int i, typename W::M each) {
+          keys[from + i] = W::where(each, bit[(from + i) & (kBits - 1)]);
+        });
+      }
+      for (int i = stretch; i < padded; ++i) keys[i] = V{};
+      Word words[kLongestStretch / kBits][kLanes];
+      for (int from = 0; from < padded; from += kBits) {
+        V all = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < kBits; ++i) all |= keys[from + i];
+        W::store(words[from / kBits], all);
+      }
+      for (int i = 0; i < kLanes; ++i) {
+        for (int from = 0; from < padded; from += kLanes) {
+          const auto* word = words + from / kBits;
+          uint32_t bits = static_cast<uint32_t>(word[0][i]);
+          if constexpr (kLanes > kBits) bits |= static_cast<uint32_t>(word[1][i]) << kBits;
+          const V result = ones(W::from_bits(bits));
+          Word* to = mask + i * stretch + from;
+          if (i < kLanes - 1 || from + kLanes <= stretch) {
+            W::store(to, result);
+          } else {
+            __builtin_memcpy(to, &result, static_cast<uint64_t>(stretch - from) * sizeof(Word));
+          }
+        }
+      }
+    }
+    few(x, mask, numel / m, n, m);
+  }
+
+  static constexpr int kLongestStretch = 128;
+  static int padded_to_vectors(int length) { return (length + kLanes - 1) / kLanes * kLanes; }
+  static int groups_that_fill_vectors(int m) {
+    int best = 1;
+    for (int i = 2; padded_to_vectors(i * m) <= kLongestStretch; ++i) {
+      if (padded_to_vectors(i * m) * best < padded_to_vectors(best * m) * i) best = i;
+    }
+    return best;
+  }
+
+  // The same, one element after the other.
+  static void few(const Word* x, Word* mask, int64_t groups, int n, int m) {
     V keys[kLargestGroup];
     Word rows[kLargestGroup][kLanes] = {};
     for (int64_t g = 0; g < groups; g += kLanes) {
@@ -148,8 +196,7 @@ struct Groups {
         for (int i = 0; i < m; ++i) rows[i][lane] = from[lane * m + i];
       }
       for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(rows[i]));
-      choose_any(keys, exchanges, n, m);
-      for (int i = 0; i < m; ++i) W::store(rows[i], keys[i]);
+      choose(keys, n, m, [&](int i, typename W::M kept) { W::store(rows[i], ones(kept)); });
       for (int lane = 0; lane < some; ++lane) {
         for (int i = 0; i < m; ++i) to[lane * m + i] = rows[i][lane];
       }
@@ -157,14 +204,12 @@ struct Groups {
   }
 
   // Columns [begin, end) of one block of m rows.
-  static void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m,
-                      const Exchanges& exchanges) {
+  static void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m) {
     V keys[kLargestGroup];
     int64_t c = begin;
     for (; c + kLanes <= end; c += kLanes) {
       for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(x + i * inner + c));
-      choose_any(keys, exchanges, n, m);
-      for (int i = 0; i < m; ++i) W::store(mask + i * inner + c, keys[i]);
+      choose(keys, n, m, [&](int i, typename W::M kept) { W::store(mask + i * inner + c, ones(kept)); });
     }
     if (c < end) {
       const uint64_t bytes = static_cast<uint64_t>(end - c) * sizeof(Word);
@@ -173,8 +218,10 @@ struct Groups {
         __builtin_memcpy(&bits, x + i * inner + c, bytes);
         keys[i] = keys_of(bits);
       }
-      choose_any(keys, exchanges, n, m);
-      for (int i = 0; i < m; ++i) __builtin_memcpy(mask + i * inner + c, &keys[i], bytes);
+      choose(keys, n, m, [&](int i, typename W::M kept) {
+        const V words = ones(kept);
+        __builtin_memcpy(mask + i * inner + c, &words, bytes);
+      });
     }
   }
 
@@ -199,14 +246,12 @@ struct Groups {
       });
       return;
     }
-    const Exchanges exchanges(m);
     // A strip of columns whose rows stay in the cache together.
     const int64_t width = smaller<int64_t>(job.inner, 1024), strips = (job.inner + width - 1) / width;
     share(job.blocks * strips, 1, larger<int64_t>(1, kParallelElements / (m * width)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i / strips * m * job.inner, column = i % strips * width;
-        columns(x + start, mask + start, job.inner, column, smaller(job.inner, column + width), n, m,
-                exchanges);
+        columns(x + start, mask + start, job.inner, column, smaller(job.inner, column + width), n, m);
       }
     });
   }

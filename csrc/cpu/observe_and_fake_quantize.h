@@ -29,6 +29,13 @@ COREAI_HD bool is_moderate(Range range) {
   return same == static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
 }
 
+template <class = void>
+COREAI_HD bool are_moderate(const float* bounds, int64_t n) {
+  bool moderate = true;
+  for (int64_t i = 0; i < n; ++i) moderate = moderate && bounds[i] >= -0x1p62f && bounds[i] <= 0x1p62f;
+  return moderate;
+}
+
 // Blocks [begin, end); the first element of `begin` is at a multiple of eight.
 template <class K, class T, class Bits>
 void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits) {
@@ -94,8 +101,10 @@ void observe_and_fake_quantize(const Observe& job) {
       set_qparams(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);
     }
   });
+  FakeQuantize with_range = quantize;
+  with_range.affine.finite = are_moderate(low, 2 * g.blocks);
   delete[] low;
-  fake_quantize(quantize);
+  fake_quantize(with_range);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/qparams.h"
+#include "cpu/simd_words.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -65,9 +66,87 @@ __attribute__((noinline)) Range with_nan(const T* x, int64_t run, int blocks, Ra
   return {Simd::select(is_nan, quiet, range.low), Simd::select(is_nan, quiet, range.high)};
 }
 
+// 16-bit elements are compared as signed words: with the other bits of negative ones flipped these have the order of
+// the values, and NaN of either sign lies beyond the infinities. Twice the lanes, and nothing to widen.
+template <class T>
+struct OrderedWords {
+  using W = Words<2>;
+  using V = W::V;
+  static constexpr int16_t kInfinity = kIsBFloat16<T> ? 0x7f80 : 0x7c00;
+
+  V low = W::set(INT16_MAX), high = W::set(INT16_MIN);
+
+  // Elements to keys, and back.
+  static COREAI_HD V flip(V words) { return words ^ ((words >> 15) & W::set(0x7fff)); }
+  COREAI_HD void take(const T* x) {
+    const V keys = flip(W::load(x));
+    low = W::min(low, keys);
+    high = W::max(high, keys);
+  }
+  COREAI_HD void take(const OrderedWords& other) {
+    low = W::min(low, other.low);
+    high = W::max(high, other.high);
+  }
+  // Extremes of n >= W::kLanes elements.
+  static COREAI_HD OrderedWords of(const T* x, int64_t n) {
+    OrderedWords a;
+    int64_t i = 0;
+    if (n >= 4 * W::kLanes) {
+      OrderedWords b;
+      for (; i + 2 * W::kLanes <= n; i += 2 * W::kLanes) {
+        a.take(x + i);
+        b.take(x + i + W::kLanes);
+      }
+      a.take(b);
+    }
+    for (; i + W::kLanes <= n; i += W::kLanes) a.take(x + i);
+    if (i < n) a.take(x + n - W::kLanes);  // overlaps what was taken: harmless
+    return a;
+  }
+  // Lanes of two keys each to the value of the one that `choose` prefers.
+  template <class Choose>
+  static COREAI_HD F value_of(F pairs, Choose choose, V& keys) {
+    const I lanes = Simd::as_int(pairs);
+    const I swapped = Simd::ior(Simd::template shl<16>(lanes), Simd::template shr<16>(lanes));
+    keys = choose((V)lanes, (V)swapped);
+    const I words = (I)flip(keys);
+    if constexpr (kIsBFloat16<T>) {
+      return Simd::as_float(Simd::template shl<16>(words));
+    } else {
+      alignas(64) int32_t wide[kWidth];
+      alignas(64) uint16_t narrow[kWidth];
+      Simd::store(wide, words);
+      for (int i = 0; i < kWidth; ++i) narrow[i] = static_cast<uint16_t>(wide[i]);
+      return Simd::load(reinterpret_cast<const T*>(narrow));
+    }
+  }
+};
+
+// See `range_of_blocks`; here run >= Words<2>::kLanes, of a 16-bit type.
+template <class T, class Lanes = Simd>
+COREAI_HD Range range_of_word_blocks(const T* x, int64_t run, int blocks) {
+  using Keys = OrderedWords<T>;
+  using W = typename Keys::W;
+  F low[kWidth], high[kWidth];
+  for (int i = 0; i < blocks; ++i) {
+    const Keys e = Keys::of(x + i * run, run);
+    low[i] = (F)e.low, high[i] = (F)e.high;
+  }
+  for (int i = blocks; i < kWidth; ++i) low[i] = high[i] = Simd::set(0.0f);
+  typename W::V low_keys, high_keys;
+  const Range range = {Keys::value_of(Lanes::min_of_word_rows(low), W::min, low_keys),
+                       Keys::value_of(Lanes::max_of_word_rows(high), W::max, high_keys)};
+  const uint64_t nan = W::bits(W::greater(high_keys, W::set(Keys::kInfinity))) |
+                       W::bits(W::greater(W::set(static_cast<int16_t>(~Keys::kInfinity)), low_keys));
+  return __builtin_expect(nan != 0, false) ? with_nan(x, run, blocks, range) : range;
+}
+
 // Lane i: the range of block i, of `blocks` <= kWidth blocks of `run` neighbouring elements.
 template <class T>
 COREAI_HD Range range_of_blocks(const T* x, int64_t run, int blocks) {
+  if constexpr (Simd::kHasWordRows && sizeof(T) == 2) {
+    if (run >= Words<2>::kLanes) return range_of_word_blocks(x, run, blocks);
+  }
   F low[kWidth], high[kWidth];
   M nan = Simd::none();
   for (int i = 0; i < blocks; ++i) {

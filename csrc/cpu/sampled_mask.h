@@ -10,9 +10,6 @@
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
-// Elements whose random words are made together.
-constexpr int64_t kSampled = 64;
-
 // PhiloxLanes of several calls of Philox side by side, in the low halves of 64-bit lanes; the high halves are junk.
 #if defined(__AVX512F__)
 constexpr int kCalls = 8;
@@ -22,6 +19,11 @@ constexpr int kCalls = 4;
 constexpr int kCalls = 2;
 #endif
 typedef uint64_t PhiloxLanes __attribute__((vector_size(8 * kCalls)));
+
+// Vectors of calls that take turns, so that products of one need not be waited for.
+constexpr int kGroups = 4;
+// Elements whose random words are made together.
+constexpr int64_t kSampled = 4 * kCalls * kGroups;
 
 // Products of the low halves. The compiler finds the instruction for them by itself nowhere.
 COREAI_HD PhiloxLanes product(PhiloxLanes a, PhiloxLanes b) {
@@ -36,22 +38,32 @@ COREAI_HD PhiloxLanes product(PhiloxLanes a, PhiloxLanes b) {
 #endif
 }
 
+// Lanes first, first + 1... of `a` and of `b` in turns.
+template <int first>
+COREAI_HD PhiloxLanes interleaved(PhiloxLanes a, PhiloxLanes b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, first, first + 8, first + 1, first + 9, first + 2, first + 10, first + 3,
+                                 first + 11);
+#elif defined(__AVX2__)
+  return __builtin_shufflevector(a, b, first, first + 4, first + 1, first + 5);
+#else
+  return __builtin_shufflevector(a, b, first, first + 2);
+#endif
+}
+
 template <class = void>
-COREAI_HD void sampled_words(uint64_t* words, uint64_t block, const SampledMask& job) {
-  constexpr int kGroups = static_cast<int>(kSampled) / 4 / kCalls;
-  PhiloxLanes c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+COREAI_HD void sampled_words(int32_t* words, uint64_t block, const SampledMask& job) {
+  PhiloxLanes lane, c0[kGroups], c1[kGroups], c2[kGroups], c3[kGroups];
+  for (int i = 0; i < kCalls; ++i) lane[i] = static_cast<uint64_t>(i);
   for (int group = 0; group < kGroups; ++group) {
-    for (int i = 0; i < kCalls; ++i) {
-      const uint64_t call = block + static_cast<uint64_t>(group * kCalls + i);
-      c0[group][i] = call;
-      c1[group][i] = call >> 32;
-    }
+    c0[group] = lane + (block + static_cast<uint64_t>(group * kCalls));
+    c1[group] = c0[group] >> 32;
     c2[group] = PhiloxLanes{} + job.draw;
     c3[group] = PhiloxLanes{} + (job.draw >> 32);
   }
   const PhiloxLanes first_factor = PhiloxLanes{} + 0xD2511F53u, second_factor = PhiloxLanes{} + 0xCD9E8D57u;
   uint32_t k0 = static_cast<uint32_t>(job.seed), k1 = static_cast<uint32_t>(job.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     for (int group = 0; group < kGroups; ++group) {
       const PhiloxLanes first = product(c0[group], first_factor), second = product(c2[group], second_factor);
       c0[group] = (second >> 32) ^ c1[group] ^ k0;
@@ -65,16 +77,13 @@ COREAI_HD void sampled_words(uint64_t* words, uint64_t block, const SampledMask&
   for (int group = 0; group < kGroups; ++group) {
     const PhiloxLanes even = (c0[group] & 0xffffffffu) | (c1[group] << 32);
     const PhiloxLanes odd = (c2[group] & 0xffffffffu) | (c3[group] << 32);
-    for (int i = 0; i < kCalls; ++i) {
-      words[2 * (group * kCalls + i)] = even[i];
-      words[2 * (group * kCalls + i) + 1] = odd[i];
-    }
+    const PhiloxLanes pairs[2] = {interleaved<0>(even, odd), interleaved<kCalls / 2>(even, odd)};
+    __builtin_memcpy(words + 4 * kCalls * group, pairs, sizeof(pairs));
   }
 }
 
-// Cephes' exponential, after the first coefficient.
-constexpr float kExpCoefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                                      5.0000001201e-1f};
+// Of 2**f around 0, after the first coefficient.
+constexpr float kExp2Coefficients[] = {9.671513e-3f, 5.5507336e-2f, 2.4022242e-1f, 6.9314700e-1f, 1.0f};
 
 struct Logistic {
   F a, b;
@@ -82,25 +91,25 @@ struct Logistic {
 
 template <class = void>
 COREAI_HD Logistic logistic_terms(F s, const int32_t* words) {
-  const F random = Simd::to_float(Simd::template shr<9>(Simd::load(words)));
-  const F u = Simd::mul(Simd::add(random, Simd::set(0.5f)), Simd::set(0x1p-23f));
-  const F x = Simd::min(Simd::max(s, Simd::set(-80.0f)), Simd::set(80.0f));
-  const F n = Simd::round(Simd::mul(x, Simd::set(1.44269504088896341f)));
-  const F r = Simd::sub(Simd::sub(x, Simd::mul(n, Simd::set(0.693359375f))),
-                        Simd::mul(n, Simd::set(-2.12194440e-4f)));
-  F p = Simd::set(1.9875691500e-4f);
-  for (const float coefficient : kExpCoefficients) {
-    p = Simd::add(Simd::mul(p, r), Simd::set(coefficient));
+  // 1 + k / 2**23, less what leaves (k + 1/2) / 2**23: exact.
+  const I mantissa = Simd::ior(Simd::template shr<9>(Simd::load(words)), Simd::iset(0x3f800000));
+  const F u = Simd::sub(Simd::as_float(mantissa), Simd::set(1.0f - 0x1p-24f));
+  const F x = Simd::min(Simd::max(s, Simd::set(-64.0f)), Simd::set(64.0f));
+  const F t = Simd::mul(x, Simd::set(1.44269504088896341f));
+  // The sum has no bits below 1, and the rounded t in its lowest ones.
+  const F shift = Simd::set(0x1.8p23f), sum = Simd::add(t, shift);
+  const F f = Simd::sub(t, Simd::sub(sum, shift));
+  F p = Simd::set(1.3264727e-3f);
+  for (const float coefficient : kExp2Coefficients) {
+    p = Simd::add(Simd::mul(p, f), Simd::set(coefficient));
   }
-  p = Simd::add(Simd::add(Simd::mul(p, Simd::mul(r, r)), r), Simd::set(1.0f));
-  const I exponent = Simd::template shl<23>(Simd::iadd(Simd::truncate(n), Simd::iset(127)));
-  return {Simd::mul(u, Simd::mul(p, Simd::as_float(exponent))), Simd::sub(Simd::set(1.0f), u)};
+  const F power = Simd::as_float(Simd::iadd(Simd::as_int(p), Simd::template shl<23>(Simd::as_int(sum))));
+  return {Simd::mul(u, power), Simd::sub(Simd::set(1.0f), u)};
 }
 
 // 1 where a > b, else 0.
 COREAI_HD F kept(const Logistic& l) {
-  const F zero = Simd::set(0.0f), one = Simd::set(1.0f);
-  return Simd::select(Simd::equal(l.a, l.b), zero, Simd::select(Simd::equal(Simd::max(l.a, l.b), l.a), one, zero));
+  return Simd::select(Simd::greater(l.a, l.b), Simd::set(1.0f), Simd::set(0.0f));
 }
 
 template <class T>
@@ -116,8 +125,8 @@ COREAI_HD void sampled_mask_some(const SampledMask& job, int64_t at, int n, cons
   }
   const T* grad = static_cast<const T*>(job.grad) + at;
   const F g = whole ? Simd::load(grad) : Simd::load_n(grad, n);
-  const F d = Simd::add(l.a, l.b);
-  const F slope = Simd::mul(Simd::div(l.a, d), Simd::div(l.b, d));
+  const F inverse = Simd::div(Simd::set(1.0f), Simd::add(l.a, l.b));
+  const F slope = Simd::mul(Simd::mul(l.a, inverse), Simd::mul(l.b, inverse));
   const F to_weight = Simd::mul(g, kept(l)), to_logits = Simd::mul(Simd::mul(g, w), slope);
   if (whole) {
     Simd::store(out, to_weight);
@@ -133,10 +142,8 @@ void sampled_mask(const SampledMask& job) {
     using T = typename decltype(type)::type;
     share(job.numel, kAlignment, kParallelElements / 8, [&](int64_t begin, int64_t end) {
       for (; begin < end; begin += kSampled) {
-        alignas(64) uint64_t pairs[kSampled / 2];
         alignas(64) int32_t words[kSampled];
-        sampled_words(pairs, static_cast<uint64_t>(begin) / 4, job);
-        __builtin_memcpy(words, pairs, sizeof(words));
+        sampled_words(words, static_cast<uint64_t>(begin) / 4, job);
         const int64_t n = smaller(kSampled, end - begin);
         for (int64_t i = 0; i < n; i += kWidth) {
           sampled_mask_some<T>(job, begin + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)), words + i);

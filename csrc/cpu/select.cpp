@@ -7,51 +7,24 @@
 //    known; those above it, and as many of those equal to it as are left to keep, are entered in the mask.
 //
 // Where the sample misled, or ties fill the list, a radix select finds the threshold in passes over all elements.
+// Small tensors are another matter: see select_few.cpp.
 #include "cpu/select.h"
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <memory>
 
-#include "common/magnitude.h"
+#include "cpu/sample.h"
+#include "cpu/select_few.h"
 #include "cpu/share.h"
 
 namespace coreai::cpu {
 namespace {
 
 constexpr int64_t kPiece = 1 << 17;      // elements of a piece: what a thread takes at a time
-constexpr int64_t kWithoutSample = 8192;  // elements that are all listed
+constexpr int64_t kWithoutSample = 8192;  // elements that need none
 constexpr int kBins = 2048;
-constexpr double kSampling = 0.75;  // size of the sample over that of the elements to the power of 2/3
-
-template <class Body>
-auto with_element(Element element, Body body) {
-  switch (element) {
-    case Element::kBFloat16:
-      return body.template operator()<Element::kBFloat16>();
-    case Element::kFloat16:
-      return body.template operator()<Element::kFloat16>();
-    case Element::kFloat64:
-      return body.template operator()<Element::kFloat64>();
-    default:
-      return body.template operator()<Element::kFloat32>();
-  }
-}
-
-// body.operator()<from, to>(): the elements of one tensor, and the type in which all are compared.
-template <class Body>
-auto with_elements(Element from, Element to, Body body) {
-  return with_element(from, [&]<Element kFrom>() {
-    if (to == Element::kFloat64) return body.template operator()<kFrom, Element::kFloat64>();
-    if constexpr (kFrom != Element::kFloat64) {
-      if (to == Element::kFloat32) return body.template operator()<kFrom, Element::kFloat32>();
-    }
-    return body.template operator()<kFrom, kFrom>();
-  });
-}
 
 Element common_element(const std::vector<MaskTensor>& tensors) {
   Element common = tensors.front().element;
@@ -61,53 +34,6 @@ Element common_element(const std::vector<MaskTensor>& tensors) {
   }
   return common;
 }
-
-uint64_t nan_key(Element element) {
-  return with_element(element, []<Element kElement>() { return static_cast<uint64_t>(kNanKey<kElement>); });
-}
-
-int key_bits(Element element) {
-  return with_element(element, []<Element kElement>() { return kKeyBits<kElement>; });
-}
-
-// The least key of type `from` whose value is at least that of `bound`, a key of type `to`.
-uint64_t narrow_key(Element from, Element to, uint64_t bound) {
-  return with_elements(from, to, [&]<Element kFrom, Element kTo>() {
-    uint64_t low = 0, high = kNanKey<kFrom>;
-    while (low < high) {
-      const uint64_t middle = (low + high) / 2;
-      const uint64_t wide = widen_key<kFrom, kTo>(static_cast<WordOf<kFrom>>(middle));
-      if (wide < bound) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
-  });
-}
-
-// The greatest key of type `from` whose value is at most that of `bound`.
-uint64_t narrow_key_down(Element from, Element to, uint64_t bound) {
-  return bound >= nan_key(to) ? nan_key(from) : narrow_key(from, to, bound + 1) - 1;
-}
-
-// A number below `limit` (of 32 bits) that looks random: splitmix64's mixing of x, scaled.
-uint64_t scaled(uint64_t x, uint64_t limit) {
-  x = (x + 1) * 0x9e3779b97f4a7c15;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
-  return (x >> 32) * limit >> 32;
-}
-
-template <class Word>
-Word word_at(const void* data, int64_t index) {
-  return static_cast<const Word*>(data)[index];
-}
-
-struct Band {
-  uint64_t low, high;
-};
 
 // Elements of a tensor that a thread takes at a time, and what was found there.
 struct Piece {
@@ -138,7 +64,12 @@ class Selection {
       fill(num_keep_ != 0);
       return true;
     }
-    const Band band = total_ <= kWithoutSample ? Band{0, nan_key(common_)} : likely_band();
+    const bool few = total_ <= kWithoutSample;
+    if (few && row_major_) {
+      write_few_masks(tensors_, common_, total_, num_keep_);
+      return true;
+    }
+    const Band band = few ? Band{0, nan_key(common_)} : likely_band(tensors_, common_, total_, num_keep_);
     if (split(band) && above_ <= num_keep_ && num_keep_ <= above_ + listed_) {
       if (num_keep_ > above_) enter(band, num_keep_ - above_);
       return true;
@@ -181,56 +112,6 @@ class Selection {
         std::fill_n(mask, p.length, ones ? Magnitude<kElement>::kOne : WordOf<kElement>{0});
       });
     });
-  }
-
-  // Keys at one random place in each of equal stretches.
-  std::vector<uint64_t> sample(int64_t count) {
-    const int64_t stretch = total_ / count;
-    std::vector<uint64_t> keys(static_cast<size_t>(count));
-    int64_t first = 0;  // of the tensor at hand
-    auto tensor = tensors_.begin();
-    for (int64_t i = 0; i < count; first += tensor->numel, ++tensor) {
-      with_elements(tensor->element, common_, [&]<Element kFrom, Element kTo>() {
-        for (; i < count; ++i) {
-          const int64_t index = i * stretch + static_cast<int64_t>(scaled(static_cast<uint64_t>(i), static_cast<uint64_t>(stretch)));
-          if (index >= first + tensor->numel) return;
-          const auto bits = word_at<WordOf<kFrom>>(tensor->input, index - first);
-          keys[static_cast<size_t>(i)] = widen_key<kFrom, kTo>(magnitude_key<kFrom>(bits));
-        }
-      });
-    }
-    return keys;
-  }
-
-  // A band around the threshold's rank in a sample: three standard deviations of a binomial distribution to
-  // either side.
-  Band likely_band() {
-    const double root = std::cbrt(static_cast<double>(total_));
-    const auto count = static_cast<int64_t>(std::clamp(root * root * kSampling, 1024.0, 65536.0));
-    std::vector<uint64_t> keys = sample(count);
-    const double share = static_cast<double>(num_keep_) / static_cast<double>(total_);
-    const double rank = share * static_cast<double>(count);
-    const double margin = 3.0 * std::sqrt(rank * (1.0 - share)) + 3.0;
-    const auto upper = static_cast<int64_t>(rank - margin), lower = static_cast<int64_t>(rank + margin);
-    // Only keys whose leading bits may be those of the two ranks need sorting.
-    const int shift = key_bits(common_) - 11;
-    std::array<int64_t, kBins> bins = {};
-    for (const uint64_t key : keys) ++bins[key >> shift];
-    int64_t before = 0, skipped = 0;
-    uint64_t first = kBins, last = kBins;  // bins from the top
-    while (last > 0 && before <= lower) {
-      before += bins[--last];
-      if (before <= upper) skipped = before, first = last;
-    }
-    const auto end = std::partition(keys.begin(), keys.end(), [&](uint64_t key) {
-      return key >> shift >= last && key >> shift < first;
-    });
-    const auto at = [&](int64_t place) {
-      const auto position = keys.begin() + (place - skipped);
-      std::nth_element(keys.begin(), position, end, std::greater<>());
-      return *position;
-    };
-    return {lower < count ? at(lower) : 0, upper >= 0 ? at(upper) : nan_key(common_)};
   }
 
   // False if too many elements are in the band.

@@ -28,6 +28,7 @@ struct Simd {
     return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static COREAI_HD M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+  static COREAI_HD M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
   static COREAI_HD M mand(M a, M b) { return _mm256_and_ps(a, b); }
   static COREAI_HD M mor(M a, M b) { return _mm256_or_ps(a, b); }
@@ -56,6 +57,7 @@ struct Simd {
     return _mm256_slli_epi32(a, kBits);
   }
   static COREAI_HD F to_float(I a) { return _mm256_cvtepi32_ps(a); }
+  static COREAI_HD I nearest(F a) { return _mm256_cvtps_epi32(a); }  // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm256_cvttps_epi32(a); }  // NaN becomes INT32_MIN
   static COREAI_HD F round_half(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, 0)); }
 
@@ -88,6 +90,19 @@ struct Simd {
   }
   static COREAI_HD I load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
   static COREAI_HD void store(int32_t* p, I a) { _mm256_storeu_si256((__m256i*)p, a); }
+
+  // From the even and the odd lanes of two vectors to the vectors, and back.
+  static COREAI_HD void interleave(I& a, I& b) {
+    const I low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+    a = _mm256_permute2x128_si256(low, high, 0x20);
+    b = _mm256_permute2x128_si256(low, high, 0x31);
+  }
+  static COREAI_HD void deinterleave(F& a, F& b) {
+    const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));
+    const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+    a = _mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8));
+    b = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8));
+  }
 
   // Two neighbouring vectors.
   template <class T>
@@ -129,6 +144,18 @@ struct Simd {
   }
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) { return _mm256_max_ps(a, b); });
+  }
+  // The same for pairs of signed 16-bit words: each lane of the result holds two words that are still to be compared.
+  static constexpr bool kHasWordRows = true;
+  static COREAI_HD F min_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm256_castsi256_ps(_mm256_min_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    });
+  }
+  static COREAI_HD F max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm256_castsi256_ps(_mm256_max_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    });
   }
 
  private:

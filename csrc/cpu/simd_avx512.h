@@ -49,6 +49,7 @@ struct Simd {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
   static COREAI_HD M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static COREAI_HD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
   static COREAI_HD M mand(M a, M b) { return static_cast<M>(a & b); }
   static COREAI_HD M mor(M a, M b) { return static_cast<M>(a | b); }
@@ -73,6 +74,7 @@ struct Simd {
     return _mm512_slli_epi32(a, kBits);
   }
   static COREAI_HD F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static COREAI_HD I nearest(F a) { return _mm512_cvtps_epi32(a); }  // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm512_cvttps_epi32(a); }  // NaN becomes INT32_MIN
   static COREAI_HD F round_half(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0)); }
 
@@ -95,6 +97,18 @@ struct Simd {
   static COREAI_HD void store_bytes(uint8_t* p, I a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a)); }
   static COREAI_HD I load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static COREAI_HD void store(int32_t* p, I a) { _mm512_storeu_si512(p, a); }
+
+  // From the even and the odd lanes of two vectors to the vectors, and back.
+  static COREAI_HD void interleave(I& a, I& b) {
+    const I even = a;
+    a = _mm512_permutex2var_epi32(even, interleaved(0), b);
+    b = _mm512_permutex2var_epi32(even, interleaved(kWidth / 2), b);
+  }
+  static COREAI_HD void deinterleave(F& a, F& b) {
+    const F first = a;
+    a = _mm512_permutex2var_ps(first, every_other(0), b);
+    b = _mm512_permutex2var_ps(first, every_other(1), b);
+  }
 
   // Two neighbouring vectors.
   template <class T>
@@ -144,8 +158,28 @@ struct Simd {
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) { return _mm512_max_ps(a, b); });
   }
+  // The same for pairs of signed 16-bit words: each lane of the result holds two words that are still to be compared.
+  static constexpr bool kHasWordRows = true;
+  static COREAI_HD F min_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_min_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+  }
+  static COREAI_HD F max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_max_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+  }
 
  private:
+  static COREAI_HD I interleaved(int from) {
+    const I lane = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    return _mm512_add_epi32(lane, _mm512_set1_epi32(from));
+  }
+  static COREAI_HD I every_other(int from) {
+    const I lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return _mm512_add_epi32(lane, _mm512_set1_epi32(from));
+  }
   static COREAI_HD F widen(__m256i a) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
   }

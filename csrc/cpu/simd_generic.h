@@ -48,6 +48,7 @@ struct Simd {
     return select({magnitude.half[0] < big.half[0], magnitude.half[1] < big.half[1]}, with_sign, a);
   }
   static COREAI_HD M equal(F a, F b) { return {a.half[0] == b.half[0], a.half[1] == b.half[1]}; }
+  static COREAI_HD M greater(F a, F b) { return {a.half[0] > b.half[0], a.half[1] > b.half[1]}; }
   static COREAI_HD M unordered(F a, F b) {
     return {(a.half[0] != a.half[0]) | (b.half[0] != b.half[0]), (a.half[1] != a.half[1]) | (b.half[1] != b.half[1])};
   }
@@ -86,6 +87,11 @@ struct Simd {
   }
   static COREAI_HD F to_float(I a) {
     return {__builtin_convertvector(a.half[0], F4), __builtin_convertvector(a.half[1], F4)};
+  }
+  // Half to even; of what 32 bits hold.
+  static COREAI_HD I nearest(F a) {
+    const F whole = round(min(a, set(0x1p30f)));  // of others, and of NaN, the conversion is undefined
+    return {__builtin_convertvector(whole.half[0], I4), __builtin_convertvector(whole.half[1], I4)};
   }
   static COREAI_HD I truncate(F a) {  // NaN becomes INT32_MIN
     const M nan = unordered(a, a);
@@ -145,6 +151,18 @@ struct Simd {
     }
   }
   static COREAI_HD void store(int32_t* p, I a) { __builtin_memcpy(p, &a, sizeof(a)); }
+  // From the even and the odd lanes of two vectors to the vectors, and back.
+  static COREAI_HD void interleave(I& a, I& b) {
+    int32_t lanes[2 * kWidth];
+    for (int i = 0; i < kWidth; ++i) lanes[2 * i] = a.half[i / 4][i % 4], lanes[2 * i + 1] = b.half[i / 4][i % 4];
+    a = load(lanes), b = load(lanes + kWidth);
+  }
+  static COREAI_HD void deinterleave(F& a, F& b) {
+    float lanes[2 * kWidth];
+    store(lanes, a), store(lanes + kWidth, b);
+    for (int i = 0; i < kWidth; ++i) a.half[i / 4][i % 4] = lanes[2 * i], b.half[i / 4][i % 4] = lanes[2 * i + 1];
+  }
+
   // Two neighbouring vectors.
   template <class T>
   static COREAI_HD void store_pair(T* p, F a, F b) {
@@ -181,6 +199,7 @@ struct Simd {
   static COREAI_HD F max_of_rows(const F* v) {
     return reduce_rows(v, [](float a, float b) __attribute__((always_inline)) { return a > b ? a : b; });
   }
+  static constexpr bool kHasWordRows = false;
 
  private:
   static COREAI_HD I iselect(M m, I a, I b) {

@@ -47,6 +47,22 @@ struct Words {
   }
   static COREAI_HD void store(void* p, V a) { __builtin_memcpy(p, &a, sizeof(a)); }
   static COREAI_HD V set(Word x) { return V{} + x; }
+  static COREAI_HD V min(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_min_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#endif
+    return a < b ? a : b;
+  }
+  static COREAI_HD V max(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_max_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#endif
+    return a > b ? a : b;
+  }
 
 #if defined(__AVX512BW__)
   using M = uint32_t;  // one bit a lane
@@ -56,6 +72,19 @@ struct Words {
     if constexpr (kBytes == 4) return _mm512_cmpgt_epi32_mask(x, y);
     return _mm512_cmpgt_epi64_mask(x, y);
   }
+  static COREAI_HD M equal(V a, V b) {
+    const auto x = (__m512i)a, y = (__m512i)b;
+    if constexpr (kBytes == 2) return _mm512_cmpeq_epi16_mask(x, y);
+    if constexpr (kBytes == 4) return _mm512_cmpeq_epi32_mask(x, y);
+    return _mm512_cmpeq_epi64_mask(x, y);
+  }
+  // a less one where m is set.
+  static COREAI_HD V less_one(V a, M m) {
+    const auto x = (__m512i)a, one = (__m512i)set(1);
+    if constexpr (kBytes == 2) return (V)_mm512_mask_sub_epi16(x, m, x, one);
+    if constexpr (kBytes == 4) return (V)_mm512_mask_sub_epi32(x, static_cast<__mmask16>(m), x, one);
+    return (V)_mm512_mask_sub_epi64(x, static_cast<__mmask8>(m), x, one);
+  }
   static COREAI_HD V where(M m, V a) {
     const auto x = (__m512i)a;
     if constexpr (kBytes == 2) return (V)_mm512_maskz_mov_epi16(m, x);
@@ -63,10 +92,28 @@ struct Words {
     return (V)_mm512_maskz_mov_epi64(static_cast<__mmask8>(m), x);
   }
   static COREAI_HD uint64_t bits(M m) { return m; }
+  static COREAI_HD M from_bits(uint32_t bits) { return bits; }
+  // The larger lanes into a, the smaller into b: what is not the larger is what is left of the two.
+  static COREAI_HD void exchange(V& a, V& b) {
+    const auto x = (__m512i)a, y = (__m512i)b;
+    const auto most = kBytes == 2 ? _mm512_max_epi16(x, y) : kBytes == 4 ? _mm512_max_epi32(x, y) : _mm512_max_epi64(x, y);
+    a = (V)most, b = (V)_mm512_ternarylogic_epi64(x, y, most, 0x96);
+  }
 #else
+  static COREAI_HD void exchange(V& a, V& b) {
+    const V x = a, y = b;
+    a = x > y ? x : y, b = x > y ? y : x;
+  }
   using M = V;  // all bits of a lane set or clear
   static COREAI_HD M greater(V a, V b) { return a > b; }
+  static COREAI_HD M equal(V a, V b) { return a == b; }
+  static COREAI_HD V less_one(V a, M m) { return a + m; }
   static COREAI_HD V where(M m, V a) { return m & a; }
+  static COREAI_HD M from_bits(uint32_t bits) {
+    V lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<Word>(1 << i);
+    return (set(static_cast<Word>(bits)) & lane) == lane;
+  }
 #if defined(__AVX2__)
   static COREAI_HD uint64_t bits(M m) {
     const auto x = (__m256i)m;

@@ -4,6 +4,7 @@
 #include "cpu/apply_mask.h"
 #include "cpu/block_norms.h"
 #include "cpu/learnable_range.h"
+#include "cpu/masked_gradient.h"
 #include "cpu/nm_mask.h"
 #include "cpu/observe_and_fake_quantize.h"
 #include "cpu/palettes.h"

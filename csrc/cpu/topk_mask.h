@@ -106,20 +106,6 @@ int64_t topk_write(const void* input, void* output, int64_t n, uint64_t threshol
   return found;
 }
 
-template <class Body>
-auto with_element(Element element, Body body) {
-  switch (element) {
-    case Element::kBFloat16:
-      return body.template operator()<Element::kBFloat16>();
-    case Element::kFloat16:
-      return body.template operator()<Element::kFloat16>();
-    case Element::kFloat64:
-      return body.template operator()<Element::kFloat64>();
-    default:
-      return body.template operator()<Element::kFloat32>();
-  }
-}
-
 void topk_split(TopkSplit& job) {
   with_element(job.element, [&]<Element kElement>() { topk_split<kElement>(job); });
 }

@@ -1,4 +1,4 @@
-"""Weights that training moves towards zero are masked."""
+"""Weights that training moves towards zero are masked: here dimensions of the hidden layer, as a whole."""
 
 from common import run
 
@@ -11,6 +11,10 @@ ALGORITHMS = [
             "importance_regularization_factor": 0.2,
             "init_importance_threshold": -0.1,
         },
+        "sparse_structure_by_scopes": [
+            {"mode": "per_dim", "axis": 0, "target_scopes": "hidden"},
+            {"mode": "per_dim", "axis": 1, "target_scopes": "classify"},
+        ],
     },
 ]
 

@@ -12,7 +12,7 @@ import coreai_kernels as ck
 from coreai_kernels.ops.library import implementation
 from tests.kernels.support import DTYPES, SPECIAL, assert_same_bits, assert_same_memory_format
 
-CONTENTS = ("normal", "ties", "zeros", "equal", "nans", "special", "subnormal", "wide")
+CONTENTS = ("normal", "ties", "zeros", "equal", "nans", "special", "subnormal", "wide", "growing")
 LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "expanded")
 
 
@@ -34,6 +34,8 @@ def values_of(content: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return torch.where(chosen, torch.tensor(SPECIAL, dtype=x.dtype)[which], x)
     if content == "subnormal":
         return x * 2.0**-140
+    if content == "growing":
+        return x * torch.exp2(torch.linspace(-40, 40, x.numel(), dtype=x.dtype)).reshape(shape)
     if content == "wide":
         return x * torch.exp2(20 * torch.randn(shape, generator=generator, dtype=x.dtype))
     return x

@@ -96,7 +96,7 @@ def test_large_blocks(dtype: torch.dtype, decimals: int | None, weighted: bool) 
 
 @pytest.mark.parametrize("kind", ["even", "heavy", "clumps"])
 def test_bounded_splits(kind: str) -> None:
-    """From 32,768 values on, splits are sought where bounds leave room for them."""
+    """From 32,768 values on, splits are sought where bounds leave room for them; among exact ties, too."""
     values = torch.arange(33_000.0)
     if kind != "even":
         values = torch.randn(33_000, generator=torch.Generator().manual_seed(0))

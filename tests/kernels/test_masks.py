@@ -65,6 +65,28 @@ def test_nm_agrees(weight: Weight, m: int, data: st.DataObject) -> None:
         check_nm("auto", "cpu", weight, data.draw(st.integers(1, m - 1)), m, axis)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nm_of_every_size(dtype: torch.dtype) -> None:
+    """Enough groups for full vectors of them, and some more; also where the mask is written over a copy."""
+    choice = random.Random(0)
+    for m in range(2, 33):
+        for content, layout in (("normal", "contiguous"), ("ties", "sliced")):
+            n = choice.randint(1, m - 1)
+            check_nm("auto", "cpu", Weight((167, 5 * m), content, layout, dtype, seed=m), n, m, 1)
+            check_nm("auto", "cpu", Weight((2 * m, 77), content, layout, dtype, seed=m), n, m, 0)
+
+
+@pytest.mark.parametrize(
+    "block_size", [(1, 1), (1, 2), (4, 4), (2, 3), (8, 16), (96, 48), (3, 64), (2, 192), (96, 1)]
+)
+@pytest.mark.parametrize("content", ["normal", "growing", "subnormal"])
+def test_blocks_of_many_sizes(block_size: tuple[int, int], content: str) -> None:
+    for shape in ((96, 192), (192, 1152)):
+        blocks = math.prod(shape) // math.prod(block_size)
+        for dtype in DTYPES[:3]:
+            check_blocks("auto", "cpu", Weight(shape, content, "contiguous", dtype), blocks // 3, block_size)
+
+
 @many
 @given(weights(), st.data())
 def test_blocks_agree(weight: Weight, data: st.DataObject) -> None:
@@ -223,6 +245,24 @@ def test_norms_are_those_of_float64() -> None:
     x = torch.randn(50, 4096)
     norms = block_norms(x, (1, 4096)).flatten()
     torch.testing.assert_close(norms, x.double().abs().sum(1), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("content", ["normal", "wide", "growing"])
+def test_norms_are_within_their_bound(content: str) -> None:
+    x = Weight((64, 300), content, "contiguous", torch.float32, seed=3).tensor()
+    norms, magnitudes = block_norms(x, (1, 300)).flatten(), x.double().abs()
+    bound = 300 * 2.0**-25 * magnitudes.amax(1)
+    assert bool(((norms - magnitudes.sum(1)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("peak", [2.0**-140, 2.0**-99, 1.0, 15.999, 16.0, 2.0**127])
+def test_unit_of_norms(peak: float) -> None:
+    """Half a unit is rounded to even: to none, 1.5 units to two."""
+    unit = 2.0 ** (4 * math.floor(math.log2(peak) / 4) + 4 - 28)
+    x = torch.tensor([[peak, 0.5 * unit], [peak, 1.5 * unit]], dtype=torch.float64)
+    norms = block_norms(x, (1, 2)).flatten() - peak
+    rounded = round(peak / unit) * unit - peak
+    assert norms.tolist() == [rounded, rounded + 2 * unit]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels.ops.observe_and_fake_quantize import packed
 from tests.kernels.support import assert_same_bits
 
 ops = torch.ops.coreai_kernels
@@ -40,7 +41,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         -torch.rand(4, 2),
         torch.rand(4, 2),
         True,
-        *STEP,
+        packed(STEP),
         True,
     ),
     "foreach_fake_quantize_forward": lambda: (
@@ -106,11 +107,21 @@ CHECKED_ELSEWHERE = {
     },
 }
 
+# State that the native backend keeps for eager lists: numbers name it, and no program is traced with them.
+# ``test_kept`` compares what they give with the operators that they stand for.
+NATIVE_STATE = {
+    "drop_kept",
+    "guard_kept",
+    "keep_fake_quantize",
+    "keep_observe_and_fake_quantize_",
+    "run_kept",
+}
+
 
 def test_every_operator_has_a_sample() -> None:
     names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     found = {name for namespace, name in names if namespace == "coreai_kernels"}
-    assert found == set(SAMPLES).union(*CHECKED_ELSEWHERE.values())
+    assert found - NATIVE_STATE == set(SAMPLES).union(*CHECKED_ELSEWHERE.values())
 
 
 # torch does not trace operators that mutate and return a list. Nobody does: compiled programs call the single

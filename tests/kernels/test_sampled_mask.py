@@ -18,15 +18,15 @@ def words(counter: tuple[int, ...], key: tuple[int, int]) -> list[int]:
 
 
 def test_philox_gives_its_authors_numbers() -> None:
-    # The known answers of Random123 for philox4x32-10.
+    # The known answers of Random123 for philox4x32-7.
     ones = 0xFFFFFFFF
-    assert words((0, 0, 0, 0), (0, 0)) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert words((ones,) * 4, (ones, ones)) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert words((0, 0, 0, 0), (0, 0)) == [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]
+    assert words((ones,) * 4, (ones, ones)) == [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]
     assert words((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)) == [
-        0xD16CFE09,
-        0x94FDCCEB,
-        0x5001E420,
-        0x24126EA1,
+        0x4DFCCABA,
+        0x190A87F0,
+        0xC47362BA,
+        0xB6B5242A,
     ]
 
 
@@ -68,10 +68,11 @@ def test_draws_seeds_and_neighbours_are_independent() -> None:
 
 
 def test_the_exponential_is_one() -> None:
-    s = torch.linspace(-79, 79, 20_001)
-    a, b = reference.logistic_terms(s, torch.full_like(s, 0.5))
+    s = torch.linspace(-64, 64, 20_001)
+    a, b = (each.double() for each in reference.logistic_terms(s, torch.full_like(s, 0.5)))
     exact = s.double().sigmoid()
-    assert ((a.double() / (a.double() + b.double()) - exact) / exact).abs().max() < 3e-7
+    # As if the logit had been rounded, by a little more than half a step; and a few roundings more.
+    assert ((a / (a + b) - exact) / exact / (s.double().abs() * 8e-8 + 3e-7)).abs().max() < 1
 
 
 def test_extreme_logits_decide() -> None:

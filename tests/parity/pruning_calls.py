@@ -14,6 +14,7 @@ from .pruning_masks import (
     compute_mask,
     kept_by_sparsity,
     masks,
+    random_channel_masks,
     schedule_values,
     ties,
 )
@@ -155,6 +156,10 @@ CALLS: dict[str, Callable[[], Any]] = {
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     },
     **{f"channel masks {axis}": (lambda axis=axis: tuple(channel_masks(axis))) for axis in (0, 1, -1)},
+    **{
+        f"random channel masks {axis}": (lambda axis=axis: tuple(random_channel_masks(axis)))
+        for axis in (0, 1, -1)
+    },
     **{f"ties {dtype}": (lambda dtype=dtype: ties(dtype)) for dtype in (torch.float32, torch.bfloat16)},
     **{
         f"run {model} {name}": (lambda model=model, name=name: run(model, name))

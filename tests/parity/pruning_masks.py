@@ -14,6 +14,7 @@ __all__ = [
     "compute_mask",
     "kept_by_sparsity",
     "masks",
+    "random_channel_masks",
     "schedule_values",
     "ties",
 ]
@@ -95,6 +96,19 @@ def channel_masks(axis: int) -> Iterator[Tensor]:
         for sparsity in (0.0, 0.3, 0.5, 0.75, 0.99, 1.0):
             # The result is an expanded tensor there: only its values count.
             yield compute_mask(distinct(*shape), sparsity, axis).clone()
+
+
+def random_channel_masks(axis: int) -> Iterator[Tensor]:
+    """Of normally distributed weights, wherever the two norms about the threshold are not nearly equal."""
+    for seed, shape in enumerate(((64, 300), (300, 64), (40, 24, 3, 3), (8, 3, 50, 7))):
+        generator = torch.Generator().manual_seed(seed)
+        scales = torch.exp2(4 * torch.randn(shape[0], *[1] * (len(shape) - 1), generator=generator))
+        weight = torch.randn(shape, generator=generator) * scales
+        others = [i for i in range(weight.dim()) if i != axis % weight.dim()]
+        norms = weight.double().abs().sum(others).sort().values
+        for pruned in range(1, len(norms)):
+            if norms[pruned] > norms[pruned - 1] * (1 + 1e-5):
+                yield compute_mask(weight, (pruned + 0.5) / len(norms), axis).clone()
 
 
 def ties(dtype: torch.dtype) -> tuple[tuple[int, float], ...]:

@@ -6,6 +6,7 @@ simulates before and behind the forward. Others get a :class:`ScopeForward`: whi
 call of a function, and the calls are recognised by their order.
 """
 
+import copy
 import inspect
 import threading
 import weakref
@@ -19,6 +20,9 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
 
 __all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting", "simulate"]
+
+# The method by which torch.nn.parallel copies a module for a device.
+_REPLICATE = "_replicate_for_data_parallel"
 
 # Modules whose forward takes a shortcut around their submodules unless functions are intercepted.
 WITH_SHORTCUT = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -119,14 +123,42 @@ class ReplacedForward:
 
     def install(self) -> None:
         """Take the place of the module's forward."""
-        self.module.__dict__["forward"] = self
+        own = self.module.__dict__
+        own["forward"] = self
+        own[_REPLICATE] = self.replicate
 
     def remove(self) -> None:
         """Give it back."""
-        if self._displaced is None:
-            self.module.__dict__.pop("forward", None)
-        else:
-            self.module.__dict__["forward"] = self._displaced
+        own = self.module.__dict__
+        own.pop("forward", None)
+        own.pop(_REPLICATE, None)
+        if self._displaced is not None:
+            own["forward"] = self._displaced
+            if isinstance(self._displaced, ReplacedForward):
+                own[_REPLICATE] = self._displaced.replicate
+
+    def replicate(self) -> nn.Module:
+        """What ``nn.DataParallel`` asks of the module: a replica, whose forward is the replica's."""
+        module = self.module
+        replica: nn.Module = getattr(type(module), _REPLICATE)(module)
+        own = replica.__dict__
+        del own["forward"]
+        forward = self.of_replica(replica)
+        if forward is not None:
+            own["forward"] = forward
+        return replica
+
+    def of_replica(self, replica: nn.Module) -> Callable[..., Any] | None:
+        """The forward for a replica of the module; None for that of its class."""
+        forward: Any = copy.copy(self)
+        forward._module = weakref.ref(replica)
+        forward._displaced = self._displaced_of(replica)
+        return forward  # type: ignore[no-any-return]
+
+    def _displaced_of(self, replica: nn.Module) -> Callable[..., Any] | None:
+        if isinstance(self._displaced, ReplacedForward):
+            return self._displaced.of_replica(replica)
+        return self._displaced
 
     def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._displaced is not None:

@@ -20,7 +20,7 @@ from coreai_opt.quantization._eager.interception import (
 )
 from coreai_opt.quantization._eager.operations import LEAF_FORWARDS, OPERATIONS, is_in_place
 from coreai_opt.quantization._eager.resolution import CallPlan, Plan, StatePlan
-from coreai_opt.quantization._eager.trace import ModuleTrace
+from coreai_opt.quantization._eager.trace import ModuleTrace, compressions_of
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -149,10 +149,8 @@ def _modules_of_the_user(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for module in model.modules():
         if isinstance(module, FakeQuantizeImplBase):
             ours.update(module.modules())
-        elif isinstance(module, parametrize.ParametrizationList) and any(
-            isinstance(each, FakeQuantizeImplBase) for each in module
-        ):
-            ours.add(module)
+    for _, _, _, chain in compressions_of(model):
+        ours.update(chain.modules())
     for name, module in model.named_modules():
         has_forward = type(module).forward is not nn.Module.forward
         if has_forward and module not in ours and not isinstance(module, torch.jit.ScriptModule):

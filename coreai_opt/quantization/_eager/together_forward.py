@@ -1,13 +1,14 @@
 """The forward of a model that simulates its small weights together, before anything else."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coreai_opt.quantization._eager.interception import ReplacedForward
 from coreai_opt.quantization._eager.weights import (
-    Generation,
+    Shelf,
     WeightRead,
     are_saved_tensors_hooked,
     gives_the_same_again,
@@ -52,21 +53,23 @@ class TogetherForward(ReplacedForward):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": None}
 
+    def of_replica(self, replica: nn.Module) -> Callable[..., Any] | None:
+        """What a replica runs: it has weights of its own, for a single forward."""
+        return self._displaced_of(replica)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         module = self.module
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or are_saved_tensors_hooked():
             return self._run(module, args, kwargs)
         known = self._known
-        if known is None or not known.is_valid():
+        if known is None or not (known.is_valid() and known.fill()):
             known = self._known = _Division(self.reads, known)
-        generation = Generation()
+            known.fill()
         try:
-            known.fill(generation)
             return self._run(module, args, kwargs)
         finally:
-            generation.is_running = False
-            known.drop()
+            known.clear()
 
 
 class _Division:
@@ -80,7 +83,8 @@ class _Division:
     def __init__(self, reads: list[Shared], last: "_Division | None") -> None:
         chosen: list[Shared] = []
         self._single: list[Shared] = []
-        for shared in reads:
+        needed = [[read for read in shared if read.is_needed] for shared in reads]
+        for shared in filter(None, needed):
             (chosen if _can_be_shared(shared) else self._single).append(shared)
         pairs = [shared[0].pair for shared in chosen]
         simulators, originals = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -90,32 +94,41 @@ class _Division:
         self._others = [shared for i, shared in enumerate(chosen) if i not in members]
         # A simulator can be kept once it has observed: the next forward looks again at those that are not.
         self._is_settled = not self._others or (last is not None and last._others == self._others)
-        self._filled: list[Shared] = []
+        self._shelf = Shelf()
+        for i, shared in enumerate(self._kept + self._others):
+            for read in shared:
+                read.place_on(self._shelf, i)
 
     def is_valid(self) -> bool:
         """Whether it would be made the same again."""
-        return self._is_settled and self._launches.are_valid() and not any(map(_can_be_shared, self._single))
+        return (
+            self._is_settled
+            and self._launches.are_valid()
+            and not any(_can_be_shared(shared) for shared in self._single if shared[0].is_needed)
+        )
 
-    def fill(self, generation: Generation) -> None:
-        """Simulate what goes together, for the readers of this generation."""
+    def fill(self) -> bool:
+        """Simulate what goes together, for the readers of the forward that begins.
+
+        Returns:
+            False if something has changed: then the division is not valid.
+        """
         if len(self._kept) + len(self._others) < 2:
-            return
-        kept = self._launches
-        self._filled = self._kept + self._others
-        for shared, original, output in zip(self._kept, kept.tensors, kept(), strict=True):
-            _give(shared, original, output, generation)
+            return True
+        outputs, originals = self._launches(), self._launches.tensors
+        if outputs is None:
+            return False
         if self._others:
             pairs = [shared[0].pair for shared in self._others]
-            outputs = simulate_together([pair[0] for pair in pairs], [pair[1] for pair in pairs])
-            for shared, (_, original), output in zip(self._others, pairs, outputs, strict=True):
-                _give(shared, original, output, generation)
+            others = [original for _, original in pairs]
+            outputs += simulate_together([simulator for simulator, _ in pairs], others)
+            originals = originals + others
+        self._shelf.fill(outputs, originals)
+        return True
 
-    def drop(self) -> None:
+    def clear(self) -> None:
         """Forget what was simulated."""
-        for shared in self._filled:
-            for read in shared:
-                read.drop()
-        self._filled = []
+        self._shelf.clear()
 
 
 def _can_be_shared(shared: Shared) -> bool:
@@ -124,9 +137,3 @@ def _can_be_shared(shared: Shared) -> bool:
         return False
     flags = simulator._flags
     return gives_the_same_again(simulator) and flags.fake_quant and not flags.disabled
-
-
-def _give(shared: Shared, original: Tensor, output: Tensor, generation: Generation) -> None:
-    version = original._version
-    for read in shared:
-        read.take(output, original, version, generation)

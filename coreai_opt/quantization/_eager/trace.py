@@ -7,12 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
 
-__all__ = ["Call", "Identity", "ModuleTrace", "Operand", "State", "Trace", "is_quantizable", "trace_forward"]
+__all__ = [
+    "Call",
+    "Identity",
+    "ModuleTrace",
+    "Operand",
+    "State",
+    "Trace",
+    "compressions_of",
+    "is_quantizable",
+    "trace_forward",
+]
 
 # A tensor object and how often it was written to: what an operation in place leaves is another tensor.
 Identity = tuple[int, int]
@@ -132,11 +144,18 @@ class _Recorder(TorchFunctionMode):
         # Identities stay unique while the tensors live.
         self.kept: list[Tensor] = []
         self.owners: dict[int, tuple[State, ...]] = {}
+        self.rank = 0
         for module_name, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None:
-                    known = self.owners.get(id(tensor), ())
-                    self.owners[id(tensor)] = (*known, State(module, module_name, name, len(self.owners)))
+                    self.own(tensor, module, module_name, name)
+
+    def own(self, tensor: Tensor, module: nn.Module, module_name: str, name: str) -> None:
+        """Take the tensor as a state of the module."""
+        known = self.owners.get(id(tensor), ())
+        if all(state.module is not module or state.name != name for state in known):
+            self.owners[id(tensor)] = (*known, State(module, module_name, name, self.rank))
+            self.rank += 1
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -224,6 +243,36 @@ class _TracedForward:
         return result
 
 
+class _TracedCompression:
+    """Stands in for the forward of parametrizations that compress: what they return is the module's state."""
+
+    def __init__(
+        self, recorder: _Recorder, owner: tuple[nn.Module, str, str], chain: ParametrizationList
+    ) -> None:
+        self.recorder = recorder
+        self.owner = owner
+        self.inner = chain.forward
+
+    def __call__(self) -> Tensor:
+        outside, self.recorder.frames = self.recorder.frames, []
+        try:
+            result: Tensor = self.inner()
+        finally:
+            self.recorder.frames = outside
+        self.recorder.kept.append(result)
+        self.recorder.own(result, *self.owner)
+        return result
+
+
+def compressions_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, ParametrizationList]]:
+    """The parametrizations that compress: with the module, its name, and the name of the tensor."""
+    for module_name, module in model.named_modules():
+        if is_parametrized(module):
+            for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                if any(isinstance(each, CompressionSimulatorBase) for each in chain):
+                    yield module, module_name, name, chain
+
+
 def trace_forward(model: nn.Module, inputs: Sequence[Any], boundaries: frozenset[str]) -> Trace:
     """Run the model once and write down what it calls.
 
@@ -234,9 +283,14 @@ def trace_forward(model: nn.Module, inputs: Sequence[Any], boundaries: frozenset
     """
     recorder = _Recorder(model, boundaries)
     replaced: list[tuple[nn.Module, Any]] = []
+    unseen: set[nn.Module] = set()
     try:
+        for owner, owner_name, name, chain in compressions_of(model):
+            unseen.update(chain.modules())
+            replaced.append((chain, chain.__dict__.get("forward")))
+            chain.__dict__["forward"] = _TracedCompression(recorder, (owner, owner_name, name), chain)
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):
+            if isinstance(module, torch.jit.ScriptModule) or module in unseen:
                 continue
             traced = _TracedForward(recorder, name, module)
             replaced.append((module, module.__dict__.get("forward")))

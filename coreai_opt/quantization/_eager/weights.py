@@ -3,40 +3,48 @@
 Reading a parametrized weight runs its simulator. Two things make that cheaper, without another result:
 
 - A forward of the whole model that needs gradients first simulates all small weights at once
-  (`together_forward`), and readers find theirs. What a reader finds is good for that forward only.
+  (`together_forward`), and the attribute finds them. What it finds is good for that forward only.
 - A weight that needs no gradient at the moment is held, and given out until it, the simulator's state or its
   settings change. Changes are told by the tensors' version counters, which writes through ``tensor.data`` do
   not move; ``model.train()`` and ``model.eval()`` let go of what is held.
 """
 
+import weakref
+from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList
 
 from coreai_opt.quantization._eager.interception import ReplacedForward, simulate
+from coreai_opt.quantization._eager.shared_classes import share_classes
+from coreai_opt.quantization._eager.trace import compressions_of
 from coreai_opt.quantization.spec._plan import settings_of, simulates_as_built_in
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 from coreai_opt.quantization.spec.qparams_calculator import StaticQParamsCalculator
 
-__all__ = ["Generation", "WeightRead", "are_saved_tensors_hooked", "gives_the_same_again", "install_reads"]
+__all__ = ["Shelf", "WeightRead", "are_saved_tensors_hooked", "gives_the_same_again", "install_reads"]
 
+_version = attrgetter("_version")
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks  # type: ignore[attr-defined]
 
 
 def install_reads(model: nn.Module) -> list["WeightRead"]:
     """Put a :class:`WeightRead` on each of the model's weights with a simulator, and return them."""
     reads = []
-    for module in model.modules():
-        if not is_parametrized(module):
-            continue
-        for name, parametrizations in module.parametrizations.items():  # type: ignore[union-attr, operator]
-            if _has_one_simulator(parametrizations):
-                read = WeightRead(parametrizations)
-                read.install()
-                _shorten_the_way(type(module), name)
-                reads.append(read)
+    for module, _, name, parametrizations in compressions_of(model):
+        if _has_one_simulator(parametrizations):
+            read = WeightRead(parametrizations)
+            read.install()
+            _shorten_the_way(type(module), name)
+            reads.append(read)
+        else:
+            ChainRead(parametrizations).install()
+    share_classes(model)
     return reads
 
 
@@ -52,11 +60,23 @@ def _shorten_the_way(cls: type[nn.Module], name: str) -> None:
         return
 
     def read(module: nn.Module) -> Any:
-        if not torch.compiler.is_compiling():
-            parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
+        if not _is_compiling():
+            # All in one function: two hundred calls of a helper take longer than the work.
+            try:
+                parametrizations: Any = module.__dict__["_modules"]["parametrizations"]._modules[name]
+            except KeyError:  # removed, from a module that shares its class with others
+                raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}") from None
             forward = parametrizations.__dict__.get("forward")
-            if type(forward) is WeightRead and (weight := forward.fresh(parametrizations)) is not None:
-                return weight
+            if type(forward) is WeightRead and (found := forward.shelf.found) is not None:
+                output, original, version = found[forward.index]
+                if (
+                    parametrizations._parameters.get("original") is original
+                    and original._version == version
+                    and len(parametrizations._modules) == 1
+                    and _is_grad_enabled()
+                    and _top_hooks(True) is None
+                ):
+                    return output
         return given.fget(module)
 
     setattr(cls, name, _ShortProperty(read, given.fset))
@@ -70,13 +90,29 @@ def _has_one_simulator(parametrizations: ParametrizationList) -> bool:
     return len(parametrizations) == 1 and isinstance(parametrizations[0], FakeQuantizeImplBase)
 
 
-class Generation:
-    """One forward of the whole model."""
+class Shelf:
+    """Weights that a forward of the whole model has simulated, for those that read them while it runs.
 
-    __slots__ = ("is_running",)
+    Attributes:
+        found: for each, the output, the weight and its version; None while no forward runs.
+        holders: reads that hold an output of their own, which they do not need any more once this is filled.
+    """
+
+    __slots__ = ("found", "holders")
 
     def __init__(self) -> None:
-        self.is_running = True
+        self.found: list[tuple[Tensor, Tensor, int]] | None = None
+        self.holders: weakref.WeakSet[WeightRead] = weakref.WeakSet()
+
+    def fill(self, outputs: Iterable[Tensor], originals: Sequence[Tensor]) -> None:
+        """Lay out the output of each of the originals, as they are now."""
+        while self.holders:
+            self.holders.pop().let_go()
+        self.found = list(zip(outputs, originals, map(_version, originals), strict=True))
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.found = None
 
 
 class _Held:
@@ -122,16 +158,24 @@ def _settings_now(simulator: FakeQuantizeImplBase) -> tuple[Any, ...]:
     return (torch.is_inference_mode_enabled(), simulator.mode_changes, *settings_of(simulator))
 
 
+class ChainRead(ReplacedForward):
+    """The forward of a parametrization list that compresses otherwise: prunes and quantizes, for example."""
+
+    def __call__(self) -> Tensor:
+        """The compressed weight. The functions that this calls are none of the module's forward."""
+        return self._run_unseen(self.module, (), {})  # type: ignore[no-any-return]
+
+
 class WeightRead(ReplacedForward):
     """The forward of a parametrization list that is one simulator."""
 
     def __init__(self, parametrizations: ParametrizationList) -> None:
         super().__init__(parametrizations)
-        self._held: _Held | None = None
-        self._fresh: tuple[Tensor, Tensor, int, Generation] | None = None
+        self._held: _Held | None
+        self.place_on(Shelf(), 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_held": None, "_fresh": None}
+        return {**super().__getstate__(), "_held": None, "shelf": Shelf(), "index": 0}
 
     def __call__(self) -> Tensor:
         """The simulated weight."""
@@ -142,8 +186,7 @@ class WeightRead(ReplacedForward):
         original, simulator = _original_of(module), parts["0"]
         if original.requires_grad and torch.is_grad_enabled():
             self._held = None
-            fresh = self.fresh(module)
-            return simulate(simulator, original) if fresh is None else fresh
+            return simulate(simulator, original)
         held = self._held
         if held is not None and held.is_valid(original, simulator):
             return held.output
@@ -151,27 +194,8 @@ class WeightRead(ReplacedForward):
         self._held = None
         if output is not original and gives_the_same_again(simulator):
             self._held = _Held(original, simulator, output)
+            self.shelf.holders.add(self)
         return output
-
-    def fresh(self, module: Any) -> Tensor | None:
-        """What was taken for the forward that is running, if it is good for the reader.
-
-        Args:
-            module: the parametrization list whose forward this is.
-        """
-        taken = self._fresh
-        if taken is None or not torch.is_grad_enabled():
-            return None
-        output, original, version, generation = taken
-        if (
-            generation.is_running
-            and module._parameters.get("original") is original
-            and original._version == version
-            and len(module._modules) == 1
-            and not are_saved_tensors_hooked()
-        ):
-            return output
-        return None
 
     @property
     def places(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,24 +204,32 @@ class WeightRead(ReplacedForward):
         return module._parameters, module._modules
 
     @property
+    def is_needed(self) -> bool:
+        """Whether the parametrization has not been removed."""
+        return self._module() is not None
+
+    @property
     def pair(self) -> tuple[FakeQuantizeImplBase, Tensor]:
         """The simulator and the weight that it simulates."""
         module: Any = self._module()
         return module._modules["0"], _original_of(module)
 
-    def take(self, output: Tensor, original: Tensor, version: int, generation: Generation) -> None:
-        """Give ``output`` of ``original`` in that version to readers in this generation."""
-        self._held = None
-        self._fresh = (output, original, version, generation)
+    def place_on(self, shelf: Shelf, index: int) -> None:
+        """Take the weight that a forward of the whole model has simulated from there, if it is there."""
+        self.let_go()
+        self.shelf = shelf
+        self.index = index
 
-    def drop(self) -> None:
-        """Forget what was taken."""
-        self._fresh = None
+    def let_go(self) -> None:
+        """Forget the output that is held."""
+        self._held = None
 
 
 def _original_of(parametrizations: nn.Module) -> Any:
-    parameter = parametrizations._parameters.get("original")
-    return parametrizations._buffers["original"] if parameter is None else parameter
+    for place in (parametrizations._parameters, parametrizations._buffers):
+        if (original := place.get("original")) is not None:
+            return original
+    return parametrizations.original  # a replica has plain tensors for parameters
 
 
 def gives_the_same_again(simulator: FakeQuantizeImplBase) -> bool:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from coreai_kernels import Format, RangeUpdate, grid_shape
+from coreai_kernels.ops.observe_and_fake_quantize import packed
 from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
+from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 
@@ -43,6 +45,7 @@ class Plan:
 
     Attributes:
         settings: what the plan was made from.
+        quiet: while it lasts, the settings are the same.
         block_size, grid: extent of a block, and number of blocks, along each axis.
         values: ``block_size``, format and range of the quantized values, as the fused operators take them.
         uses_minval: whether the formulation is the min-value one; never for floating-point values.
@@ -50,6 +53,7 @@ class Plan:
         keeps_range: whether it keeps a running range.
         is_built_in: whether the forward quantizes as the built-in class's does.
         step: the configuration of the fused training step, None if the modules' methods do something else.
+        packed_step: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
         setting: what the step on them shares with other simulators' steps, once somebody has asked.
     """
@@ -60,6 +64,8 @@ class Plan:
         "is_built_in",
         "is_stateless",
         "keeps_range",
+        "packed_step",
+        "quiet",
         "setting",
         "settings",
         "state",
@@ -69,15 +75,18 @@ class Plan:
     )
 
     def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
+        is_eager = not torch.compiler.is_compiling()
+        self.quiet = Quiet() if is_eager else None
         fmt, quant_min, quant_max, *flags, step = module.facts()
         self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
-        self.settings = None if torch.compiler.is_compiling() else settings_of(module)
+        self.settings = settings_of(module) if is_eager else None
         self.block_size = module.get_block_size(shape)
         self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
         # Blocks without elements have no range; the observation says so.
         is_empty = 0 in self.block_size
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
         self.step = None if is_empty or step is None else (self.block_size, *step)
+        self.packed_step = packed(self.step) if is_eager and self.step is not None else None
         self.state: State = (None,) * 5
         self.setting: tuple[Any, ...] | None = None
 

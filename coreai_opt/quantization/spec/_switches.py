@@ -7,6 +7,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from coreai_opt._environment import quiet_torchao_import
+from coreai_opt.quantization.spec._assignments import ReportsAssignments
 
 with quiet_torchao_import():
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
@@ -68,7 +69,7 @@ class Flags:
         self.adopt(buffers)
 
 
-class SwitchableFakeQuantize(FakeQuantizeBase):
+class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
     """torchao's base of fake quantizers, with switches that cost a forward no wait.
 
     The buffers ``fake_quant_enabled`` and ``observer_enabled`` (uint8, one element) switch simulation and
@@ -134,6 +135,12 @@ class SwitchableFakeQuantize(FakeQuantizeBase):
         super()._apply(fn, recurse)
         self._flags.adopt(self._buffers)
         return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # Replicas run in threads of their own.
+        replica.__dict__["_flags"] = Flags(*self._flags.values())
+        return replica
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)

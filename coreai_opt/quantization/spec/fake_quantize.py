@@ -16,6 +16,7 @@ from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
+from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
@@ -236,7 +237,7 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             if observes and flags.fake_quant and plan.step is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
                 if state is not None:
-                    return training_step_op.apply(tensor, *state, plan.step)
+                    return training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
             return self._forward_in_parts(tensor, observes, flags.fake_quant)
         except _BlockSizeMismatchError:
             if not (flags.observe or self.is_stateless):
@@ -274,8 +275,13 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             return make_plan(self, tensor)
         key = (tensor.shape, tensor.dtype)
         plan = self._plans.get(key)
-        if plan is not None and plan.settings == settings_of(self):
-            return plan
+        if plan is not None:
+            if plan.quiet is not None and plan.quiet.lasts():
+                return plan
+            quiet = Quiet()
+            if plan.settings == settings_of(self):
+                plan.quiet = quiet
+                return plan
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         plan = self._plans[key] = make_plan(self, tensor)
@@ -283,6 +289,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_plans": {}}
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_plans"] = {}
+        return replica
 
     def _warn_and_disable(self, shape: torch.Size) -> None:
         self._log_mismatch(tuple(shape))

@@ -1,15 +1,16 @@
 """The same fake quantizers on the same tensors, forward after forward."""
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice, starmap, zip_longest
 from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 from coreai_kernels.ops import foreach
+from coreai_kernels.ops.library import reaches_kernels
+from coreai_opt.quantization.spec._assignments import Quiet
 from coreai_opt.quantization.spec._plan import settings_of
 from coreai_opt.quantization.spec._switches import Flags
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -24,8 +25,11 @@ __all__ = ["KeptLaunches"]
 
 _CALCULATORS = (StaticQParamsCalculator, MovingAverageQParamsCalculator, GlobalMinMaxQParamsCalculator)
 
+_NOTHING = object()
+
 # What a tensor may be given without becoming another object.
-_facts = attrgetter("requires_grad", "dtype", "device", "shape")
+_requires_grad = attrgetter("requires_grad")
+_facts = attrgetter("dtype", "device", "shape")
 _version = attrgetter("_version")
 
 
@@ -34,7 +38,7 @@ class KeptLaunches:
 
     Working out what each of many simulators has to do costs more than its work. Here a forward makes sure of
     all of them at once, in a few passes over flat lists: the identity of buffers and tensors, the version
-    counters of the switches, the settings, and that nobody listens.
+    counters of the switches, that nobody listens, and that no setting has been assigned to.
 
     Simulators are kept that simulate_together launches, with a built-in calculator that keeps its parameters
     and has observed before; and tensors that need a gradient.
@@ -73,9 +77,15 @@ class KeptLaunches:
         self._simulators = [simulators[i] for i in self.members]
         self.tensors = [tensors[i] for i in self.members]
         calculators: list[Any] = [each._modules["qparams_calculator"] for each in self._simulators]
-        self._last_hook = RemovableHandle.next_id
         self._hooks = [vars(each)[name] for each in self._simulators for name in HOOKS]
-        self._flags = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
+        self._flags: list[Any] = [each._buffers[name] for each in self._simulators for name in Flags.NAMES]
+        flags = iter(self._flags)
+        # All of them, not up to the first that cannot be kept.
+        can = [
+            launch.keep(inputs, list(islice(flags, len(Flags.NAMES) * len(inputs))))
+            for launch, inputs in self._launches
+        ]
+        self._are_guarded = all(can)
         self._places = [
             *chain.from_iterable([places[i] for i in self.members]),
             *(each._buffers for each in self._simulators),
@@ -85,33 +95,47 @@ class KeptLaunches:
         self._versions = list(map(_version, self._flags))
         self._tensor_facts = list(map(_facts, self.tensors))
         self._settings = list(map(settings_of, self._simulators))
+        self._quiet = Quiet()
 
     def are_valid(self) -> bool:
         """Whether nothing has changed."""
-        values = list(_values(self._places))
         return (
-            len(values) == len(self._values)
-            and all(map(is_, values, self._values))
-            and list(map(_version, self._flags)) == self._versions
-            and list(map(_facts, self.tensors)) == self._tensor_facts
-            and not self._are_hooked()
+            _are_same(_values(self._places), self._values)
+            and all(map(_requires_grad, self.tensors))
+            and ((self._are_guarded and reaches_kernels()) or self._are_untouched())
             and not (self._is_hooked or _has_any_global_hook())
-            and list(map(settings_of, self._simulators)) == self._settings
+            and (self._quiet.lasts() or self._are_unchanged())
         )
 
-    def _are_hooked(self) -> bool:
-        # Torch numbers all hooks in one sequence: as long as it does not go on there are no new ones.
-        last = RemovableHandle.next_id
-        if last == self._last_hook:
-            return False
-        if any(self._hooks):
-            return True
-        self._last_hook = last
-        return False
+    def _are_untouched(self) -> bool:
+        """What the native backend makes sure of, if it keeps the launches."""
+        return (
+            list(map(_version, self._flags)) == self._versions
+            and list(map(_facts, self.tensors)) == self._tensor_facts
+        )
 
-    def __call__(self) -> Iterable[Tensor]:
-        """The outputs of the members, as :func:`simulate_together` gives them."""
-        return chain.from_iterable([launch(tensors) for launch, tensors in self._launches])
+    def _are_unchanged(self) -> bool:
+        """Whether there are the same settings, and nobody listens, after something was assigned somewhere."""
+        quiet = Quiet()
+        if any(self._hooks) or list(map(settings_of, self._simulators)) != self._settings:
+            return False
+        self._quiet = quiet
+        return True
+
+    def __call__(self) -> list[Tensor] | None:
+        """The outputs of the members, as :func:`simulate_together` gives them.
+
+        Returns:
+            None if something has changed that :meth:`are_valid` leaves to the native backend.
+        """
+        outputs: list[Tensor] = []
+        for launch, tensors in self._launches:
+            outputs += launch(tensors)
+        return outputs if len(outputs) == len(self.tensors) else None
+
+
+def _are_same(some: Iterable[object], others: Iterable[object]) -> bool:
+    return all(starmap(is_, zip_longest(some, others, fillvalue=_NOTHING)))
 
 
 def _values(places: Iterable[dict[str, Any]]) -> Iterable[Any]:

@@ -12,6 +12,7 @@ import coreai_kernels
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _numbers
+from coreai_opt.quantization.spec._assignments import ReportsAssignments
 from coreai_opt.quantization.spec._state import UNSHAPED, is_shaped, reshape_buffer, same_blocks
 from coreai_opt.quantization.spec.granularity import QuantizationGranularity
 from coreai_opt.quantization.spec.qscheme import QuantizationScheme
@@ -31,7 +32,7 @@ __all__ = [
 QParams = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class QParamsCalculatorBase(ClassRegistryMixin, nn.Module):
+class QParamsCalculatorBase(ClassRegistryMixin, ReportsAssignments):
     """Base of the calculators. Subclasses are named in a specification by their key in this registry.
 
     Args:

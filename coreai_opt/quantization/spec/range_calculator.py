@@ -4,17 +4,17 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
 
 import coreai_kernels
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
+from coreai_opt.quantization.spec._assignments import ReportsAssignments
 from coreai_opt.quantization.spec.granularity import QuantizationGranularity
 
 __all__ = ["MinMaxRangeCalculator", "RangeCalculatorBase"]
 
 
-class RangeCalculatorBase(ClassRegistryMixin, nn.Module):
+class RangeCalculatorBase(ClassRegistryMixin, ReportsAssignments):
     """Computes the range that quantization has to cover, block by block.
 
     A subclass implements ``_generate_min_max``, and is named in a specification by its key in this registry.

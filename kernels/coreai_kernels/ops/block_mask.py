@@ -33,9 +33,10 @@ define(
 def block_mask(weight: Tensor, num_keep: int, block_size: Sequence[int]) -> Tensor:
     """Mask that keeps exactly ``num_keep`` blocks: those of largest L1 norm.
 
-    The norms are exact sums of magnitudes that were rounded to about 52 bits below the block's largest
-    possible sum (:func:`coreai_kernels.reference.block_mask.block_norms`), so they do not depend on the order
-    of the additions: all backends, thread counts and memory formats give the same mask. Of equal norms the
+    The norms are exact sums of magnitudes that were rounded to a unit, of which the block's largest magnitude
+    has at least 2**24 (:func:`coreai_kernels.reference.block_mask.block_norms`). So they do not depend on the
+    order of the additions: all backends, thread counts and memory formats give the same mask. Norms that
+    differ by more than ``n / 2**24`` times the largest of ``n`` magnitudes are told apart. Of equal norms the
     lowest block index in row-major order is kept first. A block with a NaN ranks above one with an infinity,
     and both above all others. Not differentiable.
 

@@ -5,7 +5,8 @@ the autograd graph, one set of threads or, on a GPU, a launch or few.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, repeat
+from operator import is_not
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
-from coreai_kernels.ops.library import define, implementation
+from coreai_kernels.ops.kept import Kept, keep
+from coreai_kernels.ops.library import define, implementation, reaches_kernels
 from coreai_kernels.reference import foreach as reference
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format, RangeUpdate
@@ -79,13 +81,17 @@ class StraightThroughList(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, operator: Callable[..., Any], args: tuple[Any, ...], *inputs: Tensor
+        ctx: Any,
+        operator: Callable[..., Any],
+        args: tuple[Any, ...],
+        starts: list[int],
+        *inputs: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Outputs of ``operator(inputs, *args, True)``."""
+        """Outputs of ``operator(inputs, *args, True)``, whose masks begin at ``starts``."""
         outputs, mask = operator(inputs, *args, True)
         ctx.save_for_backward(mask)
         ctx.set_materialize_grads(False)
-        ctx.starts = reference.mask_starts(inputs)
+        ctx.starts = starts
         is_row_major = all(map(Tensor.is_contiguous, outputs))
         ctx.orders = None if is_row_major else [fake_quantize_op.layout_of(output) for output in outputs]
         return tuple(outputs)
@@ -94,18 +100,19 @@ class StraightThroughList(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients where the masks are set; None where none came."""
         (mask,) = ctx.saved_tensors
+        operator = implementation("foreach_fake_quantize_backward")
+        if ctx.orders is None and all(map(is_not, grads, repeat(None))):
+            return None, None, None, *operator(grads, mask, ctx.starts, [])
         given = [i for i, grad in enumerate(grads) if grad is not None]
         orders: list[int] = []
         if ctx.orders is not None:
             for i in given:
                 orders += ctx.orders[i] or range(grads[i].dim())  # type: ignore[union-attr]
         results: list[Tensor | None] = [None] * len(grads)
-        found = implementation("foreach_fake_quantize_backward")(
-            [grads[i] for i in given], mask, [ctx.starts[i] for i in given], orders
-        )
+        found = operator([grads[i] for i in given], mask, [ctx.starts[i] for i in given], orders)
         for i, grad in zip(given, found, strict=True):
             results[i] = grad
-        return None, None, *results
+        return None, None, None, *results
 
 
 def takes(input: Tensor, state: Row) -> bool:
@@ -147,19 +154,46 @@ class Launch:
         args: the operator's arguments after them, but for the last.
     """
 
-    __slots__ = ("_args", "_name")
+    __slots__ = ("_args", "_kept", "_name", "_starts")
 
     def __init__(self, name: str, rows: Sequence[Row], args: tuple[Any, ...]) -> None:
         columns = zip(*rows, strict=True)
         self._name = name
         self._args = (*([] if column[0] is None else list(column) for column in columns), *args)
+        self._kept: Kept | None = None
+        self._starts: list[int] | None = None
+
+    def keep(self, inputs: list[Tensor], switches: list[Tensor]) -> bool:
+        """Make calls cheaper, at the cost of this one, if the backend can.
+
+        Calls that reach the native kernels then return no outputs once an input has another dtype or shape,
+        or a switch another value.
+
+        Args:
+            inputs: what it will be called with.
+            switches: tensors of one element each.
+
+        Returns:
+            Whether it can.
+        """
+        if all(switch.is_cpu and switch.element_size() == 1 for switch in switches):
+            self._kept = keep(self._name, self._args)
+        if self._kept is not None:
+            self._kept.guard(inputs, switches)
+        return self._kept is not None
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         """Outputs for the inputs, which all need a gradient or all do not."""
-        operator = implementation(self._name)
+        call: Callable[..., Any]
+        if self._kept is not None and reaches_kernels():
+            call, args = self._kept, ()
+        else:
+            call, args = implementation(self._name), self._args
         if torch.is_grad_enabled() and inputs[0].requires_grad:
-            return StraightThroughList.apply(operator, self._args, *inputs)  # type: ignore[no-any-return]
-        return operator(inputs, *self._args, False)[0]  # type: ignore[no-any-return]
+            if self._starts is None:
+                self._starts = reference.mask_starts(inputs)[:-1]
+            return StraightThroughList.apply(call, args, self._starts, *inputs)  # type: ignore[no-any-return]
+        return call(inputs, *args, False)[0]  # type: ignore[no-any-return]
 
 
 def launch(

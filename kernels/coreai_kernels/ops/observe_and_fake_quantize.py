@@ -1,7 +1,11 @@
 """``observe_and_fake_quantize``: the whole training step of a fake quantizer in one operator."""
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +18,7 @@ from coreai_kernels.reference.qparams import update_range
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format, RangeUpdate, grid_shape
 
-__all__ = ["CONFIG", "apply", "check", "is_plain", "observe_and_fake_quantize"]
+__all__ = ["CONFIG", "apply", "check", "is_plain", "observe_and_fake_quantize", "packed"]
 
 CONFIG = (
     "int[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
@@ -61,14 +65,56 @@ def _reference_in_place(
     return output, mask
 
 
+def _triton_in_place(*args: Any) -> Any:
+    function: Any = triton.get("observe_and_fake_quantize_")
+    return function(*args)
+
+
+# How many of the configuration's entries are numbers; the rest are the block's extents.
+_NUMBERS = 10
+
+
+def packed(config: tuple[Any, ...]) -> Tensor:
+    """The configuration as the in-place operator takes it: numbers, then the block's extents, in float64.
+
+    Each argument of an operator costs its caller a fraction of a microsecond; a tensor no more than a number.
+    """
+    block_size, *numbers = config
+    values = [math.nan if value is None else float(value) for value in numbers]
+    # By way of numpy: no mode that is active here, a fake tensor's for one, is to get hold of it.
+    return torch.from_numpy(np.array([*values, *block_size], dtype=np.float64))
+
+
+def _unpacked(settings: Tensor) -> tuple[Any, ...]:
+    values = settings.tolist()
+    scheme, format, low, high, use_minval, update, constant, *bounds, power_of_two = values[:_NUMBERS]
+    return (
+        [int(extent) for extent in values[_NUMBERS:]],
+        *(int(scheme), int(format), low, high, bool(use_minval), int(update), constant),
+        *(None if math.isnan(bound) else bound for bound in bounds),
+        bool(power_of_two),
+    )
+
+
+def _unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which takes the configuration's entries, as one that takes them packed."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        *state, settings, with_mask = args
+        return function(*state, *_unpacked(settings), with_mask)
+
+    return call
+
+
 # In place, without a registered gradient: eager mode wraps it in its own autograd function.
 define(
     "observe_and_fake_quantize_",
     "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
-    f"Tensor(e!)? running_max, bool has_running, {CONFIG}) -> (Tensor, Tensor)",
-    reference=_reference_in_place,
+    "Tensor(e!)? running_max, bool has_running, Tensor settings, bool with_mask) -> (Tensor, Tensor)",
+    reference=_unpacking(_reference_in_place),
     fake=_fake_in_place,
-    triton=triton.get("observe_and_fake_quantize_"),
+    triton=_unpacking(_triton_in_place),
 )
 # Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
 define(
@@ -178,7 +224,11 @@ def check(input: Tensor, state: tuple[Tensor | None, ...], config: tuple[Any, ..
 
 
 def apply(
-    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: tuple[Any, ...]
+    input: Tensor,
+    state: tuple[Tensor | None, ...],
+    has_running: bool,
+    config: tuple[Any, ...],
+    settings: Tensor | None = None,
 ) -> Tensor:
     """:func:`observe_and_fake_quantize` without the argument checks, for callers that have made them.
 
@@ -186,12 +236,21 @@ def apply(
         input: the tensor.
         state: scale, zero point, minimum, running minimum, running maximum.
         has_running: whether the running range holds one already.
-        config: the operator's arguments from ``block_size`` to ``power_of_two_scale``, in order.
+        config: the functional operator's arguments from ``block_size`` to ``power_of_two_scale``, in order.
+        settings: what :func:`packed` makes of them, for callers that keep it.
     """
     if not is_plain(input, state):
         return _with_converted_state(input, state, has_running, config)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
-    if torch.compiler.is_compiling() and backends.forced() != "reference":
+    operator: Callable[..., Any]
+    args: tuple[Any, ...]
+    if not torch.compiler.is_compiling():
+        operator = implementation("observe_and_fake_quantize_")
+        args = (*state, has_running, packed(config) if settings is None else settings)
+    elif backends.forced() == "reference":
+        # Traced as it stands, with the configuration's entries as constants.
+        operator, args = _reference_in_place, (*state, has_running, *config)
+    else:
         running = state[3:] if has_running else (None, None)
         output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
             input, *running, *config, needs_grad
@@ -200,8 +259,6 @@ def apply(
             if old is not None:
                 old.copy_(value.detach())
         return output  # type: ignore[no-any-return]
-    operator = implementation("observe_and_fake_quantize_")
-    args = (*state, has_running, *config)
     if needs_grad:
         return fake_quantize.StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
     return operator(input, *args, False)[0]  # type: ignore[no-any-return]

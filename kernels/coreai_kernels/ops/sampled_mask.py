@@ -69,7 +69,7 @@ def sampled_mask(weight: Tensor, logits: Tensor, draw: Tensor, *, seed: int) -> 
     (Louizos et al., arXiv 1712.01312, without the stretch). The gradients are ``grad * mask`` to the weight
     and, straight through the threshold, ``grad * weight * sigmoid'(z)`` to the logits.
 
-    The random numbers are Philox 4x32-10 of ``seed``, ``draw`` and the element's place in memory: every
+    The random numbers are Philox 4x32-7 of ``seed``, ``draw`` and the element's place in memory: every
     backend, thread count and rank draws the same ones. Neither they nor the mask are kept for the backward
     pass, which computes them again.
 

@@ -1,7 +1,5 @@
 """Which blocks have the largest L1 norms."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,21 +13,21 @@ __all__ = ["block_mask", "block_norms", "top_blocks"]
 def block_norms(weight: Tensor, block_size: tuple[int, ...]) -> Tensor:
     """L1 norm of each block, in float64 and the same whatever the order of the additions.
 
-    Before they are added, magnitudes are rounded (half to even) to multiples of a unit: the power of two
-    ``2**(e + 1 + ceil(log2(n)) - 52)`` for a block of ``n`` elements, the largest of which has the exponent
-    ``e``. So every sum is a multiple of the unit and at most 2**52 of it, which float64 holds exactly: no
-    addition rounds (Demmel and Nguyen, Fast Reproducible Floating-Point Summation, ARITH 2013). A float32
-    value loses nothing if it is above the largest times ``n / 2**28``. Units below 2**-1022 become that.
+    Magnitudes are rounded (half to even) to multiples of a unit, and the counts of units are added up, which
+    are integers (Demmel and Nguyen, Fast Reproducible Floating-Point Summation, ARITH 2013). The unit follows
+    from the largest magnitude of the block alone: if that is less than ``2**g``, with ``g`` the least such
+    multiple of four, the unit is ``2**(g - 28)``. No magnitude is rounded more coarsely than float32 rounds
+    the largest of them: the sum of ``n`` is off by at most ``n / 2**25`` times the largest, which is less
+    than the bound for a sum in float32. Units below 2**-1022 become that.
     """
     grid = grid_shape(weight.shape, block_size)
     blocks, axes = split_blocks(weight.double().abs(), block_size)
     peak = blocks.amax(axes, keepdim=True)
-    bits_of_count = (math.prod(block_size) - 1).bit_length()
-    exponent = (peak.view(torch.int64) >> 52) + 1 + bits_of_count - 52
-    unit = (exponent.clamp(1, 2046) << 52).view(torch.float64)
-    # Not in units: the sums of infinities and NaN come out as such.
-    sums = (torch.round(blocks / unit)).sum(axes, keepdim=True) * unit
-    return sums.reshape(grid)
+    exponent = ((peak.view(torch.int64) >> 52) + 1) // 4 * 4 + 3 - 28
+    unit = (exponent.clamp_min(1) << 52).view(torch.float64)
+    finite = peak.isfinite()
+    counts = torch.round(torch.where(finite, blocks, 0.0) / unit).long().sum(axes, keepdim=True)
+    return torch.where(finite, counts.double() * unit, peak).reshape(grid)
 
 
 def top_blocks(weight: Tensor, num_keep: int, block_size: tuple[int, ...]) -> Tensor:

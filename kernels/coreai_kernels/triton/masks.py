@@ -1,7 +1,5 @@
 """``nm_mask``, ``block_mask`` and ``apply_mask``. The selection of ``topk_mask`` is CUDA C++."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -86,7 +84,6 @@ def _norms(
     channels,
     outer,
     inner,
-    BITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -116,19 +113,23 @@ def _norms(
     if not COLUMNS:
         peak = tl.zeros_like(peak) + tl.max(peak, 0)
     largest = tl.minimum(peak, _INFINITY - 1).to(tl.float32, bitcast=True).to(tl.float64)
-    # 2**52 units: adding and taking it away rounds to a whole number of units. See the reference.
-    exponent = tl.maximum((largest.to(tl.int64, bitcast=True) >> 52) + 1 + BITS - 52, 1) + 52
-    shift = (exponent << 52).to(tl.float64, bitcast=True)
-    sums = tl.zeros((ROWS, WIDTH), tl.float64)
+    # Added to 2**52 units, a value has those bits and the number of its units. See the reference.
+    exponent = tl.maximum(((largest.to(tl.int64, bitcast=True) >> 52) + 1) // 4 * 4 + 3 - 28, 1)
+    unit = (exponent << 52).to(tl.float64, bitcast=True)
+    offset = (exponent + 52) << 52
+    shift = offset.to(tl.float64, bitcast=True)
+    counts = tl.zeros((ROWS, WIDTH), tl.int64)
     for first in range(0, outer, ROWS):
         for step in range(0, steps, WIDTH):
             element = base + (first + row).to(tl.int64)[:, None] * stride + (step + column)[None, :]
             valid = (first + row < outer)[:, None] & (step + column < span)[None, :]
             x = fp32(tl.load(weight + element, mask=valid, other=0.0))
-            sums += (tl.abs(x).to(tl.float64) + shift[None, :]) - shift[None, :]
-    norm = tl.sum(sums, 0)
+            shifted = tl.abs(x).to(tl.float64) + shift[None, :]
+            counts += shifted.to(tl.int64, bitcast=True) - offset[None, :]
+    count = tl.sum(counts, 0)
     if not COLUMNS:
-        norm = tl.zeros_like(norm) + tl.sum(norm, 0)
+        count = tl.zeros_like(count) + tl.sum(count, 0)
+    norm = count.to(tl.float64) * unit
     norm = tl.where(peak == _INFINITY, float("inf"), norm)
     norm = tl.where(peak > _INFINITY, float("nan"), norm)
     if COLUMNS:
@@ -200,9 +201,8 @@ def _block_norms(source: Tensor, block_size: list[int]) -> Tensor:
     columns = inner == 1 and count > 1
     width = 32 if columns else min(1024, triton.next_power_of_2(inner))
     programs = triton.cdiv(count, width) if columns else count
-    constants = {"BITS": (math.prod(block_size) - 1).bit_length(), "COLUMNS": columns}
-    shape = {"ROWS": 1024 // width, "WIDTH": width}
-    launch(_norms, programs, source, source, norms, count, outer, inner, **constants, **shape, warps=4)
+    constants = {"COLUMNS": columns, "ROWS": 1024 // width, "WIDTH": width}
+    launch(_norms, programs, source, source, norms, count, outer, inner, **constants, warps=4)
     return norms
 
 

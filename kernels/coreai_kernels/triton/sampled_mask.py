@@ -22,7 +22,7 @@ def _uniform(first_block, draw, seed, TILE: tl.constexpr):
     block = first_block + tl.arange(0, TILE // 4)
     low, high = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     number = block * 0 + draw
-    r0, r1, r2, r3 = tl.philox(seed, low, high, number.to(tl.uint32), (number >> 32).to(tl.uint32))
+    r0, r1, r2, r3 = tl.philox(seed, low, high, number.to(tl.uint32), (number >> 32).to(tl.uint32), 7)
     words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [TILE])
     return ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
 
@@ -30,17 +30,17 @@ def _uniform(first_block, draw, seed, TILE: tl.constexpr):
 @triton.jit
 def _terms(s, u):
     """See ``reference/sampled_mask.py``."""
-    x = tl.where(s > -80.0, s, -80.0)
-    x = tl.where(x < 80.0, x, 80.0)
-    n = round_half_even(x * 1.44269504088896341)
-    r = (x - n * 0.693359375) - n * -2.12194440e-4
-    p = r * 0.0 + 1.9875691500e-4
-    p = p * r + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    p = (p * (r * r) + r) + 1.0
+    x = tl.where(s > -64.0, s, -64.0)
+    x = tl.where(x < 64.0, x, 64.0)
+    t = x * 1.44269504088896341
+    n = round_half_even(t)
+    f = t - n
+    p = f * 0.0 + 1.3264727e-3
+    p = p * f + 9.671513e-3
+    p = p * f + 5.5507336e-2
+    p = p * f + 2.4022242e-1
+    p = p * f + 6.9314700e-1
+    p = p * f + 1.0
     power = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
     return u * (p * power), 1.0 - u
 
@@ -67,8 +67,8 @@ def _backward(
     a, b = _terms(s, _uniform(start // 4, tl.load(draw), seed, TILE))
     g = fp32(tl.load(grad + element, mask=valid, other=0.0))
     w = fp32(tl.load(weight + element, mask=valid, other=0.0))
-    d = a + b
-    slope = tl.math.div_rn(a, d) * tl.math.div_rn(b, d)
+    inverse = tl.math.div_rn(1.0, a + b)
+    slope = (a * inverse) * (b * inverse)
     tl.store(to_weight + element, narrow(g * (a > b).to(tl.float32), to_weight.dtype.element_ty), mask=valid)
     tl.store(to_logits + element, (g * w) * slope, mask=valid)
 

@@ -3,9 +3,9 @@
 ``torchrun --standalone --nproc-per-node 2 distributed_training.py results.pt``
 """
 
-import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,12 @@ ALGORITHMS = [
     {"algorithm": "knowledge_distillation", "type": "mse"},
 ]
 
+# Ranges that follow the inputs while training.
+OBSERVED = [
+    {"algorithm": "quantization", "initializer": {"range": {"num_init_samples": 0}}},
+    {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3},
+]
+
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
@@ -33,10 +39,10 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 1, 8, 8, generator=generator), torch.randint(10, (BATCH,), generator=generator)
 
 
-def train(rank: int, ranks: int) -> dict[str, object]:
+def train(algorithms: list[dict[str, Any]], rank: int, ranks: int) -> dict[str, object]:
     # Each rank initialises from its own share of the data.
     loader = [(batch(-1)[0][rank::ranks], None)]
-    config = register_default_init_args({"compression": ALGORITHMS}, loader)
+    config = register_default_init_args({"compression": algorithms}, loader)
     controller, model = create_compressed_model(make_model(), config)
     if ranks > 1:
         with torch.no_grad():
@@ -63,15 +69,19 @@ def train(rank: int, ranks: int) -> dict[str, object]:
         optimizer.step()
         losses.append(loss.detach())
     check_equal_ranks(controller)
-    return {"model": model.state_dict(), "losses": torch.stack(losses)}
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    if rank == 0:  # evaluation on one rank waits for no other
+        model.eval()(batch(STEPS)[0])
+    return {"model": trained, "losses": torch.stack(losses)}
 
 
 def main(path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    result = train(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    if dist.get_rank() == 0:
-        torch.save(result, path)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    results = [train(algorithms, rank, ranks) for algorithms in (ALGORITHMS, OBSERVED)]
+    if rank == 0:
+        torch.save(results, path)
     dist.destroy_process_group()
 
 

@@ -3,6 +3,7 @@
 import inspect
 import io
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from coreai_opt.controllers import (
 from coreai_opt.controllers.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.state import check_plain
 
-from .support import Run, configured, loader, make_model
+from .support import Run, check_compiles, check_no_waits, configured, loader, make_model
 
 MAGNITUDE = {"algorithm": "magnitude_sparsity", "sparsity_init": 0.2}
 MSE = {"algorithm": "knowledge_distillation", "type": "mse"}
@@ -211,6 +212,23 @@ def test_a_disabled_scheduler_counts_and_holds(algorithms: Any) -> None:
     assert resumed.controller.scheduler.current_step == 8
 
 
+PRUNED = {"algorithm": "filter_pruning", "pruning_init": 0.4, "params": {"prune_first_conv": True}}
+RANDOM = {
+    "algorithm": "rb_sparsity",
+    "params": {"schedule": "exponential", "update_per_optimizer_step": True},
+}
+INT8 = {"algorithm": "quantization", "preset": "mixed"}
+
+
+@pytest.mark.parametrize(
+    "algorithms", [(PRUNED, INT8, MSE), (RANDOM, {**INT8, "learnable_ranges": True}, MSE)]
+)
+def test_several_neither_wait_nor_break_the_graph(algorithms: Any) -> None:
+    make = partial(make_model, width=24)
+    check_no_waits(configured(*algorithms), make)
+    check_compiles(configured(*algorithms), make)
+
+
 def test_a_changed_configuration_is_noticed_on_resuming() -> None:
     run = Run(configured({**MAGNITUDE, "params": {"sparsity_target": 0.2}}))
     state = run.controller.get_compression_state()
@@ -237,6 +255,24 @@ def test_steps_per_epoch_come_from_the_loader() -> None:
     controller, _ = create_compressed_model(make_model(), config)
     controller.scheduler.epoch_step()
     controller.scheduler.step()
+
+
+def test_a_dummy_forward_gives_the_inputs() -> None:
+    seen = []
+
+    def forward(model: nn.Module) -> None:
+        seen.append(model)
+        model(x=torch.zeros(2, 1, 8, 8))
+
+    model = make_model(width=16)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    controller, model = create_compressed_model(model, {"compression": PRUNED}, dummy_forward_fn=forward)
+    assert seen == [model]
+    assert controller.example_inputs()[1]["x"].shape == (2, 1, 8, 8)
+    assert not model._forward_pre_hooks
+    assert torch.equal(model.norm.running_mean, state["norm.running_mean"])
+    with pytest.raises(ValueError, match="dummy_forward_fn must call the model"):
+        create_compressed_model(make_model(), {"compression": PRUNED}, dummy_forward_fn=lambda model: None)
 
 
 def test_the_models_mode_stays() -> None:

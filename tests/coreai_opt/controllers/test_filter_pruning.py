@@ -9,7 +9,7 @@ from coreai_opt.controllers import CompressionStage, create_compressed_model
 from coreai_opt.controllers.channels import find_clusters
 from coreai_opt.controllers.schedules import biased_exponential
 
-from .support import check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import check_compiles, check_no_waits, configured, make_model
 
 
 class Residual(nn.Module):
@@ -218,24 +218,9 @@ class Net16(nn.Module):
 QUICK = {"prune_first_conv": True, "pruning_target": 0.5, "pruning_steps": 2}
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"schedule": "baseline", "num_init_steps": 1},
-        {"all_weights": True, "schedule": "exponential_with_bias"},
-    ],
-    ids=["exponential", "baseline", "global"],
-)
-def test_resume_at_any_step(params: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from coreai_opt.controllers import filter_pruning
-
-    monkeypatch.setattr(filter_pruning, "MULTIPLE", 2)
-    check_resume(configured(pruning(**QUICK, **params)))
-
-
 def test_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     check_no_waits(configured(pruning(**QUICK)))
+    check_no_waits(configured(pruning(**QUICK, update_per_optimizer_step=True)))
 
 
 def test_compiles() -> None:

@@ -5,7 +5,7 @@ from torch import nn
 
 from coreai_opt.controllers import create_compressed_model
 
-from .support import check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import check_compiles, check_no_waits, configured, make_model
 
 
 def distillation(kind: str = "softmax", **more: object) -> dict[str, object]:
@@ -85,11 +85,6 @@ def test_bad_options_are_named() -> None:
         create_compressed_model(make_model(), configured(distillation(temperature=0)))
     with pytest.raises(ValueError, match="softmax"):
         create_compressed_model(make_model(), configured(distillation("kl")))
-
-
-@pytest.mark.parametrize("kind", ["softmax", "mse"])
-def test_resume_at_any_step(kind: str) -> None:
-    check_resume(configured(distillation(kind), SPARSE))
 
 
 def test_nothing_waits() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from coreai_opt.controllers import create_compressed_model
 
-from .support import check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import check_compiles, check_no_waits, configured, make_model
 
 
 def learnable(**more: Any) -> dict[str, Any]:
@@ -61,11 +61,6 @@ def test_it_needs_data() -> None:
     config = learnable(initializer={"range": {"num_init_samples": 0}})
     with pytest.raises(ValueError, match="num_init_samples must not be 0"):
         create_compressed_model(make_model(), configured(config))
-
-
-@pytest.mark.parametrize("params", [{}, {"activations_quant_start_epoch": 1, "weights_quant_start_epoch": 2}])
-def test_resume_at_any_step(params: dict[str, Any]) -> None:
-    check_resume(configured(learnable(preset="mixed", params=params)))
 
 
 def test_nothing_waits() -> None:

@@ -3,7 +3,7 @@ import torch
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model
 
-from .support import check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import check_compiles, check_no_waits, configured, make_model
 
 
 def magnitude(**params: object) -> dict[str, object]:
@@ -92,22 +92,6 @@ def test_strip_leaves_zeros_and_the_same_outputs() -> None:
     assert "parametrizations" in str(model.state_dict().keys())
     controller.prepare_for_export()
     assert list(model.state_dict()) == list(stripped.state_dict())
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"update_per_optimizer_step": True},
-        {"schedule": "exponential", "sparsity_level_setting_mode": "local"},
-        {"schedule": "multistep", "multistep_steps": [1], "multistep_sparsity_levels": [0.2, 0.6]},
-        {"schedule": "adaptive"},
-        {"sparsity_freeze_epoch": 2},
-    ],
-    ids=lambda params: "-".join(map(str, params.values())) or "polynomial",
-)
-def test_resume_at_any_step(params: dict[str, object]) -> None:
-    check_resume(configured(magnitude(**params)))
 
 
 def test_nothing_waits() -> None:

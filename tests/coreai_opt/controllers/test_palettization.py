@@ -5,7 +5,7 @@ import torch
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model
 
-from .support import Run, check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import Run, check_compiles, check_no_waits, configured, make_model
 
 
 def palettes(**more: Any) -> dict[str, Any]:
@@ -56,13 +56,6 @@ def test_a_later_start() -> None:
     run.train(4)
     assert run.controller.compression_stage() is CompressionStage.FULLY_COMPRESSED
     assert run.model.head.weight.unique().numel() <= 4
-
-
-@pytest.mark.parametrize(
-    "params", [{}, {"palettization_start_epoch": 1, "refresh_interval": 2}], ids=["at-once", "later"]
-)
-def test_resume_at_any_step(params: dict[str, int]) -> None:
-    check_resume(configured(palettes(params=params)))
 
 
 def test_nothing_waits() -> None:

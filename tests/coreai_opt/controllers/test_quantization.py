@@ -8,7 +8,7 @@ from coreai_opt.controllers import CompressionStage, create_compressed_model, re
 from coreai_opt.controllers.quantization_config import RangeInitializer
 from coreai_opt.controllers.ranges import ActivationRange, weight_range
 
-from .support import Run, check_compiles, check_no_waits, check_resume, configured, loader, make_model
+from .support import Run, check_compiles, check_no_waits, configured, loader, make_model
 
 RANGES = ["mixed_min_max", "min_max", "mean_min_max", "threesigma", "percentile", "mean_percentile"]
 
@@ -183,19 +183,6 @@ def test_pruned_elements_stay_zero() -> None:
     weights = torch.cat([layer.weight.flatten() for layer in (model.stem, model.inner, model.head)])
     assert float((weights == 0).float().mean()) >= 0.49
     assert [child.name for child in controller.child_ctrls] == ["magnitude_sparsity", "quantization"]
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        {},
-        {"preset": "mixed", "initializer": {"range": {"type": "percentile"}}},
-        {"params": {"activations_quant_start_epoch": 2, "weights_quant_start_epoch": 1}},
-    ],
-    ids=["performance", "mixed", "staged"],
-)
-def test_resume_at_any_step(more: dict[str, Any]) -> None:
-    check_resume(configured(quantization(**more)))
 
 
 def test_nothing_waits() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from coreai_opt.controllers import create_compressed_model
 
-from .support import Run, batch, check_compiles, check_no_waits, check_resume, configured, make_model
+from .support import Run, batch, check_compiles, check_no_waits, configured, make_model
 
 
 def rb(**params: Any) -> dict[str, Any]:
@@ -120,20 +120,6 @@ def test_the_learning_rate_multiplier_scales_the_logits_gradient() -> None:
         controller.loss().backward()
         grads.append(controller._masks["head"].logits.grad)
     torch.testing.assert_close(grads[1], grads[0] * 0.25)
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"sparsity_freeze_epoch": 2},
-        {"schedule": "adaptive", "sparsity_level_setting_mode": "local"},
-        {"schedule": "polynomial", "update_per_optimizer_step": True},
-    ],
-    ids=["exponential", "frozen", "adaptive-local", "by-step"],
-)
-def test_resume_at_any_step(params: dict[str, Any]) -> None:
-    check_resume(configured(rb(**params)))
 
 
 def test_nothing_waits() -> None:

@@ -164,8 +164,9 @@ def test_a_step_in_mid_epoch_is_remembered() -> None:
 def test_a_level_by_step_needs_the_length_of_an_epoch() -> None:
     with pytest.raises(ValueError, match="give steps_per_epoch"):
         scheduler("polynomial", update_per_optimizer_step=True)
-    with pytest.raises(ValueError, match="'exponential' moves at epochs"):
-        scheduler("exponential", update_per_optimizer_step=True, steps_per_epoch=2)
+    for schedule in ("multistep", "adaptive", "baseline"):
+        with pytest.raises(ValueError, match=f"'{schedule}' moves at epochs"):
+            scheduler(schedule, update_per_optimizer_step=True, steps_per_epoch=2)
 
 
 def test_share_of_nothing_is_everything() -> None:

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from coreai_kernels.ops import foreach
 from coreai_opt.quantization._eager.together_forward import TogetherForward
@@ -43,7 +45,7 @@ def launched(monkeypatch) -> list[int]:
     sizes: list[int] = []
     given = foreach.StraightThroughList.apply
     monkeypatch.setattr(
-        foreach.StraightThroughList, "apply", lambda *args: sizes.append(len(args) - 2) or given(*args)
+        foreach.StraightThroughList, "apply", lambda *args: sizes.append(len(args) - 3) or given(*args)
     )
     return sizes
 
@@ -89,6 +91,13 @@ def _override(model: nn.Module) -> None:
     simulator_of(model).quantize = lambda *args, **kwargs: given(*args, **kwargs)
 
 
+def _replace_simulator(model: nn.Module) -> None:
+    other = copy.deepcopy(simulator_of(model))
+    for owner in (other, other.qparams_calculator):
+        owner.quant_max = 3
+    model[1].parametrizations.weight[0] = other
+
+
 CHANGES = {
     "observer off": lambda model: simulator_of(model).disable_observer(),
     "all observers off": lambda model: [simulator_of(model, i).disable_observer() for i in range(3)],
@@ -103,6 +112,8 @@ CHANGES = {
     "weight's data replaced": _replace_data,
     "weight written": _write_weight,
     "state loaded": _load,
+    "simulator replaced": _replace_simulator,
+    "parametrization removed": lambda model: remove_parametrizations(model[0], "weight"),
     "range": _assign_to("quant_max", 3),
     "method overridden": _override,
     "weight frozen": lambda model: original_of(model).requires_grad_(False),
@@ -171,3 +182,26 @@ def test_copies_keep_launches_of_their_own() -> None:
     with torch.no_grad():
         original_of(copied).mul_(2)
     assert not torch.equal(step(copied)[0], step(model)[0])
+
+
+@pytest.mark.parametrize("names", ["parameters", "buffers", "all"])
+def test_calls_with_other_tensors_use_those(names: str) -> None:
+    model = three_layers()
+    for _ in range(2):
+        step(model)
+    given = {}
+    if names != "buffers":
+        given |= {name: (2 * value).detach() for name, value in model.named_parameters()}
+    if names != "parameters":
+        given |= {name: value.clone() for name, value in model.named_buffers()}
+        given["1.parametrizations.weight.0.fake_quant_enabled"].zero_()
+    given = {
+        k: v.requires_grad_() if v.is_floating_point() and "original" in k else v for k, v in given.items()
+    }
+    other = copy.deepcopy(model)
+    other.load_state_dict(model.state_dict() | given)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(functional_call(model, given, (X,)), other(X))
+    for name, value in model.state_dict().items():
+        assert names == "parameters" or torch.equal(value, before[name]), name
+    assert torch.equal(step(model)[0], step(copy.deepcopy(model))[0])

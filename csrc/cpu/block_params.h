@@ -1,0 +1,126 @@
+// Parameters of blocks as the loops take them, and the quickest way to divide by them.
+#pragma once
+
+#include "cpu/loops.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+template <class = void>
+COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
+  return a.zero_point ? static_cast<float>(a.zero_point[block]) : a.constant;
+}
+
+// The quickest way to divide by the first n scales. A corrected product with the reciprocal is as good as a division
+// if scales are far from overflow and underflow, and if rounding and clamping change only at numbers of up to nine
+// bits: tests/kernels/test_quotients.py compares the two around all of those.
+template <class K>
+COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
+  if constexpr (!Simd::kHasQuotient) {
+    return Way::kDivide;
+  } else {
+    const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
+    const auto is_short = [](F bound) __attribute__((always_inline)) {
+      if constexpr (K::kFormat == Format::kInt) {
+        return Simd::equal(bound, clamp_lanes<Simd>(bound, Simd::set(-255.0f), Simd::set(255.0f)));
+      } else {
+        return Simd::equal(bound, Simd::as_float(Simd::iand(Simd::as_int(bound), Simd::iset(-0x8000))));
+      }
+    };
+    const M suits = Simd::mand(Simd::equal(scales, kept), Simd::mand(is_short(low), is_short(high)));
+    const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
+    if ((Simd::bits(suits) & all) != all) return Way::kDivide;
+    return finite ? Way::kReciprocalOfFinite : Way::kReciprocal;
+  }
+}
+
+// Calls body(kind) with the kind that divides that way.
+template <class K, class Body>
+COREAI_HD void with_way(Way way, Body body) {
+  if constexpr (Simd::kHasQuotient) {
+    if (way == Way::kReciprocalOfFinite) return body(typename K::template By<Way::kReciprocalOfFinite>{});
+    if (way == Way::kReciprocal) return body(typename K::template By<Way::kReciprocal>{});
+  }
+  body(K{});
+}
+
+// Parameters of up to kWidth neighbouring blocks, ready to be broadcast one by one.
+struct BlockParams {
+  alignas(64) float scale[kWidth], low[kWidth], high[kWidth], offset[kWidth], reciprocal[kWidth];
+  Way way;
+
+  // `finite`: no element is infinite, NaN or beyond 2^62.
+  template <class K>
+  COREAI_HD void load(const Affine& a, int64_t block, int n, bool finite) {
+    F zero_point = Simd::set(a.constant);
+    if (a.zero_point && n == kWidth) {
+      zero_point = Simd::to_float(Simd::load(a.zero_point + block));
+    } else if (a.zero_point) {
+      alignas(64) float values[kWidth] = {};
+      for (int i = 0; i < n; ++i) values[i] = static_cast<float>(a.zero_point[block + i]);
+      zero_point = Simd::load(values);
+    }
+    const F scales = Simd::load_n(a.scale + block, n);
+    Simd::store(scale, scales);
+    const F lows = Simd::sub(Simd::set(a.low), zero_point), highs = Simd::sub(Simd::set(a.high), zero_point);
+    Simd::store(low, lows);
+    Simd::store(high, highs);
+    way = way_to_divide<K>(scales, lows, highs, n, finite);
+    if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
+    Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
+  }
+  COREAI_HD Params<Simd> operator[](int i) const {
+    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]),
+            Simd::set(reciprocal[i])};
+  }
+};
+
+template <class = void>
+COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
+  const float zero_point = zero_point_of(a, block);
+  return {Simd::set(a.scale[block]), Simd::set(a.low - zero_point), Simd::set(a.high - zero_point),
+          Simd::set(a.offset ? a.offset[block] : 0.0f), Simd::set(1.0f / a.scale[block])};
+}
+
+// Parameters of kWidth neighbouring blocks, one a lane.
+template <class = void>
+COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
+  const F zero_point = a.zero_point ? Simd::to_float(Simd::load(a.zero_point + block)) : Simd::set(a.constant);
+  return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point),
+          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f),
+          Simd::set(0.0f)};
+}
+
+// Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
+template <class = void>
+COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t column, int64_t run, int n) {
+  if (run == 1 && n == kWidth) return params_of_lanes(a, base + column);
+  alignas(64) float scale[kWidth], zero_point[kWidth], offset[kWidth];
+  for (int i = 0; i < n; ++i) {
+    const int64_t block = base + (run == 1 ? column + i : (column + i) / run);
+    scale[i] = a.scale[block];
+    zero_point[i] = zero_point_of(a, block);
+    offset[i] = a.offset ? a.offset[block] : 0.0f;
+  }
+  for (int i = n; i < kWidth; ++i) scale[i] = 1.0f, zero_point[i] = offset[i] = 0.0f;
+  const F zero = Simd::load(zero_point);
+  return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero),
+          Simd::load(offset), Simd::set(0.0f)};
+}
+
+// Parameters of kWidth neighbouring blocks, one a lane, and the quickest way to divide by them.
+struct ColumnParams {
+  Params<Simd> lanes;
+  Way way;
+
+  template <class K>
+  static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n) {
+    ColumnParams p = {params_of_columns(a, block, 0, 1, n), Way::kDivide};
+    p.way = way_to_divide<K>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);
+    if (p.way != Way::kDivide) p.lanes.reciprocal = Simd::div(Simd::set(1.0f), p.lanes.scale);
+    return p;
+  }
+};
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,59 @@
+// The straight-through gradient through a packed mask.
+#pragma once
+
+#include "cpu/loops.h"
+#include "cpu/simd_words.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+// A product with 0 or 1 of 16-bit elements, where masks of words are bits: twice the lanes, and nothing to widen and
+// to round. Returns how many of the n elements it has done.
+template <class T>
+COREAI_HD int64_t masked_words(const T* grad, T* out, const uint8_t* mask, int64_t n) {
+  using W = Words<2>;
+  using V = W::V;
+  constexpr int16_t kInfinity = kIsBFloat16<T> ? 0x7f80 : 0x7c00, kNan = kIsBFloat16<T> ? 0x7fc0 : 0x7e00;
+  int64_t i = 0;
+  for (; i + W::kLanes <= n; i += W::kLanes) {
+    typename W::M inside;
+    __builtin_memcpy(&inside, mask + i / 8, sizeof(inside));
+    const V words = W::load(grad + i);
+    // Times zero: the sign is left, and nothing of infinities and NaN is a number.
+    const auto no_product = W::greater(words & W::set(INT16_MAX), W::set(kInfinity - 1));
+    const V outside = (words & W::set(INT16_MIN)) | W::where(no_product, W::set(kNan));
+    W::store(out + i, W::where(inside, words) | W::where(~inside, outside));
+  }
+  return i;
+}
+
+// A product with 0 or 1, so that NaN and infinite gradients behave as IEEE 754 says.
+template <class T>
+void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n) {
+  const F one = Simd::set(1.0f), zero = Simd::set(0.0f);
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2 && sizeof(Words<2>::M) == Words<2>::kLanes / 8) i = masked_words(grad, out, mask, n);
+  for (; i + kWidth <= n; i += kWidth) {
+    uint32_t bits = 0;
+    for (int byte = 0; byte < kWidth / 8; ++byte) bits |= static_cast<uint32_t>(mask[i / 8 + byte]) << (8 * byte);
+    Simd::store(out + i, Simd::mul(Simd::load(grad + i), Simd::select(Simd::from_bits(bits), one, zero)));
+  }
+  for (; i < n; i += 8) {
+    const int some = static_cast<int>(smaller<int64_t>(8, n - i));
+    const F factor = Simd::select(Simd::from_bits(mask[i / 8]), one, zero);
+    Simd::store_n(out + i, Simd::mul(Simd::load_n(grad + i, some), factor), some);
+  }
+}
+
+void masked_gradient(Element element, const void* grad, void* out, const uint8_t* mask, int64_t numel) {
+  with_type(element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+      masked_gradient_range(static_cast<const T*>(grad) + begin, static_cast<T*>(out) + begin, mask + begin / 8,
+                            end - begin);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,81 @@
+"""State of list operators that the native backend keeps from call to call.
+
+To hand hundreds of state tensors over takes longer than to quantize a small tensor. Here the native backend
+gets them once and gives a number for them; a call names the number and brings the inputs alone.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coreai_kernels.ops import observe_and_fake_quantize as step_op
+from coreai_kernels.ops.library import define_native
+
+__all__ = ["Kept", "keep"]
+
+_PARAMETERS = "(Tensor[] scales, Tensor[] zero_points, Tensor[] minvals, "
+_keepers = {
+    "foreach_fake_quantize_forward": define_native(
+        "keep_fake_quantize",
+        _PARAMETERS + "int[] block_sizes, int format, float quant_min, float quant_max) -> int",
+    ),
+    "foreach_observe_and_fake_quantize_": define_native(
+        "keep_observe_and_fake_quantize_",
+        _PARAMETERS
+        + "Tensor[] running_mins, Tensor[] running_maxs, bool has_running, "
+        + step_op.CONFIG.replace("int[] block_size", "int[] block_sizes").removesuffix(", bool with_mask")
+        + ") -> int",
+    ),
+}
+_run = define_native("run_kept", "(Tensor[] inputs, int number, bool with_mask) -> (Tensor[], Tensor)")
+_guard = define_native("guard_kept", "(Tensor[] inputs, Tensor[] switches, int number) -> ()")
+_drop = define_native("drop_kept", "(int number) -> ()")
+
+
+class Kept:
+    """A list operator's arguments between the inputs and ``with_mask``, kept by the native backend.
+
+    Args:
+        number: what it calls them.
+        drop: lets go of them.
+    """
+
+    __slots__ = ("__weakref__", "_number")
+
+    def __init__(self, number: int, drop: Callable[[int], None]) -> None:
+        self._number = number
+        weakref.finalize(self, drop, number).atexit = False
+
+    def __call__(self, inputs: list[Tensor], with_mask: bool) -> Any:
+        """The operator's results; no outputs if there is a guard that does not hold."""
+        return _run(inputs, self._number, with_mask)  # type: ignore[misc]
+
+    def guard(self, inputs: list[Tensor], switches: list[Tensor]) -> None:
+        """Let calls give outputs as long as inputs have these dtypes and shapes, and switches their values.
+
+        Args:
+            inputs: what it will be called with.
+            switches: tensors of one byte each, on the CPU.
+        """
+        with torch.no_grad():
+            _guard(inputs, switches, self._number)  # type: ignore[misc]
+
+
+def keep(name: str, args: tuple[Any, ...]) -> Kept | None:
+    """Have the native backend keep the arguments of a list operator.
+
+    Args:
+        name: the operator.
+        args: its arguments between the inputs and ``with_mask``.
+
+    Returns:
+        What runs the operator on CPU tensors; None if there is no native backend, or the state is elsewhere.
+    """
+    keeper = _keepers[name]
+    if keeper is None or _drop is None or any(not scale.is_cpu for scale in args[0]):
+        return None
+    with torch.no_grad():
+        return Kept(keeper(*args), _drop)
