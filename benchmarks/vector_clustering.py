@@ -23,7 +23,7 @@ from benchmarks.apple import Apple
 from benchmarks.facts import machine_facts
 from benchmarks.vector_clustering_run import KINDS, cluster_vectors
 
-__all__ = ["main", "measure"]
+__all__ = ["KINDS", "main", "measure"]
 
 
 def measure(

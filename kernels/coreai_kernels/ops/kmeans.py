@@ -22,7 +22,7 @@ __all__ = ["kmeans"]
 _SEARCHED = 1 << 18
 # Where clusters are few there are few swaps, and many starts cost little; the less, the smaller the block.
 _LEAST_RESTARTS, _MOST_RESTARTS, _RESTARTS_TIMES_CLUSTERS = 8, 64, 512
-_MOST_RESTARTS_IF_SMALL = 256
+_MOST_RESTARTS_IF_SMALL = 128
 
 
 def _fake(
@@ -80,7 +80,7 @@ def kmeans(
         seed: of the random choices.
         max_iterations: Lloyd's iterations at most, in the end.
         tolerance: these stop when one lowers a block's error by no more than this share of it.
-        restarts: how many starts; None for 8 to 256, the more the fewer clusters and vectors there are.
+        restarts: how many starts; None for 8 to 128, the more the fewer clusters and vectors there are.
         swaps: rounds of swaps at most; they end when several in turn find nothing better.
 
     Returns:
@@ -124,7 +124,7 @@ def kmeans(
 def _restarts(vectors: int, clusters: int) -> int:
     small = vectors * clusters <= SMALL
     most = _MOST_RESTARTS_IF_SMALL if small else _MOST_RESTARTS
-    return max(_LEAST_RESTARTS, min(most, _RESTARTS_TIMES_CLUSTERS * (1 + small) // clusters))
+    return max(_LEAST_RESTARTS, min(most, _RESTARTS_TIMES_CLUSTERS // clusters))
 
 
 def _check_weights(weights: Tensor, weight: Tensor) -> None:

@@ -25,10 +25,21 @@ _SEEDING = 1 << 18
 _ROUGH, _SHORT, _FINE = (15, 1e-3), (5, 1e-3), (200, 1e-6)
 # Of the starts, one in so many goes on.
 _KEPT = 4
-# Swaps in a round, and those that go on.
-_SWAPS, _PROMISING = 8, 2
-# Rounds without success before the end; fewer where iterations have so few distances that rounds cost more.
-_PATIENCE, _SMALL_PATIENCE, SMALL = 6, 3, 1 << 13
+# Of the swaps in a round, so many go on.
+_PROMISING = 2
+# Where an iteration has no more distances than this, a round costs more than its iterations.
+SMALL = 1 << 14
+
+
+class _Effort(NamedTuple):
+    """Swaps in a round, rounds without success before the end, and rounds of all."""
+
+    swaps: int
+    patience: int
+    rounds: int
+
+
+_EFFORT, _EFFORT_IF_SMALL = _Effort(8, 6, 1 << 30), _Effort(16, 2, 8)
 # Swaps are made of so many merges and so many splits, the best of either.
 _CHOICES = 16
 
@@ -115,21 +126,21 @@ def search(
     found = problem.lloyd(_seeds(problem, clusters, starts, generator), *_ROUGH)
     found = problem.lloyd(found.best(max(1, starts // _KEPT)).centroids, *_FINE).best(1)
     failures = torch.zeros_like(found.error[0], dtype=torch.int64)
-    patience = _PATIENCE if problem.vectors.size(2) * clusters > SMALL else _SMALL_PATIENCE
+    effort = _EFFORT if problem.vectors.size(2) * clusters > SMALL else _EFFORT_IF_SMALL
     # With two clusters, a swap would leave none to merge.
-    for _ in range(rounds if clusters > 2 else 0):
-        tried = problem.lloyd(_swapped(found, failures * _SWAPS), *_SHORT)
+    for _ in range(min(rounds, effort.rounds) if clusters > 2 else 0):
+        tried = problem.lloyd(_swapped(found, failures * effort.swaps, effort.swaps), *_SHORT)
         tried = problem.lloyd(tried.best(_PROMISING).centroids, *_FINE).best(1)
         better = tried.error < found.error * (1 - 1e-6)
         found = found.or_better(tried, better)
         failures = torch.where(better[0], 0, failures + 1)
-        if (failures >= patience).all():
+        if (failures >= effort.patience).all():
             break
     return found
 
 
-def _swapped(found: Solutions, first: Tensor) -> Tensor:
-    """Centroids ``(_SWAPS, blocks, k, dim)`` after the swaps that promise most, from ``first`` on."""
+def _swapped(found: Solutions, first: Tensor, count: int) -> Tensor:
+    """Centroids ``(count, blocks, k, dim)`` after the swaps that promise most, from ``first`` on."""
     centroids, masses, spread = (part[0].double() for part in found[:3])
     blocks, clusters, dim = centroids.shape
     block = torch.arange(blocks, device=first.device)[:, None]
@@ -150,7 +161,7 @@ def _swapped(found: Solutions, first: Tensor) -> Tensor:
     score = gain[:, None] - cost[:, :, None]
     clash = (kept[:, :, None] == wide[:, None]) | (freed[:, :, None] == wide[:, None])
     order = score.masked_fill(clash, -torch.inf).flatten(1).sort(dim=1, stable=True, descending=True).indices
-    rank = (first[:, None] + torch.arange(_SWAPS, device=first.device)) % order.size(1)
+    rank = (first[:, None] + torch.arange(count, device=first.device)) % order.size(1)
     swap = order.gather(1, rank)
     merge, split = swap // wide.size(1), swap % wide.size(1)
     kept, freed, wide = kept.gather(1, merge), freed.gather(1, merge), wide.gather(1, split)
@@ -158,12 +169,12 @@ def _swapped(found: Solutions, first: Tensor) -> Tensor:
     one, other = masses[block, kept, None], masses[block, freed, None]
     share = torch.where(one + other > 0, other / (one + other), 0.0)
     deviation = (widest[block, wide] / masses[block, wide].clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    step = torch.zeros(blocks, _SWAPS, dim, dtype=torch.float64, device=first.device)
+    step = torch.zeros(blocks, count, dim, dtype=torch.float64, device=first.device)
     # Either half has its mean at sqrt(2 / pi) of the deviation.
     step.scatter_(2, axis[block, wide].unsqueeze(2), (deviation * math.sqrt(2 / math.pi)).unsqueeze(2))
 
-    result = centroids[:, None].repeat(1, _SWAPS, 1, 1)
-    place = torch.arange(_SWAPS, device=first.device)
+    result = centroids[:, None].repeat(1, count, 1, 1)
+    place = torch.arange(count, device=first.device)
     middle = centroids[block, wide]
     result[block, place, kept] = torch.lerp(centroids[block, kept], centroids[block, freed], share)
     result[block, place, freed] = middle + step
