@@ -117,21 +117,11 @@ CHECKED_ELSEWHERE = {
     },
 }
 
-# State that the native backend keeps for eager lists: numbers name it, and no program is traced with them.
-# ``test_kept`` compares what they give with the operators that they stand for.
-NATIVE_STATE = {
-    "drop_kept",
-    "guard_kept",
-    "keep_fake_quantize",
-    "keep_observe_and_fake_quantize_",
-    "run_kept",
-}
-
 
 def test_every_operator_has_a_sample() -> None:
     names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     found = {name for namespace, name in names if namespace == "coreai_kernels"}
-    assert found - NATIVE_STATE == set(SAMPLES).union(*CHECKED_ELSEWHERE.values())
+    assert found == set(SAMPLES).union(*CHECKED_ELSEWHERE.values())
 
 
 # torch does not trace operators that mutate and return a list. Nobody does: compiled programs call the single
