@@ -1,8 +1,6 @@
 """Palettizing one large weight, ours against Apple's package: ``python -m benchmarks.clustering``."""
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.apple import Apple
 from benchmarks.clustering_run import cluster
-from benchmarks.facts import machine_facts
+from benchmarks.facts import save_rows
 
 __all__ = ["main", "measure"]
 
@@ -105,10 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             apple.close()
     Console(width=110).print(_table(rows))
     if arguments.json:
-        command = shlex.join(["python", "-m", "benchmarks.clustering", *argv])
-        result = {"machine": machine_facts(), "command": command, "results": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_rows(arguments.json, "benchmarks.clustering", argv, rows)
     return 0
 
 

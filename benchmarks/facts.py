@@ -1,8 +1,11 @@
 """The machine and the versions that a result belongs to."""
 
 import datetime
+import json
 import os
 import platform
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from coreai_kernels import native
 
-__all__ = ["machine_facts"]
+__all__ = ["machine_facts", "save_rows"]
 
 
 def machine_facts() -> dict[str, Any]:
@@ -27,6 +30,14 @@ def machine_facts() -> dict[str, Any]:
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def save_rows(path: Path, module: str, argv: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a run of ``python -m module argv`` as JSON: machine, command and results."""
+    command = shlex.join(["python", "-m", module, *argv])
+    result = {"machine": machine_facts(), "command": command, "results": rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _cpu_model() -> str:

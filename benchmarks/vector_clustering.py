@@ -7,8 +7,6 @@ time.
 
 import argparse
 import itertools
-import json
-import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.apple import Apple
-from benchmarks.facts import machine_facts
+from benchmarks.facts import save_rows
 from benchmarks.vector_clustering_run import KINDS, cluster_vectors
 
 __all__ = ["KINDS", "main", "measure"]
@@ -123,10 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(_table(rows, arguments.seeds))
     console.print(_verdict(rows))
     if arguments.json:
-        command = shlex.join(["python", "-m", "benchmarks.vector_clustering", *argv])
-        result = {"machine": machine_facts(), "command": command, "results": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        save_rows(arguments.json, "benchmarks.vector_clustering", argv, rows)
     return 0
 
 
