@@ -65,11 +65,6 @@ def _reference_in_place(
     return output, mask
 
 
-def _triton_in_place(*args: Any) -> Any:
-    function: Any = triton.get("observe_and_fake_quantize_")
-    return function(*args)
-
-
 # How many of the configuration's entries are numbers; the rest are the block's extents.
 _NUMBERS = 10
 
@@ -107,6 +102,8 @@ def _unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+_triton_in_place = triton.get("observe_and_fake_quantize_")
+
 # In place, without a registered gradient: eager mode wraps it in its own autograd function.
 define(
     "observe_and_fake_quantize_",
@@ -114,7 +111,7 @@ define(
     "Tensor(e!)? running_max, bool has_running, Tensor settings, bool with_mask) -> (Tensor, Tensor)",
     reference=_unpacking(_reference_in_place),
     fake=_fake_in_place,
-    triton=_unpacking(_triton_in_place),
+    triton=_unpacking(_triton_in_place) if _triton_in_place else None,
 )
 # Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
 define(
