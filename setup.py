@@ -1,12 +1,13 @@
 """Builds the native parts of coreai_kernels; everything else about the package is in pyproject.toml.
 
-Made here: ``coreai_kernels/_C`` (a Python module: CPU kernels), ``coreai_kernels/_C_cuda.so`` (a plain
-library, loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs), and
-``coreai_kernels/_build_report.json``, which tells the library at run time what is missing and why.
+Made here, in ``coreai_kernels``: ``_C`` (a Python module: CPU kernels), ``_C_cuda.so`` (a plain library,
+loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs), ``_C_autograd.so``
+(likewise, loaded only beside the torch version that it was built with), and ``_build_report.json``, which
+tells the library at run time what is missing and why.
 
 Why not torch's own extension builder: it gives all sources the same flags, and here each instruction-set
-level has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files
-that need only the stable headers a thread pool is as quick, and building takes one tool less.
+level has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files,
+nearly all of which need only the stable headers, a thread pool is as quick, and building takes one tool less.
 
 Environment:
     CXX                   C++20 compiler (default: the first of c++, g++, clang++)
@@ -39,6 +40,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 REPORT = "_build_report.json"
 CUDA_LIBRARY = "_C_cuda.so"
+AUTOGRAD_LIBRARY = "_C_autograd.so"
 REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
 
 # The stable ABI of this torch version: the binary runs with it and everything newer.
@@ -46,13 +48,14 @@ TARGET_VERSION = "0x020a000000000000ULL"
 MINIMUM_TORCH = (2, 10)
 
 # No fast-math and no contraction: NaN, infinities and every rounding are part of the results.
-CXX_FLAGS = (
-    "-std=c++20 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-psabi "
-    f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"
-).split()
+CXX_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
+STABLE_ABI = f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"
 NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden --fmad=false --expt-relaxed-constexpr "
-    f"-DUSE_CUDA -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+    f"-DUSE_CUDA {STABLE_ABI}"
 ).split()
 
 # Each level includes those before it. The order matters when linking, too: of an inline function that several
@@ -63,6 +66,11 @@ LEVELS = {
     "avx2": _AVX2,
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2],
 }
+
+# No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
+LINK_FLAGS = (
+    ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
+)
 
 
 class BuildError(Exception):
@@ -235,7 +243,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         *(f"-I{CSRC}", *_pybind11_include()),
         *("-isystem", str(builder.torch.root / "include"), "-isystem", sysconfig.get_path("include")),
     ]
-    base = [*builder.cxx, *CXX_FLAGS, *includes, *macros]
+    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *includes, *macros]
     sources = sorted({*CSRC.glob("*.cpp"), *CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")})
     jobs = [
         Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
@@ -243,11 +251,14 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         if not source.name.startswith("kernels_")
     ]
     jobs += [Job(path, [*base, *LEVELS[level], *builder.quiet]) for level, path in present.items()]
-    # No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
-    kind = (
-        ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
-    )
-    builder.build(jobs, [*builder.cxx, *kind], output)
+    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output)
+
+
+def build_autograd(builder: Builder, output: Path) -> None:
+    """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI."""
+    command = [*builder.cxx, *CXX_FLAGS, "-isystem", str(builder.torch.root / "include")]
+    jobs = [Job(source, command) for source in sorted(CSRC.glob("autograd/*.cpp"))]
+    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output)
 
 
 def build_cuda(builder: Builder, output: Path) -> str:
@@ -299,7 +310,7 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             target = Path(self.get_ext_fullpath(ext.name))
-            for name in (built.name, CUDA_LIBRARY, REPORT):
+            for name in (built.name, CUDA_LIBRARY, AUTOGRAD_LIBRARY, REPORT):
                 if (built.parent / name).exists():
                     self.copy_file(str(built.parent / name), str(target.parent / name))
                 else:
@@ -307,12 +318,12 @@ class BuildNative(build_ext):
 
 
 def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
-    """Build both parts into ``output``'s folder; the report says which exist and why others do not."""
+    """Build all parts into ``output``'s folder; the report says which exist and why others do not."""
     mode = os.environ.get("COREAI_BUILD_NATIVE") or "auto"
     if mode not in ("auto", "require", "skip"):
         raise SystemExit(f"COREAI_BUILD_NATIVE={mode}: use auto, require or skip")
     report: dict[str, dict[str, object]] = {}
-    cuda_library = output.with_name(CUDA_LIBRARY)
+    cuda_library, autograd_library = (output.with_name(name) for name in (CUDA_LIBRARY, AUTOGRAD_LIBRARY))
     builder, archs = None, ""
     try:
         if mode == "skip":
@@ -321,7 +332,7 @@ def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
             raise BuildError("native kernels are not built on Windows", "use Linux or macOS (WSL is Linux)")
         builder = Builder(directory.resolve() / "native", Torch.find())
     except BuildError as error:
-        report["native"] = report["cuda"] = _failure(error, mode)
+        report["native"] = report["cuda"] = report["autograd"] = _failure(error, mode)
     if builder is not None:
         try:
             archs = build_cuda(builder, cuda_library)
@@ -333,8 +344,13 @@ def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
             report["native"] = {"built": True}
         except BuildError as error:
             report["native"] = _failure(error, mode)
+        try:
+            build_autograd(builder, autograd_library)
+            report["autograd"] = {"built": True, "torch": builder.torch.version}
+        except BuildError as error:
+            report["autograd"] = _failure(error, mode)
     # What an earlier build left must not pass for this one's.
-    for part, path in (("native", output), ("cuda", cuda_library)):
+    for part, path in (("native", output), ("cuda", cuda_library), ("autograd", autograd_library)):
         if not report[part]["built"]:
             path.unlink(missing_ok=True)
     return report

@@ -94,11 +94,13 @@ class Operation(Protocol):
 class Effort:
     """How long to measure: at most ``rounds`` turns of at least ``sample_seconds`` each.
 
-    Their median counts; with ``fastest``, which suits a busy machine, the fastest one.
+    A turn is many calls of all but the slowest contenders: the first ones pay for what another has left in
+    the caches and in the allocator. The turns' median counts; with ``fastest``, which suits a busy machine,
+    the fastest one.
     """
 
     rounds: int = 5
-    sample_seconds: float = 3e-3
+    sample_seconds: float = 20e-3
     fastest: bool = False
 
     def rounds_for(self, call_seconds: float) -> int:

@@ -120,12 +120,15 @@ def _examine_engine(diagnosis: Diagnosis) -> None:
         chosen, levels = native.extension.cpu_capability(), info["cpu_levels"]
         diagnosis.add("CPU instruction set", "ok", f"{chosen} (built: {levels})")
         diagnosis.add("native build", "ok", f"{info['compiler']}, against torch {info['torch_version']}")
-    if native.cuda_missing is None and native.extension is not None:
-        archs = native.extension.build_info()["cuda_archs"]
-        diagnosis.add("CUDA C++ kernels", "ok", archs)
-    elif native.cuda_missing is not None:
-        state = "broken" if native.cuda_missing.broken else "missing"
-        diagnosis.add("CUDA C++ kernels", state, native.cuda_missing.cause, native.cuda_missing.fix)
+    archs = native.extension.build_info()["cuda_archs"] if native.extension is not None else "loaded"
+    for part, missing, found in (
+        ("CUDA C++ kernels", native.cuda_missing, archs),
+        ("C++ autograd", native.autograd_missing, "loaded: eager mode spends less time between kernels"),
+    ):
+        if missing is None:
+            diagnosis.add(part, "ok", found)
+        else:
+            diagnosis.add(part, "broken" if missing.broken else "missing", missing.cause, missing.fix)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         diagnosis.add("GPU", "ok", ", ".join(names))

@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from coreai_kernels import native
 from coreai_opt import doctor
@@ -52,6 +53,8 @@ def make_tree(path: Path) -> Path:
     for name in ("csrc/bindings.cpp", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
+    (path / "csrc/autograd").mkdir()
+    (path / "csrc/autograd/nodes.cpp").write_text("int nodes() { return 1; }\n")
     for level in ("generic", "avx2", "avx512"):
         (path / f"csrc/cpu/kernels_{level}.cpp").write_text(KERNEL.replace("LEVEL", level))
     (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
@@ -148,15 +151,16 @@ class TestNativeBuild:
         names = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
         assert {"coreai_opt/__init__.py", "coreai_opt/py.typed", "coreai_kernels/ops/__init__.py"} <= names
         assert any(name.startswith("coreai_kernels/_C.") for name in names)
+        assert "coreai_kernels/_C_autograd.so" in names
         assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
-        result = ask(tmp_path / "site", "from coreai_kernels import native; print(native.missing)")
-        assert result.stdout.split() == ["None"]
+        code = "from coreai_kernels import native; print(native.missing, native.autograd_missing)"
+        assert ask(tmp_path / "site", code).stdout.split() == ["None", "None"]
 
     def test_failed_compilation_removes_what_an_earlier_one_left(self, built, tmp_path):
         tree = shutil.copytree(built, tmp_path / "tree")
         (tree / "csrc/cpu/kernels_generic.cpp").write_text("this is an error;\n")
         build_in_place(tree)
-        assert list((tree / "kernels/coreai_kernels").glob("*.so")) == []
+        assert list((tree / "kernels/coreai_kernels").glob("_C.*.so")) == []
         report = json.loads((tree / "kernels/coreai_kernels/_build_report.json").read_text())
         assert "compile csrc/cpu/kernels_generic.cpp failed" in report["native"]["reason"]
         assert run(
@@ -176,6 +180,18 @@ class TestNativeBuild:
         library.write_bytes(b"not a library")
         result = ask(folder.parent, "from coreai_kernels import native; print(native.missing)")
         assert "does not load beside torch" in result.stdout
+        assert "To fix: pip install" in result.stdout
+
+    def test_autograd_library_is_loaded_beside_its_torch_only(self, built, tmp_path):
+        folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
+        report = json.loads((folder / "_build_report.json").read_text())
+        assert report["autograd"] == {"built": True, "torch": torch.__version__}
+        report["autograd"]["torch"] = "2.10.0"
+        (folder / "_build_report.json").write_text(json.dumps(report))
+        # Loading it would be an error that is told.
+        (folder / "_C_autograd.so").write_bytes(b"not a library")
+        result = ask(folder.parent, "from coreai_kernels import native; print(native.autograd_missing)")
+        assert f"built for torch 2.10.0, and this is torch {torch.__version__}" in result.stdout
         assert "To fix: pip install" in result.stdout
 
 
@@ -247,7 +263,15 @@ class TestDoctor:
         monkeypatch.delenv("COREAI_KERNELS_BACKEND", raising=False)
         assert doctor.main() == 0
         printed = capsys.readouterr().out
-        for part in ("python", "torchao", "backend native", "backend triton", "CUDA C++ kernels", "GPU"):
+        for part in (
+            "python",
+            "torchao",
+            "backend native",
+            "backend triton",
+            "CUDA C++ kernels",
+            "C++ autograd",
+            "GPU",
+        ):
             assert part in printed
 
     def test_every_missing_part_has_a_fix(self):

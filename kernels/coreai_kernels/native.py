@@ -1,7 +1,7 @@
 """The native extension, or the reason why it is not there.
 
 Importing this module loads ``coreai_kernels._C``, which registers the C++ kernels with torch's dispatcher,
-and ``_C_cuda.so`` beside a CUDA build of torch.
+``_C_cuda.so`` beside a CUDA build of torch, and ``_C_autograd.so`` beside the torch it was built with.
 """
 
 import importlib
@@ -9,11 +9,11 @@ import importlib.machinery
 import json
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Missing", "cuda_missing", "extension", "missing"]
+__all__ = ["Missing", "autograd_missing", "cuda_missing", "extension", "missing"]
 
 _FOLDER = Path(__file__).parent
 _REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
@@ -31,12 +31,17 @@ class Missing(NamedTuple):
         return f"{self.cause}. To fix: {self.fix}"
 
 
-def _reported(part: str) -> Missing:
-    """What the build recorded about a part that it did not make."""
+def _report(part: str) -> dict[str, Any] | None:
+    """What the build recorded about a part."""
     path = _FOLDER / "_build_report.json"
-    if not path.exists():
+    return json.loads(path.read_text()).get(part) if path.exists() else None  # type: ignore[no-any-return]
+
+
+def _reported(part: str) -> Missing:
+    """Why there is no file of a part."""
+    entry = _report(part)
+    if entry is None:
         return Missing("it was never built", _REINSTALL)
-    entry = json.loads(path.read_text())[part]
     if not entry["built"]:
         return Missing(entry["reason"], entry["fix"])
     return Missing("it was built, but its file is gone", _REINSTALL, broken=True)
@@ -64,9 +69,22 @@ def _load_cuda() -> Missing | None:
     # Not torch.cuda.is_available(): that starts the driver, after which a process cannot fork.
     if torch.version.cuda is None:
         return Missing(f"torch {torch.__version__} is not a CUDA build", "install a CUDA build of torch")
-    path = _FOLDER / "_C_cuda.so"
+    return _load_library("cuda")
+
+
+def _load_autograd() -> Missing | None:
+    # It uses what torch may change from version to version: whether it loads is no test of it.
+    built_with = (_report("autograd") or {}).get("torch", torch.__version__)
+    if built_with != torch.__version__:
+        cause = f"it was built for torch {built_with}, and this is torch {torch.__version__}"
+        return Missing(cause, _REINSTALL)
+    return _load_library("autograd")
+
+
+def _load_library(part: str) -> Missing | None:
+    path = _FOLDER / f"_C_{part}.so"
     if not path.exists():
-        return _reported("cuda")
+        return _reported(part)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -76,3 +94,4 @@ def _load_cuda() -> Missing | None:
 
 extension, missing = _load()
 cuda_missing = _load_cuda()
+autograd_missing = _load_autograd()

@@ -122,6 +122,13 @@ def step(module: Any, x: Tensor) -> dict[str, Any]:
     return {"output": y, "gradient": x.grad, "state": dict(module.state_dict())}
 
 
+def second_gradients(**arguments: Any) -> Any:
+    x = torch.linspace(-2, 2, 64).reshape(2, 32).requires_grad_()
+    output = simulator(**arguments)(x)
+    (gradient,) = torch.autograd.grad(output.pow(3).sum(), x, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), x)
+
+
 def both_steps(*arguments: Any, **fields: Any) -> Any:
     module = simulator(*arguments, **fields)
     return step(module, torch.randn(4, 10)), step(module, torch.randn(4, 10))
@@ -287,6 +294,11 @@ VALUES: dict[str, Callable[[], Any]] = {
     ),
     "default weight simulator": lambda: both_steps("weight"),
     "default activation simulator": lambda: both_steps("activation"),
+    "gradients of gradients": lambda: [
+        second_gradients(dtype=dtype, granularity=granularity)
+        for dtype in ("int4", "uint8", "float8_e4m3fn", "float4_e2m1fn")
+        for granularity in (api.PerTensorGranularity(), channel(axis=0), block(axis=1, block_size=8))
+    ],
     "LUT simulator": lambda: both_steps("lut"),
     "custom range calculator": custom_range_calculator,
     "custom qparams calculator": custom_calculator,

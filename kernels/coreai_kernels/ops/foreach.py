@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_kernels import native
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
 from coreai_kernels.ops.kept import Kept, keep
@@ -77,7 +78,7 @@ define(
 
 
 class StraightThroughList(torch.autograd.Function):
-    """Eager mode's gradient around an operator that returns a list of outputs and their packed masks."""
+    """The gradient around an operator on lists that does not record it."""
 
     @staticmethod
     def forward(
@@ -100,11 +101,15 @@ class StraightThroughList(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients where the masks are set; None where none came."""
         (mask,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of these gradients
+            orders = ctx.orders or [[]] * len(grads)
+            singly = zip(grads, ctx.starts, orders, strict=True)
+            return None, None, None, *(_one_gradient(grad, mask, *its) for grad, *its in singly)
         operator = implementation("foreach_fake_quantize_backward")
         if ctx.orders is None and all(map(is_not, grads, repeat(None))):
             return None, None, None, *operator(grads, mask, ctx.starts, [])
         given = [i for i, grad in enumerate(grads) if grad is not None]
-        orders: list[int] = []
+        orders = []
         if ctx.orders is not None:
             for i in given:
                 orders += ctx.orders[i] or range(grads[i].dim())  # type: ignore[union-attr]
@@ -113,6 +118,13 @@ class StraightThroughList(torch.autograd.Function):
         for i, grad in zip(given, found, strict=True):
             results[i] = grad
         return None, None, None, *results
+
+
+def _one_gradient(grad: Tensor | None, mask: Tensor, start: int, order: list[int]) -> Tensor | None:
+    if grad is None:
+        return None
+    its_mask = mask[start : start + (grad.numel() + 7) // 8]
+    return fake_quantize_op.masked_gradient(grad, its_mask, order)
 
 
 def takes(input: Tensor, state: Row) -> bool:
@@ -186,10 +198,13 @@ class Launch:
         """Outputs for the inputs, which all need a gradient or all do not."""
         call: Callable[..., Any]
         if self._kept is not None and reaches_kernels():
-            call, args = self._kept, ()
+            call, args, records_gradient = self._kept, (), native.autograd_missing is None
         else:
             call, args = implementation(self._name), self._args
+            records_gradient = fake_quantize_op.records_gradient(call)
         if torch.is_grad_enabled() and inputs[0].requires_grad:
+            if records_gradient:
+                return call(inputs, *args, True)[0]  # type: ignore[no-any-return]
             if self._starts is None:
                 self._starts = reference.mask_starts(inputs)[:-1]
             return StraightThroughList.apply(call, args, self._starts, *inputs)  # type: ignore[no-any-return]

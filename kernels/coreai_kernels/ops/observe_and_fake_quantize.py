@@ -104,7 +104,7 @@ def _unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _triton_in_place = triton.get("observe_and_fake_quantize_")
 
-# In place, without a registered gradient: eager mode wraps it in its own autograd function.
+# In place: eager mode's, see `fake_quantize.straight_through` for its gradient.
 define(
     "observe_and_fake_quantize_",
     "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
@@ -238,27 +238,21 @@ def apply(
     """
     if not is_plain(input, state):
         return _with_converted_state(input, state, has_running, config)
-    needs_grad = input.requires_grad and torch.is_grad_enabled()
-    operator: Callable[..., Any]
-    args: tuple[Any, ...]
     if not torch.compiler.is_compiling():
-        operator = implementation("observe_and_fake_quantize_")
         args = (*state, has_running, packed(config) if settings is None else settings)
-    elif backends.forced() == "reference":
+        return fake_quantize.straight_through(input, implementation("observe_and_fake_quantize_"), args)
+    if backends.forced() == "reference":
         # Traced as it stands, with the configuration's entries as constants.
-        operator, args = _reference_in_place, (*state, has_running, *config)
-    else:
-        running = state[3:] if has_running else (None, None)
-        output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
-            input, *running, *config, needs_grad
-        )
-        for old, value in zip(state, new, strict=True):
-            if old is not None:
-                old.copy_(value.detach())
-        return output  # type: ignore[no-any-return]
-    if needs_grad:
-        return fake_quantize.StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
-    return operator(input, *args, False)[0]  # type: ignore[no-any-return]
+        return fake_quantize.straight_through(input, _reference_in_place, (*state, has_running, *config))
+    running = state[3:] if has_running else (None, None)
+    needs_grad = input.requires_grad and torch.is_grad_enabled()
+    output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
+        input, *running, *config, needs_grad
+    )
+    for old, value in zip(state, new, strict=True):
+        if old is not None:
+            old.copy_(value.detach())
+    return output  # type: ignore[no-any-return]
 
 
 def is_plain(input: Tensor, state: tuple[Tensor | None, ...]) -> bool:

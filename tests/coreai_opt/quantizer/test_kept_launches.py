@@ -43,9 +43,9 @@ def step(model: nn.Module) -> list[Tensor]:
 def launched(monkeypatch) -> list[int]:
     """The sizes of the launches."""
     sizes: list[int] = []
-    given = foreach.StraightThroughList.apply
+    given = foreach.Launch.__call__
     monkeypatch.setattr(
-        foreach.StraightThroughList, "apply", lambda *args: sizes.append(len(args) - 3) or given(*args)
+        foreach.Launch, "__call__", lambda self, inputs: sizes.append(len(inputs)) or given(self, inputs)
     )
     return sizes
 
