@@ -40,6 +40,13 @@ class MaskedGradientJob {
     source_ = dense ? grad.const_data_ptr() : output.const_data_ptr();
     target_ = output.mutable_data_ptr();
   }
+  // In place.
+  MaskedGradientJob(Tensor& grad, const Ints& order, const uint8_t* mask)
+      : numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask), source_(grad.const_data_ptr()),
+        target_(grad.mutable_data_ptr()) {
+    STD_TORCH_CHECK(is_dense(to_ints(grad.sizes()), to_ints(grad.strides()), order),
+                    "grad must lie in memory as order says, to be masked in place");
+  }
 
   static Tensor empty_in_order(const Tensor& grad, const Ints& order) {
     const Ints shape = to_ints(grad.sizes());

@@ -27,15 +27,31 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
   return {x.output, mask};
 }
 
-Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
-  if (is_double(grad)) return to_double(fake_quantize_backward(to_float(grad), mask, axes));
+const uint8_t* bits_for(const Tensor& grad, const Tensor& mask) {
   STD_TORCH_CHECK(mask.numel() == (grad.numel() + 7) / 8, "mask must have one bit per element of grad: ",
                   (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
-  const Ints order =
-      axes.empty() ? natural_order(static_cast<size_t>(grad.dim())) : Ints(axes.data(), axes.data() + axes.size());
+  return static_cast<const uint8_t*>(mask.const_data_ptr());
+}
+
+Ints order_of(const Tensor& x, const Blocks& axes) {
+  return axes.empty() ? natural_order(static_cast<size_t>(x.dim())) : Ints(axes.data(), axes.data() + axes.size());
+}
+
+Tensor fake_quantize_backward(const Tensor& grad, const Tensor& mask, const Blocks& axes) {
+  if (is_double(grad)) return to_double(fake_quantize_backward(to_float(grad), mask, axes));
+  const uint8_t* bits = bits_for(grad, mask);
+  const Ints order = order_of(grad, axes);
   Tensor result = MaskedGradientJob::empty_in_order(grad, order);
-  MaskedGradientJob(grad, order, static_cast<const uint8_t*>(mask.const_data_ptr()), result).run();
+  MaskedGradientJob(grad, order, bits, result).run();
   return result;
+}
+
+void fake_quantize_backward_(Tensor grad, const Tensor& mask, const Blocks& axes) {
+  if (is_double(grad)) {
+    torch::stable::copy_(grad, fake_quantize_backward(grad, mask, axes));
+  } else {
+    MaskedGradientJob(grad, order_of(grad, axes), bits_for(grad, mask)).run();
+  }
 }
 
 // float32 values, in memory order of the blocks, to a row-major tensor of the input's type.
@@ -191,6 +207,7 @@ STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
   library.impl("fake_quantize", TORCH_BOX(&fake_quantize));
   library.impl("fake_quantize_forward", TORCH_BOX(&fake_quantize));
   library.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
+  library.impl("fake_quantize_backward_", TORCH_BOX(&fake_quantize_backward_));
   library.impl("observe_range", TORCH_BOX(&observe_range));
   library.impl("choose_qparams", TORCH_BOX(&choose_qparams));
   library.impl("observe_and_fake_quantize", TORCH_BOX(&observe_and_fake_quantize));

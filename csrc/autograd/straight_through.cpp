@@ -3,6 +3,7 @@
 //
 // The stable ABI has no autograd. So this file is a library of its own, loaded only beside the torch it was built
 // with; without it classes in coreai_kernels/ops do the same in Python.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -41,6 +42,17 @@ const auto& masked_gradients() {
   return op;
 }
 
+const auto& mask_gradient_() {
+  static const auto op = find<void(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward_");
+  return op;
+}
+
+const auto& mask_gradients_() {
+  static const auto op = find<void(TensorList, const Tensor&, at::IntArrayRef, at::IntArrayRef)>(
+      "coreai_kernels::foreach_fake_quantize_backward_");
+  return op;
+}
+
 // Memory order of a dense tensor as the operators above take it: axes from the outermost to the innermost, those of
 // size one last. Empty for row-major tensors.
 Ints order_of(const Tensor& x) {
@@ -54,6 +66,35 @@ Ints order_of(const Tensor& x) {
   return order;
 }
 
+bool lies_in_order(const Tensor& x, const int64_t* order) {
+  int64_t stride = 1;
+  for (int64_t i = x.dim(); i-- > 0;) {
+    if (x.size(order[i]) != 1 && x.stride(order[i]) != stride) return false;
+    stride *= x.size(order[i]);
+  }
+  return true;
+}
+
+// Whether nobody but the caller can reach the memory of a tensor. A view, such as the gradient of a linear layer's
+// weight, may keep its base for itself.
+bool is_sole_owner(const Tensor& x) {
+  if (x.use_count() != 1 || !x.has_storage()) return false;
+  const size_t owners = x.storage().use_count();
+  return owners == 1 || (owners == 2 && x.is_view() && x._base().use_count() == 1);
+}
+
+// Whether a gradient may be overwritten, as autograd's engine does to sum into one. `order`: null for row-major.
+bool is_free(const Tensor& grad, const int64_t* order) {
+  return !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grad) && is_sole_owner(grad) &&
+         (order ? lies_in_order(grad, order) : grad.is_contiguous());
+}
+
+Tensor masked(const Tensor& grad, const Tensor& mask, const Ints& order) {
+  if (!is_free(grad, order.empty() ? nullptr : order.data())) return masked_gradient().call(grad, mask, order);
+  mask_gradient_().call(grad, mask, order);
+  return grad;
+}
+
 // What a gradient of a gradient is masked with: the same.
 struct MaskedGradient : Function<MaskedGradient> {
   static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& mask, const Ints& order, DispatchKeySet keys) {
@@ -63,7 +104,7 @@ struct MaskedGradient : Function<MaskedGradient> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto order = ctx->saved_data["order"].toIntVector();
-    return {masked_gradient().call(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
+    return {masked(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -87,7 +128,7 @@ struct StraightThrough : Function<StraightThrough> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto order = ctx->saved_data["order"].toIntVector();
-    return {masked_gradient().call(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
+    return {masked(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -153,28 +194,39 @@ struct Masks {
 
   // Masked gradients in the places of `grads`; undefined where none came.
   variable_list apply(const variable_list& grads) const {
-    if (std::all_of(grads.begin(), grads.end(), [](const Tensor& grad) { return grad.defined(); })) {
-      return masked_gradients().call(grads, bits, starts, orders);
-    }
-    variable_list given;
-    std::vector<size_t> places;
-    Ints its_starts, its_orders;
-    auto order = orders.begin();
+    List free, others;
+    const int64_t* order = orders.empty() ? nullptr : orders.data();
     for (size_t i = 0; i < grads.size(); ++i) {
-      const auto next = orders.empty() ? order : order + ranks[i];
+      const int64_t rank = order ? ranks[i] : 0;
       if (grads[i].defined()) {
-        given.push_back(grads[i]);
-        places.push_back(i);
-        its_starts.push_back(starts[i]);
-        its_orders.insert(its_orders.end(), order, next);
+        List& list = is_free(grads[i], order) ? free : others;
+        list.places.push_back(i);
+        list.starts.push_back(starts[i]);
+        list.orders.insert(list.orders.end(), order, order + rank);
       }
-      order = next;
+      order += rank;
     }
-    const auto found = masked_gradients().call(given, bits, its_starts, its_orders);
     variable_list results(grads.size());
-    for (size_t i = 0; i < places.size(); ++i) results[places[i]] = found[i];
+    if (!free.places.empty()) mask_gradients_().call(free.of(grads), bits, free.starts, free.orders);
+    for (size_t i : free.places) results[i] = grads[i];
+    if (!others.places.empty()) {
+      const auto found = masked_gradients().call(others.of(grads), bits, others.starts, others.orders);
+      for (size_t i = 0; i < found.size(); ++i) results[others.places[i]] = found[i];
+    }
     return results;
   }
+
+ private:
+  struct List {
+    std::vector<size_t> places;
+    Ints starts, orders;
+
+    variable_list of(const variable_list& grads) const {
+      variable_list its;
+      for (size_t i : places) its.push_back(grads[i]);
+      return its;
+    }
+  };
 };
 
 // As many gradients as a function has arguments, the first of which are tensors.

@@ -45,12 +45,40 @@ void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n
   }
 }
 
+// The same in place. Few elements are outside as a rule: the others are not even read.
+template <class T>
+void masked_gradient_in_place(T* grad, const uint8_t* mask, int64_t n) {
+  constexpr int64_t kSpan = 64;
+  const auto all_pass = [&](int64_t i) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, mask + i / 8, sizeof(bits));
+    return bits == ~uint64_t{0};
+  };
+  int64_t i = 0;
+  while (i + kSpan <= n) {
+    if (all_pass(i)) {
+      i += kSpan;
+      continue;
+    }
+    const int64_t begin = i;
+    do i += kSpan;
+    while (i + kSpan <= n && !all_pass(i));
+    masked_gradient_range(grad + begin, grad + begin, mask + begin / 8, i - begin);
+  }
+  masked_gradient_range(grad + i, grad + i, mask + i / 8, n - i);
+}
+
+// `out` is `grad`, or does not overlap it.
 void masked_gradient(Element element, const void* grad, void* out, const uint8_t* mask, int64_t numel) {
   with_type(element, [&](auto type) {
     using T = typename decltype(type)::type;
     share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
-      masked_gradient_range(static_cast<const T*>(grad) + begin, static_cast<T*>(out) + begin, mask + begin / 8,
-                            end - begin);
+      T* result = static_cast<T*>(out) + begin;
+      if (grad == out) {
+        masked_gradient_in_place(result, mask + begin / 8, end - begin);
+      } else {
+        masked_gradient_range(static_cast<const T*>(grad) + begin, result, mask + begin / 8, end - begin);
+      }
     });
   });
 }

@@ -31,6 +31,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize": lambda: (leaf(4, 8), *params(4, 2), None, BLOCKS, *INT4, True),
     "fake_quantize_forward": lambda: (torch.randn(4, 8), *params(4, 2), None, BLOCKS, *INT4, True),
     "fake_quantize_backward": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
+    "fake_quantize_backward_": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
     "observe_range": lambda: (torch.randn(4, 8), BLOCKS),
     "choose_qparams": lambda: (-torch.rand(4, 2), torch.rand(4, 2), 0, *INT4, False),
     "observe_and_fake_quantize": lambda: (leaf(4, 8), -torch.rand(4, 2), torch.rand(4, 2), *STEP, True),
@@ -58,6 +59,12 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         torch.randint(256, (32,), dtype=torch.uint8),
         [0, 16],
         [1, 0, 0, 1],
+    ),
+    "foreach_fake_quantize_backward_": lambda: (
+        [torch.randn(4, 8), torch.randn(8, 2).t()],
+        torch.randint(256, (32,), dtype=torch.uint8),
+        [0, 16],
+        [0, 1, 1, 0],
     ),
     "foreach_observe_and_fake_quantize_": lambda: (
         [torch.randn(4, 8), torch.randn(8)],

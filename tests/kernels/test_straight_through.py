@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels
 from coreai_kernels import RangeUpdate, Scheme, native, use_backend
+from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 
 Call = Callable[[list[Tensor]], list[Tensor]]
 
@@ -175,3 +177,110 @@ def test_other_threads_may_run_the_backward(call: Call, nodes: str) -> None:
     for grads in found:
         for x, grad in zip(xs, grads, strict=True):
             assert torch.equal(grad, _inside(x))
+
+
+needs_cpp = pytest.mark.skipif(native.autograd_missing is not None, reason=str(native.autograd_missing))
+
+
+def _operators_in(backward: Callable[[], Any]) -> set[str]:
+    with torch.profiler.profile() as profile:
+        backward()
+    return {event.key for event in profile.key_averages() if event.key.startswith("coreai_kernels::")}
+
+
+def _consumed(ys: list[Tensor]) -> Tensor:
+    """A loss whose gradients to the outputs are new tensors, views (of the first one) among them."""
+    loss = torch.nn.functional.linear(torch.ones(2, ys[0].shape[1]), ys[0]).sum()
+    return loss + sum((y * torch.full_like(y, 2)).sum() for y in ys[1:])
+
+
+def _check_consumed(xs: list[Tensor]) -> None:
+    for i, x in enumerate(xs):
+        assert torch.equal(x.grad, 2 * _inside(x)), i
+
+
+@needs_cpp
+@CALLS
+def test_gradients_that_nobody_holds_are_overwritten(call: Call) -> None:
+    xs = _inputs()
+    loss = _consumed(call(xs))
+    names = _operators_in(loss.backward)
+    assert names == {"coreai_kernels::" + "foreach_" * ("list" in call.__name__) + "fake_quantize_backward_"}
+    _check_consumed(xs)
+
+
+@needs_cpp
+@CALLS
+@pytest.mark.parametrize("holder", ["hook", "retain_grad", "another tensor", "another leaf", "a view's base"])
+def test_gradients_that_somebody_holds_are_not(call: Call, holder: str) -> None:
+    xs = _inputs()
+    ys = call(xs)
+    held: list[Tensor] = []
+    others: list[Tensor] = []
+    if holder == "hook":
+        for y in ys:
+            y.register_hook(held.append)
+    elif holder == "retain_grad":
+        for y in ys:
+            y.retain_grad()
+    elif holder == "another tensor":
+        for y in ys:
+            y.register_hook(lambda grad: held.append(grad.detach()))
+    elif holder == "another leaf":  # an addition hands the same gradient to both
+        others = [torch.zeros_like(y, requires_grad=True) for y in ys]
+    loss = _consumed([y + other for y, other in zip(ys, others, strict=True)] if others else ys)
+    if holder == "a view's base":
+        whole = torch.full((sum(y.numel() for y in ys),), 2.0)
+        pieces = whole.split([y.numel() for y in ys])
+        torch.autograd.backward(ys, [piece.view(y.shape) for piece, y in zip(pieces, ys, strict=True)])
+        held = list(pieces)
+    else:
+        loss.backward()
+    if holder == "retain_grad":
+        held = [y.grad for y in ys]
+    for grad in (*held, *(other.grad for other in others)):
+        assert torch.equal(grad, torch.full_like(grad, 2))
+    assert len(held) + len(others) == len(ys)
+    _check_consumed(xs)
+
+
+@needs_cpp
+@CALLS
+def test_gradients_of_dispatched_tensors_are_not(call: Call) -> None:
+    seen: list[str] = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    xs = _inputs()
+    loss = _consumed(call(xs))
+    with Log():
+        loss.backward()
+    ours = [name for name in seen if name.startswith("coreai_kernels.")]
+    assert ours
+    assert all(name.endswith("fake_quantize_backward.default") for name in ours)
+    _check_consumed(xs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_masked_in_place(dtype: torch.dtype, density: float) -> None:
+    if dtype != torch.float64:  # lists are of the others
+        check_masked_in_place("auto", "cpu", dtype, density)
+    grad = torch.randn(3, 50, dtype=dtype)
+    mask = torch.randint(256, (19,), dtype=torch.uint8)
+    wanted = torch.ops.coreai_kernels.fake_quantize_backward(grad, mask, [])
+    torch.ops.coreai_kernels.fake_quantize_backward_(grad, mask, [])
+    assert torch.equal(grad, wanted)
+
+
+@pytest.mark.skipif(native.missing is not None, reason=str(native.missing))
+def test_a_gradient_in_another_order_is_refused() -> None:
+    grad, mask = torch.randn(4, 6).t(), torch.zeros(3, dtype=torch.uint8)
+    before = grad.clone()
+    for name, args in (("", (grad, mask, [])), ("foreach_", ([grad], mask, [0], []))):
+        with pytest.raises(RuntimeError, match="must lie in memory as order says"):
+            getattr(torch.ops.coreai_kernels, f"{name}fake_quantize_backward_")(*args)
+    assert torch.equal(grad, before)

@@ -58,6 +58,14 @@ def _backward(dtype: torch.dtype) -> Variant:
     return Variant(f"backward-{short(dtype)}", run, ("backward",), divides=False)
 
 
+def _backward_in_place(dtype: torch.dtype) -> Variant:
+    def run() -> Any:
+        mask = meta(1024 * 4096 // 8, dtype=torch.uint8)
+        fake_quantize.fake_quantize_backward_(meta(1024, 4096, dtype=dtype), mask, [])
+
+    return Variant(f"backward-in-place-{short(dtype)}", run, ("backward",), divides=False)
+
+
 def _quantize(dtype: torch.dtype, stored: torch.dtype, format: str) -> Variant:
     scale, zero_point, _ = parameters((1024, 4096), (1, 32))
     fmt, quant_min, quant_max = FORMATS[format]
@@ -137,6 +145,8 @@ VARIANTS = [
     ),
     _backward(FP32),
     _backward(BF16),
+    _backward_in_place(FP32),
+    _backward_in_place(BF16),
     _quantize(FP32, torch.int8, "int4"),
     _quantize(BF16, torch.float8_e4m3fn, "e2m1"),
     _dequantize(torch.uint8, FP32, "uint8"),

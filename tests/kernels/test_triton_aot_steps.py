@@ -124,6 +124,14 @@ def _foreach_backward(dtype: torch.dtype) -> Variant:
     return Variant(f"foreach-backward-{short(dtype)}", run, ("backward_list",), divides=False)
 
 
+def _foreach_backward_in_place(dtype: torch.dtype) -> Variant:
+    def run() -> Any:
+        grads = [meta(64, 128, dtype=dtype), meta(96, 96, dtype=dtype)]
+        foreach.foreach_fake_quantize_backward_(grads, meta(2304, dtype=torch.uint8), [0, 1024], [])
+
+    return Variant(f"foreach-backward-in-place-{short(dtype)}", run, ("backward_list",), divides=False)
+
+
 def observation(blocks: str, dtype: torch.dtype, kernels: tuple[str, ...], **expected: Any) -> Variant:
     def run() -> Any:
         return observe_range.observe_range(meta(1024, 4096, dtype=dtype), list(BLOCKS[blocks]))
@@ -171,6 +179,8 @@ VARIANTS = [
     _foreach_forward(BF16, "e4m3"),
     _foreach_backward(FP32),
     _foreach_backward(BF16),
+    _foreach_backward_in_place(FP32),
+    _foreach_backward_in_place(BF16),
     observation("tensor", FP32, ("nest", "finish")),
     observation("rows", BF16, ("nest",)),
     observation("columns", FP32, ("nest", "finish")),

@@ -13,6 +13,7 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
 from tests.kernels.support import assert_same_bits
@@ -52,6 +53,12 @@ def table(choices: list, every: int = 1) -> list:
                 name = f"{layout.name}-{choice.name}-{str(dtype).removeprefix('torch.')}"
                 rows.append(pytest.param(layout, choice, dtype, id=name))
     return rows
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("density", DENSITIES)
+def test_gradients_in_place(dtype: torch.dtype, density: float) -> None:
+    check_masked_in_place("triton", "cpu", dtype, density)
 
 
 @pytest.mark.parametrize(("layout", "kind", "dtype"), table(KINDS))

@@ -55,6 +55,10 @@ def _backward_reference(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
     return reference.backward(grad, mask, order or list(range(grad.dim())))
 
 
+def _backward_in_place_reference(grad: Tensor, mask: Tensor, order: list[int]) -> None:
+    grad.copy_(_backward_reference(grad, mask, order))
+
+
 # Eager mode calls this one, whose gradient is not known to Python's part of the dispatcher: that costs a few
 # microseconds more than a node of its own, see `straight_through`.
 define(
@@ -78,6 +82,15 @@ define(
     reference=_backward_reference,
     fake=fake_backward,
     triton=triton.get("fake_quantize_backward"),
+)
+# For a gradient that nobody else holds, which autograd's nodes in C++ can tell. Where few elements are
+# outside the range, little is read but the mask.
+define(
+    "fake_quantize_backward_",
+    "(Tensor(a!) grad, Tensor mask, int[] order) -> ()",
+    reference=_backward_in_place_reference,
+    fake=lambda *args: None,
+    triton=triton.get("fake_quantize_backward_"),
 )
 
 

@@ -65,6 +65,14 @@ define(
     fake=_fake_backward,
     triton=triton.get("foreach_fake_quantize_backward"),
 )
+# For gradients that nobody else holds, which autograd's nodes in C++ can tell.
+define(
+    "foreach_fake_quantize_backward_",
+    "(Tensor(a!)[] grads, Tensor mask, int[] starts, int[] orders) -> ()",
+    reference=reference.backward_,
+    fake=lambda *args: None,
+    triton=triton.get("foreach_fake_quantize_backward_"),
+)
 define(
     "foreach_observe_and_fake_quantize_",
     "(Tensor[] inputs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, Tensor(c!)[] minvals, "

@@ -12,6 +12,7 @@ from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_
 __all__ = [
     "MASK_ALIGNMENT",
     "backward",
+    "backward_",
     "fake_quantize_forward",
     "mask_starts",
     "observe_and_fake_quantize_",
@@ -91,6 +92,12 @@ def backward(
         bits = mask[start : start + (grad.numel() + 7) // 8]
         results.append(fake_quantize.backward(grad, bits, order))
     return results
+
+
+def backward_(grads: Sequence[Tensor], mask: Tensor, starts: Sequence[int], orders: Sequence[int]) -> None:
+    """:func:`backward`, in place."""
+    for grad, result in zip(grads, backward(grads, mask, starts, orders), strict=True):
+        grad.copy_(result)
 
 
 def observe_and_fake_quantize_(

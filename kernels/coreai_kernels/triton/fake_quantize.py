@@ -10,11 +10,11 @@ from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense, geometry_of
 
-__all__ = ["empty_mask", "fake_quantize_backward", "fake_quantize_forward"]
+__all__ = ["empty_mask", "fake_quantize_backward", "fake_quantize_backward_", "fake_quantize_forward"]
 
 
 @triton.jit(do_not_specialize=["numel"])
-def _backward(grad, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr):
+def _backward(grad, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr, IN_PLACE: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * TILE
     group = tl.arange(0, TILE // 8)
     lane = tl.arange(0, 8)
@@ -22,6 +22,8 @@ def _backward(grad, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr)
     left = numel.to(tl.int64) * UNIT - start
     valid = element < left
     bits = tl.load(mask + start // 8 + group, mask=group * 8 < left, other=0).to(tl.int32)
+    if IN_PLACE:  # what passes is not even read
+        valid = valid & (bits != 255)[:, None]
     g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
     inside = ((bits[:, None] >> lane[None, :]) & 1).to(tl.float32)
     # A product, not a selection: the reference lets NaN and infinity through.
@@ -69,12 +71,35 @@ def fake_quantize_backward(grad: Tensor, mask: Tensor, order: list[int]) -> Tens
     axes = list(order) or list(range(grad.dim()))
     output = torch.empty_strided(grad.shape, _strides(grad, axes), dtype=grad.dtype, device=grad.device)
     source = grad if grad.permute(axes).is_contiguous() else output.copy_(grad)
-    numel = grad.numel()
-    if numel:
-        tile, unit = tiles.tile_elements(numel, grad.element_size()), tiles.unit_of(numel)
-        programs = triton.cdiv(numel, tile)
-        launch(_backward, programs, grad, source, mask, output, numel // unit, UNIT=unit, TILE=tile, warps=4)
+    if grad.numel():
+        _launch_backward(source, mask, output)
     return output
+
+
+def fake_quantize_backward_(grad: Tensor, mask: Tensor, order: list[int]) -> None:
+    """The same in place, of a gradient that lies in memory as ``order`` says."""
+    if not grad.permute(list(order) or list(range(grad.dim()))).is_contiguous():
+        raise ValueError(f"grad must lie in memory in the order {order}; its strides are {grad.stride()}")
+    if grad.numel():
+        _launch_backward(grad, mask, grad)
+
+
+def _launch_backward(source: Tensor, mask: Tensor, output: Tensor) -> None:
+    numel = source.numel()
+    tile, unit = tiles.tile_elements(numel, source.element_size()), tiles.unit_of(numel)
+    launch(
+        _backward,
+        triton.cdiv(numel, tile),
+        source,
+        source,
+        mask,
+        output,
+        numel // unit,
+        UNIT=unit,
+        TILE=tile,
+        IN_PLACE=source is output,
+        warps=4,
+    )
 
 
 def _strides(x: Tensor, order: list[int]) -> list[int]:

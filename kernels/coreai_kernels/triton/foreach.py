@@ -25,6 +25,7 @@ from coreai_kernels.types import RangeUpdate, Scheme
 
 __all__ = [
     "foreach_fake_quantize_backward",
+    "foreach_fake_quantize_backward_",
     "foreach_fake_quantize_forward",
     "foreach_observe_and_fake_quantize_",
 ]
@@ -135,7 +136,15 @@ def _held_list(
 
 
 @triton.jit
-def _backward_list(base, table, most, DTYPE: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
+def _backward_list(
+    base,
+    table,
+    most,
+    DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+):
     record = table + (tl.program_id(0) // most).to(tl.int64) * 4
     start = (tl.program_id(0) % most).to(tl.int64) * TILE
     left = tl.load(record + 3) * UNIT - start
@@ -148,9 +157,12 @@ def _backward_list(base, table, most, DTYPE: tl.constexpr, UNIT: tl.constexpr, T
     lane = tl.arange(0, 8)
     element = group[:, None] * 8 + lane[None, :]
     bits = tl.load(mask + start // 8 + group, mask=group * 8 < left, other=0).to(tl.int32)
-    g = fp32(tl.load(grad + start + element, mask=element < left, other=0.0))
+    valid = element < left
+    if IN_PLACE:  # what passes is not even read
+        valid = valid & (bits != 255)[:, None]
+    g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
     inside = ((bits[:, None] >> lane[None, :]) & 1).to(tl.float32)
-    tl.store(output + start + element, narrow(g * inside, DTYPE), mask=element < left)
+    tl.store(output + start + element, narrow(g * inside, DTYPE), mask=valid)
 
 
 class _Launches:
@@ -311,21 +323,47 @@ def foreach_fake_quantize_backward(
     grads: Sequence[Tensor], mask: Tensor, starts: Sequence[int], orders: Sequence[int]
 ) -> list[Tensor]:
     """See ``reference/foreach.py``."""
-    results: list[Tensor] = []
-    launches = _Launches()
-    alone = _each_alone(mask)
     split = split_block_sizes(grads, orders) if orders else [()] * len(grads)
-    for grad, start, order in zip(grads, starts, split, strict=True):
+    results: list[Any] = [
+        torch.empty_like(grad) if not order and grad.is_contiguous() else None
+        for grad, order in zip(grads, split, strict=True)
+    ]
+    for i, bits in _launch_backward(grads, results, mask, starts):
+        results[i] = fake_quantize.fake_quantize_backward(grads[i], bits, list(split[i]))
+    return results
+
+
+def foreach_fake_quantize_backward_(
+    grads: Sequence[Tensor], mask: Tensor, starts: Sequence[int], orders: Sequence[int]
+) -> None:
+    """The same in place, of gradients that lie in memory as ``orders`` says."""
+    split = split_block_sizes(grads, orders) if orders else [()] * len(grads)
+    results = [
+        grad if not order and grad.is_contiguous() else None for grad, order in zip(grads, split, strict=True)
+    ]
+    for i, bits in _launch_backward(grads, results, mask, starts):
+        fake_quantize.fake_quantize_backward_(grads[i], bits, list(split[i]))
+
+
+def _launch_backward(
+    grads: Sequence[Tensor], results: Sequence[Tensor | None], mask: Tensor, starts: Sequence[int]
+) -> list[tuple[int, Tensor]]:
+    """Mask gradients that have a row-major result to go to.
+
+    Returns:
+        Indices and masks of those that are left.
+    """
+    launches, left = _Launches(), []
+    alone = _each_alone(mask)
+    for i, (grad, result, start) in enumerate(zip(grads, results, starts, strict=True)):
         numel = grad.numel()
-        result = torch.empty_like(grad) if not order and grad.is_contiguous() else None
         if alone or numel == 0 or result is None or not _is_aligned(grad, result):
-            bits = mask[start : start + (numel + 7) // 8]
-            results.append(fake_quantize.fake_quantize_backward(grad, bits, list(order)))
+            left.append((i, mask[start : start + (numel + 7) // 8]))
             continue
         unit, tile = tiles.unit_of(numel), tiles.tile_elements(numel, grad.element_size())
         row = [mask.data_ptr() + start, numel // unit]
-        form = {"DTYPE": tl_dtype(grad.dtype), "UNIT": unit, "TILE": tile, "warps": 4}
+        form = {"DTYPE": tl_dtype(grad.dtype), "UNIT": unit, "TILE": tile}
+        form |= {"IN_PLACE": result is grad, "warps": 4}
         launches.add(form, grad, result, row, triton.cdiv(numel, tile))
-        results.append(result)
     launches.run(_backward_list)
-    return results
+    return left
