@@ -64,33 +64,55 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
   }
 }
 
-// Elements of one block.
+// The same of bfloat16 by words. Returns how many of the elements it has done.
+template <class K, class Bits>
+COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int64_t n, const WordParams& p,
+                                             Bits& bits) {
+  if (!bits.aligned()) return 0;
+  int64_t i = 0;
+  auto cursor = bits.cursor();
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    fake_quantize_words<Bits, K>(x + i, y + i, p, cursor);
+  }
+  bits.resume(cursor);
+  return i;
+}
+
+// Blocks of two whole vectors each.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, bool finite, Bits& bits) {
-  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, finite), [&](auto kind) __attribute__((always_inline)) {
-    fake_quantize_run<decltype(kind)>(x, y, n, p, bits);
-  });
+COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockParams& params, Bits& bits) {
+  auto cursor = bits.cursor();
+  for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
+    if constexpr (K::kByWords) {
+      fake_quantize_words<Bits, K>(x, y, params.words(i), cursor);
+    } else {
+      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
+    }
+  }
+  bits.resume(cursor);
 }
 
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
                                        Bits& bits) {
-  if (run == 2 * kWidth && bits.aligned()) {
-    auto cursor = bits.cursor();
-    for (int i = 0; i < blocks; ++i) {
-      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
-      x += 2 * kWidth, y += 2 * kWidth;
+  if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
+  for (int i = 0; i < blocks; ++i, x += run, y += run) {
+    if constexpr (K::kByWords) {
+      const int64_t done = fake_quantize_run_of_words<K>(x, y, run, params.words(i), bits);
+      if (done < run) {
+        using Rest = typename K::template By<Way::kDivide>;
+        fake_quantize_run<Rest>(x + done, y + done, run - done, params[i], bits);
+      }
+    } else {
+      fake_quantize_run<K>(x, y, run, params[i], bits);
     }
-    bits.resume(cursor);
-    return;
   }
-  for (int i = 0; i < blocks; ++i, x += run, y += run) fake_quantize_run<K>(x, y, run, params[i], bits);
 }
 
 // Neighbouring blocks of `run` elements each.
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
-  with_way<K>(params.way, [&](auto kind) __attribute__((always_inline)) {
+  with_way<K, T>(params.way, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
   });
 }
@@ -104,15 +126,10 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     while (n > 0) {
       const int64_t block = base + column / run, inside = column % run;
       const int64_t whole = inside == 0 ? n / run : 0;
-      const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
-      int64_t piece = smaller(n, run - inside);
-      if (blocks > 1) {
-        params.load<K>(a, block, blocks, a.finite);
-        fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
-        piece = blocks * run;
-      } else {
-        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), a.finite, bits);
-      }
+      const int blocks = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(kWidth, whole)));
+      const int64_t piece = whole > 0 ? blocks * run : smaller(n, run - inside);
+      params.load<K, T>(a, block, blocks, a.finite);
+      fake_quantize_blocks<K>(x, y, whole > 0 ? run : piece, blocks, params, bits);
       x += piece, y += piece, column += piece, n -= piece;
     }
     return;
@@ -182,17 +199,17 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
     const auto mask_at = [&](int64_t i) { return job.mask ? job.mask + (first + i) / 8 : nullptr; };
     int64_t i = 0;
     for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
-      const auto left = ColumnParams::load<K>(job.affine, base + i, kWidth);
-      const auto right = ColumnParams::load<K>(job.affine, base + i + kWidth, kWidth);
-      with_way<K>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
+      const auto left = ColumnParams::load<K, T>(job.affine, base + i, kWidth);
+      const auto right = ColumnParams::load<K, T>(job.affine, base + i + kWidth, kWidth);
+      with_way<K, float>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_column_pair<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, left.lanes,
                                                   right.lanes);
       });
     }
     for (; i < length; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, length - i));
-      const auto p = ColumnParams::load<K>(job.affine, base + i, n);
-      with_way<K>(p.way, [&](auto kind) __attribute__((always_inline)) {
+      const auto p = ColumnParams::load<K, T>(job.affine, base + i, n);
+      with_way<K, float>(p.way, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_some_columns<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, n, p.lanes);
       });
     }

@@ -106,6 +106,10 @@ class BitWriter {
     __builtin_memcpy(cursor, &bits, kWidth / 8);
     cursor += kWidth / 8;
   }
+  static COREAI_HD void put_pair(Cursor& cursor, uint32_t bits) {
+    __builtin_memcpy(cursor, &bits, kWidth / 4);
+    cursor += kWidth / 4;
+  }
   COREAI_HD void push(uint32_t bits, int count) {
     pending_ |= static_cast<uint64_t>(bits) << fill_;
     fill_ += count;
@@ -127,6 +131,7 @@ struct NoBits {
   COREAI_HD Cursor cursor() const { return {}; }
   COREAI_HD void resume(Cursor) {}
   static COREAI_HD void put_lanes(Cursor&, uint32_t) {}
+  static COREAI_HD void put_pair(Cursor&, uint32_t) {}
   COREAI_HD void push(uint32_t, int) {}
   COREAI_HD void flush() {}
 };

@@ -20,6 +20,8 @@ struct Simd {
   static COREAI_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return _mm512_fmadd_ps(a, b, _mm512_setzero_ps()); }
+  static constexpr bool kHasWordProducts = true;  // see bfloat16_words.h
+  static COREAI_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static COREAI_HD F div(F a, F b) { return _mm512_div_ps(a, b); }
   // a / b from the reciprocal of b, rounded to nearest: a product and one correction (P. Markstein, IBM J. Res. Dev.
   // 34, 1990), which take no time of the divider. They compare with every number of up to nine bits as the IEEE

@@ -55,6 +55,16 @@ struct Words {
 #endif
     return a < b ? a : b;
   }
+  // Of the words as numbers without a sign.
+  static COREAI_HD V min_unsigned(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_min_epu16((__m256i)a, (__m256i)b);
+#endif
+    const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
+    return (a ^ sign) < (b ^ sign) ? a : b;
+  }
   static COREAI_HD V max(V a, V b) {
 #if defined(__AVX512BW__)
     if constexpr (kBytes == 2) return (V)_mm512_max_epi16((__m512i)a, (__m512i)b);
