@@ -52,12 +52,12 @@ COREAI_HD I in_both_halves(I bits) {
   return Simd::ior(upper, Simd::template shr<16>(upper));
 }
 
-template <class K>
+template <class S, class K>
 COREAI_HD WordParams word_params(F scale, F low, F high) {
   WordParams p;
-  const I reciprocal = Simd::as_int(Simd::div(Simd::set(1.0f), scale));
-  p.below = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-1)));
-  p.above = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(1)));
+  const I reciprocal = Simd::as_int(S::near_reciprocal(scale));
+  p.below = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-2)));
+  p.above = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(2)));
   if constexpr (K::kFormat == Format::kInt) {
     p.factor = Simd::mul(scale, Simd::set(0.5f));
     p.addend = Simd::mul(scale, Simd::set(-kWhole));

@@ -78,7 +78,7 @@ struct BlockParams {
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
     way = way_to_divide<K, T>(scales, lows, highs, n, finite);
     if constexpr (kHasWords<K, T>) {
-      if (way == Way::kWords || way == Way::kWordsOfFinite) return store(word_params<K>(scales, lows, highs));
+      if (way == Way::kWords || way == Way::kWordsOfFinite) return store(word_params<Simd, K>(scales, lows, highs));
     }
     if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
   }

@@ -43,20 +43,21 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   const int64_t run = quantize.geometry->run;
   const T* x = static_cast<const T*>(quantize.input);
   T* y = static_cast<T*>(quantize.output);
-  BlockParams params[2];
+  BlockParams params;
   const int64_t group = larger<int64_t>(1, smaller<int64_t>(kWidth, kCachedElements / run));
-  const auto observe = [&](int64_t i, BlockParams& to) __attribute__((always_inline)) {
+  const auto observe = [&](int64_t i) __attribute__((always_inline)) {
     const int n = static_cast<int>(smaller(group, end - i));
-    const Range range = range_of_blocks(x + i * run, run, n);
+    const Range range = range_of_blocks<true>(x + i * run, run, n);  // which updating does anyway
     set_qparams(job, range, i, n);
-    to.template load<K, T>(quantize.affine, i, n, is_moderate(range));
+    return is_moderate(range);
   };
   // One group ahead: what the next group's parameters wait for overlaps with quantizing this one.
-  if (begin < end) observe(begin, params[0]);
-  for (int64_t i = begin, turn = 0; i < end; i += group, turn ^= 1) {
+  bool finite = begin < end && observe(begin);
+  for (int64_t i = begin; i < end; i += group) {
     const int n = static_cast<int>(smaller(group, end - i));
-    if (i + group < end) observe(i + group, params[turn ^ 1]);
-    fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params[turn], bits);
+    params.template load<K, T>(quantize.affine, i, n, finite);
+    finite = i + group < end && observe(i + group);
+    fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
   }
   bits.flush();
 }

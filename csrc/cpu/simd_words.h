@@ -65,6 +65,15 @@ struct Words {
     const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
     return (a ^ sign) < (b ^ sign) ? a : b;
   }
+  static COREAI_HD V max_unsigned(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_max_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_max_epu16((__m256i)a, (__m256i)b);
+#endif
+    const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
+    return (a ^ sign) > (b ^ sign) ? a : b;
+  }
   static COREAI_HD V max(V a, V b) {
 #if defined(__AVX512BW__)
     if constexpr (kBytes == 2) return (V)_mm512_max_epi16((__m512i)a, (__m512i)b);
