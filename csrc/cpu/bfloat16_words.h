@@ -113,13 +113,16 @@ COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordParams& p
   }
 }
 
-// 2 * kWidth elements; the parameters of every other one.
+// 2 * kWidth elements, and the parameters of every other one.
 template <class Bits, class K>
-COREAI_HD void fake_quantize_words(const BFloat16* x, BFloat16* y, const WordParams& even, const WordParams& odd,
-                                   typename Words<2>::V low, typename Words<2>::V high, typename Words<2>::V exponent,
-                                   typename Bits::Cursor& cursor) {
+COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, const WordParams& even,
+                                   const WordParams& odd, typename Bits::Cursor& cursor) {
   using W = Words<2>;
-  const auto words = W::load(x);
+  const auto together = [](I a, I b) __attribute__((always_inline)) {
+    return (typename W::V)Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
+  };
+  const auto low = together(even.low, odd.low), high = together(even.high, odd.high);
+  const auto exponent = together(even.exponent, odd.exponent);
   const auto clamped = W::min_unsigned(W::min(words, high), low);
   const auto sign = words & W::set(INT16_MIN);
   auto inside = W::equal(words, clamped);
@@ -139,13 +142,6 @@ COREAI_HD void fake_quantize_words(const BFloat16* x, BFloat16* y, const WordPar
   }
   W::store(y, result);
   Bits::put_pair(cursor, static_cast<uint32_t>(W::bits(inside)));
-}
-
-// The same where all of them share their parameters.
-template <class Bits, class K>
-COREAI_HD void fake_quantize_words(const BFloat16* x, BFloat16* y, const WordParams& p, typename Bits::Cursor& cursor) {
-  using V = typename Words<2>::V;
-  fake_quantize_words<Bits, K>(x, y, p, p, (V)p.low, (V)p.high, (V)p.exponent, cursor);
 }
 
 }  // namespace

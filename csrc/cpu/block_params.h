@@ -150,5 +150,23 @@ struct ColumnParams {
   }
 };
 
+// The same of two vectors of bfloat16 by words: parameters of the even and of the odd columns.
+struct ColumnWords {
+  WordParams even, odd;
+  bool suit;
+
+  template <class K>
+  static COREAI_HD ColumnWords load(const Affine& a, int64_t block) {
+    Params<Simd> p = params_of_columns(a, block, 0, 1, kWidth);
+    Params<Simd> q = params_of_columns(a, block + kWidth, 0, 1, kWidth);
+    constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
+    const bool suit = suit_words<K>(p.scale, p.low, p.high, kAll) && suit_words<K>(q.scale, q.low, q.high, kAll);
+    Simd::deinterleave(p.scale, q.scale);
+    Simd::deinterleave(p.low, q.low);
+    Simd::deinterleave(p.high, q.high);
+    return {word_params<Simd, K>(p.scale, p.low, p.high), word_params<Simd, K>(q.scale, q.low, q.high), suit};
+  }
+};
+
 }  // namespace
 }  // namespace coreai::cpu::COREAI_LEVEL

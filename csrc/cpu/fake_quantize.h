@@ -72,7 +72,7 @@ COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int
   int64_t i = 0;
   auto cursor = bits.cursor();
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    fake_quantize_words<Bits, K>(x + i, y + i, p, cursor);
+    fake_quantize_words<Bits, K>(Words<2>::load(x + i), y + i, p, p, cursor);
   }
   bits.resume(cursor);
   return i;
@@ -84,7 +84,8 @@ COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockPara
   auto cursor = bits.cursor();
   for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
     if constexpr (K::kByWords) {
-      fake_quantize_words<Bits, K>(x, y, params.words(i), cursor);
+      const WordParams p = params.words(i);
+      fake_quantize_words<Bits, K>(Words<2>::load(x), y, p, p, cursor);
     } else {
       fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
     }
@@ -147,8 +148,9 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
   }
 }
 
-// Rows of blocks of one element: a look at the parameters serves so many rows.
-constexpr int kBand = 4;
+// Rows of blocks of one element: a look at the parameters serves so many rows. Those of words take longer.
+template <class K, class T>
+constexpr int kBand = kHasWords<K, T> ? 16 : 4;
 
 // The same columns of some rows, `stride` elements apart: two whole vectors of them.
 template <class K, class T>
@@ -164,6 +166,19 @@ COREAI_HD void fake_quantize_column_pair(const T* x, T* y, uint8_t* mask, int64_
       BitWriter::put_lanes(cursor, Simd::bits(inside[0]));
       BitWriter::put_lanes(cursor, Simd::bits(inside[1]));
     }
+  }
+}
+
+// The same by words.
+template <class Bits, class K>
+COREAI_HD void fake_quantize_column_words(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, int64_t stride,
+                                          int rows, const ColumnWords& p) {
+  // All are read before one is written: a load waits for stores at the same place of another page.
+  typename Words<2>::V words[kBand<K, BFloat16>];
+  for (int row = 0; row < rows; ++row) words[row] = Words<2>::load(x + row * stride);
+  for (int row = 0; row < rows; ++row, y += stride) {
+    auto cursor = Bits::at(mask, row * (stride / 8));
+    fake_quantize_words<Bits, K>(words[row], y, p.even, p.odd, cursor);
   }
 }
 
@@ -192,13 +207,30 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
   const int64_t sharing = g.outer_axes > 0 && g.outer[g.outer_axes - 1].stride == 0 ? g.outer[g.outer_axes - 1].size : 1;
   const T* x = static_cast<const T*>(job.input);
   T* y = static_cast<T*>(job.output);
+  // Rows of whole pages compete for one set of the cache.
+  const int64_t band = length * sizeof(T) % 4096 == 0 ? kBand<K, T> / 2 : kBand<K, T>;
   while (begin < end) {
     const int64_t base = row_base(g, begin);
-    const int rows = static_cast<int>(smaller<int64_t>(smaller<int64_t>(kBand, end - begin), sharing - begin % sharing));
+    const int rows = static_cast<int>(smaller(smaller(band, end - begin), sharing - begin % sharing));
     const int64_t first = begin * length;
     const auto mask_at = [&](int64_t i) { return job.mask ? job.mask + (first + i) / 8 : nullptr; };
     int64_t i = 0;
     for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
+      if constexpr (kHasWords<K, T>) {
+        const auto words = ColumnWords::load<K>(job.affine, base + i);
+        if (words.suit) {
+          const Way way = job.affine.finite ? Way::kWordsOfFinite : Way::kWords;
+          with_way<K, T>(way, [&](auto kind) __attribute__((always_inline)) {
+            using ByWords = decltype(kind);
+            if (job.mask) {
+              fake_quantize_column_words<BitWriter, ByWords>(x + first + i, y + first + i, mask_at(i), length, rows, words);
+            } else {
+              fake_quantize_column_words<NoBits, ByWords>(x + first + i, y + first + i, {}, length, rows, words);
+            }
+          });
+          continue;
+        }
+      }
       const auto left = ColumnParams::load<K, T>(job.affine, base + i, kWidth);
       const auto right = ColumnParams::load<K, T>(job.affine, base + i + kWidth, kWidth);
       with_way<K, float>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {

@@ -106,6 +106,7 @@ class BitWriter {
     __builtin_memcpy(cursor, &bits, kWidth / 8);
     cursor += kWidth / 8;
   }
+  static COREAI_HD Cursor at(Cursor cursor, int64_t bytes) { return cursor + bytes; }
   static COREAI_HD void put_pair(Cursor& cursor, uint32_t bits) {
     __builtin_memcpy(cursor, &bits, kWidth / 4);
     cursor += kWidth / 4;
@@ -131,6 +132,7 @@ struct NoBits {
   COREAI_HD Cursor cursor() const { return {}; }
   COREAI_HD void resume(Cursor) {}
   static COREAI_HD void put_lanes(Cursor&, uint32_t) {}
+  static COREAI_HD Cursor at(Cursor, int64_t) { return {}; }
   static COREAI_HD void put_pair(Cursor&, uint32_t) {}
   COREAI_HD void push(uint32_t, int) {}
   COREAI_HD void flush() {}

@@ -22,9 +22,16 @@ COREAI_HD void merge_run(const T* x, int64_t n, float* block_low, float* block_h
   merge_block(low[0], high[0], block_low, block_high);
 }
 
+template <class = void>
+COREAI_HD void merge_lanes(F low, F high, float* into_low, float* into_high, int n) {
+  Simd::store_n(into_low, nan_min(Simd::load_n(into_low, n), low), n);
+  Simd::store_n(into_high, nan_max(Simd::load_n(into_high, n), high), n);
+}
+
+// Columns [i, n) of some rows, `stride` elements apart.
 template <class T>
-COREAI_HD void merge_columns(const T* x, int64_t stride, int rows, int64_t n, float* low, float* high) {
-  for (int64_t i = 0; i < n; i += kWidth) {
+COREAI_HD void merge_columns(const T* x, int64_t stride, int rows, int64_t i, int64_t n, float* low, float* high) {
+  for (; i < n; i += kWidth) {
     const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
     Extremes e;
     for (int row = 0; row < rows; ++row) {
@@ -32,10 +39,40 @@ COREAI_HD void merge_columns(const T* x, int64_t stride, int rows, int64_t n, fl
       e.take(some == kWidth ? Simd::load(p) : Simd::load_n(p, some));
     }
     const F quiet = Simd::set(__builtin_nanf(""));
-    const F old_low = Simd::load_n(low + i, some), old_high = Simd::load_n(high + i, some);
-    Simd::store_n(low + i, Simd::select(e.nan, quiet, nan_min(old_low, e.low)), some);
-    Simd::store_n(high + i, Simd::select(e.nan, quiet, nan_max(old_high, e.high)), some);
+    merge_lanes(Simd::select(e.nan, quiet, e.low), Simd::select(e.nan, quiet, e.high), low + i, high + i, some);
   }
+}
+
+// The same of 16-bit elements by words, as far as there are whole vectors. Returns how many columns that is.
+template <class T>
+COREAI_HD int64_t merge_word_columns(const T* x, int64_t stride, int rows, int64_t n, float* low, float* high) {
+  using W = Words<2>;
+  int64_t i = 0;
+  for (; i + W::kLanes <= n; i += W::kLanes) {
+    WordExtremes<T, false> e;
+    for (int row = 0; row < rows; ++row) e.take(x + row * stride + i);
+    if (__builtin_expect(e.has_nan(), false)) {
+      merge_columns(x, stride, rows, i, i + W::kLanes, low, high);
+      continue;
+    }
+    alignas(64) T lows[W::kLanes], highs[W::kLanes];
+    W::store(lows, e.keys(e.low));
+    W::store(highs, e.keys(e.high));
+    for (int j = 0; j < W::kLanes; j += kWidth) {
+      merge_lanes(Simd::load(lows + j), Simd::load(highs + j), low + i + j, high + i + j, kWidth);
+    }
+  }
+  return i;
+}
+
+// Rows whose columns are merged at once: what is accumulated is read and written once for so many.
+constexpr int kMergedRows = 16;
+
+template <class T>
+COREAI_HD void merge_column_rows(const T* x, int64_t stride, int rows, int64_t n, float* low, float* high) {
+  int64_t done = 0;
+  if constexpr (sizeof(T) == 2) done = merge_word_columns(x, stride, rows, n, low, high);
+  merge_columns(x, stride, rows, done, n, low, high);
 }
 
 template <class = void>
@@ -58,8 +95,10 @@ void merge_rows(const Geometry& g, const T* x, int64_t begin, int64_t end, float
       float* column_low = scratch ? scratch : low + base;
       float* column_high = scratch ? scratch + length : high + base;
       if (scratch) fill(column_low, column_high, length);
-      for (; begin + 4 <= stop; begin += 4) merge_columns(x + begin * length, length, 4, length, column_low, column_high);
-      for (; begin < stop; ++begin) merge_columns(x + begin * length, length, 1, length, column_low, column_high);
+      for (int rows; begin < stop; begin += rows) {
+        rows = static_cast<int>(smaller<int64_t>(kMergedRows, stop - begin));
+        merge_column_rows(x + begin * length, length, rows, length, column_low, column_high);
+      }
       for (int64_t i = 0; scratch && i < length; ++i) {
         merge_block(column_low[i], column_high[i], low + base + i / g.run, high + base + i / g.run);
       }
