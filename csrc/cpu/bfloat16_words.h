@@ -23,7 +23,7 @@ constexpr float kWhole = 0x1.8p23f;
 
 // Parameters, one a lane. Words are in both halves of a lane.
 struct WordParams {
-  F below, above;    // the scale's reciprocal, a little less and a little more
+  F below, above;    // the scale's reciprocal, a little less unless it is exact, and a little more
   F factor, addend;  // see `requantize`
   I low, high;       // the least and the greatest element that is not clamped
   I exponent;        // see `magic_words`
@@ -45,6 +45,21 @@ COREAI_HD bool suit_words(F scales, F low, F high, uint32_t lanes) {
   return (Simd::bits(fit) & lanes) == lanes;
 }
 
+template <class = void>
+COREAI_HD M are_powers(F scales) {
+  return Simd::equal(scales, Simd::as_float(Simd::iand(Simd::as_int(scales), Simd::iset(0x7f800000))));
+}
+
+// Where products with the reciprocal are never between two values, or round as they should if it is a little too
+// small. If three times the scale is no bfloat16, then only its half lies between two values; that rounds to zero.
+template <class = void>
+COREAI_HD M are_untied(F scales) {
+  const F three = Simd::mul(scales, Simd::set(3.0f));
+  const M tied = Simd::equal(three, Simd::as_float(Simd::iand(Simd::as_int(three), Simd::iset(-0x10000))));
+  const uint32_t untied = ~Simd::bits(tied) | Simd::bits(are_powers(scales));
+  return Simd::from_bits(untied & static_cast<uint32_t>((uint64_t{1} << kWidth) - 1));
+}
+
 // Upper halves, in both.
 template <class = void>
 COREAI_HD I in_both_halves(I bits) {
@@ -56,7 +71,8 @@ template <class S, class K>
 COREAI_HD WordParams word_params(F scale, F low, F high) {
   WordParams p;
   const I reciprocal = Simd::as_int(S::near_reciprocal(scale));
-  p.below = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-2)));
+  const F less = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-2)));
+  p.below = Simd::select(are_powers(scale), Simd::as_float(reciprocal), less);
   p.above = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(2)));
   if constexpr (K::kFormat == Format::kInt) {
     p.factor = Simd::mul(scale, Simd::set(0.5f));
@@ -81,6 +97,17 @@ COREAI_HD WordParams word_params(F scale, F low, F high) {
   return p;
 }
 
+// The same for scales that are powers of two: quotients are elements.
+template <class K>
+COREAI_HD WordParams word_params_of_powers(F scale, F low, F high) {
+  WordParams p = {};
+  p.low = in_both_halves(Simd::as_int(Simd::mul(low, scale)));
+  p.high = in_both_halves(Simd::as_int(Simd::mul(high, scale)));
+  constexpr int kMin = FormatFacts<K::kFormat>::kMinExponent;
+  p.exponent = in_both_halves(Simd::iadd(Simd::as_int(scale), Simd::iset(kMin * (1 << 23))));
+  return p;
+}
+
 // Every other word, as bfloat16.
 template <class V>
 COREAI_HD F even_words(V words) {
@@ -93,28 +120,40 @@ COREAI_HD F odd_words(V words) {
 
 // For each magnitude a number whose last bit is the last that the format keeps of the quotient. The difference of the
 // words is the quotient's exponent and some mantissa, which does not matter: it has no more than eight bits.
-template <Format kFormat, class V>
+template <class K, class V>
 COREAI_HD V magic_words(V magnitudes, V exponent) {
-  using Facts = FormatFacts<kFormat>;
-  constexpr int kSmallest = (127 + Facts::kMinExponent + 23 - Facts::kMantissaBits) << 7;
-  return Words<2>::max(magnitudes - exponent, Words<2>::set(kSmallest));
+  using W = Words<2>;
+  using Facts = FormatFacts<K::kFormat>;
+  constexpr int kShift = 23 - Facts::kMantissaBits;
+  if constexpr (K::kWay == Way::kWordsByPowers) {
+    return W::max(magnitudes, exponent) + W::set(kShift << 7);
+  } else {
+    return W::max(magnitudes - exponent, W::set((127 + Facts::kMinExponent + kShift) << 7));
+  }
 }
 
 // The scale times the rounded quotient, rounded to bfloat16: the upper halves of the lanes.
-template <class S, class K>
+template <class S, class K, bool kUntied>
 COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordParams& p) {
-  const F twice = S::add(S::fma(x, p.below, magic), S::fma(x, p.above, magic));
-  if constexpr (K::kFormat == Format::kInt) {
-    const F y = S::fma(twice, p.factor, p.addend);
-    return S::as_int(S::fma(y, S::set(-0x1p16f), S::mul(y, S::set(0x1.0001p16f))));
+  if constexpr (K::kWay == Way::kWordsByPowers) {
+    return S::as_int(S::sub(S::add(x, magic), magic));
   } else {
-    const F q = S::fma(magic, S::set(-2.0f), twice);
-    return S::as_int(S::fma(q, p.addend, S::mul(q, p.factor)));
+    // Once or twice the quotient, rounded, and as many times `magic`.
+    auto q = S::fma(x, p.below, magic);
+    if constexpr (!kUntied) q = S::add(q, S::fma(x, p.above, magic));
+    if constexpr (K::kFormat == Format::kInt) {
+      const auto y = S::fma(q, kUntied ? S::add(p.factor, p.factor) : p.factor, p.addend);
+      return S::as_int(S::fma(y, S::set(-0x1p16f), S::mul(y, S::set(0x1.0001p16f))));
+    } else {
+      q = S::fma(magic, S::set(kUntied ? -1.0f : -2.0f), q);
+      const auto upper = kUntied ? S::add(p.addend, p.addend) : p.addend;
+      return S::as_int(S::fma(q, upper, S::mul(q, kUntied ? S::add(p.factor, p.factor) : p.factor)));
+    }
   }
 }
 
 // 2 * kWidth elements, and the parameters of every other one.
-template <class Bits, class K>
+template <class Bits, class K, bool kUntied = false>
 COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, const WordParams& even,
                                    const WordParams& odd, typename Bits::Cursor& cursor) {
   using W = Words<2>;
@@ -122,17 +161,16 @@ COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, cons
     return (typename W::V)Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
   };
   const auto low = together(even.low, odd.low), high = together(even.high, odd.high);
-  const auto exponent = together(even.exponent, odd.exponent);
   const auto clamped = W::min_unsigned(W::min(words, high), low);
   const auto sign = words & W::set(INT16_MIN);
   auto inside = W::equal(words, clamped);
   F magic[2] = {Simd::set(kWhole), Simd::set(kWhole)};
   if constexpr (K::kFormat != Format::kInt) {
-    const auto magics = magic_words<K::kFormat>(clamped ^ sign, exponent) | sign;
+    const auto magics = magic_words<K>(clamped ^ sign, together(even.exponent, odd.exponent)) | sign;
     magic[0] = even_words(magics), magic[1] = odd_words(magics);
   }
-  const I a = requantize<Simd, K>(even_words(clamped), magic[0], even);
-  const I b = requantize<Simd, K>(odd_words(clamped), magic[1], odd);
+  const I a = requantize<Simd, K, kUntied>(even_words(clamped), magic[0], even);
+  const I b = requantize<Simd, K, kUntied>(odd_words(clamped), magic[1], odd);
   auto result = (typename W::V)Simd::ior(Simd::template shr<16>(a), b);
   if constexpr (K::kFormat != Format::kInt) result |= sign;
   if constexpr (K::kWay == Way::kWords) {

@@ -18,7 +18,11 @@ template <class K, class T>
 COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
   const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
   if constexpr (kHasWords<K, T>) {
-    if (suit_words<K>(scales, low, high, all)) return finite ? Way::kWordsOfFinite : Way::kWords;
+    if (suit_words<K>(scales, low, high, all)) {
+      if (!finite) return Way::kWords;
+      const bool powers = K::kFormat != Format::kInt && (Simd::bits(are_powers(scales)) & all) == all;
+      return powers ? Way::kWordsByPowers : Way::kWordsOfFinite;
+    }
   }
   if constexpr (!Simd::kHasQuotient) {
     return Way::kDivide;
@@ -41,6 +45,9 @@ COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
 template <class K, class T, class Body>
 COREAI_HD void with_way(Way way, Body body) {
   if constexpr (kHasWords<K, T>) {
+    if constexpr (K::kFormat != Format::kInt) {
+      if (way == Way::kWordsByPowers) return body(typename K::template By<Way::kWordsByPowers>{});
+    }
     if (way == Way::kWordsOfFinite) return body(typename K::template By<Way::kWordsOfFinite>{});
     if (way == Way::kWords) return body(typename K::template By<Way::kWords>{});
   }
@@ -57,6 +64,7 @@ struct BlockParams {
   alignas(64) float reciprocal[kWidth];  // or the one below it
   alignas(64) float above[kWidth], factor[kWidth], addend[kWidth];
   alignas(64) int32_t low_words[kWidth], high_words[kWidth], exponent[kWidth];
+  uint32_t untied;  // see are_untied
   Way way;
 
   // `finite`: no element is infinite, NaN or beyond 2^62.
@@ -78,7 +86,13 @@ struct BlockParams {
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
     way = way_to_divide<K, T>(scales, lows, highs, n, finite);
     if constexpr (kHasWords<K, T>) {
-      if (way == Way::kWords || way == Way::kWordsOfFinite) return store(word_params<Simd, K>(scales, lows, highs));
+      if (way == Way::kWords || way == Way::kWordsOfFinite) {
+        untied = Simd::bits(are_untied(scales));
+        return store(word_params<Simd, K>(scales, lows, highs));
+      }
+      if constexpr (K::kFormat != Format::kInt) {
+        if (way == Way::kWordsByPowers) return store(word_params_of_powers<K>(scales, lows, highs));
+      }
     }
     if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
   }

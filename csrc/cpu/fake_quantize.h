@@ -65,14 +65,14 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
 }
 
 // The same of bfloat16 by words. Returns how many of the elements it has done.
-template <class K, class Bits>
+template <class K, bool kUntied, class Bits>
 COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int64_t n, const WordParams& p,
                                              Bits& bits) {
   if (!bits.aligned()) return 0;
   int64_t i = 0;
   auto cursor = bits.cursor();
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
-    fake_quantize_words<Bits, K>(Words<2>::load(x + i), y + i, p, p, cursor);
+    fake_quantize_words<Bits, K, kUntied>(Words<2>::load(x + i), y + i, p, p, cursor);
   }
   bits.resume(cursor);
   return i;
@@ -99,7 +99,9 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
   if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
   for (int i = 0; i < blocks; ++i, x += run, y += run) {
     if constexpr (K::kByWords) {
-      const int64_t done = fake_quantize_run_of_words<K>(x, y, run, params.words(i), bits);
+      const bool untied = K::kWay == Way::kWordsOfFinite && (params.untied >> i & 1) != 0;
+      const int64_t done = untied ? fake_quantize_run_of_words<K, true>(x, y, run, params.words(i), bits)
+                                  : fake_quantize_run_of_words<K, false>(x, y, run, params.words(i), bits);
       if (done < run) {
         using Rest = typename K::template By<Way::kDivide>;
         fake_quantize_run<Rest>(x + done, y + done, run - done, params[i], bits);
