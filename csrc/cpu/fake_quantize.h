@@ -52,7 +52,10 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
   int64_t i = 0;
   if (bits.aligned()) {
     auto cursor = bits.cursor();
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      fetch_ahead(x + i, y + i);
+      fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    }
     if (i + kWidth <= n) {
       fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
       i += kWidth;
@@ -72,6 +75,7 @@ COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int
   int64_t i = 0;
   auto cursor = bits.cursor();
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    fetch_ahead(x + i, y + i);
     fake_quantize_words<Bits, K, kUntied>(Words<2>::load(x + i), y + i, p, p, cursor);
   }
   bits.resume(cursor);
@@ -83,6 +87,7 @@ template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockParams& params, Bits& bits) {
   auto cursor = bits.cursor();
   for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
+    fetch_ahead(x, y);
     if constexpr (K::kByWords) {
       const WordParams p = params.words(i);
       fake_quantize_words<Bits, K>(Words<2>::load(x), y, p, p, cursor);
