@@ -41,6 +41,7 @@ template <class S>
 COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
   if (element == Element::kFloat16) return S::round_half(x);
   if (element != Element::kBFloat16) return x;
+  if constexpr (requires { S::round_bfloat16(x); }) return S::round_bfloat16(x);
   const auto bits = S::as_int(x);
   const auto odd = S::iand(S::template shr<16>(bits), S::iset(1));
   const auto rounded = S::iadd(bits, S::iadd(odd, S::iset(0x7fff)));

@@ -45,19 +45,19 @@ COREAI_HD bool suit_words(F scales, F low, F high, uint32_t lanes) {
   return (Simd::bits(fit) & lanes) == lanes;
 }
 
+// Whether products with the reciprocal are never between two values, or round as they should if it is a little too
+// small: if three times the scale is no bfloat16, only its half lies between two values, and that rounds to zero.
+inline bool is_untied(float scale) {
+  const float three = 3.0f * scale;
+  uint32_t bits[2];
+  __builtin_memcpy(bits, &three, 4);
+  __builtin_memcpy(bits + 1, &scale, 4);
+  return (bits[0] & 0xffff) != 0 || (bits[1] & 0x7fffff) == 0;
+}
+
 template <class = void>
 COREAI_HD M are_powers(F scales) {
   return Simd::equal(scales, Simd::as_float(Simd::iand(Simd::as_int(scales), Simd::iset(0x7f800000))));
-}
-
-// Where products with the reciprocal are never between two values, or round as they should if it is a little too
-// small. If three times the scale is no bfloat16, then only its half lies between two values; that rounds to zero.
-template <class = void>
-COREAI_HD M are_untied(F scales) {
-  const F three = Simd::mul(scales, Simd::set(3.0f));
-  const M tied = Simd::equal(three, Simd::as_float(Simd::iand(Simd::as_int(three), Simd::iset(-0x10000))));
-  const uint32_t untied = ~Simd::bits(tied) | Simd::bits(are_powers(scales));
-  return Simd::from_bits(untied & static_cast<uint32_t>((uint64_t{1} << kWidth) - 1));
 }
 
 // Upper halves, in both.

@@ -64,7 +64,6 @@ struct BlockParams {
   alignas(64) float reciprocal[kWidth];  // or the one below it
   alignas(64) float above[kWidth], factor[kWidth], addend[kWidth];
   alignas(64) int32_t low_words[kWidth], high_words[kWidth], exponent[kWidth];
-  uint32_t untied;  // see are_untied
   Way way;
 
   // `finite`: no element is infinite, NaN or beyond 2^62.
@@ -86,10 +85,7 @@ struct BlockParams {
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
     way = way_to_divide<K, T>(scales, lows, highs, n, finite);
     if constexpr (kHasWords<K, T>) {
-      if (way == Way::kWords || way == Way::kWordsOfFinite) {
-        untied = Simd::bits(are_untied(scales));
-        return store(word_params<Simd, K>(scales, lows, highs));
-      }
+      if (way == Way::kWords || way == Way::kWordsOfFinite) return store(word_params<Simd, K>(scales, lows, highs));
       if constexpr (K::kFormat != Format::kInt) {
         if (way == Way::kWordsByPowers) return store(word_params_of_powers<K>(scales, lows, highs));
       }

@@ -104,7 +104,7 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
   if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
   for (int i = 0; i < blocks; ++i, x += run, y += run) {
     if constexpr (K::kByWords) {
-      const bool untied = K::kWay == Way::kWordsOfFinite && (params.untied >> i & 1) != 0;
+      const bool untied = K::kWay == Way::kWordsOfFinite && is_untied(params.scale[i]);
       const int64_t done = untied ? fake_quantize_run_of_words<K, true>(x, y, run, params.words(i), bits)
                                   : fake_quantize_run_of_words<K, false>(x, y, run, params.words(i), bits);
       if (done < run) {

@@ -83,6 +83,10 @@ struct Simd {
   static COREAI_HD F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static COREAI_HD I nearest(F a) { return _mm512_cvtps_epi32(a); }  // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm512_cvttps_epi32(a); }  // NaN becomes INT32_MIN
+  static COREAI_HD F round_bfloat16(F a) {
+    const F kept = _mm512_castsi512_ps(_mm512_and_si512(rounded_numbers(a), _mm512_set1_epi32(-0x10000)));
+    return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), kept);
+  }
   static COREAI_HD F round_half(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0)); }
 
   static COREAI_HD F load(const float* p) { return _mm512_loadu_ps(p); }
