@@ -19,14 +19,17 @@ struct FormatFacts;
 template <>
 struct FormatFacts<Format::kE4M3> {
   static constexpr int kMantissaBits = 3, kMinExponent = -6;
+  static constexpr float kMax = 448.0f;
 };
 template <>
 struct FormatFacts<Format::kE5M2> {
   static constexpr int kMantissaBits = 2, kMinExponent = -14;
+  static constexpr float kMax = 57344.0f;
 };
 template <>
 struct FormatFacts<Format::kE2M1> {
   static constexpr int kMantissaBits = 1, kMinExponent = 0;
+  static constexpr float kMax = 6.0f;
 };
 
 COREAI_HD int max_exponent(Format format) {
@@ -38,6 +41,7 @@ template <class S>
 COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
   if (element == Element::kFloat16) return S::round_half(x);
   if (element != Element::kBFloat16) return x;
+  if constexpr (requires { S::round_bfloat16(x); }) return S::round_bfloat16(x);
   const auto bits = S::as_int(x);
   const auto odd = S::iand(S::template shr<16>(bits), S::iset(1));
   const auto rounded = S::iadd(bits, S::iadd(odd, S::iset(0x7fff)));
@@ -66,8 +70,9 @@ COREAI_HD typename S::F round_to_format(typename S::F x) {
 }
 
 // How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of
-// values that are known to be finite. See `S::quotient` for when it may be used.
-enum class Way { kDivide, kReciprocal, kReciprocalOfFinite };
+// values that are known to be finite. See `S::quotient` for when it may be used. Or not at all, but the results of
+// bfloat16 words: see cpu/bfloat16_words.h; of finite ones; of finite ones by powers of two.
+enum class Way { kDivide, kReciprocal, kReciprocalOfFinite, kWords, kWordsOfFinite, kWordsByPowers };
 
 // What a quantized element is: a number format, and for integers whether an offset (the min-value formulation)
 // is taken from the values.
@@ -76,6 +81,7 @@ struct Kind {
   static constexpr Format kFormat = kFormat_;
   static constexpr bool kHasOffset = kHasOffset_;
   static constexpr Way kWay = kWay_;
+  static constexpr bool kByWords = kWay >= Way::kWords;
   template <Way kOther>
   using By = Kind<kFormat_, kHasOffset_, kOther>;
 };

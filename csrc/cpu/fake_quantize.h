@@ -52,7 +52,10 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
   int64_t i = 0;
   if (bits.aligned()) {
     auto cursor = bits.cursor();
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      fetch_ahead(x + i, y + i);
+      fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    }
     if (i + kWidth <= n) {
       fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
       i += kWidth;
@@ -64,33 +67,60 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
   }
 }
 
-// Elements of one block.
+// The same of bfloat16 by words. Returns how many of the elements it has done.
+template <class K, bool kUntied, class Bits>
+COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int64_t n, const WordParams& p,
+                                             Bits& bits) {
+  if (!bits.aligned()) return 0;
+  int64_t i = 0;
+  auto cursor = bits.cursor();
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    fetch_ahead(x + i, y + i);
+    fake_quantize_words<Bits, K, kUntied>(Words<2>::load(x + i), y + i, p, p, cursor);
+  }
+  bits.resume(cursor);
+  return i;
+}
+
+// Blocks of two whole vectors each.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_in_block(const T* x, T* y, int64_t n, const Params<Simd>& p, bool finite, Bits& bits) {
-  with_way<K>(way_to_divide<K>(p.scale, p.low, p.high, 1, finite), [&](auto kind) __attribute__((always_inline)) {
-    fake_quantize_run<decltype(kind)>(x, y, n, p, bits);
-  });
+COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockParams& params, Bits& bits) {
+  auto cursor = bits.cursor();
+  for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
+    fetch_ahead(x, y);
+    if constexpr (K::kByWords) {
+      const WordParams p = params.words(i);
+      fake_quantize_words<Bits, K>(Words<2>::load(x), y, p, p, cursor);
+    } else {
+      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
+    }
+  }
+  bits.resume(cursor);
 }
 
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
                                        Bits& bits) {
-  if (run == 2 * kWidth && bits.aligned()) {
-    auto cursor = bits.cursor();
-    for (int i = 0; i < blocks; ++i) {
-      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
-      x += 2 * kWidth, y += 2 * kWidth;
+  if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
+  for (int i = 0; i < blocks; ++i, x += run, y += run) {
+    if constexpr (K::kByWords) {
+      const bool untied = K::kWay == Way::kWordsOfFinite && is_untied(params.scale[i]);
+      const int64_t done = untied ? fake_quantize_run_of_words<K, true>(x, y, run, params.words(i), bits)
+                                  : fake_quantize_run_of_words<K, false>(x, y, run, params.words(i), bits);
+      if (done < run) {
+        using Rest = typename K::template By<Way::kDivide>;
+        fake_quantize_run<Rest>(x + done, y + done, run - done, params[i], bits);
+      }
+    } else {
+      fake_quantize_run<K>(x, y, run, params[i], bits);
     }
-    bits.resume(cursor);
-    return;
   }
-  for (int i = 0; i < blocks; ++i, x += run, y += run) fake_quantize_run<K>(x, y, run, params[i], bits);
 }
 
 // Neighbouring blocks of `run` elements each.
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
-  with_way<K>(params.way, [&](auto kind) __attribute__((always_inline)) {
+  with_way<K, T>(params.way, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
   });
 }
@@ -104,15 +134,10 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     while (n > 0) {
       const int64_t block = base + column / run, inside = column % run;
       const int64_t whole = inside == 0 ? n / run : 0;
-      const int blocks = static_cast<int>(smaller<int64_t>(kWidth, whole));
-      int64_t piece = smaller(n, run - inside);
-      if (blocks > 1) {
-        params.load<K>(a, block, blocks, a.finite);
-        fake_quantize_blocks<K>(x, y, run, blocks, params, bits);
-        piece = blocks * run;
-      } else {
-        fake_quantize_in_block<K>(x, y, piece, params_of_block(a, block), a.finite, bits);
-      }
+      const int blocks = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(kWidth, whole)));
+      const int64_t piece = whole > 0 ? blocks * run : smaller(n, run - inside);
+      params.load<K, T>(a, block, blocks, a.finite);
+      fake_quantize_blocks<K>(x, y, whole > 0 ? run : piece, blocks, params, bits);
       x += piece, y += piece, column += piece, n -= piece;
     }
     return;
@@ -130,8 +155,9 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
   }
 }
 
-// Rows of blocks of one element: a look at the parameters serves so many rows.
-constexpr int kBand = 4;
+// Rows of blocks of one element: a look at the parameters serves so many rows. Those of words take longer.
+template <class K, class T>
+constexpr int kBand = kHasWords<K, T> ? 16 : 4;
 
 // The same columns of some rows, `stride` elements apart: two whole vectors of them.
 template <class K, class T>
@@ -147,6 +173,19 @@ COREAI_HD void fake_quantize_column_pair(const T* x, T* y, uint8_t* mask, int64_
       BitWriter::put_lanes(cursor, Simd::bits(inside[0]));
       BitWriter::put_lanes(cursor, Simd::bits(inside[1]));
     }
+  }
+}
+
+// The same by words.
+template <class Bits, class K>
+COREAI_HD void fake_quantize_column_words(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, int64_t stride,
+                                          int rows, const ColumnWords& p) {
+  // All are read before one is written: a load waits for stores at the same place of another page.
+  typename Words<2>::V words[kBand<K, BFloat16>];
+  for (int row = 0; row < rows; ++row) words[row] = Words<2>::load(x + row * stride);
+  for (int row = 0; row < rows; ++row, y += stride) {
+    auto cursor = Bits::at(mask, row * (stride / 8));
+    fake_quantize_words<Bits, K>(words[row], y, p.even, p.odd, cursor);
   }
 }
 
@@ -175,24 +214,41 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
   const int64_t sharing = g.outer_axes > 0 && g.outer[g.outer_axes - 1].stride == 0 ? g.outer[g.outer_axes - 1].size : 1;
   const T* x = static_cast<const T*>(job.input);
   T* y = static_cast<T*>(job.output);
+  // Rows of whole pages compete for one set of the cache.
+  const int64_t band = length * sizeof(T) % 4096 == 0 ? kBand<K, T> / 2 : kBand<K, T>;
   while (begin < end) {
     const int64_t base = row_base(g, begin);
-    const int rows = static_cast<int>(smaller<int64_t>(smaller<int64_t>(kBand, end - begin), sharing - begin % sharing));
+    const int rows = static_cast<int>(smaller(smaller(band, end - begin), sharing - begin % sharing));
     const int64_t first = begin * length;
     const auto mask_at = [&](int64_t i) { return job.mask ? job.mask + (first + i) / 8 : nullptr; };
     int64_t i = 0;
     for (; i + 2 * kWidth <= length; i += 2 * kWidth) {
-      const auto left = ColumnParams::load<K>(job.affine, base + i, kWidth);
-      const auto right = ColumnParams::load<K>(job.affine, base + i + kWidth, kWidth);
-      with_way<K>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
+      if constexpr (kHasWords<K, T>) {
+        const auto words = ColumnWords::load<K>(job.affine, base + i);
+        if (words.suit) {
+          const Way way = job.affine.finite ? Way::kWordsOfFinite : Way::kWords;
+          with_way<K, T>(way, [&](auto kind) __attribute__((always_inline)) {
+            using ByWords = decltype(kind);
+            if (job.mask) {
+              fake_quantize_column_words<BitWriter, ByWords>(x + first + i, y + first + i, mask_at(i), length, rows, words);
+            } else {
+              fake_quantize_column_words<NoBits, ByWords>(x + first + i, y + first + i, {}, length, rows, words);
+            }
+          });
+          continue;
+        }
+      }
+      const auto left = ColumnParams::load<K, T>(job.affine, base + i, kWidth);
+      const auto right = ColumnParams::load<K, T>(job.affine, base + i + kWidth, kWidth);
+      with_way<K, float>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_column_pair<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, left.lanes,
                                                   right.lanes);
       });
     }
     for (; i < length; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, length - i));
-      const auto p = ColumnParams::load<K>(job.affine, base + i, n);
-      with_way<K>(p.way, [&](auto kind) __attribute__((always_inline)) {
+      const auto p = ColumnParams::load<K, T>(job.affine, base + i, n);
+      with_way<K, float>(p.way, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_some_columns<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, n, p.lanes);
       });
     }

@@ -15,6 +15,7 @@ struct LaneSort {
 
   // The n-th largest of 1 <= n <= m <= kLargest vectors without negative lanes. Not inline: it is long.
   static __attribute__((noinline)) V nth_largest(const V* values, int n, int m) {
+    if (n == 1) return largest_of(values, m);
     if (m <= 8) return of_lists<8, 0>(values, n, m);
     if (m <= 12) return of_lists<8, 4>(values, n, m);
     if (m <= 16) return of_lists<8, 8>(values, n, m);
@@ -44,6 +45,11 @@ struct LaneSort {
     }
   }
 
+  static COREAI_HD V largest_of(const V* values, int m) {
+    V result = values[0];
+    for (int i = 1; i < m; ++i) result = largest_of(result, values[i]);
+    return result;
+  }
   static COREAI_HD V largest_of(V a, V b) { return a > b ? a : b; }
   static COREAI_HD V least_of(V a, V b) { return a > b ? b : a; }
 

@@ -56,6 +56,18 @@ void share(int64_t count, int64_t unit, int64_t grain, Body body) {
       &context);
 }
 
+// Fetches what a loop over neighbouring elements will read and write, while it works on two vectors: loops that are
+// busy, or that read only what they have read before, leave the memory idle otherwise. Elements are read so far ahead
+// that also those observed before they are quantized have come. Beyond the end, nothing happens.
+template <class T>
+COREAI_HD void fetch_ahead(const T* read, const T* written) {
+  constexpr int64_t kRead = 16384, kWritten = 512, kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < 2 * kWidth; i += kLine) {
+    __builtin_prefetch(read + kRead + i, 0, 2);
+    __builtin_prefetch(written + kWritten + i, 1, 3);
+  }
+}
+
 template <class T>
 constexpr bool kIsBFloat16 = false;
 template <>
@@ -106,6 +118,11 @@ class BitWriter {
     __builtin_memcpy(cursor, &bits, kWidth / 8);
     cursor += kWidth / 8;
   }
+  static COREAI_HD Cursor at(Cursor cursor, int64_t bytes) { return cursor + bytes; }
+  static COREAI_HD void put_pair(Cursor& cursor, uint32_t bits) {
+    __builtin_memcpy(cursor, &bits, kWidth / 4);
+    cursor += kWidth / 4;
+  }
   COREAI_HD void push(uint32_t bits, int count) {
     pending_ |= static_cast<uint64_t>(bits) << fill_;
     fill_ += count;
@@ -127,6 +144,8 @@ struct NoBits {
   COREAI_HD Cursor cursor() const { return {}; }
   COREAI_HD void resume(Cursor) {}
   static COREAI_HD void put_lanes(Cursor&, uint32_t) {}
+  static COREAI_HD Cursor at(Cursor, int64_t) { return {}; }
+  static COREAI_HD void put_pair(Cursor&, uint32_t) {}
   COREAI_HD void push(uint32_t, int) {}
   COREAI_HD void flush() {}
 };

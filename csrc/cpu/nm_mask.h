@@ -2,14 +2,15 @@
 //
 // Element j ranks before element i if its key is larger, or equal and j < i. With keys lowered by one where j < i,
 // that is one comparison. Of large groups the n-th largest key is found by sorting, and ties are then counted; there
-// every lane has a group of its own, for which groups along the memory are turned into the lanes.
+// every lane has a group of its own, for which groups along the memory are turned into the lanes: the usual sizes a few
+// vectors at a time, which leaves the memory to the processor's prefetching, others a matrix at a time.
 #pragma once
 
 #include "common/magnitude.h"
+#include "cpu/group_lanes.h"
 #include "cpu/lane_sort.h"
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
-#include "cpu/transpose.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -76,6 +77,8 @@ struct Groups {
         return compare_all<4>(keys, n, put);
       case 5:
         return compare_all<5>(keys, n, put);
+      case 6:
+        return compare_all<6>(keys, n, put);
       default:
         return sort_all(keys, n, m, put);
     }
@@ -83,36 +86,46 @@ struct Groups {
   template <class Put>
   static COREAI_HD void sort_all(const V* keys, int n, int m, Put put) {
     const V threshold = LaneSort<W>::nth_largest(keys, n, m), below = threshold - 1;
-    V left = W::set(static_cast<Signed>(n));
+    const V all = W::set(static_cast<Signed>(n));
     if constexpr (sizeof(Word) > 2) {  // 16-bit keys tie all the time
-      for (int i = 0; i < m; ++i) left = W::less_one(left, W::greater(keys[i], below));
+      const V left = less_those_above(all, keys, below, m);
       if (W::bits(W::greater(V{}, left)) == 0) {
         for (int i = 0; i < m; ++i) put(i, W::greater(keys[i], below));
         return;
       }
-      left = W::set(static_cast<Signed>(n));
     }
-    for (int i = 0; i < m; ++i) left = W::less_one(left, W::greater(keys[i], threshold));
-    // The first ones of those equal to the threshold, as many as are left to be kept.
+    // All above the threshold; and as long as some are left to be kept, those equal to it.
+    V left = less_those_above(all, keys, threshold, m);
     for (int i = 0; i < m; ++i) {
-      const auto tie = W::equal(keys[i], threshold);
-      put(i, W::greater(keys[i], threshold) | (tie & W::greater(left, V{})));
-      left = W::less_one(left, tie);
+      const auto is_tie = W::equal(keys[i], threshold);
+      put(i, W::greater(keys[i], threshold - W::min(left, W::set(1))));
+      left = W::less_one_down_to_zero(left, is_tie);
     }
+  }
+  // Two sums, not to wait for each addition.
+  static COREAI_HD V less_those_above(V count, const V* keys, V bound, int m) {
+    V other = {};
+    int i = 0;
+    for (; i + 1 < m; i += 2) {
+      count = W::less_one(count, W::greater(keys[i], bound));
+      other = W::less_one(other, W::greater(keys[i + 1], bound));
+    }
+    return i < m ? W::less_one(count, W::greater(keys[i], bound)) + other : count + other;
   }
   template <int kM, class Put>
   static COREAI_HD void compare_all(const V* keys, int n, Put put) {
-    V own[kM];
+    // How many may still rank before each: at first those before it in memory do.
+    V own[kM], left[kM];
 #pragma GCC unroll 8
-    for (int i = 0; i < kM; ++i) own[i] = keys[i];
+    for (int i = 0; i < kM; ++i) own[i] = keys[i], left[i] = W::set(static_cast<Signed>(n - i));
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) {
-      V rank = {};
 #pragma GCC unroll 8
-      for (int j = 0; j < kM; ++j) {
-        if (j != i) rank -= own[j] > (j < i ? own[i] - 1 : own[i]);
+      for (int j = i + 1; j < kM; ++j) {
+        const auto is_later_first = W::greater(own[j], own[i]);
+        left[i] = W::less_one(left[i], is_later_first), left[j] = W::plus_one(left[j], is_later_first);
       }
-      put(i, W::greater(W::set(static_cast<Signed>(n)), rank));
+      put(i, W::greater(left[i], V{}));
     }
   }
 
@@ -126,6 +139,23 @@ struct Groups {
       W::store(buffer, within<kM>(W::load(buffer), n));
       for (int64_t j = i; j < numel; ++j) mask[j] = buffer[j - i];
     }
+  }
+
+  // Groups one after the other, as many vectors at a time as a group has elements.
+  template <int kM>
+  static void adjacent_vectors(const Word* x, Word* mask, int64_t groups, int n) {
+    using Lanes = GroupLanes<W, kM>;
+    for (; groups >= kLanes; groups -= kLanes, x += kM * kLanes, mask += kM * kLanes) {
+      V v[kM];
+#pragma GCC unroll 32
+      for (int i = 0; i < kM; ++i) v[i] = keys_of(W::load(x + i * kLanes));
+      Lanes::turn(v);
+      choose(v, n, kM, [&](int i, typename W::M kept) { v[i] = ones(kept); });
+      Lanes::turn_back(v);
+#pragma GCC unroll 32
+      for (int i = 0; i < kM; ++i) W::store(mask + i * kLanes, v[i]);
+    }
+    few(x, mask, groups, n, kM);
   }
 
   // Groups one after the other, of any size: lanes take stretches of so many groups that they nearly fill vectors.
@@ -232,6 +262,15 @@ struct Groups {
     }
     if constexpr (kLanes >= 8) {
       if (m == 8) return adjacent<8>(x, mask, groups * m, n);
+    }
+    if constexpr (GroupLanes<W, 6>::kPossible) {
+      if (m == 6) return adjacent_vectors<6>(x, mask, groups, n);
+    }
+    if constexpr (GroupLanes<W, 12>::kPossible) {
+      if (m == 12) return adjacent_vectors<12>(x, mask, groups, n);
+    }
+    if constexpr (GroupLanes<W, 16>::kPossible) {
+      if (m == 16) return adjacent_vectors<16>(x, mask, groups, n);
     }
     adjacent_any(x, mask, groups, n, m);
   }

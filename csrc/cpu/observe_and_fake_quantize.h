@@ -47,7 +47,7 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   const int64_t group = larger<int64_t>(1, smaller<int64_t>(kWidth, kCachedElements / run));
   const auto observe = [&](int64_t i) __attribute__((always_inline)) {
     const int n = static_cast<int>(smaller(group, end - i));
-    const Range range = range_of_blocks(x + i * run, run, n);
+    const Range range = range_of_blocks<true>(x + i * run, run, n);  // which updating does anyway
     set_qparams(job, range, i, n);
     return is_moderate(range);
   };
@@ -55,7 +55,7 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   bool finite = begin < end && observe(begin);
   for (int64_t i = begin; i < end; i += group) {
     const int n = static_cast<int>(smaller(group, end - i));
-    params.template load<K>(quantize.affine, i, n, finite);
+    params.template load<K, T>(quantize.affine, i, n, finite);
     finite = i + group < end && observe(i + group);
     fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
   }

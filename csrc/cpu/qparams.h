@@ -60,6 +60,18 @@ COREAI_HD F power_of_two_scale(F amax, Format format) {
   return Simd::max(Simd::set(0x1p-126f), Simd::as_float(Simd::template shl<23>(biased)));
 }
 
+// Quotients rounded to `rounding`, of which no more than 2^-23 counts. Rounding to bfloat16 changes at numbers of nine
+// bits: a corrected product is as good as the quotient, see Simd::quotient.
+template <class S>
+COREAI_HD typename S::F rounded_quotient(typename S::F x, float divisor, Element rounding) {
+  if constexpr (S::kHasQuotient) {
+    if (rounding == Element::kBFloat16 && divisor >= 0.5f && divisor <= 0x1p16f) {
+      return round_to_element<S>(S::quotient(x, S::set(divisor), S::set(1.0f / divisor)), rounding);
+    }
+  }
+  return round_to_element<S>(S::div(x, S::set(divisor)), rounding);
+}
+
 inline QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
   const auto rounded = [&](F x) { return round_to_element<Simd>(x, rule.rounding); };
   const F low = at_most_zero(range.low), high = at_least_zero(range.high);
@@ -70,19 +82,19 @@ inline QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
     return {power_of_two_scale(amax, rule.format), Simd::iset(0), Simd::set(0.0f)};
   }
   if (rule.format != Format::kInt) {
-    const F scale = rounded(Simd::div(amax, Simd::set(static_cast<float>(rule.quant_max))));
+    const F scale = rounded_quotient<Simd>(amax, static_cast<float>(rule.quant_max), rule.rounding);
     return {Simd::max(smallest, scale), Simd::iset(0), Simd::set(0.0f)};
   }
   if (rule.scheme == Scheme::kAsymmetric) {
     const F extent = rounded(Simd::sub(high, low));
-    const F scale = Simd::max(smallest, rounded(Simd::div(extent, Simd::set(static_cast<float>(width)))));
+    const F scale = Simd::max(smallest, rounded_quotient<Simd>(extent, static_cast<float>(width), rule.rounding));
     const F quant_min = Simd::set(static_cast<float>(rule.quant_min));
     const F quant_max = Simd::set(static_cast<float>(rule.quant_max));
     const F zero_point = rounded(Simd::sub(quant_min, Simd::round(rounded(Simd::div(low, scale)))));
     const F clamped = Simd::min(quant_max, Simd::max(quant_min, zero_point));
     return {scale, Simd::truncate(clamped), low};
   }
-  const F scale = rounded(Simd::div(amax, Simd::set(static_cast<float>(width / 2))));
+  const F scale = rounded_quotient<Simd>(amax, static_cast<float>(width / 2), rule.rounding);
   const double middle = rule.quant_min + rule.quant_max + 1;
   const int32_t zero_point = static_cast<int32_t>(__builtin_floor(middle / 2));
   return {Simd::max(smallest, scale), Simd::iset(zero_point), Simd::sub(Simd::set(-0.0f), amax)};

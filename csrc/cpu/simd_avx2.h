@@ -21,6 +21,9 @@ struct Simd {
   static COREAI_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return _mm256_fmadd_ps(a, b, _mm256_setzero_ps()); }
+  static constexpr bool kHasWordProducts = true;  // see bfloat16_words.h
+  static COREAI_HD F near_reciprocal(F a) { return div(set(1.0f), a); }
+  static COREAI_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static COREAI_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
   static COREAI_HD F min(F a, F b) { return _mm256_min_ps(a, b); }
   static COREAI_HD F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -155,6 +158,11 @@ struct Simd {
   static COREAI_HD F max_of_word_rows(const F* v) {
     return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
       return _mm256_castsi256_ps(_mm256_max_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+    });
+  }
+  static COREAI_HD F unsigned_max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm256_castsi256_ps(_mm256_max_epu16(_mm256_castps_si256(a), _mm256_castps_si256(b)));
     });
   }
 

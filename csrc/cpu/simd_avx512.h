@@ -20,6 +20,13 @@ struct Simd {
   static COREAI_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return _mm512_fmadd_ps(a, b, _mm512_setzero_ps()); }
+  static constexpr bool kHasWordProducts = true;  // see bfloat16_words.h
+  // 1 / a, at most one unit in the last place off.
+  static COREAI_HD F near_reciprocal(F a) {
+    const F guess = _mm512_rcp14_ps(a);
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(guess, a, set(1.0f)), guess, guess);
+  }
+  static COREAI_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static COREAI_HD F div(F a, F b) { return _mm512_div_ps(a, b); }
   // a / b from the reciprocal of b, rounded to nearest: a product and one correction (P. Markstein, IBM J. Res. Dev.
   // 34, 1990), which take no time of the divider. They compare with every number of up to nine bits as the IEEE
@@ -76,6 +83,10 @@ struct Simd {
   static COREAI_HD F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static COREAI_HD I nearest(F a) { return _mm512_cvtps_epi32(a); }  // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm512_cvttps_epi32(a); }  // NaN becomes INT32_MIN
+  static COREAI_HD F round_bfloat16(F a) {
+    const F kept = _mm512_castsi512_ps(_mm512_and_si512(rounded_numbers(a), _mm512_set1_epi32(-0x10000)));
+    return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), kept);
+  }
   static COREAI_HD F round_half(F a) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a, 0)); }
 
   static COREAI_HD F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -170,6 +181,11 @@ struct Simd {
       return _mm512_castsi512_ps(_mm512_max_epi16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
     });
   }
+  static COREAI_HD F unsigned_max_of_word_rows(const F* v) {
+    return reduce_rows(v, [](F a, F b) __attribute__((always_inline)) {
+      return _mm512_castsi512_ps(_mm512_max_epu16(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    });
+  }
 
  private:
   static COREAI_HD I interleaved(int from) {
@@ -207,22 +223,29 @@ struct Simd {
     return _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, bits,
                                  _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   }
-  // A tree of shuffles: each level halves the vectors and doubles the rows that one vector holds.
+  // Half of the lanes of each of two vectors, combined with the other half: those at a distance of kDistance.
+  template <int kDistance, class Combine>
+  static COREAI_HD F halves(F a, F b, Combine combine) {
+    constexpr M kUpper = kDistance == 1 ? 0xaaaa : kDistance == 2 ? 0xcccc : kDistance == 4 ? 0xf0f0 : 0xff00;
+    alignas(64) static constexpr auto kIndex = [] {
+      Indices i{};
+      for (int lane = 0; lane < kWidth; ++lane) i.lane[lane] = (lane & kDistance) ? lane + kWidth - kDistance : lane + kDistance;
+      return i;
+    }();
+    // A blend and one shuffle: shuffles have a single port.
+    return combine(_mm512_mask_blend_ps(kUpper, a, b), _mm512_permutex2var_ps(a, _mm512_load_si512(kIndex.lane), b));
+  }
+  struct Indices {
+    int32_t lane[kWidth];
+  };
+  // A tree: each level halves the vectors and doubles the rows that one vector holds.
   template <class Combine>
   static COREAI_HD F reduce_rows(const F* v, Combine combine) {
-    F quads[4];
-    for (int i = 0; i < 4; ++i) {
-      const F ab = combine(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
-      const F cd =
-          combine(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
-      const __m512d x = _mm512_castps_pd(ab), y = _mm512_castps_pd(cd);
-      quads[i] = combine(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
-    }
-    const F low = combine(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88),
-                          _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
-    const F high = combine(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88),
-                           _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
-    return combine(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    F eight[8], four[4];
+    for (int i = 0; i < 8; ++i) eight[i] = halves<8>(v[i], v[i + 8], combine);
+    for (int i = 0; i < 4; ++i) four[i] = halves<4>(eight[i], eight[i + 4], combine);
+    const F even = halves<2>(four[0], four[2], combine), odd = halves<2>(four[1], four[3], combine);
+    return halves<1>(even, odd, combine);
   }
 };
 

@@ -8,6 +8,7 @@ namespace coreai::cpu::COREAI_LEVEL {
 struct Simd {
   static constexpr int kWidth = 8;
   static constexpr bool kHasQuotient = false;
+  static constexpr bool kHasWordProducts = false;
   typedef float F4 __attribute__((vector_size(16)));
   typedef int32_t I4 __attribute__((vector_size(16)));
   typedef uint32_t U4 __attribute__((vector_size(16)));

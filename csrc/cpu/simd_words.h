@@ -23,14 +23,17 @@ struct SignedWord;
 template <>
 struct SignedWord<2> {
   using type = int16_t;
+  using unsigned_type = uint16_t;
 };
 template <>
 struct SignedWord<4> {
   using type = int32_t;
+  using unsigned_type = uint32_t;
 };
 template <>
 struct SignedWord<8> {
   using type = int64_t;
+  using unsigned_type = uint64_t;
 };
 
 // Lanes of one word of kBytes each. Signed: that is the comparison that every instruction set has.
@@ -39,6 +42,7 @@ struct Words {
   using Word = typename SignedWord<kBytes>::type;
   static constexpr int kLanes = kVectorBytes / kBytes;
   typedef Word V __attribute__((vector_size(kVectorBytes)));
+  typedef typename SignedWord<kBytes>::unsigned_type Unsigned __attribute__((vector_size(kVectorBytes)));
 
   static COREAI_HD V load(const void* p) {
     V result;
@@ -54,6 +58,25 @@ struct Words {
     if constexpr (kBytes == 2) return (V)_mm256_min_epi16((__m256i)a, (__m256i)b);
 #endif
     return a < b ? a : b;
+  }
+  // Of the words as numbers without a sign.
+  static COREAI_HD V min_unsigned(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_min_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_min_epu16((__m256i)a, (__m256i)b);
+#endif
+    const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
+    return (a ^ sign) < (b ^ sign) ? a : b;
+  }
+  static COREAI_HD V max_unsigned(V a, V b) {
+#if defined(__AVX512BW__)
+    if constexpr (kBytes == 2) return (V)_mm512_max_epu16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    if constexpr (kBytes == 2) return (V)_mm256_max_epu16((__m256i)a, (__m256i)b);
+#endif
+    const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
+    return (a ^ sign) > (b ^ sign) ? a : b;
   }
   static COREAI_HD V max(V a, V b) {
 #if defined(__AVX512BW__)
@@ -85,6 +108,18 @@ struct Words {
     if constexpr (kBytes == 4) return (V)_mm512_mask_sub_epi32(x, static_cast<__mmask16>(m), x, one);
     return (V)_mm512_mask_sub_epi64(x, static_cast<__mmask8>(m), x, one);
   }
+  // The same of lanes that are at least zero, and stay so.
+  static COREAI_HD V less_one_down_to_zero(V a, M m) {
+    const auto x = (__m512i)a, one = (__m512i)set(1);
+    if constexpr (kBytes == 2) return (V)_mm512_mask_subs_epu16(x, m, x, one);
+    return max(less_one(a, m), V{});
+  }
+  static COREAI_HD V plus_one(V a, M m) {
+    const auto x = (__m512i)a, one = (__m512i)set(1);
+    if constexpr (kBytes == 2) return (V)_mm512_mask_add_epi16(x, m, x, one);
+    if constexpr (kBytes == 4) return (V)_mm512_mask_add_epi32(x, static_cast<__mmask16>(m), x, one);
+    return (V)_mm512_mask_add_epi64(x, static_cast<__mmask8>(m), x, one);
+  }
   static COREAI_HD V where(M m, V a) {
     const auto x = (__m512i)a;
     if constexpr (kBytes == 2) return (V)_mm512_maskz_mov_epi16(m, x);
@@ -108,6 +143,8 @@ struct Words {
   static COREAI_HD M greater(V a, V b) { return a > b; }
   static COREAI_HD M equal(V a, V b) { return a == b; }
   static COREAI_HD V less_one(V a, M m) { return a + m; }
+  static COREAI_HD V less_one_down_to_zero(V a, M m) { return max(a + m, V{}); }
+  static COREAI_HD V plus_one(V a, M m) { return a - m; }
   static COREAI_HD V where(M m, V a) { return m & a; }
   static COREAI_HD M from_bits(uint32_t bits) {
     V lane;

@@ -1,7 +1,7 @@
-// Square matrices of words, a vector a row, turned by exchanging ever larger blocks off the diagonal (Eklundh 1972).
+// Square matrices of words, turned by exchanging ever larger blocks off the diagonal (Eklundh 1972).
 #pragma once
 
-#include "common/element.h"
+#include "cpu/simd_words.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -12,14 +12,16 @@ struct Transpose {
   using Word = typename W::Word;
   static constexpr int kLanes = W::kLanes;
 
-  // Writes to rows[i] the i-th lanes of row(0), row(1), ...
-  template <class Row>
+  // Vectors as rows of matrices of kSize words, side by side: writes to rows[i] the i-th columns of row(0), row(1), ...
+  template <int kSize = kLanes, class Row>
   static COREAI_HD void of(V* rows, Row row) {
     // First blocks within quads of rows, then among rows four apart: eight registers at a time at most.
-    constexpr int kQuad = kLanes < 4 ? kLanes : 4;
-    for (int i = 0; i < kLanes; i += kQuad) levels<1, kQuad>(rows + i, [&](int j) { return row(i + j); });
-    if constexpr (kLanes > kQuad) {
-      for (int i = 0; i < kQuad; ++i) levels<kQuad, kLanes>(rows + i, [&](int j) { return rows[i + j]; });
+    constexpr int kQuad = kSize < 4 ? kSize : 4;
+#pragma GCC unroll 8
+    for (int i = 0; i < kSize; i += kQuad) levels<1, kQuad>(rows + i, [&](int j) { return row(i + j); });
+    if constexpr (kSize > kQuad) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kQuad; ++i) levels<kQuad, kSize>(rows + i, [&](int j) { return rows[i + j]; });
     }
   }
 
@@ -48,20 +50,38 @@ struct Transpose {
   // Exchanges the odd ones of a's blocks of kDistance lanes with the even ones of b's.
   template <int kDistance>
   static COREAI_HD void swap(V& a, V& b) {
+    constexpr int kMoved = kDistance * sizeof(Word);
+    if constexpr (kMoved <= 4) {
+      // Shuffles share a port of the processor, or there are none of so small words; shifts and blends need neither.
 #if defined(__AVX512BW__)
-    // Shuffles share a port of the processor; these do not need it.
-    const auto x = (__m512i)a, y = (__m512i)b;
-    if constexpr (kDistance * sizeof(Word) == 2) {
-      a = (V)_mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16));
-      b = (V)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y);
-      return;
-    }
-    if constexpr (kDistance * sizeof(Word) == 4) {
-      a = (V)_mm512_mask_blend_epi32(0xaaaa, x, _mm512_slli_epi64(y, 32));
-      b = (V)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(x, 32), y);
-      return;
-    }
+      const auto x = (__m512i)a, y = (__m512i)b;
+      if constexpr (kMoved == 2) {
+        a = (V)_mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(y, 16));
+        b = (V)_mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(x, 16), y);
+      } else {
+        a = (V)_mm512_mask_blend_epi32(0xaaaa, x, _mm512_slli_epi64(y, 32));
+        b = (V)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(x, 32), y);
+      }
+#elif defined(__AVX2__)
+      const auto x = (__m256i)a, y = (__m256i)b;
+      if constexpr (kMoved == 2) {
+        a = (V)_mm256_blend_epi16(x, _mm256_slli_epi32(y, 16), 0xaa);
+        b = (V)_mm256_blend_epi16(_mm256_srli_epi32(x, 16), y, 0xaa);
+      } else {
+        a = (V)_mm256_blend_epi32(x, _mm256_slli_epi64(y, 32), 0xaa);
+        b = (V)_mm256_blend_epi32(_mm256_srli_epi64(x, 32), y, 0xaa);
+      }
+#else
+      using Twice = typename Words<2 * kMoved>::V;
+      using Unsigned = typename Words<2 * kMoved>::Unsigned;
+      constexpr int kBits = 8 * kMoved;
+      const Twice low = Words<2 * kMoved>::set((typename Words<2 * kMoved>::Word{1} << kBits) - 1);
+      const Twice x = (Twice)a, y = (Twice)b;
+      a = (V)((x & low) | (y << kBits));
+      b = (V)((Twice)((Unsigned)x >> kBits) | (y & ~low));
 #endif
+      return;
+    }
     // As the widest words that move as one.
     constexpr int kBytes = kDistance * sizeof(Word) < 8 ? kDistance * sizeof(Word) : 8;
     constexpr int kWords = kVectorBytes / kBytes, kStep = kDistance * sizeof(Word) / kBytes;
