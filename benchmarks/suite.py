@@ -17,6 +17,7 @@ from benchmarks import (
     dequantize,
     fake_quantize,
     fake_quantize_backward,
+    fake_quantize_backward_,
     kmeans_1d,
     learnable_range,
     lookup,
@@ -49,6 +50,7 @@ SIMULATOR, MEMORY = "simulator", "memory"
 _KERNELS: dict[str, Operation] = {
     "fake_quantize": fake_quantize,
     "fake_quantize_backward": fake_quantize_backward,
+    "fake_quantize_backward_": fake_quantize_backward_,
     "observe_range": observe_range,
     "observe_and_fake_quantize": observe_and_fake_quantize,
     "choose_qparams": choose_qparams,

@@ -45,24 +45,28 @@ void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n
   }
 }
 
+// Whether the next 64 bits are set, or 64 times `kWords`.
+template <int kWords>
+COREAI_HD bool all_set(const uint8_t* mask) {
+  uint64_t words[kWords], all = ~uint64_t{0};
+  __builtin_memcpy(words, mask, sizeof(words));
+  for (uint64_t word : words) all &= word;
+  return all == ~uint64_t{0};
+}
+
 // The same in place. Few elements are outside as a rule: the others are not even read.
 template <class T>
 void masked_gradient_in_place(T* grad, const uint8_t* mask, int64_t n) {
-  constexpr int64_t kSpan = 64;
-  const auto all_pass = [&](int64_t i) {
-    uint64_t bits;
-    __builtin_memcpy(&bits, mask + i / 8, sizeof(bits));
-    return bits == ~uint64_t{0};
-  };
+  constexpr int64_t kSpan = 64, kSpans = 8;
   int64_t i = 0;
   while (i + kSpan <= n) {
-    if (all_pass(i)) {
-      i += kSpan;
+    if (i + kSpan * kSpans <= n && all_set<kSpans>(mask + i / 8)) {
+      i += kSpan * kSpans;
       continue;
     }
+    while (i + kSpan <= n && all_set<1>(mask + i / 8)) i += kSpan;
     const int64_t begin = i;
-    do i += kSpan;
-    while (i + kSpan <= n && !all_pass(i));
+    while (i + kSpan <= n && !all_set<1>(mask + i / 8)) i += kSpan;
     masked_gradient_range(grad + begin, grad + begin, mask + begin / 8, i - begin);
   }
   masked_gradient_range(grad + i, grad + i, mask + i / 8, n - i);
