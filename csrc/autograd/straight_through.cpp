@@ -6,9 +6,12 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/headeronly/version.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 namespace coreai {
@@ -19,12 +22,48 @@ using at::TensorList;
 using c10::DispatchKeySet;
 using c10::OperatorHandle;
 using torch::autograd::AutogradContext;
-using torch::autograd::Function;
 using torch::autograd::variable_list;
 using torch::jit::Stack;
 using Ints = std::vector<int64_t>;
 
 DispatchKeySet below_autograd(DispatchKeySet keys) { return keys & c10::after_autograd_keyset; }
+
+template <class Backward>
+auto new_node() {
+  using Node = torch::autograd::CppNode<Backward>;
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+  std::shared_ptr<Node> node(new Node(), torch::autograd::deleteNode);
+#else
+  auto node = c10::make_intrusive<Node>();
+#endif
+  node->set_ctx_grad_fn(node);
+  return node;
+}
+
+// Puts a node between the inputs and what `run`, given its context, returns: tensors of their own. As
+// torch::autograd::Function does, but without what it keeps and looks up for outputs that might be inputs or views,
+// and for gradients of zeros, which takes longer for hundreds of tensors than all the rest.
+template <class Backward, class Run>
+variable_list record(const variable_list& inputs, Run run) {
+  const auto node = new_node<Backward>();
+  node->is_variable_input_.assign(inputs.size(), true);
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  node->clear_input_metadata();
+  node->ctx_.set_materialize_grads(false);
+  variable_list outputs;
+  {
+    const at::AutoGradMode nothing_inside(false);
+    outputs = run(&node->ctx_);
+  }
+  torch::autograd::set_history(outputs, node);
+  node->save_variables_to_ctx();
+  return outputs;
+}
+
+bool needs_node(TensorList inputs) {
+  return at::GradMode::is_enabled() &&
+         std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
+}
 
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
@@ -42,12 +81,12 @@ const auto& masked_gradients() {
   return op;
 }
 
-const auto& mask_gradient_() {
+const auto& mask_in_place() {
   static const auto op = find<void(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward_");
   return op;
 }
 
-const auto& mask_gradients_() {
+const auto& mask_list_in_place() {
   static const auto op = find<void(TensorList, const Tensor&, at::IntArrayRef, at::IntArrayRef)>(
       "coreai_kernels::foreach_fake_quantize_backward_");
   return op;
@@ -91,61 +130,50 @@ bool is_free(const Tensor& grad, const int64_t* order) {
 
 Tensor masked(const Tensor& grad, const Tensor& mask, const Ints& order) {
   if (!is_free(grad, order.empty() ? nullptr : order.data())) return masked_gradient().call(grad, mask, order);
-  mask_gradient_().call(grad, mask, order);
+  mask_in_place().call(grad, mask, order);
   return grad;
 }
 
-// What a gradient of a gradient is masked with: the same.
-struct MaskedGradient : Function<MaskedGradient> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& grad, const Tensor& mask, const Ints& order, DispatchKeySet keys) {
+// Also of the masked gradient itself: what a gradient of a gradient is masked with is the same.
+struct StraightThrough {
+  static constexpr bool is_traceable = false;
+
+  static void save(AutogradContext* ctx, const Tensor& mask, const Ints& order) {
     ctx->save_for_backward({mask});
     ctx->saved_data["order"] = order;
-    return masked_gradient().redispatch(below_autograd(keys), grad, mask, order);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto order = ctx->saved_data["order"].toIntVector();
-    return {masked(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
+    if (!grads[0].defined()) return {Tensor()};
+    return {masked(grads[0], ctx->get_saved_variables()[0], ctx->saved_data["order"].toIntVector())};
   }
 };
 
 Tensor differentiable_masked_gradient(DispatchKeySet keys, const Tensor& grad, const Tensor& mask, at::IntArrayRef order) {
-  if (!at::GradMode::is_enabled() || !grad.requires_grad()) {
-    return masked_gradient().redispatch(below_autograd(keys), grad, mask, order);
-  }
-  return MaskedGradient::apply(grad, mask, order.vec(), keys);
+  const auto run = [&] { return masked_gradient().redispatch(below_autograd(keys), grad, mask, order); };
+  if (!needs_node(grad)) return run();
+  return record<StraightThrough>({grad}, [&](AutogradContext* ctx) -> variable_list {
+    StraightThrough::save(ctx, mask, order.vec());
+    return {run()};
+  })[0];
 }
 
 // An operator's results are an output and the packed mask of what is inside the range; its last argument says
 // whether the mask is wanted.
-struct StraightThrough : Function<StraightThrough> {
-  static Tensor forward(AutogradContext* ctx, const Tensor&, const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-    op.redispatchBoxed(below_autograd(keys), stack);
-    const auto results = torch::jit::last(*stack, 2);
-    const Tensor& output = results[0].toTensor();
-    ctx->save_for_backward({results[1].toTensor()});
-    ctx->saved_data["order"] = order_of(output);
-    return output;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto order = ctx->saved_data["order"].toIntVector();
-    return {masked(grads[0], ctx->get_saved_variables()[0], order), Tensor(), Tensor(), Tensor()};
-  }
-};
-
 void straight_through(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
   const Tensor input = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
-  if (!at::GradMode::is_enabled() || !input.requires_grad()) {
+  if (!needs_node(input)) {
     op.redispatchBoxed(below_autograd(keys), stack);
     return;
   }
   stack->back() = true;
-  Tensor output = StraightThrough::apply(input, op, keys, stack);
-  torch::jit::peek(*stack, 0, 2) = std::move(output);
-}
-
-bool any_requires_grad(TensorList tensors) {
-  return at::GradMode::is_enabled() &&
-         std::any_of(tensors.begin(), tensors.end(), [](const Tensor& x) { return x.requires_grad(); });
+  variable_list outputs = record<StraightThrough>({input}, [&](AutogradContext* ctx) -> variable_list {
+    op.redispatchBoxed(below_autograd(keys), stack);
+    const auto results = torch::jit::last(*stack, 2);
+    const Tensor& output = results[0].toTensor();
+    StraightThrough::save(ctx, results[1].toTensor(), order_of(output));
+    return {output};
+  });
+  torch::jit::peek(*stack, 0, 2) = std::move(outputs[0]);
 }
 
 // Masks of a list lie one behind the other, at multiples of so many bytes.
@@ -181,7 +209,6 @@ struct Masks {
   }
 
   void save(AutogradContext* ctx) const {
-    ctx->set_materialize_grads(false);
     ctx->save_for_backward({bits});
     ctx->saved_data["starts"] = starts;
     ctx->saved_data["ranks"] = ranks;
@@ -207,7 +234,7 @@ struct Masks {
       order += rank;
     }
     variable_list results(grads.size());
-    if (!free.places.empty()) mask_gradients_().call(free.of(grads), bits, free.starts, free.orders);
+    if (!free.places.empty()) mask_list_in_place().call(free.of(grads), bits, free.starts, free.orders);
     for (size_t i : free.places) results[i] = grads[i];
     if (!others.places.empty()) {
       const auto found = masked_gradients().call(others.of(grads), bits, others.starts, others.orders);
@@ -229,54 +256,41 @@ struct Masks {
   };
 };
 
-// As many gradients as a function has arguments, the first of which are tensors.
-variable_list for_arguments(variable_list gradients, size_t others) {
-  gradients.resize(gradients.size() + others);
-  return gradients;
-}
+struct StraightThroughList {
+  static constexpr bool is_traceable = false;
 
-struct MaskedGradients : Function<MaskedGradients> {
-  static variable_list forward(AutogradContext* ctx, TensorList grads, const Masks& masks, DispatchKeySet keys) {
-    masks.save(ctx);
-    return masked_gradients().redispatch(below_autograd(keys), grads, masks.bits, masks.starts, masks.orders);
-  }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return for_arguments(Masks::saved(ctx).apply(grads), 2);
+    return Masks::saved(ctx).apply(grads);
   }
 };
 
 std::vector<Tensor> differentiable_masked_gradients(DispatchKeySet keys, TensorList grads, const Tensor& mask,
                                                     at::IntArrayRef starts, at::IntArrayRef orders) {
-  if (!any_requires_grad(grads)) {
-    return masked_gradients().redispatch(below_autograd(keys), grads, mask, starts, orders);
-  }
-  Ints ranks;
-  for (const Tensor& grad : grads) ranks.push_back(grad.dim());
-  return MaskedGradients::apply(grads, Masks{mask, starts.vec(), ranks, orders.vec()}, keys);
+  const auto run = [&] { return masked_gradients().redispatch(below_autograd(keys), grads, mask, starts, orders); };
+  if (!needs_node(grads)) return run();
+  return record<StraightThroughList>(grads.vec(), [&](AutogradContext* ctx) {
+    Ints ranks;
+    for (const Tensor& grad : grads) ranks.push_back(grad.dim());
+    Masks{mask, starts.vec(), ranks, orders.vec()}.save(ctx);
+    return run();
+  });
 }
 
 // The same for operators on lists. Without outputs, as when nothing was done, there is no mask either.
-struct StraightThroughList : Function<StraightThroughList> {
-  static variable_list forward(AutogradContext* ctx, TensorList, const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
-    op.redispatchBoxed(below_autograd(keys), stack);
-    const auto results = torch::jit::last(*stack, 2);
-    variable_list outputs = results[0].toTensorVector();
-    Masks::of(outputs, results[1].toTensor()).save(ctx);
-    return outputs;
-  }
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return for_arguments(Masks::saved(ctx).apply(grads), 3);
-  }
-};
-
 void straight_through_list(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
   const variable_list inputs = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensorVector();
-  if (!any_requires_grad(inputs)) {
+  if (!needs_node(inputs)) {
     op.redispatchBoxed(below_autograd(keys), stack);
     return;
   }
   stack->back() = true;
-  variable_list outputs = StraightThroughList::apply(TensorList(inputs), op, keys, stack);
+  variable_list outputs = record<StraightThroughList>(inputs, [&](AutogradContext* ctx) {
+    op.redispatchBoxed(below_autograd(keys), stack);
+    const auto results = torch::jit::last(*stack, 2);
+    variable_list found = results[0].toTensorVector();
+    Masks::of(found, results[1].toTensor()).save(ctx);
+    return found;
+  });
   torch::jit::peek(*stack, 0, 2) = std::move(outputs);
 }
 

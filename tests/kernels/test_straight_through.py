@@ -246,6 +246,14 @@ def test_gradients_that_somebody_holds_are_not(call: Call, holder: str) -> None:
 
 @needs_cpp
 @CALLS
+def test_function_transforms(call: Call) -> None:
+    x = 2 * torch.randn(5, 7)
+    gradient = torch.func.grad(lambda t: (call([t])[0] * 3).sum())(x)
+    assert torch.equal(gradient, 3 * _inside(x))
+
+
+@needs_cpp
+@CALLS
 def test_gradients_of_dispatched_tensors_are_not(call: Call) -> None:
     seen: list[str] = []
 
