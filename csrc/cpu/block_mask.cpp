@@ -52,6 +52,8 @@ void repeat(const Word* words, int64_t count, int64_t run, Word* to) {
       return each.template operator()<8>();
     case 16:
       return each.template operator()<16>();
+    case 32:
+      return each.template operator()<32>();
     default:
       return each.template operator()<0>();
   }

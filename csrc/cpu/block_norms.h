@@ -21,8 +21,10 @@ bool norms_of_runs(const Bands& g, const T* x, double* norms) {
         [&](int64_t begin, int64_t end) {
           float scale = 0.0f;
           bool fine = true;
-          for (int64_t i = begin; i < end; ++i) {
-            const T* block = x + (i / g.columns * g.rows * g.columns + i % g.columns) * g.run;
+          int64_t band = begin / g.columns, column = begin % g.columns;
+          for (int64_t i = begin; i < end; ++i, ++column) {
+            if (column == g.columns) ++band, column = 0;
+            const T* block = x + (band * g.rows * g.columns + column) * g.run;
             if (i == begin) scale = scale_for(norm_of(block, 1, 0, smaller(g.run, kFirstElements), 0.0f).peak);
             Norm norm = norm_of(block, g.rows, g.stride(), g.run, scale);
             if (scale_for(norm.peak) != scale) {

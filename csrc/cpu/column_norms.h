@@ -35,6 +35,8 @@ struct Strip {
         return body.template operator()<8>();
       case 16:
         return body.template operator()<16>();
+      case 32:
+        return body.template operator()<32>();
       default:
         return body.template operator()<0>();
     }

@@ -171,7 +171,10 @@ struct Groups {
     for (; numel >= tile + padded - stretch; numel -= tile, x += tile, mask += tile) {
       for (int from = 0; from < padded; from += kLanes) {
         Transpose<W>::of(keys + from, [&](int i) { return keys_of(W::load(x + i * stretch + from)); });
-        for (int i = 0; i < kLanes; ++i) __builtin_prefetch(x + tile + (from + i) * kLanes);
+        for (int i = 0; i < kLanes; ++i) {
+          __builtin_prefetch(x + tile + (from + i) * kLanes);
+          __builtin_prefetch(mask + (from + i) * kLanes, 1);
+        }
       }
       for (int from = 0; from < stretch; from += m) {
         choose(keys + from, n, m, [&](int i, typename W::M each) {

@@ -3,6 +3,7 @@
 
 #include "common/exact_sum.h"
 #include "cpu/loops.h"
+#include "cpu/simd_words.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
@@ -98,13 +99,71 @@ COREAI_HD Counts widened(I units) {
   return (both & 0xffffffff) + (both >> 32);
 }
 
+// By quarters of vectors first: lanes are slow to take out.
+COREAI_HD int32_t largest_lane(I peaks) {
+  typedef int32_t Quarter __attribute__((vector_size(16)));
+  Quarter q[sizeof(I) / sizeof(Quarter)];
+  __builtin_memcpy(q, &peaks, sizeof(q));
+  for (uint64_t i = 1; i < sizeof(I) / sizeof(Quarter); ++i) q[0] = q[0] > q[i] ? q[0] : q[i];
+  return larger(larger(q[0][0], q[0][1]), larger(q[0][2], q[0][3]));
+}
+COREAI_HD uint64_t sum_of_lanes(Counts units) {
+  typedef uint64_t Quarter __attribute__((vector_size(16)));
+  Quarter q[sizeof(Counts) / sizeof(Quarter)];
+  __builtin_memcpy(q, &units, sizeof(q));
+  for (uint64_t i = 1; i < sizeof(Counts) / sizeof(Quarter); ++i) q[0] += q[i];
+  return q[0][0] + q[0][1];
+}
+
+// How kPair neighbours are added up.
 template <class T>
-COREAI_HD Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, float scale) {
-  const F scales = Simd::set(scale);
+struct Addition {
+  F scale;
+
+  explicit Addition(float scale_) : scale(Simd::set(scale_)) {}
+  COREAI_HD void add(Sums& sums, const T* x) const { sums.add(Pair::load(x), scale, scale); }
+  COREAI_HD void add_n(Sums& sums, const T* x, int n) const { sums.add(Pair::load_n(x, n), scale, scale); }
+  static COREAI_HD I peaks(const Sums& sums) { return Simd::imax(sums.peak.a, sums.peak.b); }
+};
+
+// Of bfloat16 both halves of a word at once, as long as the scale is a power of two that is added to exponents: zeros
+// and subnormals become numbers then, but far below half a unit.
+template <class W>
+struct WordAddition {
+  using V = typename W::V;
+  static constexpr bool kPossible = W::kLanes == kPair;
+  V shift;
+
+  static COREAI_HD int exponent(float scale) { return (bits_of(scale) >> 23) - 127; }
+  static COREAI_HD bool fits(float scale) { return exponent(scale) >= 0 && exponent(scale) <= 120; }
+  explicit WordAddition(float scale) : shift(W::set(static_cast<int16_t>(exponent(scale) << 7))) {}
+
+  COREAI_HD void add(Sums& sums, const BFloat16* x) const { add(sums, W::load(x)); }
+  COREAI_HD void add_n(Sums& sums, const BFloat16* x, int n) const {
+    V words = {};
+    __builtin_memcpy(&words, x, static_cast<uint64_t>(n) * sizeof(BFloat16));
+    add(sums, words);
+  }
+  COREAI_HD void add(Sums& sums, V words) const {
+    const V magnitudes = words & W::set(0x7fff);
+    sums.peak.a = __builtin_bit_cast(I, W::max(__builtin_bit_cast(V, sums.peak.a), magnitudes));
+    const I scaled = __builtin_bit_cast(I, magnitudes + shift);
+    const F even = Simd::as_float(Simd::template shl<16>(scaled));
+    const F odd = Simd::as_float(Simd::iand(scaled, Simd::iset(static_cast<int32_t>(0xffff0000))));
+    sums.units.a = Simd::iadd(sums.units.a, Simd::nearest(even));
+    sums.units.b = Simd::iadd(sums.units.b, Simd::nearest(odd));
+  }
+  static COREAI_HD I peaks(const Sums& sums) {
+    return Simd::imax(Simd::template shl<16>(sums.peak.a), Simd::iand(sums.peak.a, Simd::iset(0x7fff0000)));
+  }
+};
+
+template <class T, class Add>
+COREAI_HD Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, Add addition) {
   I peak = Simd::iset(0);
   Counts units = {};
   const auto take = [&](const Sums& sums) __attribute__((always_inline)) {
-    peak = Simd::imax(peak, Simd::imax(sums.peak.a, sums.peak.b));
+    peak = Simd::imax(peak, Add::peaks(sums));
     units += widened(sums.units.a) + widened(sums.units.b);
   };
   for (; rows > 0; --rows, x += stride) {
@@ -112,22 +171,26 @@ COREAI_HD Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, fl
     for (; i + kAdditions * kPair <= run; i += kAdditions * kPair) {
       Sums sums;
 #pragma GCC unroll 16
-      for (int j = 0; j < kAdditions; ++j) sums.add(Pair::load(x + i + j * kPair), scales, scales);
+      for (int j = 0; j < kAdditions; ++j) addition.add(sums, x + i + j * kPair);
       take(sums);
     }
     if (i < run) {
       Sums sums;
-      for (; i + kPair <= run; i += kPair) sums.add(Pair::load(x + i), scales, scales);
-      if (i < run) sums.add(Pair::load_n(x + i, static_cast<int>(run - i)), scales, scales);
+      for (; i + kPair <= run; i += kPair) addition.add(sums, x + i);
+      if (i < run) addition.add_n(sums, x + i, static_cast<int>(run - i));
       take(sums);
     }
   }
-  Norm norm;
-  alignas(64) int32_t peaks[kWidth];
-  Simd::store(peaks, peak);
-  for (int i = 0; i < kWidth; ++i) norm.peak = larger(norm.peak, peaks[i]);
-  for (int i = 0; i < kWidth / 2; ++i) norm.units += units[i];
-  return norm;
+  return {largest_lane(peak), sum_of_lanes(units)};
+}
+
+template <class T>
+Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, float scale) {
+  if constexpr (__is_same(T, BFloat16) && WordAddition<Words<2>>::kPossible) {
+    using Add = WordAddition<Words<2>>;
+    if (Add::fits(scale)) return norm_of(x, rows, stride, run, Add(scale));
+  }
+  return norm_of(x, rows, stride, run, Addition<T>(scale));
 }
 
 }  // namespace

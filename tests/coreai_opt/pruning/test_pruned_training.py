@@ -8,6 +8,10 @@ import torch
 from pruned_models import RAMP, TORCH, Net, entry, everywhere, simulators, sparsities, train, zeros
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coreai_opt.pruning import (
@@ -206,6 +210,30 @@ def test_two_of_four(model, x):
     assert [str(each.message).split(" ", 1)[0] for each in warned] == ["fc.weight", "head.weight"]
     assert ((model.fc.weight.detach().reshape(-1, 4) != 0).sum(1) == 2).all()
     assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_two_of_four_is_what_torch_compresses(dtype):
+    """torch's conversion, which runs on CPUs, loses nothing, with ties and zeros among the weights."""
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 32)).to(dtype)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randint(-3, 4, (64, 128)))
+        model[0].weight[0] = 0.0
+    pruner = MagnitudePruner(model, everywhere(PruningSpec(pruning_scheme=NMStructured())))
+    pruner.prepare((torch.zeros(1, 128, dtype=dtype),))
+    model(torch.zeros(1, 128, dtype=dtype))
+    masks = [layer.parametrizations.weight[0].mask.clone() for layer in model]
+    pruner.finalize(backend=TORCH)
+    for layer, mask in zip(model, masks, strict=True):
+        weight = layer.weight.detach()
+        assert not weight[mask == 0].any()
+        values, indices = sparse_semi_structured_from_dense_cutlass(weight)
+        assert values.shape == (weight.shape[0], weight.shape[1] // 2)
+        assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, indices), weight)
+    dense = torch.ones(32, 64, dtype=dtype)
+    assert not torch.equal(
+        sparse_semi_structured_to_dense_cutlass(*sparse_semi_structured_from_dense_cutlass(dense)), dense
+    )
 
 
 @pytest.mark.gpu
