@@ -34,22 +34,31 @@ COREAI_HD F nan_max(F a, F b) {
   return Simd::select(Simd::unordered(a, a), a, Simd::max(a, b));
 }
 
+template <class T>
+COREAI_HD F load_lanes_of(const void* from, int64_t at, int n) {
+  const T* p = static_cast<const T*>(from) + at;
+  return n == kWidth ? Simd::load(p) : Simd::load_n(p, n);
+}
+
+template <class T>
+COREAI_HD void store_lanes_of(void* to, int64_t at, F values, int n) {
+  T* p = static_cast<T*>(to) + at;
+  n == kWidth ? Simd::store(p, values) : Simd::store_n(p, values, n);
+}
+
+// Not by with_type, which is a call: parameters of blocks are few elements' work.
 template <class = void>
 COREAI_HD F load_elements(Element element, const void* from, int64_t at, int n) {
-  F values;
-  with_type(element, [&](auto type) __attribute__((always_inline)) {
-    const auto* p = static_cast<const typename decltype(type)::type*>(from) + at;
-    values = n == kWidth ? Simd::load(p) : Simd::load_n(p, n);
-  });
-  return values;
+  if (element == Element::kBFloat16) return load_lanes_of<BFloat16>(from, at, n);
+  if (element == Element::kFloat16) return load_lanes_of<Float16>(from, at, n);
+  return load_lanes_of<float>(from, at, n);
 }
 
 template <class = void>
 COREAI_HD void store_elements(Element element, void* to, int64_t at, F values, int n) {
-  with_type(element, [&](auto type) __attribute__((always_inline)) {
-    auto* p = static_cast<typename decltype(type)::type*>(to) + at;
-    n == kWidth ? Simd::store(p, values) : Simd::store_n(p, values, n);
-  });
+  if (element == Element::kBFloat16) return store_lanes_of<BFloat16>(to, at, values, n);
+  if (element == Element::kFloat16) return store_lanes_of<Float16>(to, at, values, n);
+  store_lanes_of<float>(to, at, values, n);
 }
 
 // Whether the range before a batch counts.
