@@ -125,7 +125,8 @@ class StepJob {
              rounded_to(settings.range_min.value_or(0), type), rounded_to(settings.range_max.value_or(0), type)},
             {scale_.data(), data_or_null(zero_point_), data_or_null(minval_)},
             low_.data(),
-            high_.data()};
+            high_.data(),
+            low_.element()};
   }
   StepJob(const StepJob&) = delete;
 

@@ -240,7 +240,8 @@ inline float rounded_to(double value, ScalarType type) {
   return static_cast<float>(value);
 }
 
-// The running range is kept in the input's type; the kernels work on float32.
+// The running range is kept in the input's type. Kernels read and write it there if its blocks lie in memory order, else
+// a copy in float32.
 class RunningValues {
  public:
   RunningValues(const char* name, const Optional& tensor, ScalarType type, const cpu::Layout& layout, bool read)
@@ -254,12 +255,21 @@ class RunningValues {
       values_.emplace(*tensor, layout.block_index, read);
       return;
     }
+    if (layout.block_index.empty()) {
+      own_ = tensor_->mutable_data_ptr();
+      return;
+    }
     index_ = &layout.block_index;
     wide_.resize(static_cast<size_t>(blocks));
     if (!read) return;
     type == ScalarType::Half ? widen<torch::headeronly::Half>() : widen<torch::headeronly::BFloat16>();
   }
-  float* data() { return values_ ? values_->data() : wide_.empty() ? nullptr : wide_.data(); }
+  void* data() {
+    if (own_) return own_;
+    return values_ ? values_->data() : wide_.empty() ? nullptr : wide_.data();
+  }
+  // Type of what `data` points to.
+  Element element() const { return own_ ? element_of("running range", *tensor_) : Element::kFloat32; }
   void write_back() {
     if (values_) values_->write_back();
     if (wide_.empty()) return;
@@ -269,7 +279,7 @@ class RunningValues {
 
  private:
   // By hand: torch's conversion of a few values takes longer than quantizing some thousands.
-  size_t place_of(size_t i) const { return index_->empty() ? i : static_cast<size_t>((*index_)[i]); }
+  size_t place_of(size_t i) const { return static_cast<size_t>((*index_)[i]); }
   template <class T>
   void widen() {
     const auto* data = static_cast<const T*>(tensor_->const_data_ptr());
@@ -283,7 +293,8 @@ class RunningValues {
 
   Optional tensor_;
   std::optional<BlockValues<float>> values_;  // float32: the tensor's own memory where that is possible
-  std::vector<float> wide_;                   // other types
+  void* own_ = nullptr;                       // other types: the same
+  std::vector<float> wide_;                   // other types in another order
   const Blocks* index_ = nullptr;
 };
 

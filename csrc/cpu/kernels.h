@@ -87,8 +87,9 @@ struct Observe {
   QParamsRule rule;
   UpdateRule update;
   QParams out;
-  float* running_low;  // before (if rule says so) and after
-  float* running_high;
+  void* running_low;  // before (if rule says so) and after
+  void* running_high;
+  Element running;  // type of the two
 };
 
 enum class Storage : int { kInt8, kUInt8, kE4M3, kE5M2, kFloat32, kBFloat16, kFloat16, kFloat64 };

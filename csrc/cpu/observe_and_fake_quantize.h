@@ -10,12 +10,16 @@ namespace {
 // Elements handled between the two looks at them: what a first-level cache holds of float32.
 constexpr int64_t kCachedElements = 8192;
 
-inline void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
-  const Range range =
-      update_lanes(job.update, job.quantize.element, batch, job.running_low + block, job.running_high + block, n);
+template <class = void>
+COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
+  Range old = batch;
+  if (reads_running(job.update)) {
+    old = {load_elements(job.running, job.running_low, block, n), load_elements(job.running, job.running_high, block, n)};
+  }
+  const Range range = update_lanes(job.update, job.quantize.element, batch, old);
   if (job.running_low) {
-    Simd::store_n(job.running_low + block, range.low, n);
-    Simd::store_n(job.running_high + block, range.high, n);
+    store_elements(job.running, job.running_low, block, range.low, n);
+    store_elements(job.running, job.running_high, block, range.high, n);
   }
   store_qparams(choose_lanes(job.rule, range), job.out, block, n);
 }

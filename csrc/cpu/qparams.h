@@ -34,14 +34,43 @@ COREAI_HD F nan_max(F a, F b) {
   return Simd::select(Simd::unordered(a, a), a, Simd::max(a, b));
 }
 
-// The running range after a batch whose range is `batch`.
-inline Range update_lanes(const UpdateRule& rule, Element element, Range batch, const float* running_low,
-                          const float* running_high, int n) {
+template <class T>
+COREAI_HD F load_lanes_of(const void* from, int64_t at, int n) {
+  const T* p = static_cast<const T*>(from) + at;
+  return n == kWidth ? Simd::load(p) : Simd::load_n(p, n);
+}
+
+template <class T>
+COREAI_HD void store_lanes_of(void* to, int64_t at, F values, int n) {
+  T* p = static_cast<T*>(to) + at;
+  n == kWidth ? Simd::store(p, values) : Simd::store_n(p, values, n);
+}
+
+// Not by with_type, which is a call: parameters of blocks are few elements' work.
+template <class = void>
+COREAI_HD F load_elements(Element element, const void* from, int64_t at, int n) {
+  if (element == Element::kBFloat16) return load_lanes_of<BFloat16>(from, at, n);
+  if (element == Element::kFloat16) return load_lanes_of<Float16>(from, at, n);
+  return load_lanes_of<float>(from, at, n);
+}
+
+template <class = void>
+COREAI_HD void store_elements(Element element, void* to, int64_t at, F values, int n) {
+  if (element == Element::kBFloat16) return store_lanes_of<BFloat16>(to, at, values, n);
+  if (element == Element::kFloat16) return store_lanes_of<Float16>(to, at, values, n);
+  store_lanes_of<float>(to, at, values, n);
+}
+
+// Whether the range before a batch counts.
+inline bool reads_running(const UpdateRule& rule) { return rule.update != RangeUpdate::kLatest && rule.has_running; }
+
+// The running range after a batch whose range is `batch`; before it was `old`, if that counts.
+template <class = void>
+COREAI_HD Range update_lanes(const UpdateRule& rule, Element element, Range batch, Range old) {
   Range range = {at_most_zero(batch.low), at_least_zero(batch.high)};
   if (rule.fix_low) range.low = Simd::set(rule.low);
   if (rule.fix_high) range.high = Simd::set(rule.high);
-  if (rule.update == RangeUpdate::kLatest || !rule.has_running) return range;
-  const Range old = {Simd::load_n(running_low, n), Simd::load_n(running_high, n)};
+  if (!reads_running(rule)) return range;
   if (rule.update == RangeUpdate::kGlobalMinMax) {
     return {nan_min(range.low, old.low), nan_max(range.high, old.high)};
   }
@@ -72,7 +101,8 @@ COREAI_HD typename S::F rounded_quotient(typename S::F x, float divisor, Element
   return round_to_element<S>(S::div(x, S::set(divisor)), rounding);
 }
 
-inline QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
+template <class = void>
+COREAI_HD QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
   const auto rounded = [&](F x) { return round_to_element<Simd>(x, rule.rounding); };
   const F low = at_most_zero(range.low), high = at_least_zero(range.high);
   const F amax = Simd::add(nan_max(Simd::sub(Simd::set(-0.0f), low), high), Simd::set(0.0f));
@@ -100,7 +130,8 @@ inline QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
   return {Simd::max(smallest, scale), Simd::iset(zero_point), Simd::sub(Simd::set(-0.0f), amax)};
 }
 
-inline void store_qparams(const QParamsLanes& lanes, const QParams& out, int64_t block, int n) {
+template <class = void>
+COREAI_HD void store_qparams(const QParamsLanes& lanes, const QParams& out, int64_t block, int n) {
   Simd::store_n(out.scale + block, lanes.scale, n);
   if (out.zero_point) Simd::store_n(out.zero_point + block, lanes.zero_point, n);
   if (out.minval) Simd::store_n(out.minval + block, lanes.minval, n);
