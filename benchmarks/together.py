@@ -18,6 +18,8 @@ from coreai_kernels import use_backend
 __all__ = ["ONE_TENSOR", "SINGLY", "build", "cases", "layer_shapes"]
 
 ONE_TENSOR, SINGLY, ANEW = "one tensor", "singly", "worked out anew"
+# Torch's own operator on lists, and on one tensor, which does nothing but multiply by one.
+_LIST_TIMES_ONE, _TENSOR_TIMES_ONE = "list * 1", "one tensor * 1"
 # Some 200 layers of the sides below; a multiple of the blocks of 32.
 _SIZE = 1376
 _SIDES = (64, 96, 128)
@@ -91,8 +93,8 @@ def build(case: Case) -> Bench:
 
     whole = Simulation(case)
 
-    def step_on_one_tensor() -> None:
-        output = whole.forward()
+    def step_on_one_tensor(forward: Callable[[], torch.Tensor]) -> None:
+        output = forward()
         if case.phase == TRAINING:
             _backward([output], [whole.grad])
             whole.input.grad = None
@@ -108,7 +110,9 @@ def build(case: Case) -> Bench:
         NATIVE: lambda: step(kept),
         ANEW: lambda: step(simulate_together),
         SINGLY: lambda: step(singly),
-        ONE_TENSOR: step_on_one_tensor,
+        ONE_TENSOR: lambda: step_on_one_tensor(whole.forward),
+        _LIST_TIMES_ONE: lambda: step(lambda _, tensors: torch._foreach_mul(tensors, 1.0)),
+        _TENSOR_TIMES_ONE: lambda: step_on_one_tensor(lambda: whole.input * 1.0),
         "reference": Local(lambda: step(kept), lambda: use_backend("reference")),
     }
     return Bench(contenders, floor, max(sizes) * case.element_bytes)
