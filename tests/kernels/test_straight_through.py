@@ -246,6 +246,17 @@ def test_gradients_that_somebody_holds_are_not(call: Call, holder: str) -> None:
 
 @needs_cpp
 @CALLS
+def test_gradients_that_are_asked_for_are_not(call: Call) -> None:
+    xs = _inputs()
+    ys = call(xs)
+    found = torch.autograd.grad(_consumed(ys), [*ys, *xs])
+    for x, to_y, to_x in zip(xs, found[: len(ys)], found[len(ys) :], strict=True):
+        assert torch.equal(to_y, torch.full_like(to_y, 2))
+        assert torch.equal(to_x, 2 * _inside(x))
+
+
+@needs_cpp
+@CALLS
 def test_function_transforms(call: Call) -> None:
     x = 2 * torch.randn(5, 7)
     gradient = torch.func.grad(lambda t: (call([t])[0] * 3).sum())(x)
