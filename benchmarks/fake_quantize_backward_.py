@@ -6,9 +6,10 @@ for symmetric blocks. The floor is the other operator's, which reads and writes 
 
 from collections.abc import Iterator
 
-from benchmarks.cases import Case, Sweep, make_input
+from benchmarks.cases import Case, Sweep
+from benchmarks.fake_quantize_backward import gradient_and_mask
 from benchmarks.harness import Bench
-from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
+from benchmarks.operators import bench_of
 from coreai_kernels.ops.library import implementation
 
 __all__ = ["build", "cases"]
@@ -20,12 +21,7 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 
 
 def build(case: Case) -> Bench:
-    x = make_input(case)
-    grad = make_input(case, seed=1)
-    scale, zero_point = qparams_of(case, x)
-    args = (x, scale, zero_point, None, case.block_size, *value_range(case), True)
-    _, mask = implementation("fake_quantize_forward")(*args)
-    floor = case.numel * (2 * case.element_bytes + MASK_BYTES)
+    grad, mask, floor = gradient_and_mask(case)
     bench = bench_of(case, "fake_quantize_backward_", (grad, mask, []), floor, 0)
     copied = implementation("fake_quantize_backward")
     bench.contenders["to another tensor"] = lambda: copied(grad, mask, [])
