@@ -151,7 +151,7 @@ struct ColumnParams {
   Params<Simd> lanes;
   Way way;
 
-  template <class K, class T>
+  template <class K>
   static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n) {
     ColumnParams p = {params_of_columns(a, block, 0, 1, n), Way::kDivide};
     p.way = way_to_divide<K, float>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);

@@ -238,8 +238,8 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
           continue;
         }
       }
-      const auto left = ColumnParams::load<K, T>(job.affine, base + i, kWidth);
-      const auto right = ColumnParams::load<K, T>(job.affine, base + i + kWidth, kWidth);
+      const auto left = ColumnParams::load<K>(job.affine, base + i, kWidth);
+      const auto right = ColumnParams::load<K>(job.affine, base + i + kWidth, kWidth);
       with_way<K, float>(left.way == right.way ? left.way : Way::kDivide, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_column_pair<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, left.lanes,
                                                   right.lanes);
@@ -247,7 +247,7 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
     }
     for (; i < length; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, length - i));
-      const auto p = ColumnParams::load<K, T>(job.affine, base + i, n);
+      const auto p = ColumnParams::load<K>(job.affine, base + i, n);
       with_way<K, float>(p.way, [&](auto kind) __attribute__((always_inline)) {
         fake_quantize_some_columns<decltype(kind)>(x + first + i, y + first + i, mask_at(i), length, rows, n, p.lanes);
       });
