@@ -25,6 +25,14 @@ class FakeQuantizeJob {
   void run() const {
     if (numel() > 0) cpu::kernels().fake_quantize(job_);
   }
+  // The same on other tensors, which lie in memory as the operand does and are not empty.
+  void run_on(const void* input, void* output, uint8_t* mask) const {
+    cpu::FakeQuantize job = job_;
+    job.input = input;
+    job.output = output;
+    job.mask = mask;
+    cpu::kernels().fake_quantize(job);
+  }
   void write_back() {}
 
  private:
@@ -111,7 +119,7 @@ struct StepState {
 // The whole step of a fake quantizer. Not float64.
 class StepJob {
  public:
-  StepJob(const StepSettings& settings, const Operand& x, const cpu::Layout& layout, StepState state, uint8_t* mask)
+  StepJob(const Operand& x, const cpu::Layout& layout, StepState state, const StepSettings& settings, uint8_t* mask)
       : state_(with_parameters(std::move(state), settings, layout)),
         scale_(checked("scale", state_.scale, ScalarType::Float, layout), layout.block_index, false),
         low_("running_min", state_.running_min, x.output.scalar_type(), layout, settings.has_running),
@@ -152,7 +160,7 @@ class StepJob {
   void run() const {
     if (numel() > 0) cpu::kernels().observe_and_fake_quantize(job_);
   }
-  // The same on other tensors, that lie in memory as the operand does.
+  // The same on other tensors, which lie in memory as the operand does and are not empty.
   void run_on(const void* input, void* output, uint8_t* mask) const {
     cpu::Observe job = job_;
     job.quantize.input = input;

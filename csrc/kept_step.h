@@ -1,5 +1,5 @@
-// A fake quantizer's step on tensors of one shape, with state and settings made ready once: what the library of the
-// stable ABI hands over to the one with autograd.
+// Fake quantization of tensors of one shape, with state and settings made ready once: what the library of the stable ABI
+// hands over to the one with autograd.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace coreai {
 class KeptStep {
  public:
   virtual ~KeptStep() = default;
-  // Input and output lie in memory as the input that the step was made for. `mask`: null if it is not wanted.
+  // Input and output lie in memory as the input that it was made for. `mask`: null if it is not wanted.
   virtual void run(const void* input, void* output, uint8_t* mask) const = 0;
 };
 

@@ -193,10 +193,10 @@ class StepList {
     outputs.reserve(inputs.size());
     for (size_t i = 0; i < inputs.size(); ++i) {
       Operand x(inputs[i], inputs[i].scalar_type());
-      jobs.add(settings_, x, layouts_.of(x, blocks.take(x.shape.size())),
+      jobs.add(x, layouts_.of(x, blocks.take(x.shape.size())),
                         StepState{scales_[i], optional_at(zero_points_, i), optional_at(minvals_, i),
                                   optional_at(running_mins_, i), optional_at(running_maxs_, i)},
-                        masks.starts[i]);
+                        settings_, masks.starts[i]);
       outputs.push_back(std::move(x.output));
     }
     jobs.finish();

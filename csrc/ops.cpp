@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
   const Tensor mask = empty_mask(input.numel(), with_mask);
   const Operand x(input, input.scalar_type());
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  StepJob job(settings, x, layout, state, bytes_of(mask));
+  StepJob job(x, layout, state, settings, bytes_of(mask));
   job.run();
   job.write_back();
   return {x.output, mask};

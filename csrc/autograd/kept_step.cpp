@@ -1,8 +1,8 @@
-// A fake quantizer's step in eager mode, called from Python past the dispatcher: what the dispatcher and its arguments
-// cost is more than it takes to quantize a small tensor.
+// Fake quantization in eager mode, called from Python past the dispatcher: what the dispatcher and its arguments cost is
+// more than it takes to quantize a small tensor.
 //
-// A step is called again and again with tensors of one kind, and the same state. It is made ready once; a call makes
-// sure that all is as it was, and that nobody stands between eager mode and the kernel who would have to be asked.
+// A fake quantizer is called again and again with tensors of one kind, and the same state. Its step is made ready once; a
+// call makes sure that all is as it was, and that nobody stands between eager mode and the kernel who has to be asked.
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -21,8 +21,8 @@ namespace {
 
 namespace py = pybind11;
 using Optional = std::optional<Tensor>;
-
-constexpr const char* kName = "coreai_kernels::observe_and_fake_quantize_";
+using Tensors = std::vector<Tensor>;
+using Places = std::vector<std::pair<py::dict, py::str>>;
 
 // Whether the dispatcher would come to the kernel by way of autograd alone. Autocast has nothing to say about it.
 bool is_plain_eager() {
@@ -85,8 +85,10 @@ class Entry {
 
 class Step {
  public:
-  Step(const Tensor& input, std::unique_ptr<KeptStep> step, std::vector<Entry> entries, const std::vector<Tensor>& switches)
-      : step_(std::move(step)), sizes_(input.sizes().vec()), strides_(input.strides().vec()), order_(order_of(input)),
+  // `name`: the operator that does the same, for the profiler.
+  Step(const char* name, const Tensor& input, std::unique_ptr<KeptStep> step, std::vector<Entry> entries,
+       const Tensors& switches)
+      : name_(name), step_(std::move(step)), sizes_(input.sizes().vec()), strides_(input.strides().vec()), order_(order_of(input)),
         type_(input.scalar_type()), entries_(std::move(entries)) {
     for (const Tensor& one : switches) {
       const auto* byte = static_cast<const uint8_t*>(one.const_data_ptr());
@@ -120,7 +122,7 @@ class Step {
 
   Tensor run(const Tensor& input) const {
     const py::gil_scoped_release others_may_run;
-    RECORD_FUNCTION(kName, std::vector<c10::IValue>({input}));
+    RECORD_FUNCTION(name_, std::vector<c10::IValue>({input}));
     Tensor output = at::detail::empty_strided_cpu(sizes_, strides_, type_);
     if (!needs_node(input)) {
       step_->run(input.const_data_ptr(), output.mutable_data_ptr(), nullptr);
@@ -134,6 +136,7 @@ class Step {
     })[0];
   }
 
+  const char* name_;
   std::unique_ptr<KeptStep> step_;
   Ints sizes_, strides_, order_;
   at::ScalarType type_;
@@ -141,32 +144,50 @@ class Step {
   std::vector<Switch> switches_;
 };
 
-std::unique_ptr<KeptStep> make_ready(const Tensor& input, const std::array<Optional, 5>& state, bool has_running,
-                                     const Tensor& settings) {
-  using Signature = int64_t(const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
-                            const Optional&, bool, const Tensor&);
-  static const auto op = find<Signature>("coreai_kernels::keep_step");
-  const at::AutoDispatchBelowAutograd nothing_recorded;
-  return std::unique_ptr<KeptStep>(reinterpret_cast<KeptStep*>(
-      op.call(input, *state[0], state[1], state[2], state[3], state[4], has_running, settings)));
-}
-
-bool is_plain(const Tensor& x) { return x.key_set() == plain_keys(); }
-
-py::object keep_step(const Tensor& input, const std::array<Optional, 5>& state, bool has_running, const Tensor& settings,
-                     const std::vector<std::pair<py::dict, py::str>>& places, const std::vector<Tensor>& switches) {
-  const auto suits = [](const Optional& x) { return !x || (is_plain(*x) && x->is_contiguous()); };
-  const auto is_byte = [](const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.element_size() == 1; };
-  if (!is_plain_eager() || !is_plain(input) || !state[0] || !std::all_of(state.begin(), state.end(), suits) ||
+// A function of tensors like `input`, with the step that make_ready() finds; None if there is none.
+template <class MakeReady>
+py::object keep(const char* name, const Tensor& input, const std::vector<Optional>& state, const Places& places,
+                const Tensors& switches, MakeReady make_ready) {
+  const auto is_plain = [](const Tensor& x) { return x.key_set() == plain_keys(); };
+  const auto suits = [&](const Optional& x) { return !x || (is_plain(*x) && x->is_contiguous()); };
+  const auto is_byte = [&](const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.element_size() == 1; };
+  if (!is_plain_eager() || !is_plain(input) || !std::all_of(state.begin(), state.end(), suits) ||
       !std::all_of(switches.begin(), switches.end(), is_byte)) {
     return py::none();
   }
-  auto ready = make_ready(input, state, has_running, settings);
+  std::unique_ptr<KeptStep> ready;
+  {
+    const at::AutoDispatchBelowAutograd nothing_recorded;
+    ready.reset(reinterpret_cast<KeptStep*>(make_ready()));
+  }
   if (!ready) return py::none();
   std::vector<Entry> entries;
   for (const auto& [place, key] : places) entries.emplace_back(place, key);
-  const auto step = std::make_shared<const Step>(input, std::move(ready), std::move(entries), switches);
+  const auto step = std::make_shared<const Step>(name, input, std::move(ready), std::move(entries), switches);
   return py::cpp_function([step](py::handle x) { return (*step)(x); }, py::arg("input"));
+}
+
+py::object keep_simulation(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+                           const Ints& block_size, int64_t format, double quant_min, double quant_max,
+                           const Places& places, const Tensors& switches) {
+  using Signature = int64_t(const Tensor&, const Tensor&, const Optional&, const Optional&, at::IntArrayRef, int64_t, double,
+                            double);
+  static const auto op = find<Signature>("coreai_kernels::keep_simulation");
+  return keep("coreai_kernels::fake_quantize_forward", input, {scale, zero_point, minval}, places, switches, [&] {
+    return op.call(input, scale, zero_point, minval, block_size, format, quant_min, quant_max);
+  });
+}
+
+py::object keep_step(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+                     const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& settings,
+                     const Places& places, const Tensors& switches) {
+  using Signature = int64_t(const Tensor&, const Tensor&, const Optional&, const Optional&, const Optional&,
+                            const Optional&, bool, const Tensor&);
+  static const auto op = find<Signature>("coreai_kernels::keep_step");
+  return keep("coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max},
+              places, switches, [&] {
+                return op.call(input, scale, zero_point, minval, running_min, running_max, has_running, settings);
+              });
 }
 
 }  // namespace
@@ -174,7 +195,7 @@ py::object keep_step(const Tensor& input, const std::array<Optional, 5>& state, 
 
 PYBIND11_MODULE(_C_autograd, module) {
   module.doc() = "Autograd's side of coreai_kernels in eager mode. Importing it registers nodes with torch's dispatcher.";
-  module.def("keep_step", &coreai::keep_step, pybind11::arg("input"), pybind11::arg("state"), pybind11::arg("has_running"),
-             pybind11::arg("settings"), pybind11::arg("places"), pybind11::arg("switches"),
-             "A function of tensors like `input`, None if there can be none: see coreai_kernels/ops/kept.py.");
+  const char* doc = "A function of tensors like the first argument, or None: see coreai_kernels/ops/kept.py.";
+  module.def("keep_simulation", &coreai::keep_simulation, doc);
+  module.def("keep_step", &coreai::keep_step, doc);
 }

@@ -30,15 +30,18 @@ SPECIAL = torch.tensor([0.0, -0.0, 1e-42, 3e38, float("inf"), -float("inf"), flo
 
 @pytest.fixture
 def long_way(monkeypatch):
-    """Counts the steps that do not take the short cut."""
+    """Counts the forwards that do not take the short cut."""
     taken = []
-    operator = module_of_forward.training_step_op.apply
 
-    def apply(*args):
-        taken.append(1)
-        return operator(*args)
+    def counted(operator):
+        def apply(*args):
+            taken.append(1)
+            return operator(*args)
 
-    monkeypatch.setattr(module_of_forward.training_step_op, "apply", apply)
+        return apply
+
+    for operators in (module_of_forward.training_step_op, module_of_forward.fake_quantize_op):
+        monkeypatch.setattr(operators, "apply", counted(operators.apply))
     return taken
 
 
@@ -121,6 +124,58 @@ def test_results_are_those_of_the_long_way(make, make_activation, long_way, fiel
         assert len(long_way) == count or i < 2
         assert_same(found, wanted)
         assert_same_state(module, twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "granularity", GRANULARITIES, ids=lambda g: f"{type(g).__name__}{getattr(g, 'axis', '')}"
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "int4"},
+        {"dtype": "uint8", "qscheme": "asymmetric"},
+        {"dtype": "int8", "qformulation": "minval", "qscheme": "asymmetric"},
+        {"dtype": "float4_e2m1fn"},
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)
+def test_without_observation(make, long_way, fields, granularity, dtype):
+    module = make(granularity=granularity, **fields)
+    module(values((12, 20), dtype, 0))
+    module.disable_observer()
+    twin = copy.deepcopy(module)
+    for i in range(4):
+        x, grad = values((12, 20), dtype, i, special=True), values((12, 20), dtype, -i, special=True)
+        twin.__dict__["last_plan"] = None
+        wanted = step(twin, x, grad)
+        count = len(long_way)
+        assert_same(step(module, x, grad), wanted)
+        assert len(long_way) == count or i == 0
+    assert_same_state(module, twin)
+
+
+def test_observation_on_and_off(make_activation, x, long_way):
+    module = make_activation(qparam_calculator_cls="moving_average")
+    twin = copy.deepcopy(module)
+    for i in range(12):
+        for each in (module, twin):
+            each.enable_observer(i % 6 < 3)
+        twin.__dict__["last_plan"] = None
+        assert torch.equal(module((i + 1) * x), twin((i + 1) * x))
+    assert_same_state(module, twin)
+
+
+def test_parameters_given_by_a_method_of_ones_own(make, x):
+    module = make()
+    module(x)
+    module.disable_observer()
+    module(x)
+    calculator = module.qparams_calculator
+    doubled = (2 * calculator.scale, calculator.zero_point, calculator.minval)
+    calculator.get_qparams = lambda: doubled
+    for _ in range(3):
+        assert torch.equal(module(x), module._simulate(x, doubled))
 
 
 @pytest.mark.parametrize(

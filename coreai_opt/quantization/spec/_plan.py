@@ -27,12 +27,17 @@ __all__ = [
     "Plan",
     "facts_of",
     "make_plan",
+    "plan_for",
+    "same_methods",
     "settings_of",
     "simulates_as_built_in",
     "state_for",
 ]
 
 State = tuple[Tensor | None, ...]
+
+# More shapes than a model's activations usually take; a table that outgrows it starts anew.
+_MOST_PLANS = 256
 
 # Buffers of a calculator, as far as it has them, that the fused training step updates.
 STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
@@ -69,8 +74,9 @@ class Plan:
         packed_step: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
         setting: what the step on them shares with other simulators' steps, once somebody has asked.
-        kept: does the step, or returns None if something is not as it was; None if there is no such function.
-        kept_state: the buffers that it is for.
+        kept: does the last forward again, or returns None if something is not as it was; None if there is no
+            such function.
+        kept_for: what it does it with: the state, or the scale if it does not observe.
     """
 
     __slots__ = (
@@ -80,7 +86,7 @@ class Plan:
         "is_stateless",
         "keeps_range",
         "kept",
-        "kept_state",
+        "kept_for",
         "packed_step",
         "quiet",
         "setting",
@@ -107,7 +113,7 @@ class Plan:
         self.state: State = (None,) * 5
         self.setting: tuple[Any, ...] | None = None
         self.kept: Callable[[Tensor], Tensor | None] | None = None
-        self.kept_state: State | None = None
+        self.kept_for: State | Tensor | None = None
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -152,6 +158,26 @@ def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
             f"tensor {module.tensor_fqn!r} must be floating point to be quantized; got {tensor.dtype}"
         )
     return Plan(module, tensor.shape)
+
+
+def plan_for(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
+    """The same, kept as long as no setting that it was made from changes."""
+    if torch.compiler.is_compiling():
+        return make_plan(module, tensor)
+    plans = module._plans
+    key = (tensor.shape, tensor.dtype)
+    plan = plans.get(key)
+    if plan is not None:
+        if plan.quiet is not None and plan.quiet.lasts():
+            return plan
+        quiet = Quiet()
+        if plan.settings == settings_of(module):
+            plan.quiet = quiet
+            return plan
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plan = plans[key] = make_plan(module, tensor)
+    return plan
 
 
 def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
@@ -245,7 +271,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
             calculator.has_power_of_two_scale,
         )
     # Plain integers: torch.compile takes these as constants, and refuses enumerations.
-    is_built_in = _same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
+    is_built_in = same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
     flags = (uses_minval, module.is_stateless, keeps_range, is_built_in)
     return int(fmt), quant_min, quant_max, *flags, step
 
@@ -266,7 +292,7 @@ def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:
 
 def simulates_as_built_in(module: "FakeQuantizeImplBase") -> bool:
     """Whether the module quantizes with the built-in methods, which the fused operators reproduce."""
-    return _same_methods(module, module.built_in_class(), _SIMULATION_METHODS)
+    return same_methods(module, module.built_in_class(), _SIMULATION_METHODS)
 
 
 def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
@@ -275,17 +301,17 @@ def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
         return None
     calculator = module.qparams_calculator
     ranges = getattr(calculator, "range_calculator", None)
-    if ranges is None or not _same_methods(ranges, range_calculator.MinMaxRangeCalculator, _RANGE_METHODS):
+    if ranges is None or not same_methods(ranges, range_calculator.MinMaxRangeCalculator, _RANGE_METHODS):
         return None
     if _is_hooked(vars(calculator), vars(ranges)):
         return None
     for built_in, update in _RANGE_UPDATES.items():
-        if isinstance(calculator, built_in) and _same_methods(calculator, built_in, _CALCULATOR_METHODS):
+        if isinstance(calculator, built_in) and same_methods(calculator, built_in, _CALCULATOR_METHODS):
             return update
     return None
 
 
-def _same_methods(obj: torch.nn.Module, built_in: type, names: tuple[str, ...]) -> bool:
+def same_methods(obj: torch.nn.Module, built_in: type, names: tuple[str, ...]) -> bool:
     if not vars(obj).keys().isdisjoint(names):
         return False
     return _same_class_methods(type(obj), built_in, names)  # type: ignore[arg-type]

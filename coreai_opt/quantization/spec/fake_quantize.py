@@ -16,15 +16,14 @@ from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
-from coreai_opt.quantization.spec._assignments import Quiet
-from coreai_opt.quantization.spec._kept_step import note_step, repeat_step
+from coreai_opt.quantization.spec._kept_step import note_simulation, note_step, repeat_forward
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
     Plan,
     facts_of,
     make_plan,
-    settings_of,
+    plan_for,
     simulates_as_built_in,
     state_for,
 )
@@ -43,9 +42,6 @@ from coreai_opt.quantization.spec.qscheme import QuantizationScheme
 __all__ = ["FakeQuantizeImplBase", "fp4_forward"]
 
 logger = logging.getLogger(__name__)
-
-# More shapes than a model's activations usually take; a table that outgrows it starts anew.
-_MOST_PLANS = 256
 
 
 class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
@@ -230,14 +226,14 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         """
         flags = self._flags
         if not torch.compiler.is_compiling():
-            output = repeat_step(self, tensor)
+            output = repeat_forward(self, tensor)
             if output is not None:
                 return output
             flags.update(self._buffers)
         if flags.disabled or not (flags.fake_quant or flags.observe):
             return tensor
         try:
-            plan = self._plan_for(tensor)
+            plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
             if observes and flags.fake_quant and plan.step is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
@@ -245,7 +241,10 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
                     if state[0] is plan.state and not torch.compiler.is_compiling():
                         note_step(self, plan, tensor)
                     return training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
-            return self._forward_in_parts(tensor, observes, flags.fake_quant)
+            output = self._forward_in_parts(tensor, observes, flags.fake_quant)
+            if not observes and not torch.compiler.is_compiling():
+                note_simulation(self, plan, tensor)
+            return output
         except _BlockSizeMismatchError:
             if not (flags.observe or self.is_stateless):
                 raise
@@ -276,23 +275,6 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
     @torch.compiler.assume_constant_result
     def _simulates_as_built_in(self) -> bool:
         return simulates_as_built_in(self)
-
-    def _plan_for(self, tensor: Tensor) -> Plan:
-        if torch.compiler.is_compiling():
-            return make_plan(self, tensor)
-        key = (tensor.shape, tensor.dtype)
-        plan = self._plans.get(key)
-        if plan is not None:
-            if plan.quiet is not None and plan.quiet.lasts():
-                return plan
-            quiet = Quiet()
-            if plan.settings == settings_of(self):
-                plan.quiet = quiet
-                return plan
-        if len(self._plans) >= _MOST_PLANS:
-            self._plans.clear()
-        plan = self._plans[key] = make_plan(self, tensor)
-        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_plans": {}, "last_plan": None}
@@ -378,7 +360,7 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
     def _simulate(self, tensor: Tensor, qparams: QParams) -> Tensor:
         if torch.compiler.is_exporting() or not self._simulates_as_built_in():
             return super()._simulate(tensor, qparams)
-        plan = self._plan_for(tensor)
+        plan = plan_for(self, tensor)
         scale, zero_point, minval = plan.select(*qparams)
         block_size, fmt, quant_min, quant_max = plan.values
         return fake_quantize_op.apply(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from coreai_kernels.ops import foreach
-from coreai_opt.quantization.spec._plan import Plan, state_for
+from coreai_opt.quantization.spec._plan import Plan, plan_for, state_for
 from coreai_opt.quantization.spec._state import is_shaped
 from coreai_opt.quantization.spec.errors import _BlockSizeMismatchError
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -81,7 +81,7 @@ def task_of(simulator: FakeQuantizeImplBase, tensor: Tensor) -> Task | None:
     if flags.disabled or not flags.fake_quant or tensor.numel() >= _LARGE or is_hooked(simulator):
         return None
     try:
-        plan = simulator._plan_for(tensor)
+        plan = plan_for(simulator, tensor)
     except _BlockSizeMismatchError:
         return None
     if not plan.is_built_in:

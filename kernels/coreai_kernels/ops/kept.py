@@ -16,7 +16,7 @@ from coreai_kernels import native
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
 from coreai_kernels.ops.library import define_native
 
-__all__ = ["Kept", "keep", "keep_step"]
+__all__ = ["Kept", "keep", "keep_single"]
 
 _PARAMETERS = "(Tensor[] scales, Tensor[] zero_points, Tensor[] minvals, "
 _keepers = {
@@ -35,12 +35,20 @@ _keepers = {
 _run = define_native("run_kept", "(Tensor[] inputs, int number, bool with_mask) -> (Tensor[], Tensor)")
 _guard = define_native("guard_kept", "(Tensor[] inputs, Tensor[] switches, int number) -> ()")
 _drop = define_native("drop_kept", "(int number) -> ()")
-# For the library beside this one: the result is an address.
-_can_keep_step = define_native(
-    "keep_step",
-    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, Tensor? running_min, "
-    "Tensor? running_max, bool has_running, Tensor settings) -> int",
-)
+# For the library beside this one: the results are addresses.
+_single_keepers = {
+    "fake_quantize_forward": (
+        "keep_simulation",
+        "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
+        "float quant_min, float quant_max) -> int",
+    ),
+    "observe_and_fake_quantize_": (
+        "keep_step",
+        "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, Tensor? running_min, "
+        "Tensor? running_max, bool has_running, Tensor settings) -> int",
+    ),
+}
+_defined = [define_native(*keeper) for keeper in _single_keepers.values()]
 
 
 class Kept:
@@ -89,15 +97,14 @@ def keep(name: str, args: tuple[Any, ...]) -> Kept | None:
         return Kept(keeper(*args), _drop)
 
 
-def keep_step(
+def keep_single(
+    name: str,
     input: Tensor,
-    state: tuple[Tensor | None, ...],
-    has_running: bool,
-    settings: Tensor,
+    args: tuple[Any, ...],
     places: Sequence[tuple[dict[str, Tensor | None], str]],
     switches: Sequence[Tensor],
 ) -> Callable[[Tensor], Tensor | None] | None:
-    """A function that does the step of ``observe_and_fake_quantize_``, past the dispatcher.
+    """A function that does what an operator does, past the dispatcher.
 
     It takes tensors like ``input`` and returns the output, with its gradient. It returns None, and does
     nothing, if the tensor differs from ``input`` in dtype, shape, strides or device; if one of the places
@@ -105,19 +112,19 @@ def keep_step(
     if a mode is active that would have a say in the operator's call.
 
     Args:
+        name: ``fake_quantize_forward`` or ``observe_and_fake_quantize_``.
         input: a tensor of the kind.
-        state: scale, zero point, minimum, running minimum, running maximum.
-        has_running: whether the running range holds one already.
-        settings: what :func:`coreai_kernels.ops.observe_and_fake_quantize.packed` makes of them.
-        places: dictionaries and keys whose tensors have to stay: where the state is from.
+        args: the operator's arguments between the input and ``with_mask``.
+        places: dictionaries and keys whose tensors have to stay: where those among the arguments are from.
         switches: tensors of one byte each.
 
     Returns:
-        None if there can be no such function: for large tensors, for float64, on other devices, for state of
-        other dtypes than the kernels keep or in another order than the blocks, or without the native parts.
+        None if there can be no such function: for large tensors, for float64, on other devices, for block
+        parameters of other dtypes than the kernels take or in another order than the blocks, or without the
+        native parts.
     """
-    if _can_keep_step is None or native.autograd is None or not step_op.is_plain(input, state):
+    state = args[:5] if name == "observe_and_fake_quantize_" else args[:3]
+    if None in _defined or native.autograd is None or not step_op.is_plain(input, state):
         return None
-    return native.autograd.keep_step(  # type: ignore[no-any-return]
-        input, state, has_running, settings, list(places), list(switches)
-    )
+    keeper = getattr(native.autograd, _single_keepers[name][0])
+    return keeper(input, *args, list(places), list(switches))  # type: ignore[no-any-return]
