@@ -26,6 +26,8 @@ CASES = {
     "cubes": ((32, 33, 64), (4, 3, 8)),
     "activation blocks": ((3, 32, 37, 11), (1, 8, 1, 1)),
     "single elements": ((211, 190), (1, 1)),
+    # More columns and rows than have their parameters looked up at once.
+    "many columns": ((131, 1080), (131, 1)),
 }
 
 
