@@ -168,25 +168,51 @@ void fake_quantize_range(const FakeQuantize& job, int64_t begin, int64_t end) {
   }
 }
 
-template <class K, class T>
-void fake_quantize_as(const FakeQuantize& job) {
-  const Geometry& g = *job.geometry;
-  if (is_by_columns(g)) {
-    share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns),
-          [&](int64_t begin, int64_t end) { fake_quantize_rows_of_columns<K, T>(job, begin, end); });
-    return;
-  }
-  share(g.numel, kAlignment, kParallelElements,
-        [&](int64_t begin, int64_t end) { fake_quantize_range<K, T>(job, begin, end); });
+// What of the elements read last is still in a second-level cache when they are read again, though as much
+// is written meanwhile.
+constexpr int64_t kRecentBytes = 1 << 20;
+
+// Calls body(begin, end) over [begin, end), starting with elements that were read last. Seams are multiples of `unit`.
+template <class Body>
+COREAI_HD void recent_first(int64_t begin, int64_t end, int64_t recent, int64_t unit, Body body) {
+  const int64_t seam = begin + larger<int64_t>(0, end - begin - recent) / unit * unit;
+  body(seam, end);
+  if (begin < seam) body(begin, seam);
 }
 
-void fake_quantize(const FakeQuantize& job) {
-  with_type(job.element, [&](auto type) {
-    using T = typename decltype(type)::type;
-    with_kind(job.affine.format, job.affine.offset != nullptr,
-              [&](auto kind) { fake_quantize_as<decltype(kind), T>(job); });
+// `recent`: so many elements of each thread's share are quantized first.
+template <class K, class T>
+void fake_quantize_as(const FakeQuantize& job, int64_t recent) {
+  const Geometry& g = *job.geometry;
+  if (is_by_columns(g)) {
+    share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns), [&](int64_t begin, int64_t end) {
+      recent_first(begin, end, recent / g.columns, 1,
+                   [&](int64_t from, int64_t to) { fake_quantize_rows_of_columns<K, T>(job, from, to); });
+    });
+    return;
+  }
+  share(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+    recent_first(begin, end, recent, kAlignment,
+                 [&](int64_t from, int64_t to) { fake_quantize_range<K, T>(job, from, to); });
   });
 }
+
+void fake_quantize(const FakeQuantize& job, int64_t recent_bytes) {
+  with_type(job.element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
+      fake_quantize_as<decltype(kind), T>(job, recent_bytes / static_cast<int64_t>(sizeof(T)));
+    });
+  });
+}
+
+// In order: nobody knows what of the input is in the cache.
+void fake_quantize(const FakeQuantize& job) {
+  fake_quantize(job, job.geometry->numel * static_cast<int64_t>(sizeof(float)));
+}
+
+// Of elements that have just been read in order.
+void fake_quantize_observed(const FakeQuantize& job) { fake_quantize(job, kRecentBytes); }
 
 }  // namespace
 }  // namespace coreai::cpu::COREAI_LEVEL
