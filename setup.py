@@ -2,8 +2,8 @@
 
 Made here, in ``coreai_kernels``: ``_C`` (a Python module: CPU kernels), ``_C_cuda.so`` (a plain library,
 loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs), ``_C_autograd.so``
-(likewise, loaded only beside the torch version that it was built with), and ``_build_report.json``, which
-tells the library at run time what is missing and why.
+(a Python module, loaded only beside the torch version that it was built with), and
+``_build_report.json``, which tells the library at run time what is missing and why.
 
 Why not torch's own extension builder: it gives all sources the same flags, and here each instruction-set
 level has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files,
@@ -131,12 +131,15 @@ class Builder:
         self.quiet = [] if "clang" in version else ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         directory.mkdir(parents=True, exist_ok=True)
 
-    def build(self, jobs: list[Job], link: list[str], output: Path) -> None:
+    def includes(self) -> list[str]:
+        systems = (str(self.torch.root / "include"), sysconfig.get_path("include"))
+        return [f"-I{CSRC}", *(flag for path in systems for flag in ("-isystem", path))]
+
+    def build(self, jobs: list[Job], link: list[str], output: Path, *libraries: str) -> None:
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:
             objects = list(pool.map(self._compile, jobs))
-        libraries = self.torch.root / "lib"
-        flags = [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
+        flags = [f"-L{self.torch.root / 'lib'}", *(f"-l{name}" for name in libraries), "-ltorch_cpu", "-lc10"]
         command = [*link, *map(str, objects), *flags]
         stamp = self.directory / f"{output.name}.{_digest([*command, *self.identity])}"
         if output.exists() and stamp.exists() and _newer(stamp, objects) and _newer(output, objects):
@@ -239,11 +242,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
-    includes = [
-        *(f"-I{CSRC}", *_pybind11_include()),
-        *("-isystem", str(builder.torch.root / "include"), "-isystem", sysconfig.get_path("include")),
-    ]
-    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *includes, *macros]
+    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *_pybind11_include(), *builder.includes(), *macros]
     sources = sorted({*CSRC.glob("*.cpp"), *CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")})
     jobs = [
         Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
@@ -255,10 +254,13 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
 
 
 def build_autograd(builder: Builder, output: Path) -> None:
-    """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI."""
-    command = [*builder.cxx, *CXX_FLAGS, "-isystem", str(builder.torch.root / "include")]
+    """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI.
+
+    With the pybind11 that torch's include folder holds: what it shares with torch's own module has to fit.
+    """
+    command = [*builder.cxx, *CXX_FLAGS, *builder.includes()]
     jobs = [Job(source, command) for source in sorted(CSRC.glob("autograd/*.cpp"))]
-    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output)
+    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output, "torch_python")
 
 
 def build_cuda(builder: Builder, output: Path) -> str:

@@ -3,6 +3,9 @@
 // layout, which tensors of one shape share, is the caller's, who keeps it and the operand's output.
 #pragma once
 
+#include <cmath>
+#include <tuple>
+
 #include "tensors.h"
 
 namespace coreai {
@@ -85,6 +88,21 @@ struct StepSettings {
   bool power_of_two;
 };
 
+// Block size and settings as ops/observe_and_fake_quantize.py packs them: numbers, and then the block's extents.
+inline std::tuple<Blocks, StepSettings> unpacked(const Tensor& settings, int64_t axes, bool has_running) {
+  constexpr int64_t kNumbers = 10;
+  STD_TORCH_CHECK(settings.is_cpu() && settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
+                      settings.numel() == kNumbers + axes,
+                  "settings must be ", kNumbers, " numbers and an extent for each axis, float64 on the CPU");
+  const auto* value = static_cast<const double*>(settings.const_data_ptr());
+  const auto integer = [&](int i) { return static_cast<int64_t>(value[i]); };
+  const auto bound = [&](int i) { return std::isnan(value[i]) ? std::nullopt : std::optional<double>(value[i]); };
+  Blocks block_size(static_cast<size_t>(axes));
+  for (size_t i = 0; i < block_size.size(); ++i) block_size[i] = static_cast<int64_t>(value[kNumbers + i]);
+  return {block_size, StepSettings{has_running, integer(0), integer(1), value[2], value[3], value[4] != 0.0, integer(5),
+                                   value[6], bound(7), bound(8), value[9] != 0.0}};
+}
+
 struct StepState {
   Tensor scale;
   Optional zero_point, minval, running_min, running_max;
@@ -133,6 +151,14 @@ class StepJob {
   int64_t numel() const { return job_.quantize.geometry->numel; }
   void run() const {
     if (numel() > 0) cpu::kernels().observe_and_fake_quantize(job_);
+  }
+  // The same on other tensors, that lie in memory as the operand does.
+  void run_on(const void* input, void* output, uint8_t* mask) const {
+    cpu::Observe job = job_;
+    job.quantize.input = input;
+    job.quantize.output = output;
+    job.quantize.mask = mask;
+    cpu::kernels().observe_and_fake_quantize(job);
   }
   void write_back() {
     if (numel() == 0) return;

@@ -1,7 +1,6 @@
 // Registration of the CPU kernels with torch's dispatcher, through the stable ABI.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <tuple>
 
 #include "cpu/bits.h"
@@ -123,20 +122,8 @@ std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const
                                                       const Optional& zero_point, const Optional& minval,
                                                       const Optional& running_min, const Optional& running_max,
                                                       bool has_running, const Tensor& settings, bool with_mask) {
-  // Numbers and then the block's extents, as ops/observe_and_fake_quantize.py packs them.
-  constexpr int64_t kNumbers = 10;
-  STD_TORCH_CHECK(settings.is_cpu() && settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
-                      settings.numel() == kNumbers + input.dim(),
-                  "settings must be ", kNumbers, " numbers and an extent for each axis, float64 on the CPU");
-  const auto* value = static_cast<const double*>(settings.const_data_ptr());
-  const auto integer = [&](int i) { return static_cast<int64_t>(value[i]); };
-  const auto bound = [&](int i) { return std::isnan(value[i]) ? std::nullopt : std::optional<double>(value[i]); };
-  Blocks block_size(static_cast<size_t>(input.dim()));
-  for (size_t i = 0; i < block_size.size(); ++i) block_size[i] = static_cast<int64_t>(value[kNumbers + i]);
-  return step(input, {scale, zero_point, minval, running_min, running_max}, block_size,
-              {has_running, integer(0), integer(1), value[2], value[3], value[4] != 0.0, integer(5), value[6], bound(7),
-               bound(8), value[9] != 0.0},
-              with_mask);
+  const auto [block_size, its] = unpacked(settings, input.dim(), has_running);
+  return step(input, {scale, zero_point, minval, running_min, running_max}, block_size, its, with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(

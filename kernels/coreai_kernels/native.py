@@ -7,13 +7,14 @@ Importing this module loads ``coreai_kernels._C``, which registers the C++ kerne
 import importlib
 import importlib.machinery
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Missing", "autograd_missing", "cuda_missing", "extension", "missing"]
+__all__ = ["Missing", "autograd", "autograd_missing", "cuda_missing", "extension", "missing"]
 
 _FOLDER = Path(__file__).parent
 _REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
@@ -69,29 +70,29 @@ def _load_cuda() -> Missing | None:
     # Not torch.cuda.is_available(): that starts the driver, after which a process cannot fork.
     if torch.version.cuda is None:
         return Missing(f"torch {torch.__version__} is not a CUDA build", "install a CUDA build of torch")
-    return _load_library("cuda")
+    return _load_library("cuda", torch.ops.load_library)[1]
 
 
-def _load_autograd() -> Missing | None:
+def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
     # It uses what torch may change from version to version: whether it loads is no test of it.
     built_with = (_report("autograd") or {}).get("torch", torch.__version__)
     if built_with != torch.__version__:
         cause = f"it was built for torch {built_with}, and this is torch {torch.__version__}"
-        return Missing(cause, _REINSTALL)
-    return _load_library("autograd")
+        return None, Missing(cause, _REINSTALL)
+    return _load_library("autograd", lambda path: importlib.import_module(f"coreai_kernels.{path.stem}"))
 
 
-def _load_library(part: str) -> Missing | None:
+def _load_library(part: str, load: Callable[[Path], Any]) -> tuple[Any, Missing | None]:
     path = _FOLDER / f"_C_{part}.so"
     if not path.exists():
-        return _reported(part)
+        return None, _reported(part)
     try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        return Missing(f"it does not load beside torch {torch.__version__}: {error}", _REINSTALL, broken=True)
-    return None
+        return load(path), None
+    except (ImportError, OSError) as error:
+        cause = f"it does not load beside torch {torch.__version__}: {error}"
+        return None, Missing(cause, _REINSTALL, broken=True)
 
 
 extension, missing = _load()
 cuda_missing = _load_cuda()
-autograd_missing = _load_autograd()
+autograd, autograd_missing = _load_autograd()

@@ -5,6 +5,7 @@ A training step calls the forward of every simulator; this takes the reading of 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,21 @@ from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 if TYPE_CHECKING:
     from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["Facts", "Plan", "facts_of", "make_plan", "settings_of", "simulates_as_built_in", "state_for"]
+__all__ = [
+    "STATE",
+    "Facts",
+    "Plan",
+    "facts_of",
+    "make_plan",
+    "settings_of",
+    "simulates_as_built_in",
+    "state_for",
+]
 
 State = tuple[Tensor | None, ...]
+
+# Buffers of a calculator, as far as it has them, that the fused training step updates.
+STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
 
 _FORWARD_METHODS = ("forward", "calculate_qparams", "_forward_in_parts", "_simulate")
 _SIMULATION_METHODS = ("quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant")
@@ -56,6 +69,8 @@ class Plan:
         packed_step: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
         setting: what the step on them shares with other simulators' steps, once somebody has asked.
+        kept: does the step, or returns None if something is not as it was; None if there is no such function.
+        kept_state: the buffers that it is for.
     """
 
     __slots__ = (
@@ -64,6 +79,8 @@ class Plan:
         "is_built_in",
         "is_stateless",
         "keeps_range",
+        "kept",
+        "kept_state",
         "packed_step",
         "quiet",
         "setting",
@@ -89,6 +106,8 @@ class Plan:
         self.packed_step = packed(self.step) if is_eager and self.step is not None else None
         self.state: State = (None,) * 5
         self.setting: tuple[Any, ...] | None = None
+        self.kept: Callable[[Tensor], Tensor | None] | None = None
+        self.kept_state: State | None = None
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -177,7 +196,7 @@ def _state_of_other_shape(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[
             f"move the module with .to({str(tensor.device)!r})"
         )
     state: list[Tensor | None] = []
-    for name in ("scale", "zero_point", "minval", "running_min", "running_max"):
+    for name in STATE:
         buffer = getattr(calculator, name, None)
         if buffer is not None:
             if not is_shaped(buffer):

@@ -17,6 +17,7 @@ from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBas
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
 from coreai_opt.quantization.spec._assignments import Quiet
+from coreai_opt.quantization.spec._kept_step import note_step, repeat_step
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
@@ -92,6 +93,7 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         self.n_bits = n_bits
         self.qparams_calculator = qparams_calculator
         self._plans: dict[tuple[torch.Size, torch.dtype], Plan] = {}
+        self.last_plan: Plan | None = None
 
     @classmethod
     def built_in_class(cls) -> type["FakeQuantizeImplBase"]:
@@ -228,6 +230,9 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         """
         flags = self._flags
         if not torch.compiler.is_compiling():
+            output = repeat_step(self, tensor)
+            if output is not None:
+                return output
             flags.update(self._buffers)
         if flags.disabled or not (flags.fake_quant or flags.observe):
             return tensor
@@ -237,6 +242,8 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             if observes and flags.fake_quant and plan.step is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
                 if state is not None:
+                    if state[0] is plan.state and not torch.compiler.is_compiling():
+                        note_step(self, plan, tensor)
                     return training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
             return self._forward_in_parts(tensor, observes, flags.fake_quant)
         except _BlockSizeMismatchError:
@@ -288,11 +295,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         return plan
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": {}}
+        return {**super().__getstate__(), "_plans": {}, "last_plan": None}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__["_plans"] = {}
+        replica.__dict__.update(_plans={}, last_plan=None)
         return replica
 
     def _warn_and_disable(self, shape: torch.Size) -> None:

@@ -1,20 +1,22 @@
-"""State of list operators that the native backend keeps from call to call.
+"""State of operators that the native backend keeps from call to call.
 
 To hand hundreds of state tensors over takes longer than to quantize a small tensor. Here the native backend
-gets them once and gives a number for them; a call names the number and brings the inputs alone.
+gets them once and gives a number for them; a call names the number and brings the inputs alone. A single
+tensor's step becomes a function.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coreai_kernels import native
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
 from coreai_kernels.ops.library import define_native
 
-__all__ = ["Kept", "keep"]
+__all__ = ["Kept", "keep", "keep_step"]
 
 _PARAMETERS = "(Tensor[] scales, Tensor[] zero_points, Tensor[] minvals, "
 _keepers = {
@@ -33,6 +35,12 @@ _keepers = {
 _run = define_native("run_kept", "(Tensor[] inputs, int number, bool with_mask) -> (Tensor[], Tensor)")
 _guard = define_native("guard_kept", "(Tensor[] inputs, Tensor[] switches, int number) -> ()")
 _drop = define_native("drop_kept", "(int number) -> ()")
+# For the library beside this one: the result is an address.
+_can_keep_step = define_native(
+    "keep_step",
+    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, Tensor? running_min, "
+    "Tensor? running_max, bool has_running, Tensor settings) -> int",
+)
 
 
 class Kept:
@@ -79,3 +87,37 @@ def keep(name: str, args: tuple[Any, ...]) -> Kept | None:
         return None
     with torch.no_grad():
         return Kept(keeper(*args), _drop)
+
+
+def keep_step(
+    input: Tensor,
+    state: tuple[Tensor | None, ...],
+    has_running: bool,
+    settings: Tensor,
+    places: Sequence[tuple[dict[str, Tensor | None], str]],
+    switches: Sequence[Tensor],
+) -> Callable[[Tensor], Tensor | None] | None:
+    """A function that does the step of ``observe_and_fake_quantize_``, past the dispatcher.
+
+    It takes tensors like ``input`` and returns the output, with its gradient. It returns None, and does
+    nothing, if the tensor differs from ``input`` in dtype, shape, strides or device; if one of the places
+    holds another tensor than now, or the tensor there its values elsewhere; if a switch has another value; or
+    if a mode is active that would have a say in the operator's call.
+
+    Args:
+        input: a tensor of the kind.
+        state: scale, zero point, minimum, running minimum, running maximum.
+        has_running: whether the running range holds one already.
+        settings: what :func:`coreai_kernels.ops.observe_and_fake_quantize.packed` makes of them.
+        places: dictionaries and keys whose tensors have to stay: where the state is from.
+        switches: tensors of one byte each.
+
+    Returns:
+        None if there can be no such function: for large tensors, for float64, on other devices, for state of
+        other dtypes than the kernels keep or in another order than the blocks, or without the native parts.
+    """
+    if _can_keep_step is None or native.autograd is None or not step_op.is_plain(input, state):
+        return None
+    return native.autograd.keep_step(  # type: ignore[no-any-return]
+        input, state, has_running, settings, list(places), list(switches)
+    )

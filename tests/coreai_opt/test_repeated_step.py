@@ -1,0 +1,408 @@
+"""A fake quantizer that goes on as before takes a short cut: it must not be seen but in the time."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coreai_kernels import native, use_backend
+from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, PerTensorGranularity
+from coreai_opt.quantization.spec import fake_quantize as module_of_forward
+
+pytestmark = pytest.mark.skipif(
+    native.missing is not None or native.autograd_missing is not None,
+    reason=f"no short cut: {native.missing or native.autograd_missing}",
+)
+
+GRANULARITIES = [
+    PerTensorGranularity(),
+    PerChannelGranularity(axis=0),
+    PerChannelGranularity(axis=1),
+    PerBlockGranularity(axis=1, block_size=4),
+]
+SPECIAL = torch.tensor([0.0, -0.0, 1e-42, 3e38, float("inf"), -float("inf"), float("nan")])
+
+
+@pytest.fixture
+def long_way(monkeypatch):
+    """Counts the steps that do not take the short cut."""
+    taken = []
+    operator = module_of_forward.training_step_op.apply
+
+    def apply(*args):
+        taken.append(1)
+        return operator(*args)
+
+    monkeypatch.setattr(module_of_forward.training_step_op, "apply", apply)
+    return taken
+
+
+@pytest.fixture
+def settled(make_activation, x, long_way):
+    """A module that takes the short cut for `x`."""
+    module = make_activation()
+    for _ in range(3):
+        module(x)
+    assert long_way
+    long_way.clear()
+    module(x)
+    assert not long_way
+    return module
+
+
+def values(shape, dtype, seed, special=False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if special:
+        places = torch.randint(x.numel(), (len(SPECIAL),), generator=generator)
+        x.view(-1)[places] = SPECIAL
+    return x.to(dtype)
+
+
+def step(module, x, grad):
+    x = x.detach().requires_grad_()
+    y = module(x)
+    y.backward(grad)
+    return y.detach(), x.grad
+
+
+def bits(tensor):
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(words[tensor.element_size()]).tolist()
+
+
+def assert_same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a.stride() == b.stride()
+        assert bits(a) == bits(b)
+
+
+def assert_same_state(one, other):
+    for (name, a), (other_name, b) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
+        assert name == other_name
+        assert torch.equal(a, b) or (a != a).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "granularity", GRANULARITIES, ids=lambda g: f"{type(g).__name__}{getattr(g, 'axis', '')}"
+)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": "int4", "qparam_calculator_cls": "static"},
+        {"dtype": "int8", "qparam_calculator_cls": "moving_average"},
+        {"dtype": "uint8", "qparam_calculator_cls": "global_minmax", "qscheme": "asymmetric"},
+        {
+            "dtype": "int8",
+            "qparam_calculator_cls": "static",
+            "qformulation": "minval",
+            "qscheme": "asymmetric",
+        },
+        {"dtype": "float8_e4m3fn", "qparam_calculator_cls": "static"},
+    ],
+    ids=lambda fields: "-".join(fields.values()),
+)
+def test_results_are_those_of_the_long_way(make, make_activation, long_way, fields, granularity, dtype):
+    build = make if fields["qparam_calculator_cls"] == "static" else make_activation
+    module = build(granularity=granularity, **fields)
+    twin = copy.deepcopy(module)
+    for i in range(6):
+        x, grad = values((12, 20), dtype, i, special=i == 4), values((12, 20), dtype, -i, special=True)
+        twin.__dict__["last_plan"] = None
+        wanted = step(twin, x, grad)
+        count = len(long_way)
+        found = step(module, x, grad)
+        assert len(long_way) == count or i < 2
+        assert_same(found, wanted)
+        assert_same_state(module, twin)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((), lambda x: x),
+        ((7,), lambda x: x),
+        ((2, 8, 3, 5), lambda x: x.to(memory_format=torch.channels_last)),
+        ((6, 4), lambda x: x.t()),
+        ((3, 1, 5), lambda x: x.permute(2, 1, 0)),
+    ],
+)
+def test_memory_formats(make_activation, long_way, shape, layout):
+    module = make_activation(qparam_calculator_cls="moving_average")
+    twin = copy.deepcopy(module)
+    for i in range(4):
+        x, grad = (layout(values(shape, torch.float32, seed)) for seed in (i, i + 9))
+        twin.__dict__["last_plan"] = None
+        wanted = step(twin, x, grad)
+        long_way.clear()
+        assert_same(step(module, x, grad), wanted)
+    assert not long_way
+
+
+def test_tensors_that_are_not_dense_take_the_long_way(make_activation, long_way):
+    module = make_activation(qparam_calculator_cls="static")
+    x = values((8, 8), torch.float32, 0)
+    for view in (x[:, ::2], x[:1].expand(4, 8)):
+        wanted = module(view.contiguous())
+        long_way.clear()
+        for _ in range(3):
+            assert torch.equal(module(view), wanted)
+        assert len(long_way) == 3
+
+
+def test_gradients_only_where_they_are_wanted(settled, x, long_way):
+    assert settled(x).grad_fn is None
+    y = settled(x.requires_grad_())
+    assert y.requires_grad
+    assert "StraightThrough" in y.grad_fn.name()
+    with torch.no_grad():
+        assert not settled(x).requires_grad
+    assert settled(nn.Parameter(x.detach())).requires_grad
+    assert not long_way
+
+
+def test_second_derivatives(settled, x, long_way):
+    x = (x / 10).requires_grad_()
+    (first,) = torch.autograd.grad((settled(x) ** 2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert not long_way
+    assert torch.equal(second, torch.full_like(x, 2.0))
+
+
+def test_switches_written_by_anybody(settled, x):
+    settled.fake_quant_enabled[0] = 0
+    assert settled(x) is x
+    settled.fake_quant_enabled.fill_(1)
+    scale = settled.qparams_calculator.scale.clone()
+    settled.observer_enabled.data[0] = 0  # counted by no version
+    settled.observer_enabled.add_(0)
+    settled(100 * x)
+    assert torch.equal(settled.qparams_calculator.scale, scale)
+    settled._disabled.fill_(True)
+    assert settled(x) is x
+
+
+def test_buffers_replaced_by_others(settled, x):
+    calculator = settled.qparams_calculator
+    for replace in (
+        lambda new: setattr(calculator, "scale", new),
+        lambda new: calculator._buffers.update(scale=new),
+        lambda new: setattr(calculator.scale, "data", new),
+    ):
+        old = calculator.scale
+        new = torch.zeros_like(old)
+        replace(new)
+        settled(x)
+        assert calculator.scale.item() != 0
+        assert calculator.scale is old or calculator.scale is new
+        settled(2 * x)
+        settled(3 * x)
+
+
+def test_a_loaded_state_is_gone_on_from(make_activation, settled, x):
+    other = make_activation()
+    other(50 * x)
+    settled.load_state_dict(other.state_dict())
+    for seed in range(3):
+        tensor = values(x.shape, x.dtype, seed)
+        assert torch.equal(settled(tensor), other(tensor))
+    assert_same_state(settled, other)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.double(),
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[:2],
+        lambda x: x.reshape(2, 2, 8),
+    ],
+    ids=["dtype", "strides", "shape", "rank"],
+)
+def test_other_tensors(make_activation, x, long_way, change):
+    fresh, module = make_activation(), make_activation()
+    for _ in range(3):
+        module(x)
+        fresh(x.clone())
+    fresh.__dict__["last_plan"] = None
+    other = change(x)
+    if other.dtype == x.dtype and other.dim() == x.dim():
+        assert torch.equal(module(other), fresh(other))
+    else:
+        outcomes = []
+        for each in (module, fresh):
+            try:
+                outcomes.append(each(other).tolist())
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_assignments_take_effect(settled, x):
+    settled.qparams_calculator.averaging_constant = 1.0
+    settled(4 * x)
+    assert settled.qparams_calculator.running_max.item() == (4 * x).amax().item()
+    settled.quant_min, settled.quant_max = -2, 1
+    assert settled(x).unique().numel() <= 4
+
+
+def test_hooks_are_called(settled, x):
+    heard = []
+    for module in (settled, settled.qparams_calculator, settled.qparams_calculator.range_calculator):
+        module.register_forward_hook(lambda *args: heard.append(1))
+        settled(x)
+    assert len(heard) == 1 + 2 + 3
+
+
+def test_replaced_calculators_are_used(make_activation, settled, x):
+    other = make_activation(qparam_calculator_cls="global_minmax").qparams_calculator
+    settled.qparams_calculator = other
+    settled(x)
+    assert other.scale.numel() == 1
+
+
+def test_forced_backends(settled, x, long_way):
+    wanted = settled(x)
+    with use_backend("reference"):
+        assert torch.equal(settled(x), wanted)
+    assert len(long_way) == 1
+    with use_backend("native"):
+        settled(x)
+    assert len(long_way) == 1
+
+
+class _Dispatched(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class _Called(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [_Dispatched, _Called])
+def test_modes_see_the_operator(settled, x, mode):
+    with mode() as seen:
+        settled(x)
+    assert any("observe_and_fake_quantize" in name for name in seen.names)
+
+
+def test_subclasses_see_the_operator(settled, x):
+    seen = []
+
+    class Listening(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    assert type(settled(x.as_subclass(Listening))) is Listening
+    assert any("observe_and_fake_quantize" in name for name in seen)
+
+
+def test_modes_that_change_nothing(settled, x, long_way):
+    wanted = settled(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(settled(x), wanted)
+    with torch.autograd.set_detect_anomaly(True):
+        assert torch.equal(settled(x.requires_grad_()), wanted)
+    assert not long_way
+
+
+def test_inference_mode(settled, x):
+    wanted = settled(x)
+    with torch.inference_mode():
+        y = settled(x)
+    assert y.is_inference()
+    assert torch.equal(y, wanted)
+
+
+def test_function_transforms(settled, x):
+    gradient = torch.func.grad(lambda x: settled(x).sum())(x / 10)
+    assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_the_profiler_sees_the_operator(settled, x):
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True
+    ) as profile:
+        settled(x)
+    (event,) = [e for e in profile.events() if e.name == "coreai_kernels::observe_and_fake_quantize_"]
+    assert event.input_shapes == [list(x.shape)]
+
+
+def test_compiled_and_eager_in_turns(settled, x):
+    compiled = torch.compile(settled, fullgraph=True, backend="aot_eager")
+    for i in range(3):
+        wanted = copy.deepcopy(settled)((i + 1) * x)
+        assert torch.equal(compiled((i + 1) * x), wanted)
+        settled((i + 2) * x)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_have_a_state_of_their_own(settled, x, duplicate):
+    other = duplicate(settled)
+    before = settled.qparams_calculator.running_max.clone()
+    for _ in range(4):
+        other(100 * x)
+    assert torch.equal(settled.qparams_calculator.running_max, before)
+    assert other.qparams_calculator.running_max > before
+
+
+def test_a_module_that_moved(settled, x, long_way):
+    settled.to(torch.float64)
+    for _ in range(3):
+        settled(x)
+    settled.to(torch.float32)
+    wanted = copy.deepcopy(settled)(x)
+    assert torch.equal(settled(x), wanted)
+
+
+def test_threads(make_activation):
+    modules = [make_activation(qparam_calculator_cls="global_minmax") for _ in range(4)]
+    inputs = [[values((64, 64), torch.float32, 10 * i + j) for j in range(200)] for i in range(4)]
+    found = [None] * 4
+
+    def run(i):
+        found[i] = [modules[i](x) for x in inputs[i]][-1]
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, output in enumerate(found):
+        wanted = make_activation(qparam_calculator_cls="global_minmax")
+        for x in inputs[i]:
+            last = wanted(x)
+        assert torch.equal(output, last)
+
+
+def test_nothing_is_kept_of_a_module_that_is_gone(make_activation, x):
+    import gc
+    import weakref
+
+    module = make_activation()
+    for _ in range(4):
+        module(x)
+    gone = [weakref.ref(module), weakref.ref(module.qparams_calculator.scale)]
+    del module
+    gc.collect()
+    assert all(each() is None for each in gone)
