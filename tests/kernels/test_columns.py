@@ -71,7 +71,7 @@ def test_step_and_quantization(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_channels_last(dtype: torch.dtype) -> None:
-    """Channels of a convolution's input are columns in memory order; one has a NaN, one is wide, one is all zeros."""
+    """Channels are columns in memory order; one has a NaN, one is wide, one is all zeros."""
     x = tensor((3, 72, 5, 7), dtype, special=False).to(memory_format=torch.channels_last)
     x[1, 3, 2, 2], x[:, 5], x[:, 40] = float("nan"), 1e30, 0.0
     found: dict[str, list[Tensor]] = {}
