@@ -21,13 +21,20 @@ constexpr bool kHasWords = Simd::kHasWordProducts && kIsBFloat16<T> && !K::kHasO
 // Adding this to a small number rounds it to a whole one.
 constexpr float kWhole = 0x1.8p23f;
 
-// Parameters, one a lane. Words are in both halves of a lane.
-struct WordParams {
+// Parameters of every other element, one a lane.
+struct WordFactors {
   F below, above;    // the scale's reciprocal, a little less unless it is exact, and a little more
   F factor, addend;  // see `requantize`
-  I low, high;       // the least and the greatest element that is not clamped
-  I exponent;        // see `magic_words`
 };
+
+// Parameters as words, one an element.
+struct WordBounds {
+  I low, high;  // the least and the greatest element that is not clamped
+  I exponent;   // see `magic_words`
+};
+
+// The same for both elements of a lane.
+struct WordParams : WordFactors, WordBounds {};
 
 template <class K>
 COREAI_HD bool suit_words(F scales, F low, F high, uint32_t lanes) {
@@ -134,7 +141,7 @@ COREAI_HD V magic_words(V magnitudes, V exponent) {
 
 // The scale times the rounded quotient, rounded to bfloat16: the upper halves of the lanes.
 template <class S, class K, bool kUntied>
-COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordParams& p) {
+COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordFactors& p) {
   if constexpr (K::kWay == Way::kWordsByPowers) {
     return S::as_int(S::sub(S::add(x, magic), magic));
   } else {
@@ -154,19 +161,17 @@ COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordParams& p
 
 // 2 * kWidth elements, and the parameters of every other one.
 template <class Bits, class K, bool kUntied = false>
-COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, const WordParams& even,
-                                   const WordParams& odd, typename Bits::Cursor& cursor) {
+COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, const WordFactors& even,
+                                   const WordFactors& odd, const WordBounds& bounds, typename Bits::Cursor& cursor) {
   using W = Words<2>;
-  const auto together = [](I a, I b) __attribute__((always_inline)) {
-    return (typename W::V)Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
-  };
-  const auto low = together(even.low, odd.low), high = together(even.high, odd.high);
+  using V = typename W::V;
+  const V low = (V)bounds.low, high = (V)bounds.high;
   const auto clamped = W::min_unsigned(W::min(words, high), low);
   const auto sign = words & W::set(INT16_MIN);
   auto inside = W::equal(words, clamped);
   F magic[2] = {Simd::set(kWhole), Simd::set(kWhole)};
   if constexpr (K::kFormat != Format::kInt) {
-    const auto magics = magic_words<K>(clamped ^ sign, together(even.exponent, odd.exponent)) | sign;
+    const auto magics = magic_words<K>(clamped ^ sign, (V)bounds.exponent) | sign;
     magic[0] = even_words(magics), magic[1] = odd_words(magics);
   }
   const I a = requantize<Simd, K, kUntied>(even_words(clamped), magic[0], even);

@@ -97,8 +97,8 @@ struct BlockParams {
             Simd::set(reciprocal[i])};
   }
   COREAI_HD WordParams words(int i) const {
-    return {Simd::set(reciprocal[i]), Simd::set(above[i]),       Simd::set(factor[i]),   Simd::set(addend[i]),
-            Simd::iset(low_words[i]), Simd::iset(high_words[i]), Simd::iset(exponent[i])};
+    return {{Simd::set(reciprocal[i]), Simd::set(above[i]), Simd::set(factor[i]), Simd::set(addend[i])},
+            {Simd::iset(low_words[i]), Simd::iset(high_words[i]), Simd::iset(exponent[i])}};
   }
 
  private:
@@ -160,21 +160,28 @@ struct ColumnParams {
   }
 };
 
-// The same of two vectors of bfloat16 by words: parameters of the even and of the odd columns.
+// The same of two vectors of bfloat16 by words: of the even and of the odd columns.
 struct ColumnWords {
-  WordParams even, odd;
-  bool suit;
+  WordFactors even, odd;
+  WordBounds bounds;
 
+  // Returns whether words suit these columns.
   template <class K>
-  static COREAI_HD ColumnWords load(const Affine& a, int64_t block) {
+  COREAI_HD bool load(const Affine& a, int64_t block) {
     Params<Simd> p = params_of_columns(a, block, 0, 1, kWidth);
     Params<Simd> q = params_of_columns(a, block + kWidth, 0, 1, kWidth);
     constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
-    const bool suit = suit_words<K>(p.scale, p.low, p.high, kAll) && suit_words<K>(q.scale, q.low, q.high, kAll);
+    if (!suit_words<K>(p.scale, p.low, p.high, kAll) || !suit_words<K>(q.scale, q.low, q.high, kAll)) return false;
     Simd::deinterleave(p.scale, q.scale);
     Simd::deinterleave(p.low, q.low);
     Simd::deinterleave(p.high, q.high);
-    return {word_params<Simd, K>(p.scale, p.low, p.high), word_params<Simd, K>(q.scale, q.low, q.high), suit};
+    const WordParams e = word_params<Simd, K>(p.scale, p.low, p.high), o = word_params<Simd, K>(q.scale, q.low, q.high);
+    const auto together = [](I a, I b) __attribute__((always_inline)) {
+      return Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
+    };
+    even = e, odd = o;
+    bounds = {together(e.low, o.low), together(e.high, o.high), together(e.exponent, o.exponent)};
+    return true;
   }
 };
 

@@ -56,16 +56,21 @@ void share(int64_t count, int64_t unit, int64_t grain, Body body) {
       &context);
 }
 
+// Fetches two vectors that will be read and two that will be written. Beyond the end, nothing happens.
+template <class T>
+COREAI_HD void fetch(const T* read, const T* written) {
+  for (int64_t i = 0; i < 2 * kWidth; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(read + i, 0, 2);
+    __builtin_prefetch(written + i, 1, 3);
+  }
+}
+
 // Fetches what a loop over neighbouring elements will read and write, while it works on two vectors: loops that are
 // busy, or that read only what they have read before, leave the memory idle otherwise. Elements are read so far ahead
-// that also those observed before they are quantized have come. Beyond the end, nothing happens.
+// that also those observed before they are quantized have come.
 template <class T>
 COREAI_HD void fetch_ahead(const T* read, const T* written) {
-  constexpr int64_t kRead = 16384, kWritten = 512, kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < 2 * kWidth; i += kLine) {
-    __builtin_prefetch(read + kRead + i, 0, 2);
-    __builtin_prefetch(written + kWritten + i, 1, 3);
-  }
+  fetch(read + 16384, written + 512);
 }
 
 template <class T>

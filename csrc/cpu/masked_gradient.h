@@ -7,6 +7,9 @@
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
+// Of so much and less, much is in the core's own caches.
+constexpr int64_t kFetchedBytes = 2 << 20;
+
 // A product with 0 or 1 of 16-bit elements, where masks of words are bits: twice the lanes, and nothing to widen and
 // to round. Returns how many of the n elements it has done.
 template <class T>
@@ -45,6 +48,18 @@ void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n
   }
 }
 
+// The same of more than the core's own caches hold.
+template <class T>
+void masked_gradient_fetched(const T* grad, T* out, const uint8_t* mask, int64_t n) {
+  constexpr int64_t kPiece = 512, kRead = 4096, kWritten = 512;
+  int64_t i = 0;
+  for (; i + kPiece <= n; i += kPiece) {
+    for (int64_t j = i; j < i + kPiece; j += 2 * kWidth) fetch(grad + j + kRead, out + j + kWritten);
+    masked_gradient_range(grad + i, out + i, mask + i / 8, kPiece);
+  }
+  masked_gradient_range(grad + i, out + i, mask + i / 8, n - i);
+}
+
 // Whether the next 64 bits are set, or 64 times `kWords`.
 template <int kWords>
 COREAI_HD bool all_set(const uint8_t* mask) {
@@ -78,10 +93,14 @@ void masked_gradient(Element element, const void* grad, void* out, const uint8_t
     using T = typename decltype(type)::type;
     share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
       T* result = static_cast<T*>(out) + begin;
+      const T* from = static_cast<const T*>(grad) + begin;
+      const uint8_t* bits = mask + begin / 8;
       if (grad == out) {
-        masked_gradient_in_place(result, mask + begin / 8, end - begin);
+        masked_gradient_in_place(result, bits, end - begin);
+      } else if ((end - begin) * static_cast<int64_t>(sizeof(T)) > kFetchedBytes) {
+        masked_gradient_fetched(from, result, bits, end - begin);
       } else {
-        masked_gradient_range(static_cast<const T*>(grad) + begin, result, mask + begin / 8, end - begin);
+        masked_gradient_range(from, result, bits, end - begin);
       }
     });
   });

@@ -108,7 +108,7 @@ void observe_and_fake_quantize(const Observe& job) {
   FakeQuantize with_range = quantize;
   with_range.affine.finite = are_moderate(low, 2 * g.blocks);
   delete[] low;
-  fake_quantize(with_range);
+  fake_quantize_observed(with_range);
 }
 
 }  // namespace

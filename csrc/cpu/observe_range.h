@@ -28,19 +28,20 @@ COREAI_HD void merge_lanes(F low, F high, float* into_low, float* into_high, int
   Simd::store_n(into_high, nan_max(Simd::load_n(into_high, n), high), n);
 }
 
-// Columns [i, n) of some rows, `stride` elements apart.
+// n <= kWidth columns of some rows, `stride` elements apart.
+template <bool kWhole, class T>
+COREAI_HD void merge_lanes_of_rows(const T* x, int64_t stride, int rows, int n, float* low, float* high) {
+  Extremes e;
+  for (int row = 0; row < rows; ++row, x += stride) e.take(kWhole ? Simd::load(x) : Simd::load_n(x, n));
+  const F quiet = Simd::set(__builtin_nanf(""));
+  merge_lanes(Simd::select(e.nan, quiet, e.low), Simd::select(e.nan, quiet, e.high), low, high, n);
+}
+
+// Columns [i, n) of some rows.
 template <class T>
 COREAI_HD void merge_columns(const T* x, int64_t stride, int rows, int64_t i, int64_t n, float* low, float* high) {
-  for (; i < n; i += kWidth) {
-    const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
-    Extremes e;
-    for (int row = 0; row < rows; ++row) {
-      const T* p = x + row * stride + i;
-      e.take(some == kWidth ? Simd::load(p) : Simd::load_n(p, some));
-    }
-    const F quiet = Simd::set(__builtin_nanf(""));
-    merge_lanes(Simd::select(e.nan, quiet, e.low), Simd::select(e.nan, quiet, e.high), low + i, high + i, some);
-  }
+  for (; i + kWidth <= n; i += kWidth) merge_lanes_of_rows<true>(x + i, stride, rows, kWidth, low + i, high + i);
+  if (i < n) merge_lanes_of_rows<false>(x + i, stride, rows, static_cast<int>(n - i), low + i, high + i);
 }
 
 // The same of 16-bit elements by words, as far as there are whole vectors. Returns how many columns that is.

@@ -12,8 +12,8 @@ import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme, native
 from tests.kernels.support import SPECIAL, assert_same_bits
 
-# Whole pairs of vectors, one vector more, part of one; rows that do not fill a band; an axis more.
-SHAPES = [(4, 32), (9, 48), (7, 72), (5, 8), (1, 40), (3, 5, 64), (2, 3, 24)]
+# Whole pairs of vectors, one vector more, part of one; an axis more; more rows and columns than one tile has.
+SHAPES = [(4, 32), (9, 48), (7, 72), (5, 8), (1, 40), (3, 5, 64), (2, 3, 24), (66, 1064)]
 FORMATS = [
     (Format.INT, -8.0, 7.0),
     (Format.INT, -128.0, 127.0),
@@ -67,6 +67,34 @@ def test_step_and_quantization(
             found[backend] = [step.detach(), x.grad, plain, *state.values()]
         for got, wanted in zip(found["auto"], found["reference"], strict=True):
             assert_same_bits(got, wanted, f"{fmt.name} {shape} {channels}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last(dtype: torch.dtype) -> None:
+    """Channels are columns in memory order; one has a NaN, one is wide, one is all zeros."""
+    x = tensor((3, 72, 5, 7), dtype, special=False).to(memory_format=torch.channels_last)
+    x[1, 3, 2, 2], x[:, 5], x[:, 40] = float("nan"), 1e30, 0.0
+    found: dict[str, list[Tensor]] = {}
+    for backend in ("reference", "auto"):
+        state = {"scale": torch.zeros(1, 72, 1, 1), "zero_point": torch.zeros(1, 72, 1, 1, dtype=torch.int32)}
+        leaf = x.clone().requires_grad_()
+        with ck.use_backend(backend):
+            y = ck.observe_and_fake_quantize(
+                leaf,
+                **state,
+                minval=torch.zeros(1, 72, 1, 1),
+                block_size=(3, 1, 5, 7),
+                format=Format.INT,
+                quant_min=-8,
+                quant_max=7,
+                scheme=Scheme.SYMMETRIC,
+                update=RangeUpdate.LATEST,
+            )
+            y.backward(torch.ones_like(x))
+        assert leaf.grad is not None
+        found[backend] = [y.detach(), leaf.grad, *state.values()]
+    for got, wanted in zip(found["auto"], found["reference"], strict=True):
+        assert_same_bits(got, wanted)
 
 
 @pytest.mark.skipif("COREAI_CPU_CAPABILITY" in os.environ, reason="runs below another level already")

@@ -26,6 +26,12 @@ CASES = {
     "cubes": ((32, 33, 64), (4, 3, 8)),
     "activation blocks": ((3, 32, 37, 11), (1, 8, 1, 1)),
     "single elements": ((211, 190), (1, 1)),
+    # More than a cache holds: what was observed last is quantized first.
+    "large, per tensor": ((1, 1_100_011), (1, 1_100_011)),
+    "large, columns": ((5_001, 120), (5_001, 1)),
+    "large, squares": ((800, 768), (40, 32)),
+    # More columns and rows than have their parameters looked up at once.
+    "many columns": ((131, 1080), (131, 1)),
 }
 
 
