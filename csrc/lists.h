@@ -107,7 +107,7 @@ class Jobs {
     Small small;
     int64_t total = 0;
     for (const Job& job : jobs_) {
-      if (job.numel() >= cpu::kParallelElements) {
+      if (job.numel() >= kLarge) {
         job.run();
         continue;
       }
@@ -132,6 +132,7 @@ class Jobs {
     std::vector<const Job*> jobs;
     std::vector<int64_t> starts;  // in elements, as if they lay one after the other
   };
+  static constexpr int64_t kLarge = 1 << 17;  // elements of a tensor that takes all threads
   const bool at_once_ = cpu::threads() == 1;
   std::deque<Job> jobs_;
 };

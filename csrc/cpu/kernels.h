@@ -11,8 +11,8 @@
 
 namespace coreai::cpu {
 
-// Elements that are worth a thread: waking one costs as much as quantizing some hundred thousand.
-constexpr int64_t kParallelElements = 1 << 17;
+// Elements that are worth a thread, as in torch's own operators: those of a training step find the threads awake.
+constexpr int64_t kParallelElements = 1 << 15;
 
 // In memory order every axis splits into (blocks, block); neighbours of one kind merge. What remains, from the
 // inside out: `run` neighbouring elements share a block, `columns` blocks follow each other, and the rows so

@@ -127,7 +127,7 @@ void learnable_range(const LearnableRange& job) {
     const Geometry& g = *job.geometry;
     if (g.blocks == 1) {
       const LearnedRange p = learned_range_of(job, 0);
-      share(g.numel, kSummed, kParallelElements / 4, [&](int64_t begin, int64_t end) {
+      share(g.numel, kSummed, kParallelElements, [&](int64_t begin, int64_t end) {
         for (; begin < end; begin += kSummed) {
           learned_run<T>(job, begin, smaller(kSummed, end - begin), p, job.sums + 2 * (begin / kSummed));
         }
@@ -135,7 +135,7 @@ void learnable_range(const LearnableRange& job) {
       return;
     }
     const int64_t per_column = g.numel / g.columns;
-    share(g.columns, kWidth, larger<int64_t>(kWidth, kParallelElements / 4 / per_column),
+    share(g.columns, kWidth, larger<int64_t>(kWidth, kParallelElements / per_column),
           [&](int64_t begin, int64_t end) { learned_columns<T>(job, begin, end); });
   });
 }

@@ -99,7 +99,7 @@ void observe_and_fake_quantize(const Observe& job) {
   float* low = new float[static_cast<uint64_t>(2 * g.blocks)];
   float* high = low + g.blocks;
   observe_range({&g, quantize.element, quantize.input, low, high});
-  share(g.blocks, kWidth, kParallelElements / 8, [&](int64_t begin, int64_t end) {
+  share(g.blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
       set_qparams(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);

@@ -110,7 +110,7 @@ inline void palettize(const Palettize& job) {
     using T = typename decltype(type)::type;
     const auto* weight = static_cast<const T*>(job.weight);
     if (layout.dim > 1) {
-      const int64_t grain = larger<int64_t>(kAlignment, kParallelElements / (layout.dim * job.clusters));
+      const int64_t grain = larger<int64_t>(kAlignment, 4 * kParallelElements / (layout.dim * job.clusters));
       share(layout.geometry->numel, kAlignment, grain, [&](int64_t begin, int64_t end) {
         over_stretches(layout, begin, end, [&](int64_t position, int64_t count, int64_t block) {
           nearest_vectors(weight + entry_of(layout, position), count, layout,

@@ -138,7 +138,7 @@ COREAI_HD void store_qparams(const QParamsLanes& lanes, const QParams& out, int6
 }
 
 void choose_qparams(const QParamsRule& rule, const float* low, const float* high, int64_t blocks, const QParams& out) {
-  share(blocks, kWidth, kParallelElements / 8, [&](int64_t begin, int64_t end) {
+  share(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
       store_qparams(choose_lanes(rule, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}), out, i, n);

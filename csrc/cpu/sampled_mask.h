@@ -140,7 +140,7 @@ COREAI_HD void sampled_mask_some(const SampledMask& job, int64_t at, int n, cons
 void sampled_mask(const SampledMask& job) {
   with_type(job.element, [&](auto type) {
     using T = typename decltype(type)::type;
-    share(job.numel, kAlignment, kParallelElements / 8, [&](int64_t begin, int64_t end) {
+    share(job.numel, kAlignment, kParallelElements / 2, [&](int64_t begin, int64_t end) {
       for (; begin < end; begin += kSampled) {
         alignas(64) int32_t words[kSampled];
         sampled_words(words, static_cast<uint64_t>(begin) / 4, job);

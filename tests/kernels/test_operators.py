@@ -108,6 +108,8 @@ CHECKED_ELSEWHERE = {
         "guard_kept",
         "keep_fake_quantize",
         "keep_observe_and_fake_quantize_",
+        "keep_simulation",
+        "keep_step",
         "run_kept",
     },
     "test_kmeans": {"lloyd"},
