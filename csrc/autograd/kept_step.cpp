@@ -63,19 +63,19 @@ class Placed {
 class Entry {
  public:
   Entry(py::dict place, py::str key) : place_(std::move(place)), key_(std::move(key)) {
-    if (const Optional value = get()) value_.emplace(*value);
+    if (PyObject* now = get()) value_.emplace(THPVariable_Unpack(now));
   }
   bool holds() const {
-    PyObject* value = PyDict_GetItemWithError(place_.ptr(), key_.ptr());
-    if (value == nullptr || value == Py_None) return !value_;
-    return value_ && THPVariable_Check(value) && value_->is_same(THPVariable_Unpack(value)) && value_->is_in_place();
+    PyObject* now = get();
+    if (now == nullptr) return !value_;
+    return value_ && THPVariable_Check(now) && value_->is_same(THPVariable_Unpack(now)) && value_->is_in_place();
   }
 
  private:
-  Optional get() const {
+  // Null for None, too.
+  PyObject* get() const {
     PyObject* value = PyDict_GetItemWithError(place_.ptr(), key_.ptr());
-    if (value == nullptr || value == Py_None) return std::nullopt;
-    return THPVariable_Unpack(value);
+    return value == Py_None ? nullptr : value;
   }
 
   py::dict place_;

@@ -63,8 +63,8 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Memory order of a dense tensor as the operators of this library take it: axes from the outermost to the innermost, those of
-// size one last. Empty for row-major tensors.
+// Memory order of a dense tensor as the operators of this library take it: axes from the outermost to the innermost,
+// those of size one last. Empty for row-major tensors.
 inline Ints order_of(const Tensor& x) {
   if (x.is_contiguous()) return {};
   const auto sizes = x.sym_sizes();

@@ -79,15 +79,15 @@ def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
     if built_with != torch.__version__:
         cause = f"it was built for torch {built_with}, and this is torch {torch.__version__}"
         return None, Missing(cause, _REINSTALL)
-    return _load_library("autograd", lambda path: importlib.import_module(f"coreai_kernels.{path.stem}"))
+    return _load_library("autograd", lambda _: importlib.import_module("coreai_kernels._C_autograd"))
 
 
-def _load_library(part: str, load: Callable[[Path], Any]) -> tuple[Any, Missing | None]:
+def _load_library(part: str, load: Callable[[str], Any]) -> tuple[Any, Missing | None]:
     path = _FOLDER / f"_C_{part}.so"
     if not path.exists():
         return None, _reported(part)
     try:
-        return load(path), None
+        return load(str(path)), None
     except (ImportError, OSError) as error:
         cause = f"it does not load beside torch {torch.__version__}: {error}"
         return None, Missing(cause, _REINSTALL, broken=True)

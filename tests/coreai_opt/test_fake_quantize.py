@@ -201,9 +201,11 @@ def test_properties_belong_to_the_calculator(make_activation):
             setattr(module, name, None)
 
 
-def test_assigned_settings_take_effect(make_activation, x):
+@pytest.mark.parametrize("forwards", [1, 4])  # as they come, and repeated by the short cut
+def test_assigned_settings_take_effect(make_activation, x, forwards):
     module = make_activation()
-    module(x)
+    for _ in range(forwards):
+        module(x)
     module.qparams_calculator.averaging_constant = 1.0
     module(4 * x)
     assert module.qparams_calculator.running_max.item() == (4 * x).amax().item()

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from coreai_kernels import backends
 from coreai_kernels.ops.kept import keep_single
+from coreai_kernels.ops.library import reaches_kernels
 from coreai_opt.quantization.spec._plan import STATE, Plan, same_methods
 from coreai_opt.quantization.spec._switches import Flags
 from coreai_opt.quantization.spec.qparams_calculator import StatefulQParamsCalculatorBase
@@ -19,14 +19,14 @@ __all__ = ["note_simulation", "note_step", "repeat_forward"]
 def repeat_forward(module: "FakeQuantizeImplBase", tensor: Tensor) -> Tensor | None:
     """The forward's output if only the tensor's values differ from the last time, else None."""
     plan: Any = module.last_plan
-    if plan is None or not plan.quiet.lasts() or backends.forced() not in (None, "native"):
+    if plan is None or not plan.quiet.lasts() or not reaches_kernels():
         return None
     return plan.kept(tensor)  # type: ignore[no-any-return]
 
 
 def note_step(module: "FakeQuantizeImplBase", plan: Plan, tensor: Tensor) -> None:
     """Have later forwards repeat the training step on ``plan.state``, if they can."""
-    if plan.kept_for is not plan.state and plan.packed_step is not None:
+    if plan.kept_for is not plan.state:
         args = (*plan.state, plan.keeps_range, plan.packed_step)
         _keep(module, plan, plan.state, "observe_and_fake_quantize_", tensor, args)
     # Not by assignment, which would be told to everybody.
