@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 NATIVE := $(VENV)/.native-done
-ORACLE := .oracle/.coreai-opt-0.3.0
+ORACLE := .oracle/.coreai-opt-0.4.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 # The pinned versions hold for everything that pip installs below, build tools included.
@@ -73,7 +73,7 @@ $(NATIVE): $(SETUP) setup.py $(SOURCES)
 # Apple's package, which the parity tests compare with in processes of their own.
 $(ORACLE): | $(SETUP)
 	rm -rf .oracle
-	$(PIP) install -q $(PIP_FLAGS) --no-deps --target .oracle coreai-opt==0.3.0
+	$(PIP) install -q $(PIP_FLAGS) --no-deps --target .oracle coreai-opt==0.4.0
 	@touch $@
 
 clean:

@@ -33,7 +33,7 @@ class Apple:
         if not (folder / "coreai_opt").is_dir():
             raise FileNotFoundError(
                 f"no package coreai_opt in {folder}. To fix: "
-                f"pip install --no-deps --target {folder} coreai-opt==0.3.0"
+                f"pip install --no-deps --target {folder} coreai-opt==0.4.0"
             )
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close())
         self._process = subprocess.Popen(

@@ -8,7 +8,7 @@ from benchmarks.training_report import APPLE, OURS, TrainingReport
 __all__ = ["save_plot"]
 
 _COLOURS = {OURS: "#0b6e99", APPLE: "#e08a1e"}
-_LABELS = {OURS: "ours", APPLE: "Apple's coreai-opt 0.3.0"}
+_LABELS = {OURS: "ours", APPLE: "Apple's coreai-opt 0.4.0"}
 
 
 def save_plot(report: TrainingReport, path: Path) -> None:

@@ -5,6 +5,7 @@ The subpackages load on first use, so that importing the package alone costs nex
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from coreai_opt import _environment
 from coreai_opt.common import (
@@ -23,22 +24,30 @@ __all__ = [
     "ExportBackend",
     "TorchaoTorchIncompatibilityWarning",
     "UntestedTorchVersionWarning",
+    "__fused_version__",
     "__version__",
 ]
 
 # The release of coreai-opt whose API this is: scripts compare it to know what they may use.
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
-_SUBPACKAGES = ("common", "config", "palettization", "pruning", "quantization")
+_SUBPACKAGES = ("common", "config", "controllers", "palettization", "pruning", "quantization")
 
 _environment.warn_of_name_clash()
 
 
-def __getattr__(name: str) -> ModuleType:
+if TYPE_CHECKING:
+    # The release of this package, coreai-opt-fused.
+    __fused_version__: str
+
+
+def __getattr__(name: str) -> ModuleType | str:
+    if name == "__fused_version__":
+        return _environment.own_version()
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES})
+    return sorted({*globals(), *_SUBPACKAGES, "__fused_version__"})

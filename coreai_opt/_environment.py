@@ -7,10 +7,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quiet_torchao_import", "warn_of_name_clash"]
+__all__ = ["own_version", "quiet_torchao_import", "warn_of_name_clash"]
 
 _OTHER_DISTRIBUTION = "coreai-opt"
 _OWN_DISTRIBUTION = "coreai-opt-fused"
+
+
+def own_version() -> str:
+    """The release of this package; "0+unknown" where it is not installed, as in a source tree on the path."""
+    try:
+        return importlib.metadata.version(_OWN_DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"
 
 
 def warn_of_name_clash() -> None:

@@ -128,10 +128,10 @@ class _BaseModelCompressor(ABC):
         except ValueError:
             known = ", ".join(str(each) for each in ExportBackend.__members__.values())
             raise ValueError(f"backend must be one of {known}; got {backend!r}") from None
-        if chosen is not ExportBackend._TORCH:
+        if chosen is not ExportBackend.Torch:
             raise NotImplementedError(
                 f"this package does not write {chosen.name} models. Use "
-                f"finalize(backend=ExportBackend._TORCH) for a torch model; or load the prepared model's "
+                f"finalize(backend=ExportBackend.Torch) for a torch model; or load the prepared model's "
                 f"state_dict in Apple's coreai-opt, and finalize there."
             )
 

@@ -3,6 +3,8 @@
 from enum import StrEnum, auto
 from typing import Any
 
+from coreai_opt._utils.renamed_members import RenamedMembersEnum
+
 __all__ = [
     "CompressionType",
     "CoreMLExportError",
@@ -21,12 +23,24 @@ class CompressionType(StrEnum):
     PRUNING = auto()
 
 
-class ExportBackend(StrEnum):
-    """What a compressed model is finalized for. This package finalizes for torch, ``_TORCH``, alone."""
+class ExportBackend(RenamedMembersEnum):
+    """What a compressed model is finalized for.
 
-    _TORCH = "_torch"
+    Members:
+        Torch: a torch model with dense weights, whose activations stay simulated.
+        CoreML: Core ML.
+        CoreAI: Core AI.
+
+    The deprecated names ``MIL`` and ``MLIR`` stand for ``CoreML`` and ``CoreAI``.
+    """
+
+    Torch = "torch"
     CoreML = "coreml"
     CoreAI = "coreai"
+
+    @classmethod
+    def _renamed(cls) -> dict[str, str]:
+        return {"MIL": "CoreML", "MLIR": "CoreAI", "_TORCH": "Torch"}
 
 
 class DependencyVersionWarning(UserWarning):

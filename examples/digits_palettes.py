@@ -97,7 +97,7 @@ def compare_palettes(
                     mode=palettizer.training_mode,
                     after_step=palettizer.step,
                 )
-            palettizer.finalize(backend=ExportBackend._TORCH)
+            palettizer.finalize(backend=ExportBackend.Torch)
             float_bytes = sum(
                 module.parametrizations.weight.original.nbytes
                 for module in copied.modules()

@@ -55,7 +55,7 @@ class Pruning:
 
     def finished(self) -> nn.Module:
         """A copy of the model with plain weights."""
-        return self.pruner.finalize(copy.deepcopy(self.model), backend=ExportBackend._TORCH)
+        return self.pruner.finalize(copy.deepcopy(self.model), backend=ExportBackend.Torch)
 
 
 @torch.no_grad()

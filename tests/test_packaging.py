@@ -303,7 +303,7 @@ class TestDoctor:
     @pytest.mark.parametrize(
         ("distribution", "version", "text"),
         [
-            ("coreai-opt", "0.3.0", "overwrite each other"),
+            ("coreai-opt", "0.4.0", "overwrite each other"),
             ("torch", "2.9.1", "too old"),
             ("pydantic", None, "required, not installed"),
         ],

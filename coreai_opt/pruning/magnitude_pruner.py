@@ -41,7 +41,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             ...
             optimizer.step()
             pruner.step()
-        pruner.finalize(backend=ExportBackend._TORCH)
+        pruner.finalize(backend=ExportBackend.Torch)
 
     Masks, sparsities and steps are part of the prepared model's ``state_dict`` and its metadata: training
     that is taken up again from there goes on as if it had not been interrupted.
@@ -189,7 +189,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
 
         Args:
             model: the prepared model, or a copy of it; None for the pruner's own.
-            backend: ``ExportBackend._TORCH`` alone.
+            backend: ``ExportBackend.Torch`` alone.
             semi_structured: store weights of linear layers, where they are pruned 2:4, as torch's
                 semi-structured sparse tensors, for inference. A weight that these do not take on its device
                 stays dense, with a warning.

@@ -92,11 +92,11 @@ class Quantizer(_BaseQuantizer):
         *,
         mmap_dir: Any = None,
     ) -> nn.Module:
-        """Hand the model over as it is, with its simulators: ``ExportBackend._TORCH``.
+        """Hand the model over as it is, with its simulators: ``ExportBackend.Torch``.
 
         Args:
             model: a copy of the prepared model; None for the quantizer's own.
-            backend: must be ``ExportBackend._TORCH``; others are not available.
+            backend: must be ``ExportBackend.Torch``; others are not available.
             mmap_dir: for the Core AI backend only.
 
         Raises:

@@ -1,8 +1,11 @@
 """Importing is quiet and quick, and tells of another owner of the name."""
 
+import importlib.metadata
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 import coreai_kernels
 import coreai_opt
@@ -17,9 +20,27 @@ def run(code, *paths):
     return result.stdout, result.stderr
 
 
-def test_version():
-    assert isinstance(coreai_opt.__version__, str)
-    assert coreai_opt.common.CompressionType.QUANTIZATION == "quantization"
+def test_versions():
+    assert coreai_opt.__version__ == "0.4.0"
+    code = "import coreai_opt; print(coreai_opt.__fused_version__)"
+    assert run(code)[0].strip() == importlib.metadata.version("coreai-opt-fused")
+    hidden = "import importlib.metadata as m\ndef f(n): raise m.PackageNotFoundError(n)\nm.version = f\n"
+    assert run(hidden + code)[0].strip() == "0+unknown"
+
+
+@pytest.mark.parametrize(
+    "name", ["common", "config", "controllers", "palettization", "pruning", "quantization"]
+)
+def test_subpackages_load_on_first_use(name):
+    module = f"coreai_opt.{name}"
+    code = f"import sys, coreai_opt\nprint({module!r} in sys.modules, {module}.__name__)"
+    assert run(code)[0].split() == [str(name == "common"), module]
+    assert name in dir(coreai_opt)
+
+
+def test_what_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = coreai_opt.nothing
 
 
 def test_import_says_nothing_and_leaves_logging_alone():
@@ -40,16 +61,16 @@ def test_the_package_alone_loads_nothing_heavy():
 
 
 def fake_distribution(folder):
-    information = folder / "coreai_opt-0.3.0.dist-info"
+    information = folder / "coreai_opt-0.4.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: coreai-opt\nVersion: 0.3.0\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: coreai-opt\nVersion: 0.4.0\n")
 
 
 def test_another_owner_of_the_name_elsewhere(tmp_path):
     fake_distribution(tmp_path)
     _, said = run("sys.path.append(sys.path.pop(0))\nimport coreai_opt", tmp_path)
     assert said.count("RuntimeWarning") == 1
-    for part in ("coreai-opt 0.3.0", "coreai-opt-fused", "is hidden", "pip uninstall coreai-opt"):
+    for part in ("coreai-opt 0.4.0", "coreai-opt-fused", "is hidden", "pip uninstall coreai-opt"):
         assert part in said
 
 

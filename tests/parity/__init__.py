@@ -1,1 +1,1 @@
-"""Parity with Apple's coreai-opt 0.3.0, which runs as a black box in a process of its own."""
+"""Parity with Apple's coreai-opt 0.4.0, which runs as a black box in a process of its own."""

@@ -10,7 +10,7 @@ from typing import Any
 __all__ = ["INSTALL", "ask", "find"]
 
 ROOT = Path(__file__).parents[2]
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 FOLDER = Path(os.environ.get("COREAI_ORACLE", ROOT / ".oracle"))
 INSTALL = (
     f"the parity tests need Apple's coreai-opt {VERSION} in {FOLDER} (COREAI_ORACLE names another folder): "

@@ -237,7 +237,7 @@ def run(case: Case) -> dict[str, Any]:
         model(*inputs).float().square().sum().backward()
         palettizer.step()
     gradients = {name: parameter.grad is not None for name, parameter in model.named_parameters()}
-    final = palettizer.finalize(backend=ExportBackend._TORCH).eval()
+    final = palettizer.finalize(backend=ExportBackend.Torch).eval()
     return result | freeze({"gradients": gradients, "final": final(*inputs)})
 
 

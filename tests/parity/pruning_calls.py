@@ -144,7 +144,7 @@ def statistics() -> Any:
 def finalized_weights() -> Any:
     made = pruner(model := nn.Sequential(nn.Linear(4, 4)))
     made.prepare(X)
-    made.finalize(backend="_torch")
+    made.finalize(backend="torch")
     return sorted(model.state_dict())
 
 
@@ -307,7 +307,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "prepare axis too large": lambda: pruner(global_config=entry(0.5, channels=3)).prepare(X),
     "step before prepare": lambda: pruner().step(),
     "finalize before prepare": lambda: pruner().finalize(),
-    "finalize for torch": lambda: finalized("_torch"),
+    "finalize for torch": lambda: finalized("torch"),
     "finalize for nothing": lambda: finalized("x"),
     "finalize for None": lambda: finalized(None),
     "calibrate": lambda: pruner().calibration_mode(),

@@ -82,7 +82,7 @@ def _train(run: Run) -> Iterator[tuple[str, Any]]:
             yield f"step {step}", freeze(_step(run, optimizer))
     yield "trained", {"state": freeze(run.model.state_dict()), "modes": modes(run.model)}
     yield "evaluated", freeze(run.evaluate())
-    finalized = run.quantizer.finalize(backend=ExportBackend._TORCH)
+    finalized = run.quantizer.finalize(backend=ExportBackend.Torch)
     yield "finalized", {"same object": finalized is run.model, "places": places(finalized)}
     yield "finalized output", freeze(run.evaluate())
 

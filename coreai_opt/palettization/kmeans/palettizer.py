@@ -40,7 +40,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         ...     for inputs, labels in data:
         ...         train_step(model, inputs, labels)
         ...         palettizer.step()
-        >>> model = palettizer.finalize(backend=ExportBackend._TORCH)
+        >>> model = palettizer.finalize(backend=ExportBackend.Torch)
     """
 
     _config_class: ClassVar[type[KMeansPalettizerConfig]] = KMeansPalettizerConfig

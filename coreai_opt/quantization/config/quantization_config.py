@@ -1,12 +1,13 @@
 """Configuration of quantization: which tensors of a model, how, and when."""
 
-from enum import StrEnum, auto
+from enum import auto
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from coreai_opt._utils.config_utils import did_you_mean
+from coreai_opt._utils.renamed_members import RenamedMembersEnum
 from coreai_opt.config.compression_config import (
     CompressionConfig,
     ModuleCompressionConfig,
@@ -30,11 +31,18 @@ __all__ = [
 ]
 
 
-class ExecutionMode(StrEnum):
-    """What a quantizer works on: the model's modules as they run, or a graph exported from it."""
+class ExecutionMode(RenamedMembersEnum):
+    """What a quantizer works on: the model's modules as they run, or a graph exported from it.
 
-    EAGER = auto()
+    The deprecated name ``PT2E`` stands for ``GRAPH``.
+    """
+
     GRAPH = auto()
+    EAGER = auto()
+
+    @classmethod
+    def _renamed(cls) -> dict[str, str]:
+        return {"PT2E": "GRAPH"}
 
 
 class InvalidExecutionModeError(ValueError):
@@ -213,7 +221,8 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         Raises:
             InvalidExecutionModeError: there is no such mode.
         """
-        if mode not in list(ExecutionMode):
-            raise InvalidExecutionModeError(mode)
-        self.execution_mode = ExecutionMode(mode)
+        try:
+            self.execution_mode = ExecutionMode(mode)
+        except ValueError:
+            raise InvalidExecutionModeError(mode) from None
         return self

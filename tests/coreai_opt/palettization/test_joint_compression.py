@@ -67,8 +67,8 @@ def test_training(strategy, first):
         palettizer = palettize(model, strategy)
     losses = train(model, palettizer, quantizer)
     assert losses[-1] < 0.5 * losses[0]
-    quantizer.finalize(backend=ExportBackend._TORCH)
-    palettizer.finalize(backend=ExportBackend._TORCH)
+    quantizer.finalize(backend=ExportBackend.Torch)
+    palettizer.finalize(backend=ExportBackend.Torch)
     model.eval()
     output = model(INPUTS)
     assert all(model[index].weight.unique().numel() == 4 for index in (0, 2))

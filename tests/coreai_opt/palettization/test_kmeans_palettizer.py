@@ -126,7 +126,7 @@ def test_a_model_without_weights(caplog):
     assert "Nothing is palettized" in caplog.text
     with palettizer.training_mode():
         palettizer.step()
-    assert palettizer.finalize(backend=ExportBackend._TORCH) is model
+    assert palettizer.finalize(backend=ExportBackend.Torch) is model
 
 
 def test_order_of_calls():
@@ -135,7 +135,7 @@ def test_order_of_calls():
         lambda: palettizer.training_mode().__enter__(),
         lambda: palettizer.calibration_mode(loss_fn=loss_of).__enter__(),
         lambda: palettizer.save_sensitivities("unused"),
-        lambda: palettizer.finalize(backend=ExportBackend._TORCH),
+        lambda: palettizer.finalize(backend=ExportBackend.Torch),
     ):
         with pytest.raises(RuntimeError, match="not prepared"):
             call()
@@ -220,12 +220,12 @@ def test_training(strategy):
     losses = train(palettizer, model)
     assert losses[-1] < 0.5 * losses[0]
     assert torch.equal(original, model[0].parametrizations.weight.original) == (strategy == "default")
-    final = palettizer.finalize(backend=ExportBackend._TORCH)
+    final = palettizer.finalize(backend=ExportBackend.Torch)
     assert final is model
     assert final[0].weight.unique().numel() <= 4
     assert final.train()[0].weight.unique().numel() <= 4
     with pytest.raises(RuntimeError, match="not prepared"):
-        palettizer.finalize(backend=ExportBackend._TORCH)
+        palettizer.finalize(backend=ExportBackend.Torch)
 
 
 @pytest.mark.parametrize("strategy", ["default", "straight_through", "dkm"])
@@ -262,14 +262,14 @@ def test_finalizing():
     with pytest.raises(NotImplementedError):
         palettizer.finalize()
     with pytest.raises(ValueError, match="mmap_dir"):
-        palettizer.finalize(backend=ExportBackend._TORCH, mmap_dir="folder")
+        palettizer.finalize(backend=ExportBackend.Torch, mmap_dir="folder")
     with pytest.raises(TypeError):
-        palettizer.finalize(INPUTS, backend=ExportBackend._TORCH)
+        palettizer.finalize(INPUTS, backend=ExportBackend.Torch)
     with pytest.raises(RuntimeError, match="not prepared"):
-        palettizer.finalize(make_model(), backend=ExportBackend._TORCH)
-    assert palettizer.finalize(twin, backend=ExportBackend._TORCH) is twin
+        palettizer.finalize(make_model(), backend=ExportBackend.Torch)
+    assert palettizer.finalize(twin, backend=ExportBackend.Torch) is twin
     assert torch.equal(twin.eval()(INPUTS), model.eval()(INPUTS))
-    assert palettizer.finalize(backend=ExportBackend._TORCH) is model
+    assert palettizer.finalize(backend=ExportBackend.Torch) is model
 
 
 def test_names_of_operations():

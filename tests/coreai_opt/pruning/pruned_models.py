@@ -9,7 +9,7 @@ from coreai_opt import ExportBackend
 from coreai_opt.pruning import MagnitudePrunerConfig, ModuleMagnitudePrunerConfig, PruningSpec
 from coreai_opt.pruning.config import PolynomialDecaySchedule
 
-TORCH = ExportBackend._TORCH
+TORCH = ExportBackend.Torch
 RAMP = PolynomialDecaySchedule(total_iters=9, update_frequency=2)
 
 

@@ -273,7 +273,7 @@ def test_the_order_of_calls(model, x):
 def test_other_backends(model, x, backend):
     pruner = MagnitudePruner(model)
     pruner.prepare((x,))
-    with pytest.raises(NotImplementedError, match=r"finalize\(backend=ExportBackend._TORCH\)"):
+    with pytest.raises(NotImplementedError, match=r"finalize\(backend=ExportBackend.Torch\)"):
         pruner.finalize(backend=backend)
     assert parametrize.is_parametrized(model.fc)
 

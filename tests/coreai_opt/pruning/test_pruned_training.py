@@ -169,7 +169,7 @@ def test_finalize_a_copy(model, x):
     model.eval()
     twin = copy.deepcopy(model)
     expected = model(x)
-    assert pruner.finalize(twin, backend="_torch") is twin
+    assert pruner.finalize(twin, backend="torch") is twin
     assert type(twin.fc) is nn.Linear
     assert parametrize.is_parametrized(model.fc)
     assert torch.equal(twin(x), expected)

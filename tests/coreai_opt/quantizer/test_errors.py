@@ -110,7 +110,7 @@ def test_prepared_twice() -> None:
 def test_unprepared() -> None:
     quantizer = Quantizer(Mlp(), eager())
     with pytest.raises(RuntimeError, match="not prepared"):
-        quantizer.finalize(backend=ExportBackend._TORCH)
+        quantizer.finalize(backend=ExportBackend.Torch)
     with pytest.raises(RuntimeError, match=r"training_mode\(\)"):
         quantizer.step()
     for mode in (quantizer.calibration_mode, quantizer.training_mode):
@@ -124,11 +124,11 @@ def test_unprepared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, NotImplementedError, "_TORCH"),
-        ({"backend": ExportBackend.CoreML}, NotImplementedError, "_TORCH"),
+        ({}, NotImplementedError, "Torch"),
+        ({"backend": ExportBackend.CoreML}, NotImplementedError, "Torch"),
         ({"backend": "onnx"}, ValueError, "must be one of"),
         ({"backend": None}, ValueError, "must be one of"),
-        ({"backend": ExportBackend._TORCH, "mmap_dir": "/tmp"}, ValueError, "mmap_dir"),
+        ({"backend": ExportBackend.Torch, "mmap_dir": "/tmp"}, ValueError, "mmap_dir"),
     ],
 )
 def test_backends(arguments, error, message) -> None:

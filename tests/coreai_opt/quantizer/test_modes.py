@@ -141,8 +141,8 @@ def test_modes_of_a_copy() -> None:
 def test_finalize_hands_the_model_over() -> None:
     quantizer, model = prepared(Mlp(), X)
     expected, keys = model(X), list(model.state_dict())
-    assert quantizer.finalize(backend=ExportBackend._TORCH) is model
-    assert quantizer.finalize(backend="_torch") is model
+    assert quantizer.finalize(backend=ExportBackend.Torch) is model
+    assert quantizer.finalize(backend="torch") is model
     assert list(model.state_dict()) == keys
     assert torch.equal(model(X), expected)
 

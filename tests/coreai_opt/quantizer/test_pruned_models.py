@@ -100,7 +100,7 @@ def test_a_finalized_mask_leaves_the_simulator() -> None:
     model.eval()
     with torch.no_grad():
         expected = model(X)
-        pruner.finalize(backend=ExportBackend._TORCH)
+        pruner.finalize(backend=ExportBackend.Torch)
         assert len(model.first.parametrizations.weight) == 1
         assert torch.equal(model(X), expected)
 
