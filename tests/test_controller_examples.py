@@ -11,7 +11,8 @@ import torch
 pytest.importorskip("sklearn")
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "controllers"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+OTHERS = ("common", "own_method_nncf1")
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +22,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for name in ("common", *NAMES):
+    for name in (*OTHERS, *NAMES):
         sys.modules.pop(name, None)
 
 
@@ -39,6 +40,12 @@ def test_it_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "test accuracy" in printed
     assert bool(torch.isfinite(model(torch.randn(2, 1, 8, 8))).all())
     assert set(controller.statistics().to_dict()) == {each["algorithm"] for each in example.ALGORITHMS}
+
+
+def test_the_method_of_the_older_interface() -> None:
+    method = importlib.import_module("own_method_nncf1").run(2, 128, None)
+    assert (method.scheduler.last_epoch, method.loss.factor) == (2, 20.0)
+    assert method.statistics()["loss"] > 0
 
 
 def test_the_demonstration_returns_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

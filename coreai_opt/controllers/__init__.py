@@ -1,37 +1,44 @@
 """Compression as training loops see it: controllers, schedulers, losses and states, as in NNCF 2.x."""
 
-from coreai_opt.controllers.api import (
+from coreai_opt.controllers.algorithms.const_sparsity import ConstSparsityController
+from coreai_opt.controllers.algorithms.filter_pruning import FilterPruningController
+from coreai_opt.controllers.algorithms.knowledge_distillation import KnowledgeDistillationController
+from coreai_opt.controllers.algorithms.magnitude_sparsity import MagnitudeSparsityController
+from coreai_opt.controllers.algorithms.movement_sparsity import MovementSparsityController
+from coreai_opt.controllers.algorithms.palettization import PalettizationController
+from coreai_opt.controllers.algorithms.quantization import QuantizationController
+from coreai_opt.controllers.algorithms.rb_sparsity import RBSparsityController
+from coreai_opt.controllers.core.api import (
     CompressionAlgorithmBuilder,
     CompressionAlgorithmController,
     CompressionLoss,
     CompressionScheduler,
     CompressionStage,
 )
-from coreai_opt.controllers.base import (
+from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmBuilder,
     BaseCompressionAlgorithmController,
 )
-from coreai_opt.controllers.composite import (
+from coreai_opt.controllers.core.composite import (
     CompositeCompressionAlgorithmBuilder,
     CompositeCompressionAlgorithmController,
 )
-from coreai_opt.controllers.config import ControllerConfig
-from coreai_opt.controllers.const_sparsity import ConstSparsityController
-from coreai_opt.controllers.create import create_compressed_model, register_default_init_args
-from coreai_opt.controllers.filter_pruning import FilterPruningController
-from coreai_opt.controllers.knowledge_distillation import KnowledgeDistillationController
-from coreai_opt.controllers.magnitude_sparsity import MagnitudeSparsityController
-from coreai_opt.controllers.movement_sparsity import MovementSparsityController
-from coreai_opt.controllers.palettization import PalettizationController
-from coreai_opt.controllers.quantization import QuantizationController
-from coreai_opt.controllers.rb_sparsity import RBSparsityController
-from coreai_opt.controllers.statistics import CompressionStatistics
+from coreai_opt.controllers.core.config import AlgorithmConfig, ControllerConfig
+from coreai_opt.controllers.core.create import create_compressed_model, register_default_init_args
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
+from coreai_opt.controllers.nncf1 import CompressionAlgorithm
+from coreai_opt.controllers.schedules.levels import LevelScheduler
 
 __all__ = [
+    "AlgorithmConfig",
+    "AlgorithmStatistics",
     "BaseCompressionAlgorithmBuilder",
     "BaseCompressionAlgorithmController",
+    "BaseCompressionScheduler",
     "CompositeCompressionAlgorithmBuilder",
     "CompositeCompressionAlgorithmController",
+    "CompressionAlgorithm",
     "CompressionAlgorithmBuilder",
     "CompressionAlgorithmController",
     "CompressionLoss",
@@ -42,6 +49,7 @@ __all__ = [
     "ControllerConfig",
     "FilterPruningController",
     "KnowledgeDistillationController",
+    "LevelScheduler",
     "MagnitudeSparsityController",
     "MovementSparsityController",
     "PalettizationController",

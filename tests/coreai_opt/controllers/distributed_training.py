@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coreai_opt.controllers import create_compressed_model, register_default_init_args
-from coreai_opt.controllers.distributed import check_equal_ranks
+from coreai_opt.controllers.core.distributed import check_equal_ranks
 
 BATCH, STEPS = 8, 6
 ALGORITHMS = [

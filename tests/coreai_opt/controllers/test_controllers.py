@@ -18,8 +18,8 @@ from coreai_opt.controllers import (
     create_compressed_model,
     register_default_init_args,
 )
-from coreai_opt.controllers.base import BaseCompressionAlgorithmController
-from coreai_opt.controllers.state import check_plain
+from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
+from coreai_opt.controllers.core.state import check_plain
 
 from .support import Run, check_compiles, check_no_waits, configured, loader, make_model
 

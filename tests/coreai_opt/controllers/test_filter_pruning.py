@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model
-from coreai_opt.controllers.channels import find_clusters
-from coreai_opt.controllers.schedules import biased_exponential
+from coreai_opt.controllers.schedules.curves import biased_exponential
+from coreai_opt.controllers.structures.channels import find_clusters
 
 from .support import check_compiles, check_no_waits, configured, make_model
 

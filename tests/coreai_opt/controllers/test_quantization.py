@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model, register_default_init_args
-from coreai_opt.controllers.quantization_config import RangeInitializer
-from coreai_opt.controllers.ranges import ActivationRange, weight_range
+from coreai_opt.controllers.algorithms.quantization_config import RangeInitializer
+from coreai_opt.controllers.algorithms.ranges import ActivationRange, weight_range
 
 from .support import Run, check_compiles, check_no_waits, configured, loader, make_model
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from coreai_opt.controllers import schedules
-from coreai_opt.controllers.schedulers import BaseCompressionScheduler, LevelScheduler
-from coreai_opt.controllers.sparsity import SparsityParams
+from coreai_opt.controllers.algorithms.sparsity import SparsityParams
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.schedules import curves
+from coreai_opt.controllers.schedules.levels import LevelScheduler
 
 
 class Recorder:
@@ -70,7 +71,7 @@ def test_exponential_density_decays_geometrically() -> None:
 
 @pytest.mark.parametrize(("initial", "target"), [(0.0, 1.0), (1.0, 1.0), (0.3, 0.3)])
 def test_exponential_extremes(initial: float, target: float) -> None:
-    levels = [schedules.exponential(step / 4, initial, target) for step in range(5)]
+    levels = [curves.exponential(step / 4, initial, target) for step in range(5)]
     assert all(0 <= level <= 1 for level in levels)
     assert levels[-1] == pytest.approx(target)
 
@@ -85,7 +86,7 @@ def test_multistep_changes_at_its_epochs() -> None:
 @pytest.mark.parametrize(("initial", "target", "epochs"), [(0.0, 0.5, 8), (0.1, 0.6, 16), (0.2, 0.3, 5)])
 def test_biased_exponential_goes_through_its_three_points(initial: float, target: float, epochs: int) -> None:
     def at(epoch: float) -> float:
-        return schedules.biased_exponential(epoch, initial, target, epochs)
+        return curves.biased_exponential(epoch, initial, target, epochs)
 
     assert at(0) == pytest.approx(initial, abs=1e-12)
     assert at(epochs) == pytest.approx(target, abs=1e-12)
@@ -98,7 +99,7 @@ def test_biased_exponential_goes_through_its_three_points(initial: float, target
 
 def test_biased_exponential_needs_a_low_start() -> None:
     with pytest.raises(ValueError, match=r"below 5/7 of the target.*got 0.4 and 0.5"):
-        schedules.biased_exponential(0, 0.4, 0.5, 10)
+        curves.biased_exponential(0, 0.4, 0.5, 10)
 
 
 def test_adaptive_rises_when_the_level_was_reached() -> None:
@@ -170,5 +171,5 @@ def test_a_level_by_step_needs_the_length_of_an_epoch() -> None:
 
 
 def test_share_of_nothing_is_everything() -> None:
-    assert schedules.share_of(0, 0) == 1.0
-    assert math.isclose(schedules.share_of(3, 4), 0.75)
+    assert curves.share_of(0, 0) == 1.0
+    assert math.isclose(curves.share_of(3, 4), 0.75)

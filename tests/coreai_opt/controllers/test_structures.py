@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coreai_opt.controllers import create_compressed_model
-from coreai_opt.controllers.movement_masks import kept_units, resolve
-from coreai_opt.controllers.structures import Structure, find_structures
+from coreai_opt.controllers.algorithms.movement_masks import kept_units, resolve
+from coreai_opt.controllers.structures.units import Structure, find_structures
 
 from .support import (
     RefuseWaits,

@@ -1,0 +1,1 @@
+"""The algorithms; a configuration names them by their keys in the registry of builders."""

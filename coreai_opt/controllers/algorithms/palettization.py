@@ -1,0 +1,213 @@
+"""Palettization: weights of few distinct values, trained straight through."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from coreai_opt.controllers.core.api import CompressionStage, State
+from coreai_opt.controllers.core.base import (
+    BaseCompressionAlgorithmBuilder,
+    BaseCompressionAlgorithmController,
+)
+from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
+from coreai_opt.controllers.core.layers import channel_axis_of
+from coreai_opt.controllers.core.masks import bake, install, installed, original
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+from coreai_opt.palettization.spec import (
+    PalettizationGranularity,
+    PerGroupedChannelGranularity,
+    PerTensorGranularity,
+    StraightThroughTrainingSpec,
+)
+
+__all__ = ["PalettizationBuilder", "PalettizationConfig", "PalettizationController"]
+
+
+@dataclass(frozen=True)
+class LayerPalette:
+    """Palette of one weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    enabled: bool
+
+
+@AlgorithmStatistics.register("palettization")
+@dataclass(frozen=True)
+class PalettizationStatistics(AlgorithmStatistics):
+    """Palettized weights. ``compression_rate``: bits saved ÷ bits of the same weights before."""
+
+    compression_rate: float
+    layers: list[LayerPalette] = field(default_factory=list)
+
+
+class PalettizationParams(ConfigModel):
+    """The epoch from which weights are palettized, and the steps between two refreshes of the palettes."""
+
+    palettization_start_epoch: int = Field(default=0, ge=0)
+    refresh_interval: int = Field(default=1, ge=1)
+
+
+class PalettizationConfig(AlgorithmConfig):
+    """Configuration of palettization.
+
+    Fields:
+        bits: of an index into a palette.
+        group_size: output channels that share a palette; None for one palette a weight.
+        per_channel_scale: cluster each channel relative to its largest magnitude.
+    """
+
+    algorithm: Literal["palettization"]
+    bits: Literal[1, 2, 3, 4, 6, 8] = 4
+    group_size: int | None = Field(default=None, ge=1)
+    per_channel_scale: bool = False
+    params: PalettizationParams = Field(default_factory=PalettizationParams)
+
+
+class PalettizationScheduler(BaseCompressionScheduler):
+    """Switches palettes on at their epoch, and lets them follow the weights.
+
+    Args:
+        controller: of the algorithm.
+    """
+
+    def __init__(self, controller: "PalettizationController") -> None:
+        super().__init__()
+        self.controller = controller
+
+    def step(self, next: int | None = None) -> None:
+        """See the base."""
+        super().step(next)
+        self.controller.refresh(self.current_step)
+
+    def epoch_step(self, next: int | None = None) -> None:
+        """See the base."""
+        super().epoch_step(next)
+        if self.current_epoch >= self.controller.config.params.palettization_start_epoch:
+            self.controller.switch_on()
+
+
+class PalettizationController(BaseCompressionAlgorithmController):
+    """Simulates palettized weights. Its rate is the share of their bits that is saved, palettes included."""
+
+    def __init__(self, target_model: nn.Module, config: PalettizationConfig) -> None:
+        super().__init__(target_model)
+        self.config = config
+        self._simulators = installed(target_model, _KMeansFakePalettize)
+        self._scheduler = PalettizationScheduler(self)
+        self._on = config.params.palettization_start_epoch == 0
+
+    def switch_on(self) -> None:
+        """Palettize from now on."""
+        if self._on:
+            return
+        self._on = True
+        for name, simulator in self._simulators.items():
+            simulator.enable_fake_palett(True, reinitialize=True)
+            simulator.ensure_initialized(original(self._model.get_submodule(name)))
+
+    def refresh(self, step: int) -> None:
+        """Let the palettes follow the weights, at the steps that the configuration says."""
+        if not self._on or step <= 0:
+            return
+        for name, simulator in self._simulators.items():
+            simulator.step(original(self._model.get_submodule(name)), step)
+
+    def _get_compression_rate(self) -> float:
+        saved = full = 0
+        for name, simulator in self._simulators.items():
+            weight = original(self._model.get_submodule(name))
+            bits = 8 * weight.element_size()
+            full += bits * weight.numel()
+            if self._on and simulator.centroids is not None:
+                saved += (bits - self.config.bits) * weight.numel() - bits * simulator.centroids.numel()
+        return max(saved / max(full, 1), 0.0)
+
+    def compression_stage(self) -> CompressionStage:
+        """FULLY_COMPRESSED once the weights are palettized."""
+        return CompressionStage.FULLY_COMPRESSED if self._on else CompressionStage.UNCOMPRESSED
+
+    def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
+        """See the base."""
+        layers = [
+            LayerPalette(
+                name, tuple(original(self._model.get_submodule(name)).shape), self.config.bits, self._on
+            )
+            for name in self._simulators
+        ]
+        own = PalettizationStatistics(self.compression_rate, layers)
+        return CompressionStatistics(palettization=own)
+
+    def strip_model(self, model: nn.Module) -> None:
+        """Leave palettized values in the weights."""
+        for simulator in installed(model, _KMeansFakePalettize).values():
+            simulator.eval()
+        bake(model, (_KMeansFakePalettize,))
+
+    def _get_algorithm_state(self) -> State:
+        return {"on": self._on}
+
+    def _load_algorithm_state(self, state: State) -> None:
+        self._on = state["on"]
+
+
+@BaseCompressionAlgorithmBuilder.register("palettization")
+class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
+    """Palettizes the weights of convolutions and linear layers."""
+
+    config_type = PalettizationConfig
+    order = 70
+
+    def check(self, model: nn.Module) -> None:
+        """See the base."""
+        group = self.config.group_size
+        for name, layer in select_layers(model, self.config).items():
+            channels = original(layer).shape[channel_axis_of(layer)]
+            if group is not None and channels % group:
+                raise ValueError(
+                    f"group_size {group} does not divide the {channels} output channels of {name!r}"
+                )
+
+    def _apply_to(self, model: nn.Module) -> None:
+        config = self.config
+        training = StraightThroughTrainingSpec(refresh_interval=config.params.refresh_interval)
+        for name, layer in select_layers(model, config).items():
+            granularity: Any = PerTensorGranularity()
+            if config.group_size is not None:
+                axis = channel_axis_of(layer)
+                granularity = PerGroupedChannelGranularity(axis=axis, group_size=config.group_size)
+            simulator = self._simulator(granularity, training).to(original(layer).device)
+            simulator.tensor_fqn = f"{name}.weight"
+            simulator.enable_fake_palett(config.params.palettization_start_epoch == 0)
+            install(layer, simulator)
+
+    def _simulator(
+        self, granularity: PalettizationGranularity, training: StraightThroughTrainingSpec
+    ) -> _KMeansFakePalettize:
+        return _KMeansFakePalettize(
+            n_bits=self.config.bits,
+            lut_qspec=None,
+            granularity=granularity,
+            cluster_dim=1,
+            enable_per_channel_scale=self.config.per_channel_scale,
+            enable_fast_kmeans_mode=False,
+            training_strategy_spec=training,
+        )
+
+    def _initialize(self, model: nn.Module) -> None:
+        if self.config.params.palettization_start_epoch:
+            return
+        with torch.no_grad():
+            for name, simulator in installed(model, _KMeansFakePalettize).items():
+                simulator.ensure_initialized(original(model.get_submodule(name)))
+
+    def build_controller(self, model: nn.Module) -> PalettizationController:
+        """See the base."""
+        return PalettizationController(model, self.config)

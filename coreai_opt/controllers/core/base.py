@@ -1,0 +1,297 @@
+"""What controllers and builders have in common."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from coreai_opt._utils.registry_utils import ClassRegistryMixin
+from coreai_opt.controllers.core.api import (
+    CompressionAlgorithmBuilder,
+    CompressionAlgorithmController,
+    CompressionLoss,
+    CompressionScheduler,
+    CompressionStage,
+    State,
+)
+from coreai_opt.controllers.core.config import AlgorithmConfig
+from coreai_opt.controllers.core.context import BuildContext
+from coreai_opt.controllers.core.copies import copy_model
+from coreai_opt.controllers.core.distributed import synchronize
+from coreai_opt.controllers.core.export import export_lowered_model, opset_of, split_arguments
+from coreai_opt.controllers.core.inputs import Batch, example_inputs
+from coreai_opt.controllers.core.losses import ZeroCompressionLoss
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
+from coreai_opt.controllers.core.state import check_plain, take
+
+__all__ = ["MARK", "BaseCompressionAlgorithmBuilder", "BaseCompressionAlgorithmController"]
+
+MARK = "_compressed_by"
+"""Attribute of a compressed model: the names of the algorithms. Copies of the model have it, too."""
+
+
+class BaseCompressionAlgorithmController(CompressionAlgorithmController):
+    """The parts of a controller that do not depend on the algorithm.
+
+    A subclass sets ``_loss`` and ``_scheduler`` where it has its own, and implements :meth:`statistics`,
+    :meth:`compression_stage` and :meth:`strip_model`. What it must remember beside its scheduler and loss, it
+    gives and takes in :meth:`_get_algorithm_state` and :meth:`_load_algorithm_state`.
+    """
+
+    def __init__(self, target_model: nn.Module) -> None:
+        super().__init__(target_model)
+        self._loss: CompressionLoss = ZeroCompressionLoss(target_model)
+        self._scheduler: CompressionScheduler = BaseCompressionScheduler()
+        self._name: str | None = None
+        self._builder_state: State | None = None
+        self._scheduler_is_disabled = False
+        self.context = BuildContext()
+
+    @property
+    def loss(self) -> CompressionLoss:
+        """See :class:`CompressionAlgorithmController`."""
+        return self._loss
+
+    @property
+    def scheduler(self) -> CompressionScheduler:
+        """See :class:`CompressionAlgorithmController`."""
+        return self._scheduler
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name.
+
+        Raises:
+            RuntimeError: the builder has not set it.
+        """
+        if self._name is None:
+            raise RuntimeError("the controller has no name: its builder sets it, with its state")
+        return self._name
+
+    @property
+    def compression_rate(self) -> float:
+        """What the algorithm counts as its rate, from 0 to 1."""
+        return self._get_compression_rate()
+
+    @compression_rate.setter
+    def compression_rate(self, compression_rate: float) -> None:
+        highest = self.maximal_compression_rate
+        if not 0 <= compression_rate <= highest:
+            raise ValueError(f"compression_rate must be in [0, {highest:g}]; got {compression_rate!r}")
+        self._set_compression_rate(float(compression_rate))
+
+    @property
+    def maximal_compression_rate(self) -> float:
+        """1, unless the algorithm has less to give."""
+        return 1.0
+
+    @abstractmethod
+    def _get_compression_rate(self) -> float: ...
+
+    def _set_compression_rate(self, compression_rate: float) -> None:
+        raise NotImplementedError(
+            f"the compression rate of {self._name or type(self).__name__} follows from its configuration and "
+            f"cannot be set"
+        )
+
+    def disable_scheduler(self) -> None:
+        """See :class:`CompressionAlgorithmController`."""
+        self._scheduler = StubScheduler.replacing(self._scheduler)
+        self._scheduler_is_disabled = True
+
+    def strip(self, do_copy: bool = True) -> nn.Module:
+        """See :class:`CompressionAlgorithmController`."""
+        model = copy_model(self._model) if do_copy else self._model
+        self.strip_model(model)
+        if hasattr(model, MARK):
+            delattr(model, MARK)
+        return model
+
+    @abstractmethod
+    def strip_model(self, model: nn.Module) -> None:
+        """Strip ``model``, the controlled one or a copy of it, in place."""
+
+    def lower_model(self, model: nn.Module) -> None:
+        """Strip ``model`` for a file; what :meth:`finish_lowering` still needs may stay in it."""
+        self.strip_model(model)
+
+    def finish_lowering(self, model: nn.Module) -> None:
+        """Express in ONNX's operators what is left to be expressed, once all algorithms are stripped."""
+
+    def prepare_for_export(self) -> None:
+        """See :class:`CompressionAlgorithmController`."""
+        self.strip(do_copy=False)
+
+    def export_model(
+        self,
+        save_path: str | Path,
+        save_format: str | None = None,
+        input_names: list[str] | None = None,
+        output_names: list[str] | None = None,
+        model_args: tuple[Any, ...] | None = None,
+    ) -> None:
+        """See :class:`CompressionAlgorithmController`. The model itself stays as it is.
+
+        Raises:
+            ValueError: unknown format, or arguments that do not end in a dict.
+            ImportError: onnx or onnxscript is not installed.
+            OSError: the path cannot be written. No file is left half written.
+        """
+        opset_of(save_format), split_arguments(model_args)  # raise before the work
+        example = self.example_inputs()
+        lowered = copy_model(self._model).eval()
+        self.lower_model(lowered)
+        self.finish_lowering(lowered)
+        export_lowered_model(lowered, example, save_path, save_format, input_names, output_names, model_args)
+
+    def distributed(self) -> None:
+        """See :class:`CompressionAlgorithmController`."""
+        synchronize(self)
+        self.observe_over_ranks()
+
+    def observe_over_ranks(self) -> None:
+        """Let what follows data follow those of all ranks."""
+
+    def example_inputs(self) -> Batch:
+        """Arguments for one forward of the model, from the configuration or the registered loader.
+
+        Raises:
+            ValueError: neither tells.
+        """
+        return example_inputs(self.context, self._model)
+
+    def set_builder_state_with_name(self, name: str, builder_state: State) -> None:
+        """See :class:`CompressionAlgorithmController`."""
+        self._name = name
+        self._builder_state = check_plain(builder_state, "builder_state")
+
+    def _get_algorithm_state(self) -> State:
+        return {}
+
+    def _load_algorithm_state(self, state: State) -> None:
+        pass
+
+    def get_state(self) -> State:
+        """See :class:`CompressionAlgorithmController`."""
+        state = {
+            "loss_state": self._loss.get_state(),
+            "scheduler_state": self._scheduler.get_state(),
+            "compression_stage": int(self.compression_stage()),
+            "scheduler_is_disabled": self._scheduler_is_disabled,
+            "algorithm_state": self._get_algorithm_state(),
+        }
+        return {self.name: check_plain(state)}
+
+    def load_state(self, state: State) -> None:
+        """See :class:`CompressionAlgorithmController`. Masks and parameters are in the model's state_dict.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        if self.name not in state:
+            return
+        loss, scheduler, stage, disabled, own = take(
+            state[self.name],
+            "loss_state",
+            "scheduler_state",
+            "compression_stage",
+            "scheduler_is_disabled",
+            "algorithm_state",
+            of=self.name,
+        )
+        if disabled and not self._scheduler_is_disabled:
+            self.disable_scheduler()
+        self._loss.load_state(loss)
+        self._scheduler.load_state(scheduler)
+        self._load_algorithm_state(own)
+        if self.compression_stage() != stage:
+            warnings.warn(
+                f"{self.name} was saved {CompressionStage(stage).name} and is "
+                f"{self.compression_stage().name} now: the configuration has changed",
+                stacklevel=2,
+            )
+
+    def get_compression_state(self) -> State:
+        """See :class:`CompressionAlgorithmController`."""
+        if self._builder_state is None:
+            raise RuntimeError(
+                "the builder's state is not known: after it has built the controller, the builder calls "
+                "set_builder_state_with_name, as create_compressed_model does"
+            )
+        return {"builder_state": {self.name: self._builder_state}, "ctrl_state": self.get_state()}
+
+
+class BaseCompressionAlgorithmBuilder(ClassRegistryMixin, CompressionAlgorithmBuilder):
+    """Base of the builders. A configuration names them by their key in this registry.
+
+    A subclass says in ``config_type`` how its configuration looks, and implements ``_apply_to`` and
+    ``build_controller``. ``order``: algorithms on one model are built in by ascending order.
+
+    Args:
+        config: the algorithm's configuration, a dict or the checked form.
+        context: what else is known.
+    """
+
+    config_type: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    order: ClassVar[int] = 50
+
+    def __init__(
+        self, config: AlgorithmConfig | Mapping[str, Any], context: BuildContext | None = None
+    ) -> None:
+        if not isinstance(config, self.config_type):
+            config = self.config_type.model_validate(config)
+        self.config: Any = config
+        self.context = context or BuildContext()
+        self._loaded: State | None = None
+
+    @property
+    def name(self) -> str:
+        """The algorithm's name."""
+        return str(self.config.algorithm)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise what :meth:`apply_to` would, before anything is changed."""
+
+    def apply_to(self, model: nn.Module) -> nn.Module:
+        """See :class:`CompressionAlgorithmBuilder`."""
+        self._apply_to(model)
+        if self.context.initialize and self._loaded is None:
+            self._initialize(model)
+        return model
+
+    @abstractmethod
+    def _apply_to(self, model: nn.Module) -> None:
+        """Change the model; after :meth:`load_state`, as the state says."""
+
+    def _initialize(self, model: nn.Module) -> None:
+        """Give what was added its first values, from data if need be."""
+
+    @abstractmethod
+    def build_controller(self, model: nn.Module) -> BaseCompressionAlgorithmController:
+        """See :class:`CompressionAlgorithmBuilder`."""
+
+    def _get_state(self) -> State:
+        return {}
+
+    def get_state(self) -> State:
+        """See :class:`CompressionAlgorithmBuilder`."""
+        return {self.name: check_plain(self._get_state(), f"the state of {self.name}")}
+
+    def load_state(self, state: State) -> None:
+        """See :class:`CompressionAlgorithmBuilder`."""
+        if self.name in state:
+            self._loaded = state[self.name]
+
+    def hand_over(self, controller: BaseCompressionAlgorithmController) -> None:
+        """Give the controller the builder's name and state."""
+        controller.context = self.context
+        controller.set_builder_state_with_name(self.name, self.get_state()[self.name])
+
+    def scale_gradient(self, parameter: nn.Parameter) -> None:
+        """Apply ``compression_lr_multiplier`` to a parameter that the algorithm adds."""
+        factor = self.config.compression_lr_multiplier
+        if factor is not None and factor != 1:
+            parameter.register_hook(lambda grad: grad * factor)

@@ -1,0 +1,138 @@
+"""Compressed models as ONNX files."""
+
+import importlib.util
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coreai_opt.controllers.core.inputs import Batch
+from coreai_opt.controllers.core.qdq import FIRST_OPSET_OF_4_BITS, needs_4_bits
+
+__all__ = ["export_lowered_model", "export_onnx", "opset_of", "split_arguments"]
+
+DEFAULT_OPSET = 20
+"""Unless there are 4-bit integers.
+
+From 21 on, ONNX Runtime 1.31 fails to load signed 8-bit inputs, with three axes, of linear layers with
+biases: its optimizer makes a QuantizeLinear with a wrong ``output_dtype``, an attribute that 20 lacks.
+"""
+_OPSETS = range(18, 24)
+
+
+def opset_of(save_format: str | None) -> int | None:
+    """The ONNX opset that a format names; None if it leaves that open.
+
+    Raises:
+        ValueError: it is neither ``onnx`` nor ``onnx_<opset>`` with an opset that can be written.
+    """
+    if save_format in (None, "onnx"):
+        return None
+    match = re.fullmatch(r"onnx_(\d+)", save_format or "")
+    if match and int(match[1]) in _OPSETS:
+        return int(match[1])
+    raise ValueError(
+        f"save_format must be 'onnx' or 'onnx_<opset>' with an opset from {_OPSETS[0]} to {_OPSETS[-1]}; "
+        f"got {save_format!r}"
+    )
+
+
+def split_arguments(model_args: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: the last of ``model_args`` is always the dict of the latter.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if model_args is None:
+        return (), {}
+    if not isinstance(model_args, tuple) or not model_args or not isinstance(model_args[-1], dict):
+        raise ValueError(
+            f"model_args must be a tuple whose last element is the dict of keyword arguments, as in "
+            f"(a, b, {{}}); got {type(model_args).__name__} "
+            f"{tuple(type(each).__name__ for each in model_args) if isinstance(model_args, tuple) else ''}"
+        )
+    return model_args[:-1], model_args[-1]
+
+
+def export_lowered_model(
+    model: nn.Module,
+    example: Batch,
+    save_path: str | Path,
+    save_format: str | None,
+    input_names: list[str] | None,
+    output_names: list[str] | None,
+    model_args: tuple[Any, ...] | None,
+) -> None:
+    """Write a model that is expressed in ONNX's operators, and may have pairs of :mod:`.qdq`.
+
+    Args:
+        model: in evaluation mode.
+        example: arguments of a forward. Positional ``model_args`` are added to them; those that are named
+            replace them.
+        save_path: where to.
+        save_format: ``"onnx"`` or ``"onnx_<opset>"``; None for the former.
+        input_names: names of the graph's inputs.
+        output_names: names of the graph's outputs.
+        model_args: positional arguments, followed by a dict of those that are named.
+
+    Raises:
+        ValueError: the format's opset has no integers of the model's widths, or the arguments do not end in a
+            dict.
+    """
+    opset = opset_of(save_format)
+    extra, kwargs = split_arguments(model_args)
+    args, defaults = example
+    if opset is None:
+        opset = FIRST_OPSET_OF_4_BITS if needs_4_bits(model) else DEFAULT_OPSET
+    if opset < FIRST_OPSET_OF_4_BITS and needs_4_bits(model):
+        raise ValueError(
+            f"save_format: opset {opset} has no 4-bit integers; use 'onnx_{FIRST_OPSET_OF_4_BITS}' or later"
+        )
+    export_onnx(model, (*args, *extra), {**defaults, **kwargs}, save_path, opset, input_names, output_names)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    save_path: str | Path,
+    opset: int = DEFAULT_OPSET,
+    input_names: list[str] | None = None,
+    output_names: list[str] | None = None,
+) -> None:
+    """Write a model to an ONNX file, all or nothing.
+
+    Raises:
+        ImportError: onnx or onnxscript is not installed.
+        OSError: the path cannot be written.
+    """
+    for package in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"export to ONNX needs {package}: pip install 'coreai-opt-fused[onnx]'")
+    path = Path(save_path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; save_path names a file")
+    # Written beside its place and then renamed: nobody sees half a file. This fails first if it must.
+    handle, temporary = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs or None,
+                dynamo=True,
+                opset_version=opset,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+        program.save(temporary)  # type: ignore[union-attr]
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,124 @@
+"""Inputs for the forwards that compression itself runs."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.controllers.core.config import InputInfo
+from coreai_opt.controllers.core.context import BuildContext
+from coreai_opt.controllers.core.losses import device_of
+
+__all__ = ["Batch", "batch_size", "batches", "example_inputs", "require_loader"]
+
+Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _split(batch: Any) -> Batch:
+    """The model's arguments from a loader's batch: a dict's entries, or the first of a pair, or itself."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, list | tuple):
+        return (batch[0],), {}
+    return (batch,), {}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def require_loader(context: BuildContext) -> Any:
+    """The registered loader.
+
+    Raises:
+        ValueError: there is none.
+    """
+    loader = context.init_args.train_loader
+    if loader is None:
+        raise ValueError(
+            "initialisation needs data: register a loader with register_default_init_args(config, loader), "
+            "or ask for no samples (num_init_samples: 0)"
+        )
+    return loader
+
+
+def batches(context: BuildContext, model: nn.Module, num_samples: int) -> Iterator[Batch]:
+    """The model's arguments from the registered loader until ``num_samples`` are reached or it ends.
+
+    Raises:
+        ValueError: no loader is registered.
+    """
+    loader = require_loader(context)
+    device = torch.device(context.init_args.device) if context.init_args.device else device_of(model)
+    seen = 0
+    for batch in loader:
+        if seen >= num_samples:
+            return
+        args, kwargs = _split(batch)
+        args = tuple(_moved(value, device) for value in args)
+        kwargs = {name: _moved(value, device) for name, value in kwargs.items()}
+        seen += batch_size((args, kwargs))
+        yield args, kwargs
+
+
+def batch_size(batch: Batch) -> int:
+    """Samples of a batch: the first extent of its first tensor."""
+    args, kwargs = batch
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    return int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
+
+
+def example_inputs(context: BuildContext, model: nn.Module) -> Batch:
+    """Arguments for one forward.
+
+    Those that ``dummy_forward`` gives the model; or else made from ``input_info``; or else one batch of the
+    registered loader.
+
+    Raises:
+        ValueError: there is none of them, or ``dummy_forward`` does not call the model.
+    """
+    if context.dummy_forward is not None:
+        return _arguments_of(context.dummy_forward, model)
+    if context.input_info:
+        device = device_of(model)
+        args = tuple(_example(info, device) for info in context.input_info if info.keyword is None)
+        kwargs = {info.keyword: _example(info, device) for info in context.input_info if info.keyword}
+        return args, kwargs
+    if context.init_args.train_loader is not None:
+        return next(batches(context, model, 1))
+    raise ValueError(
+        "an example of the model's inputs is needed: give input_info in the configuration, or register a "
+        "loader with register_default_init_args"
+    )
+
+
+class _Called(BaseException):
+    """Ends a dummy forward at the call of the model, which does not run. Not to be caught as an Exception."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.batch = args, kwargs
+
+
+def _arguments_of(dummy_forward: Callable[[nn.Module], Any], model: nn.Module) -> Batch:
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Called(args, kwargs)
+
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        dummy_forward(model)
+    except _Called as called:
+        return called.batch
+    finally:
+        handle.remove()
+    raise ValueError("dummy_forward_fn must call the model that it is given; it returned without doing so")
+
+
+def _example(info: InputInfo, device: torch.device) -> Tensor:
+    dtype = torch.int64 if info.type == "long" else torch.float32
+    if info.filler == "random":
+        generator = torch.Generator().manual_seed(0)
+        values = torch.rand(info.sample_size, generator=generator).to(dtype)
+    else:
+        values = torch.full(info.sample_size, 0 if info.filler == "zeros" else 1, dtype=dtype)
+    return values.to(device)

@@ -1,0 +1,1 @@
+"""Levels as functions of steps and epochs."""

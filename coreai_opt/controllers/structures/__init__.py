@@ -1,0 +1,1 @@
+"""What belongs together in a model, found in its exported program, and its removal."""
