@@ -146,7 +146,7 @@ def test_a_method_with_loss_and_scheduler() -> None:
     optimizer = torch.optim.SGD(method.model.parameters(), lr=1.0)
     first = method.statistics()["magnitude"]
     for step in range(10):
-        loss = (method.model(batch(step)[0]) * 0).sum() + 100 * method.loss()
+        loss = (method.model(batch(step)[0]) * 0).sum() + 10 * method.loss()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
