@@ -1,0 +1,152 @@
+"""How many bits a compressed model's parameters and buffers take."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
+
+from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
+from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.inspection._storage import dense_bits, simulated_bits
+
+__all__ = ["BitsPerWeightResult", "bits_per_weight"]
+
+
+@dataclass(repr=False)
+class BitsPerWeightResult:
+    """The storage that a model's tensors take.
+
+    Attributes:
+        bpw: average bits of an element, 0.0 for a model without tensors.
+        per_module_map: the same for each module's own tensors, by the module's name.
+        total_bits: bits of all tensors.
+        total_weights: elements of all tensors.
+    """
+
+    bpw: float
+    per_module_map: dict[str, float] = field(default_factory=dict)
+    total_bits: int = 0
+    total_weights: int = 0
+
+    def __repr__(self) -> str:
+        return (
+            f"BitsPerWeightResult(bpw={self.bpw:.4f}, total_bits={self.total_bits}, "
+            f"total_weights={self.total_weights})"
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A parameter or buffer as it would be stored.
+
+    Attributes:
+        module_name: the module that owns it.
+        name: its name there.
+        elements: how many values it stands for.
+        bits: what they take, with everything needed to restore them.
+        simulators: the compressions that it goes through.
+    """
+
+    module_name: str
+    name: str
+    elements: int
+    bits: int
+    simulators: tuple[CompressionSimulatorBase, ...] = ()
+
+
+def bits_per_weight(model: nn.Module) -> BitsPerWeightResult:
+    """The bits that the parameters and buffers of ``model`` take, compressed as they are prepared.
+
+    Quantized and palettized weights count with their scales, zero points and palettes; pruned ones as a mask
+    of one bit an element and the values that stay, or densely where that takes less. Everything else,
+    such as biases and statistics of norms, counts with the bits of its dtype. Shared tensors count once.
+    Simulators of activations store nothing.
+
+    Args:
+        model: a float model, or one prepared in eager mode by any compressors.
+
+    Raises:
+        NotImplementedError: the model is an exported program or a graph, or has a parametrization, such as
+            weight_norm, that keeps several tensors for one.
+    """
+    stored = list(stored_tensors(model))
+    total_bits = sum(tensor.bits for tensor in stored)
+    total_elements = sum(tensor.elements for tensor in stored)
+    by_module: dict[str, tuple[int, int]] = {}
+    for tensor in stored:
+        bits, elements = by_module.get(tensor.module_name, (0, 0))
+        by_module[tensor.module_name] = (bits + tensor.bits, elements + tensor.elements)
+    return BitsPerWeightResult(
+        bpw=total_bits / total_elements if total_elements else 0.0,
+        per_module_map={name: bits / elements for name, (bits, elements) in by_module.items() if elements},
+        total_bits=total_bits,
+        total_weights=total_elements,
+    )
+
+
+def stored_tensors(model: nn.Module) -> Iterator[StoredTensor]:
+    """The tensors that a model stores, each once, under the first module that owns it.
+
+    Raises:
+        NotImplementedError: see :func:`bits_per_weight`.
+    """
+    if isinstance(model, torch.fx.GraphModule | torch.export.ExportedProgram):
+        raise NotImplementedError(
+            f"bits_per_weight counts the modules of a model prepared in eager mode; a graph "
+            f"({type(model).__name__}) has none"
+        )
+    seen: set[int] = set()
+    for module_name, module in _walk(model):
+        for name, tensor, simulators in _own_tensors(module_name, module):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            bits = simulated_bits(tensor, simulators) if simulators else dense_bits(tensor)
+            yield StoredTensor(module_name, name, tensor.numel(), bits, simulators)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model but those that compress, and what is below them."""
+    pending = [("", model)]
+    seen: set[nn.Module] = set()
+    while pending:
+        name, module = pending.pop()
+        if module in seen or isinstance(module, CompressionSimulatorBase):
+            continue
+        seen.add(module)
+        yield name, module
+        children = [
+            (f"{name}.{child_name}".removeprefix("."), child)
+            for child_name, child in module.named_children()
+            if not (child_name == "parametrizations" and is_parametrized(module))
+        ]
+        pending.extend(reversed(children))
+
+
+def _own_tensors(
+    module_name: str, module: nn.Module
+) -> Iterator[tuple[str, Tensor, tuple[CompressionSimulatorBase, ...]]]:
+    if is_parametrized(module):
+        for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
+            yield name, _original(f"{module_name}.{name}".removeprefix("."), chain), _simulators(chain)
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name, parameter, ()
+    for name, buffer in module.named_buffers(recurse=False):
+        if name != PREPARED_BY_QUANTIZER:
+            yield name, buffer, ()
+
+
+def _original(name: str, chain: ParametrizationList) -> Tensor:
+    original = getattr(chain, "original", None)
+    if original is None:
+        raise NotImplementedError(
+            f"bits_per_weight cannot tell the size of {name!r}: its parametrization keeps several tensors "
+            f"({', '.join(found for found, _ in chain.named_parameters(recurse=False))})"
+        )
+    return original  # type: ignore[no-any-return]
+
+
+def _simulators(chain: ParametrizationList) -> tuple[CompressionSimulatorBase, ...]:
+    return tuple(each for each in chain if isinstance(each, CompressionSimulatorBase))
