@@ -55,7 +55,7 @@ def inspect_eager(
 @cache
 def _recorded_functions() -> frozenset[Function]:
     """What torch lets a mode see, without the reading and writing of attributes."""
-    found = set()
+    found: set[Function] = set()
     for functions in get_overridable_functions().values():
         found.update(each for each in functions if getattr(each, "__name__", "") not in _ATTRIBUTE_ACCESS)
     return frozenset(found)

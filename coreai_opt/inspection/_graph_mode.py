@@ -63,8 +63,8 @@ def export_graph(
     except Exception as error:
         # What can go wrong in a trace of user code has no common base.
         raise RuntimeError(
-            f"torch.export cannot trace {type(model).__name__}: {error}. Inspect it with execution_mode='eager', "
-            f"or see the cause above"
+            f"torch.export cannot trace {type(model).__name__}: {error}. execution_mode='eager' "
+            f"needs no export"
         ) from error
 
 

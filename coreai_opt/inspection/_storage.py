@@ -81,7 +81,11 @@ def _palette_bits(simulator: _FakePalettizeImplBase, weight: Tensor) -> int:
     """Palettes, their own quantization parameters, and the scales of channels."""
     bits_of_weight = weight.element_size() * 8
     centroids = getattr(simulator, "centroids", None)
-    blocks = centroids.shape[0] if isinstance(centroids, Tensor) else _palettes_of(simulator, weight)
+    blocks = (
+        centroids.shape[0]
+        if isinstance(centroids, Tensor)
+        else simulator.granularity.num_blocks_to_cluster(weight)
+    )
     entries = blocks * 2**simulator.n_bits * simulator.cluster_dim
     lut_spec = simulator.lut_qspec
     bits = entries * (bits_of_weight if lut_spec is None else bits_of(lut_spec.dtype))
@@ -93,10 +97,6 @@ def _palette_bits(simulator: _FakePalettizeImplBase, weight: Tensor) -> int:
     if simulator.enable_per_channel_scale:
         bits += weight.shape[0] * bits_of_weight
     return bits
-
-
-def _palettes_of(simulator: _FakePalettizeImplBase, weight: Tensor) -> int:
-    return weight.numel() // math.prod(simulator.granularity.get_block_size(weight.shape))
 
 
 def _kept(simulator: PruneImplBase, weight: Tensor) -> int:

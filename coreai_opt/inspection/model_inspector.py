@@ -154,7 +154,7 @@ def _check_compressor(compressor: Any, mode: ExecutionMode) -> None:
 
 
 def _functions(compressor: Compressor | None) -> dict[Any, str] | None:
-    """The functions that a compressor knows in eager mode, and their types; in-place ones have the plain type."""
+    """The functions that a compressor knows in eager mode, and their types, in place or not."""
     if compressor is None:
         return None
     if issubclass(compressor, Quantizer):

@@ -1,4 +1,7 @@
-"""Models whose inspection shows what a record is, and a dump of all records. The same file runs on both packages."""
+"""Models whose inspection shows what a record is, and a dump of all records.
+
+Public names only: the same file runs on both packages.
+"""
 
 import os
 from collections.abc import Callable
