@@ -17,6 +17,7 @@ from coreai_opt.base_model_compressor import (
     remove_first,
 )
 from coreai_opt.common import ExportBackend
+from coreai_opt.pruning._export import finalize_pruned
 from coreai_opt.pruning._semi_structured import store_semi_structured
 from coreai_opt.pruning.config.magnitude_pruner_config import MagnitudePrunerConfig
 from coreai_opt.pruning.spec.prune import PruneImplBase, _MagnitudePruneImpl
@@ -189,7 +190,8 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
 
         Args:
             model: the prepared model, or a copy of it; None for the pruner's own.
-            backend: ``ExportBackend.Torch`` alone.
+            backend: ``ExportBackend.Torch``; or ``ExportBackend.CoreAI``, for which weights are held as the
+                elements that stay, and where they are.
             semi_structured: store weights of linear layers, where they are pruned 2:4, as torch's
                 semi-structured sparse tensors, for inference. A weight that these do not take on its device
                 stays dense, with a warning.
@@ -198,8 +200,12 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             RuntimeError: the model is not prepared.
             NotImplementedError: the backend is another one that exists.
             ValueError: there is no such backend.
+            ImportError: the backend's package is not installed.
         """
         chosen = self._require_prepared(model, "finalize")
+        if backend == ExportBackend.CoreAI:
+            finalize_pruned(chosen, ExportBackend.CoreAI)
+            return chosen
         self._require_torch(backend)
         found = list(self._inserted(chosen))
         for module, attribute, _ in found:

@@ -10,6 +10,7 @@ from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
+from coreai_opt.quantization._export import finalize_eager
 from coreai_opt.quantization.base_quantizer import _BaseQuantizer
 from coreai_opt.quantization.config import ExecutionMode, QuantizerConfig
 
@@ -92,21 +93,34 @@ class Quantizer(_BaseQuantizer):
         *,
         mmap_dir: Any = None,
     ) -> nn.Module:
-        """Hand the model over as it is, with its simulators: ``ExportBackend.Torch``.
+        """Turn the simulation into the quantized model, in place, and return the model.
+
+        For Core AI, weights are held as they are stored, and activations pass Core AI's operators: the model
+        is for inference and conversion. For torch, the model is handed over as it is, with its simulators.
+        Where this fails, the model is as it was.
 
         Args:
-            model: a copy of the prepared model; None for the quantizer's own.
-            backend: must be ``ExportBackend.Torch``; others are not available.
-            mmap_dir: for the Core AI backend only.
+            model: the prepared model, or a copy of it; None for the quantizer's own.
+            backend: ``ExportBackend.CoreAI`` or ``ExportBackend.Torch``; Core ML is not available.
+            mmap_dir: for Core AI: a folder, empty or not there, to which weights are written, one file each,
+                and from which they are mapped into memory. Keep the files as long as the model lives.
 
         Raises:
-            RuntimeError: the model is not prepared.
-            NotImplementedError: the backend is not available.
-            ValueError: there is no such backend, or ``mmap_dir`` is given for another than Core AI.
+            RuntimeError: the model is not prepared, or has observed nothing.
+            NotImplementedError: the backend is not available, or lacks a dtype or parameters that depend on
+                the input.
+            ValueError: there is no such backend; it cannot express a dtype with its granularity; or
+                ``mmap_dir`` is given for another than Core AI, or for a model that is not on the CPU.
+            ImportError: the backend's package is not installed.
+            NotADirectoryError, FileExistsError: ``mmap_dir`` is a file, or has files in it.
         """
         model = self._require_prepared(model, "finalize")
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend}")
+        if backend == ExportBackend.CoreAI:
+            finalize_eager(model, ExportBackend.CoreAI, mmap_dir)
+            setattr(model, PREPARED_BY_QUANTIZER, False)
+            return model
         self._require_torch(backend)
         return model
 

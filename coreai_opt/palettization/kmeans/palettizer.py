@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
+from coreai_opt.palettization.kmeans._export import finalize_palettes
 from coreai_opt.palettization.kmeans._placed import placed_simulators, refresh_before_saving
 from coreai_opt.palettization.kmeans._plan import plan
 from coreai_opt.palettization.kmeans._sensitivities import (
@@ -198,17 +199,26 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
 
         Args:
             model: the prepared model; None for the one of the constructor.
-            backend: what the model is for; this package finalizes for torch only.
-            mmap_dir: a folder for the weights of large models; only for ``ExportBackend.CoreAI``.
+            backend: ``ExportBackend.Torch``; or ``ExportBackend.CoreAI``, for which weights are held as
+                indices and tables.
+            mmap_dir: for Core AI: a folder, empty or not there, to which weights are written, one file each,
+                and from which they are mapped into memory. Keep the files as long as the model lives.
 
         Raises:
             RuntimeError: the model is not prepared, or finalized already.
-            ValueError: ``mmap_dir`` is given for another backend.
-            NotImplementedError: the backend is not torch.
+            ValueError: ``mmap_dir`` is given for another backend, or for a model that is not on the CPU; or
+                the backend cannot express a specification.
+            NotImplementedError: the backend is not available.
+            ImportError: the backend's package is not installed.
+            NotADirectoryError, FileExistsError: ``mmap_dir`` is a file, or has files in it.
         """
         model = self._require_prepared(model, "finalize")
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend!r}")
+        if backend == ExportBackend.CoreAI:
+            finalize_palettes(model, ExportBackend.CoreAI, mmap_dir)
+            self._prepared = self._prepared and model is not self._model
+            return model
         self._require_torch(backend)
         for each in placed_simulators(model):
             each.simulator.freeze(each.weight())

@@ -9,6 +9,7 @@ call of a function, and the calls are recognised by their order.
 import copy
 import inspect
 import threading
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -80,7 +81,15 @@ def is_intercepting() -> bool:
 
 def simulate(simulator: nn.Module, tensor: Tensor) -> Tensor:
     """The simulator's output. The functions that it calls are none of the forward that is running."""
-    if torch.compiler.is_compiling() or _active.mode is None:
+    mode = _active.mode
+    if mode is not None and torch.compiler.is_exporting():
+        # Export traces with the interception on, and needs torch's functions to be dispatched as always.
+        outside, mode.frame = mode.frame, None
+        try:
+            return simulator(tensor)  # type: ignore[no-any-return]
+        finally:
+            mode.frame = outside
+    if mode is None or torch.compiler.is_compiling():
         return simulator(tensor)  # type: ignore[no-any-return]
     with torch._C.DisableTorchFunction():
         return simulator(tensor)  # type: ignore[no-any-return]
@@ -113,6 +122,11 @@ class ReplacedForward:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.inner)
+
+    @property
+    def __code__(self) -> types.CodeType:
+        # torch.export looks up where a model's forward is defined.
+        return self.inner.__code__
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": self.module}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coreai_opt._utils.config_utils import ConfigLevel, full_match
+from coreai_opt.export.parametrized import is_finalized
 from coreai_opt.quantization._eager.operations import OPERATIONS
 from coreai_opt.quantization._eager.trace import Call, Identity, ModuleTrace, Operand, State, Trace
 from coreai_opt.quantization.config.quantization_config import ModuleQuantizerConfig, OpQuantizerConfig
@@ -172,7 +173,11 @@ def _plan_states(
                     spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
                     if spec is not _MISSING and operand.is_quantizable:
                         chosen[operand.identity[0]] = (operand.owners, spec)
-    found = [StatePlan(places, spec) for places, spec in chosen.values() if spec is not None]
+    found = [
+        StatePlan(places, spec)
+        for places, spec in chosen.values()
+        if spec is not None and not any(is_finalized(place.module, place.name) for place in places)
+    ]
     return sorted(found, key=lambda plan: plan.places[0].rank)
 
 

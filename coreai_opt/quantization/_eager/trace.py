@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.export.parametrized import FinalizedWeight
 from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
 
 __all__ = [
@@ -269,7 +270,7 @@ def compressions_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, Par
     for module_name, module in model.named_modules():
         if is_parametrized(module):
             for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
-                if any(isinstance(each, CompressionSimulatorBase) for each in chain):
+                if any(isinstance(each, CompressionSimulatorBase | FinalizedWeight) for each in chain):
                     yield module, module_name, name, chain
 
 

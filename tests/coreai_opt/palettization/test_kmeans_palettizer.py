@@ -260,7 +260,7 @@ def test_finalizing():
     palettizer, model = prepared()
     twin = copy.deepcopy(model)
     with pytest.raises(NotImplementedError):
-        palettizer.finalize()
+        palettizer.finalize(backend=ExportBackend.CoreML)
     with pytest.raises(ValueError, match="mmap_dir"):
         palettizer.finalize(backend=ExportBackend.Torch, mmap_dir="folder")
     with pytest.raises(TypeError):

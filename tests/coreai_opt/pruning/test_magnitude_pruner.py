@@ -269,7 +269,7 @@ def test_the_order_of_calls(model, x):
         pruner.training_mode()
 
 
-@pytest.mark.parametrize("backend", [ExportBackend.CoreAI, ExportBackend.CoreML, "coreml"])
+@pytest.mark.parametrize("backend", [ExportBackend.CoreML, "coreml"])
 def test_other_backends(model, x, backend):
     pruner = MagnitudePruner(model)
     pruner.prepare((x,))

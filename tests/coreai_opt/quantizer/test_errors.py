@@ -124,7 +124,6 @@ def test_unprepared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, NotImplementedError, "Torch"),
         ({"backend": ExportBackend.CoreML}, NotImplementedError, "Torch"),
         ({"backend": "onnx"}, ValueError, "must be one of"),
         ({"backend": None}, ValueError, "must be one of"),

@@ -1,0 +1,96 @@
+"""Palettized models for Core AI and Core ML."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.common import ExportBackend
+from coreai_opt.export import coreai, mapped
+from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.export.records import Palette
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+
+__all__ = ["finalize_palettes", "palette_of"]
+
+_LUT_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def finalize_palettes(model: nn.Module, backend: ExportBackend, mmap_dir: str | Path | None = None) -> None:
+    """Replace the simulators of a palettized model by what the backend reads, in place.
+
+    If anything fails, the model is as it was.
+
+    Args:
+        model: the prepared model.
+        backend: Core AI or Core ML.
+        mmap_dir: see :meth:`.KMeansPalettizer.finalize`.
+
+    Raises:
+        As :meth:`.KMeansPalettizer.finalize`.
+    """
+    if mmap_dir is not None:
+        mapped.check(model, mmap_dir)
+    places = list(places_of(model, _KMeansFakePalettize))
+    for place in places:
+        _check(place)
+    _to_core_ai(places, mmap_dir)
+
+
+def _check(place: Place) -> None:
+    simulator = place.simulator
+    dtype = None if simulator.lut_qspec is None else simulator.lut_qspec.dtype
+    if dtype is not None and dtype not in _LUT_DTYPES:
+        raise ValueError(
+            f"finalize: the tables of {place.name!r} are quantized to {dtype}; Core AI has tables of int8, "
+            f"uint8, float8_e4m3fn and float8_e5m2"
+        )
+
+
+def _to_core_ai(places: list[Place], mmap_dir: str | Path | None) -> None:
+    coreai.require_operators()
+    constants: dict[_KMeansFakePalettize, nn.Module] = {}
+    with mapped.folder(mmap_dir) as folder:
+        for place in places:
+            if place.simulator not in constants and not place.simulator.is_disabled():
+                record = palette_of(place.simulator, place.value())
+                constants[place.simulator] = folder.moved(
+                    coreai.weight_module(record, place.name), place.name
+                )
+    for place in places:
+        if place.simulator in constants:
+            replace_simulator(place, constants[place.simulator])
+
+
+@torch.no_grad()
+def palette_of(simulator: _KMeansFakePalettize, weight: Tensor) -> Palette:
+    """Tables and indices of a weight as they are now.
+
+    Args:
+        simulator: the weight's simulator.
+        weight: the weight, dense.
+    """
+    simulator.ensure_initialized(weight)
+    simulator.refresh_indices(weight)
+    assert simulator.indices is not None
+    grid = simulator.blocks(weight).grid
+    shape = (*grid, 2**simulator.n_bits, simulator.cluster_dim)
+    dequantized = simulator.palettes().detach().reshape(shape)
+    lut, scale, zero_point = dequantized, simulator.lut_quantization_scale, None
+    quantized = simulator.quantized_lut
+    if quantized is not None and scale is not None:
+        lut, scale = quantized.reshape(shape), scale.reshape(grid).to(weight.dtype)
+        offset = simulator.lut_quantization_zero_point
+        zero_point = None if offset is None else offset.reshape(grid).to(lut.dtype)
+    channel_scale = simulator.per_channel_scale
+    if channel_scale is not None:
+        channel_scale = channel_scale.reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype)
+    return Palette(
+        simulator.indices.detach().clone(),
+        lut.detach().clone(),
+        scale,
+        zero_point,
+        channel_scale,
+        getattr(simulator, "_sparsity_mask", None),
+        dequantized.to(weight.dtype).clone(),
+    )

@@ -1,0 +1,105 @@
+"""Quantized models, prepared in eager mode, for Core AI and Core ML."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from coreai_opt.common import ExportBackend
+from coreai_opt.export import coreai, mapped
+from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.quantization._eager.interception import LeafForward, ReplacedForward, ScopeForward
+from coreai_opt.quantization._export_checks import Named, check_exportable
+from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
+from coreai_opt.quantization._export_utils import eager_activation_export_handler
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["finalize_eager"]
+
+
+def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Path | None = None) -> None:
+    """Replace the simulators of a model by what the backend reads, in place.
+
+    If anything fails, the model is as it was.
+
+    Args:
+        model: prepared in eager mode.
+        backend: Core AI or Core ML.
+        mmap_dir: see :meth:`.Quantizer.finalize`.
+
+    Raises:
+        As :meth:`.Quantizer.finalize`.
+    """
+    if mmap_dir is not None:
+        mapped.check(model, mmap_dir)
+    weights = [place for place in places_of(model, FakeQuantizeImplBase) if is_weight(place.simulator)]
+    activations = list(_activations(model))
+    check_exportable(_named(weights, activations), backend)
+    _to_core_ai(weights, activations, mmap_dir)
+    _remove_shortcuts(model)
+
+
+def _named(weights: list[Place], activations: list[tuple[nn.Module, str, str]]) -> Iterator[Named]:
+    for place in weights:
+        yield place.name, place.simulator, place.value().shape
+    for module, child, name in activations:
+        yield name, getattr(module, child), None
+
+
+def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Each module with a simulator of an activation, the name under which it has it, and the whole name."""
+    for name, module in model.named_modules():
+        for child, simulator in module._modules.items():
+            if isinstance(simulator, FakeQuantizeImplBase) and not is_weight(simulator):
+                yield module, child, f"{name}.{child}".lstrip(".")
+
+
+def _to_core_ai(
+    weights: list[Place],
+    activations: list[tuple[nn.Module, str, str]],
+    mmap_dir: str | Path | None,
+) -> None:
+    coreai.require_operators()
+    constants: dict[FakeQuantizeImplBase, nn.Module] = {}
+    with mapped.folder(mmap_dir) as folder:
+        for place in weights:
+            if place.simulator not in constants:
+                constant = coreai.weight_module(affine_weight(place.simulator, place.value()), place.name)
+                constants[place.simulator] = folder.moved(constant, place.name)
+        pairs: dict[FakeQuantizeImplBase, nn.Module] = {}
+        for module, child, _ in activations:
+            simulator: Any = getattr(module, child)
+            if simulator not in pairs:
+                pairs[simulator] = _core_ai_activation(simulator, module)
+    for place in weights:
+        replace_simulator(place, constants[place.simulator])
+    for module, child, _ in activations:
+        simulator = getattr(module, child)
+        setattr(module, child, pairs[simulator].train(module.training))
+
+
+def _core_ai_activation(simulator: FakeQuantizeImplBase, owner: nn.Module) -> nn.Module:
+    handler = eager_activation_export_handler(simulator)
+    if handler is not None:
+        return handler(simulator)
+    return coreai.activation_module(quantized_activation(simulator, _dtype_of(simulator, owner)))
+
+
+def _dtype_of(simulator: FakeQuantizeImplBase, owner: nn.Module) -> torch.dtype:
+    """The dtype of the activation that was observed, as far as there is a trace of it."""
+    observed = getattr(simulator.qparams_calculator, "running_min", None)
+    if observed is not None and observed.numel():
+        return observed.dtype  # type: ignore[no-any-return]
+    floating = (each.dtype for each in owner.parameters() if each.is_floating_point())
+    return next(floating, torch.float32)
+
+
+def _remove_shortcuts(model: nn.Module) -> None:
+    """Take off the forwards that serve simulators of weights; those of activations stay."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        while isinstance(forward, ReplacedForward) and not isinstance(forward, LeafForward | ScopeForward):
+            forward.remove()
+            forward = module.__dict__.get("forward")

@@ -1,0 +1,101 @@
+"""From fake quantizers to records of what they quantize to."""
+
+import torch
+from torch import Tensor
+
+from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.export.records import Affine, QuantizedActivation, int_min
+from coreai_opt.quantization.spec import _numbers
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
+
+__all__ = ["affine_weight", "is_weight", "quantized_activation"]
+
+# The code of a magnitude of 4-bit floating point, by twice that magnitude.
+_FLOAT4_CODES = (0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7)
+
+
+def is_weight(simulator: FakeQuantizeImplBase) -> bool:
+    """Whether the simulator serves a parameter or buffer."""
+    return simulator.quantization_target is CompressionTargetTensor.WEIGHT
+
+
+@torch.no_grad()
+def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor) -> Affine:
+    """What a weight is quantized to.
+
+    Args:
+        simulator: has observed the weight.
+        weight: the weight, dense.
+    """
+    scale, zero_point, minval = simulator.calculate_qparams()
+    scale = scale.to(weight.dtype)
+    minval = None if minval is None else minval.to(weight.dtype)
+    if _numbers.is_float_format(simulator.dtype):
+        return _float_weight(simulator, weight, scale)
+    uses_minval = simulator.qformulation == QuantizationFormulation.MINVAL
+    values = simulator.quantize(
+        weight.float(),
+        scale.float(),
+        zero_point,
+        None if minval is None else minval.float(),
+    )
+    if uses_minval:
+        # The minimum belongs to the smallest integer of the dtype; a clipping scheme begins one above.
+        values = values + (int_min(simulator.dtype) - int(simulator.quant_min))
+        return Affine(values, scale, None, minval, simulator.dtype, weight.dtype)
+    assert zero_point is not None
+    return Affine(values, scale, zero_point.to(values.dtype), None, simulator.dtype, weight.dtype)
+
+
+def _float_weight(simulator: FakeQuantizeImplBase, weight: Tensor, scale: Tensor) -> Affine:
+    values = simulator.quantize(weight.float(), scale.float(), None, None)
+    if simulator.dtype == _numbers.FLOAT4:
+        values = _packed_float4(values.float())
+    if getattr(simulator.qparams_calculator, "scale_dtype", None) is not None:
+        scale = scale.float().to(torch.float8_e8m0fnu)
+    return Affine(values, scale, None, None, simulator.dtype, weight.dtype)
+
+
+def _packed_float4(values: Tensor) -> Tensor:
+    """Two values a byte along the last axis, the first in the low half: its sign and the magnitude's code."""
+    table = torch.tensor(_FLOAT4_CODES, dtype=torch.uint8, device=values.device)
+    codes = table[(values.abs() * 2).to(torch.int32)] | (values.signbit().to(torch.uint8) << 3)
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+@torch.no_grad()
+def quantized_activation(simulator: FakeQuantizeImplBase, output_dtype: torch.dtype) -> QuantizedActivation:
+    """How an activation is quantized: parameters as a single value, or as one a channel.
+
+    Args:
+        simulator: has observed the activation, and has a granularity per tensor or per channel.
+        output_dtype: the activation's dtype.
+    """
+    scale, zero_point, minval = simulator.calculate_qparams()
+    axis = None
+    if scale.numel() > 1:
+        axis = next(i for i, size in enumerate(scale.shape) if size > 1)
+    shape = () if axis is None else (-1,)
+    is_float = _numbers.is_float_format(simulator.dtype)
+    uses_minval = not is_float and simulator.qformulation == QuantizationFormulation.MINVAL
+    scale = scale.reshape(shape).to(output_dtype)
+    lowest: Tensor | None = None
+    highest: Tensor | None = None
+    if is_float:
+        zero_point = minval = None
+        if getattr(simulator.qparams_calculator, "scale_dtype", None) is not None:
+            scale = scale.float().to(torch.float8_e8m0fnu)
+    elif uses_minval:
+        assert minval is not None
+        zero_point, minval = None, minval.reshape(shape).to(output_dtype)
+        if simulator.quant_min != int_min(simulator.dtype):
+            highest = minval + scale * (float(simulator.quant_max) - float(simulator.quant_min))
+    else:
+        assert zero_point is not None
+        zero_point, minval = zero_point.reshape(shape).to(simulator.target_dtype), None
+        if simulator.quant_min != int_min(simulator.dtype):
+            lowest = scale * (float(simulator.quant_min) - zero_point.to(scale.dtype))
+    return QuantizedActivation(
+        scale.clone(), zero_point, minval, simulator.dtype, output_dtype, axis, lowest, highest
+    )
