@@ -32,7 +32,9 @@ struct FormatFacts<Format::kE2M1> {
   static constexpr float kMax = 6.0f;
 };
 
-COREAI_HD int max_exponent(Format format) {
+// Exponent of the largest quantized value: that of the format, of integers that of `quant_max`.
+COREAI_HD int largest_exponent(Format format, double quant_max) {
+  if (format == Format::kInt) return __builtin_ilogb(quant_max);
   return format == Format::kE4M3 ? 8 : format == Format::kE5M2 ? 15 : 2;
 }
 

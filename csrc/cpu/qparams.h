@@ -83,9 +83,9 @@ COREAI_HD Range update_lanes(const UpdateRule& rule, Element element, Range batc
 }
 
 template <class = void>
-COREAI_HD F power_of_two_scale(F amax, Format format) {
+COREAI_HD F power_of_two_scale(F amax, int largest_exponent) {
   const I exponent = Simd::iand(Simd::template shr<23>(Simd::as_int(amax)), Simd::iset(0xff));
-  const I biased = Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-max_exponent(format)))));
+  const I biased = Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-largest_exponent))));
   return Simd::max(Simd::set(0x1p-126f), Simd::as_float(Simd::template shl<23>(biased)));
 }
 
@@ -109,7 +109,9 @@ COREAI_HD QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
   const F smallest = Simd::set(0x1p-23f);
   const double width = rule.quant_max - rule.quant_min;
   if (rule.power_of_two) {
-    return {power_of_two_scale(amax, rule.format), Simd::iset(0), Simd::set(0.0f)};
+    const F scale = power_of_two_scale(amax, largest_exponent(rule.format, rule.quant_max));
+    const F minval = rule.format == Format::kInt ? Simd::sub(Simd::set(-0.0f), amax) : Simd::set(0.0f);
+    return {scale, Simd::iset(0), minval};
   }
   if (rule.format != Format::kInt) {
     const F scale = rounded_quotient<Simd>(amax, static_cast<float>(rule.quant_max), rule.rounding);

@@ -3,11 +3,12 @@
 The integer values are part of the operator schemas and of the native code (``csrc/common/types.h``).
 """
 
+import math
 from enum import IntEnum
 
 import torch
 
-__all__ = ["Format", "RangeUpdate", "Scheme", "grid_shape"]
+__all__ = ["Format", "RangeUpdate", "Scheme", "grid_shape", "largest_exponent"]
 
 
 class Format(IntEnum):
@@ -39,6 +40,15 @@ class Format(IntEnum):
 
 
 _FLOAT_FACTS = {Format.E4M3: (3, -6, 8), Format.E5M2: (2, -14, 15), Format.E2M1: (1, 0, 2)}
+
+
+def largest_exponent(format: int, quant_max: float) -> int:
+    """Exponent of the largest quantized value, which a power-of-two scale brings the largest element to.
+
+    That of the format if it is floating point, else of ``quant_max``: 6 for int8, up to 127.
+    """
+    fmt = Format(format)
+    return math.frexp(quant_max)[1] - 1 if fmt == Format.INT else fmt.max_exponent
 
 
 class Scheme(IntEnum):

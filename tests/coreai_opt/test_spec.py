@@ -48,9 +48,14 @@ def test_defaults():
     [
         ("int2", torch.int2, 2, torch.int8, -2, 1),
         ("int4", torch.int4, 4, torch.int8, -8, 7),
+        ("int3", torch.int3, 3, torch.int8, -4, 3),
+        ("int5", torch.int5, 5, torch.int8, -16, 15),
+        ("int6", torch.int6, 6, torch.int8, -32, 31),
+        ("int7", torch.int7, 7, torch.int8, -64, 63),
         ("int8", torch.int8, 8, torch.int8, -128, 127),
         ("uint2", torch.uint2, 2, torch.uint8, 0, 3),
         ("uint4", torch.uint4, 4, torch.uint8, 0, 15),
+        ("uint6", torch.uint6, 6, torch.uint8, 0, 63),
         ("uint8", torch.uint8, 8, torch.uint8, 0, 255),
         ("float8_e4m3fn", torch.float8_e4m3fn, 8, torch.float8_e4m3fn, -448.0, 448.0),
         ("float8_e4m3", torch.float8_e4m3fn, 8, torch.float8_e4m3fn, -448.0, 448.0),
@@ -91,6 +96,7 @@ def test_a_refused_dtype_is_answered_with_the_allowed_and_the_nearest():
         (torch.int4, (-7, 7), (-8, 7)),
         (torch.uint4, (0, 15), (0, 15)),
         (torch.int3, (-3, 3), (-4, 3)),
+        (torch.int6, (-31, 31), (-32, 31)),
         (torch.int16, (-32767, 32767), (-32768, 32767)),
         (torch.float8_e5m2, (-57344.0, 57344.0), (-57344.0, 57344.0)),
         (torch.float16, (-65504.0, 65504.0), (-65504.0, 65504.0)),
@@ -141,8 +147,29 @@ def test_floating_point_restrictions(dtype, fields, message):
 @pytest.mark.parametrize("scale_dtype", ["float8_e8m0fnu", "float8_e8m0", E8M0])
 def test_power_of_two_scales(scale_dtype):
     assert QuantizationSpec(dtype="float8_e4m3fn", scale_dtype=scale_dtype).scale_dtype == E8M0
+    assert QuantizationSpec(dtype="int8", scale_dtype=scale_dtype).scale_dtype == E8M0
     with pytest.raises(ValidationError, match=r"got dtype=torch\.int4"):
         QuantizationSpec(dtype="int4", scale_dtype=scale_dtype)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"qscheme": "asymmetric"}, r"qscheme must be 'symmetric' for dtype=torch.int8 .*e8m0fnu"),
+        ({"qscheme": "symmetric_with_clipping"}, "qscheme must be 'symmetric'"),
+        ({"qformulation": "minval"}, r"qformulation must be 'zp' for dtype=torch.int8 .*e8m0fnu"),
+    ],
+)
+def test_int8_with_power_of_two_scales_is_symmetric(fields, message):
+    with pytest.raises(ValidationError, match=message):
+        QuantizationSpec(dtype="int8", scale_dtype=E8M0, **fields)
+
+
+def test_of_several_mistakes_the_scale_dtype_is_reported():
+    fields = {"qscheme": "asymmetric", "qformulation": "minval", "scale_dtype": torch.float32}
+    with pytest.raises(ValidationError, match="scale_dtype must be None") as raised:
+        QuantizationSpec(dtype="float8_e4m3fn", **fields)
+    assert raised.value.error_count() == 1
 
 
 def test_float4_has_power_of_two_scales_anyway():

@@ -64,7 +64,7 @@ def test_observe_range(case: Case) -> None:
 @many
 @given(cases(), st.sampled_from(list(Scheme)), st.booleans())
 def test_choose_qparams(case: Case, scheme: Scheme, power_of_two: bool) -> None:
-    power_of_two = power_of_two and case.format != Format.INT
+    power_of_two = power_of_two and case.takes_power_of_two(scheme)
     low, high = case.tensor(), case.tensor(seed=1)
     arguments = {"scheme": scheme, "power_of_two_scale": power_of_two}
     arguments |= {name: case.quant[name] for name in ("format", "quant_min", "quant_max")}
@@ -120,7 +120,7 @@ def test_observe_and_fake_quantize(
                     has_running=step > 0,
                     averaging_constant=0.1,
                     use_minval=use_minval and is_int,
-                    power_of_two_scale=power_of_two and not is_int,
+                    power_of_two_scale=power_of_two and case.takes_power_of_two(scheme),
                     range_min=fixed[0],
                     range_max=fixed[1],
                 )

@@ -140,7 +140,8 @@ def test_choose_qparams(format: Format, scheme: Scheme, dtypes: tuple[torch.dtyp
     low, high = flat.tensor(dtypes[0]), flat.tensor(dtypes[1], seed=1)
     limits = {Format.INT: (-8.0, 7.0), Format.E4M3: (-448.0, 448.0), Format.E5M2: (-57344.0, 57344.0)}
     quant_min, quant_max = limits.get(format, (-6.0, 6.0))
-    for power_of_two in (False, True) if format != Format.INT else (False,):
+    powers_suit = format != Format.INT or scheme != Scheme.ASYMMETRIC
+    for power_of_two in (False, True) if powers_suit else (False,):
         results = {}
         for backend in ("reference", "triton"):
             with ck.use_backend(backend):

@@ -130,6 +130,7 @@ KINDS = [
     Kind("e4m3", Format.E4M3, -448, 448, "none", torch.float8_e4m3fn),
     Kind("e5m2", Format.E5M2, -57344, 57344, "none", torch.float8_e5m2),
     Kind("e2m1", Format.E2M1, -6, 6, "none", torch.float8_e4m3fn),
+    Kind("int8", Format.INT, -128, 127, "zero_point", torch.int8),
     Kind("int_as_e5m2", Format.INT, -100, 155, "zero_point", torch.float8_e5m2),
 ]
 
@@ -159,7 +160,7 @@ class Step:
         }
 
 
-_INT4, _UINT8, _, _E4M3, _, _E2M1, _ = KINDS
+_INT4, _UINT8, _, _E4M3, _, _E2M1, _INT8, _ = KINDS
 STEPS = [
     Step("int4_latest", _INT4, Scheme.SYMMETRIC, RangeUpdate.LATEST),
     Step("uint8_average", _UINT8, Scheme.ASYMMETRIC, RangeUpdate.MOVING_AVERAGE),
@@ -167,6 +168,7 @@ STEPS = [
     Step("int4_clipped_minval", _INT4, Scheme.SYMMETRIC_WITH_CLIPPING, RangeUpdate.MOVING_AVERAGE, True),
     Step("e4m3_fixed", _E4M3, Scheme.SYMMETRIC, RangeUpdate.GLOBAL_MINMAX, range_min=-1.7, range_max=1.1),
     Step("e2m1_e8m0", _E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, more={"power_of_two_scale": True}),
+    Step("mxint8", _INT8, Scheme.SYMMETRIC, RangeUpdate.MOVING_AVERAGE, more={"power_of_two_scale": True}),
 ]
 
 

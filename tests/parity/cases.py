@@ -13,9 +13,10 @@ from typing import Any
 
 __all__ = ["Case", "all_cases", "group_names"]
 
-INT_DTYPES = ("int2", "int4", "int8", "uint2", "uint4", "uint8")
-# The pair is (dtype, scale_dtype).
-FLOAT_DTYPES = (
+INT_DTYPES = ("int2", "int4", "int6", "int8", "uint2", "uint4", "uint6", "uint8")
+# Symmetric with a zero point, if any; pairs of dtype and scale_dtype.
+SYMMETRIC_DTYPES = (
+    ("int8", "float8_e8m0fnu"),
     ("float8_e4m3fn", None),
     ("float8_e5m2", None),
     ("float4_e2m1fn", None),
@@ -103,7 +104,7 @@ def _target(wanted: str, calculator: str) -> str:
 def _formats() -> Iterator[dict[str, Any]]:
     for dtype, scheme, formulation in product(INT_DTYPES, SCHEMES, FORMULATIONS):
         yield {"dtype": dtype, "qscheme": scheme, "qformulation": formulation}
-    for dtype, scale_dtype in FLOAT_DTYPES:
+    for dtype, scale_dtype in SYMMETRIC_DTYPES:
         yield {"dtype": dtype, "scale_dtype": scale_dtype}
 
 

@@ -59,7 +59,14 @@ INVALID: dict[str, Callable[[], Any]] = {
     "float_range NaN": lambda: spec(float_range=[math.nan, 1]).float_range,
     "scale_dtype float16": lambda: spec(scale_dtype=torch.float16),
     "scale_dtype unknown": lambda: spec(scale_dtype="x"),
-    "scale_dtype e8m0 of integers": lambda: spec(scale_dtype=torch.float8_e8m0fnu),
+    "scale_dtype e8m0 of int6": lambda: spec(dtype="int6", scale_dtype=torch.float8_e8m0fnu),
+    "scale_dtype e8m0 of uint8": lambda: spec(dtype="uint8", scale_dtype=torch.float8_e8m0fnu),
+    "scale_dtype e8m0 of int4, asymmetric": lambda: spec(
+        dtype="int4", scale_dtype=torch.float8_e8m0fnu, qscheme="asymmetric"
+    ),
+    "mxint8 asymmetric": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qscheme="asymmetric"),
+    "mxint8 with clipping": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qscheme="symmetric_with_clipping"),
+    "mxint8 minval": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qformulation="minval"),
     "scale_dtype float32 of fp4": lambda: spec(dtype="float4_e2m1fn", scale_dtype=torch.float32),
     "spec frozen": lambda: setattr(spec(), "dtype", torch.int8),
     "spec positional": lambda: api.QuantizationSpec(torch.int8),

@@ -224,6 +224,10 @@ VALUES: dict[str, Callable[[], Any]] = {
     "spec defaults": lambda: shown(),
     "specs of dtypes by name": lambda: {name: shown(dtype=name) for name in NAMED_DTYPES[:-1]},
     "spec fp4": lambda: (shown(dtype="float4_e2m1fn"), shown(dtype=torch.float4_e2m1fn_x2)),
+    "spec int6": lambda: shown(dtype="int6"),
+    "spec int6 with clipping": lambda: shown(dtype="int6", qscheme="symmetric_with_clipping"),
+    "spec uint6": lambda: shown(dtype=torch.uint6),
+    "spec mxint8": lambda: shown(dtype="int8", scale_dtype="float8_e8m0"),
     "spec e8m0": lambda: shown(dtype="float8_e5m2", scale_dtype="float8_e8m0fnu"),
     "spec by strings": lambda: shown(
         qscheme="asymmetric", qformulation="minval", qparam_calculator_cls="dynamic"

@@ -16,8 +16,23 @@ _FLOAT_FORMATS = {
     FLOAT4: Format.E2M1,
 }
 
-# Dtypes whose blocks can have power-of-two (e8m0) scales.
-POWER_OF_TWO_SCALE_DTYPES = tuple(sorted(_FLOAT_FORMATS, key=str))
+INT_DTYPES = (
+    torch.int2,  # type: ignore[attr-defined]
+    torch.int3,  # type: ignore[attr-defined]
+    torch.int4,  # type: ignore[attr-defined]
+    torch.int5,  # type: ignore[attr-defined]
+    torch.int6,  # type: ignore[attr-defined]
+    torch.int7,  # type: ignore[attr-defined]
+    torch.int8,
+    torch.uint2,  # type: ignore[attr-defined]
+    torch.uint4,  # type: ignore[attr-defined]
+    torch.uint6,  # type: ignore[attr-defined]
+    torch.uint8,
+)
+FLOAT_DTYPES = tuple(_FLOAT_FORMATS)
+
+# Dtypes whose blocks can have power-of-two (e8m0) scales: those of the microscaling specification.
+POWER_OF_TWO_SCALE_DTYPES = (torch.int8, *sorted(FLOAT_DTYPES, key=str))
 
 
 def format_of(dtype: torch.dtype) -> Format:

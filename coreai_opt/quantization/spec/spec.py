@@ -34,13 +34,15 @@ class QuantizationSpec(CompressionSpec):
 
     Fields:
         dtype: dtype of the quantized values, also by name, e.g. ``"int4"``, ``"float8_e4m3fn"``,
-            ``"float4_e2m1fn"``.
-        qscheme: how the quantized values lie around zero. Floating-point dtypes are symmetric.
-        qformulation: zero point or minimum. Floating-point dtypes have the former only.
+            ``"float4_e2m1fn"``. int3, int5 and int7 are extensions of this package.
+        qscheme: how the quantized values lie around zero. Floating-point dtypes are symmetric, and so is
+            int8 with power-of-two scales.
+        qformulation: zero point or minimum; the former where only symmetric values are possible.
         granularity: which elements share parameters; also a dict ``{"type": "per_block", "axis": 1, ...}``.
         fake_quantize_cls, qparam_calculator_cls, range_calculator_cls: registered classes, also by key.
         float_range: fixed ends of the range, ``[minimum <= 0, maximum >= 0]``, None for an end to observe.
-        scale_dtype: ``float8_e8m0fnu`` for power-of-two scales, which 4-bit floating point always has.
+        scale_dtype: ``float8_e8m0fnu`` for power-of-two scales, which 4-bit floating point always has, and
+            int8 and 8-bit floating point may have (MXINT8, MXFP8).
 
     A subclass adds fields to pass more arguments to the classes: each is handed to all three of them.
 
@@ -49,15 +51,7 @@ class QuantizationSpec(CompressionSpec):
         KeyError: the ``type`` of a granularity is not registered.
     """
 
-    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = {
-        torch.int2,  # type: ignore[attr-defined]
-        torch.int4,  # type: ignore[attr-defined]
-        torch.int8,
-        torch.uint2,  # type: ignore[attr-defined]
-        torch.uint4,  # type: ignore[attr-defined]
-        torch.uint8,
-        *_numbers.POWER_OF_TWO_SCALE_DTYPES,
-    }
+    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = {*_numbers.INT_DTYPES, *_numbers.FLOAT_DTYPES}
     _DTYPE_ALIASES: ClassVar[dict[str, torch.dtype]] = {
         "float4_e2m1fn": torch.float4_e2m1fn_x2,
         "float8_e4m3": torch.float8_e4m3fn,
@@ -170,34 +164,40 @@ class QuantizationSpec(CompressionSpec):
             raise ValueError(f"float_range must contain 0: its upper bound is {high}")
         return [None if end is None else float(end) for end in data]
 
-    @model_validator(mode="after")
-    def validate_qscheme_for_fp_quant(self) -> "QuantizationSpec":
-        """ValueError unless floating-point values are symmetric."""
-        if _numbers.is_float_format(self.dtype) and self.qscheme != QuantizationScheme.SYMMETRIC:
-            raise ValueError(
-                f"qscheme must be 'symmetric' for the floating-point dtype {self.dtype}; got '{self.qscheme}'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def validate_qformulation_for_fp_quant(self) -> "QuantizationSpec":
-        """ValueError unless floating-point values have the zero-point formulation."""
-        if _numbers.is_float_format(self.dtype) and self.qformulation != QuantizationFormulation.ZP:
-            raise ValueError(
-                f"qformulation must be 'zp' for the floating-point dtype {self.dtype}; "
-                f"got '{self.qformulation}'"
-            )
-        return self
-
+    # Validators of mode "after" run in the order of their definition, and the first that raises is reported.
     @model_validator(mode="after")
     def validate_scale_dtype(self) -> "QuantizationSpec":
         """ValueError unless the scale's dtype suits ``dtype``."""
         if self.scale_dtype not in (None, torch.float8_e8m0fnu):
             raise ValueError(f"scale_dtype must be None or torch.float8_e8m0fnu; got {self.scale_dtype}")
-        if self.scale_dtype is not None and not _numbers.is_float_format(self.dtype):
+        if self.scale_dtype is not None and self.dtype not in _numbers.POWER_OF_TWO_SCALE_DTYPES:
             raise ValueError(
                 f"power-of-two scales (scale_dtype={self.scale_dtype}) are for the dtypes "
                 f"{list(_numbers.POWER_OF_TWO_SCALE_DTYPES)}; got dtype={self.dtype}"
+            )
+        return self
+
+    @property
+    def _is_symmetric_only(self) -> bool:
+        return _numbers.is_float_format(self.dtype) or self.scale_dtype is not None
+
+    @model_validator(mode="after")
+    def validate_symmetric_qscheme(self) -> "QuantizationSpec":
+        """ValueError unless floating-point values, and those with a scale dtype, are symmetric."""
+        if self._is_symmetric_only and self.qscheme != QuantizationScheme.SYMMETRIC:
+            raise ValueError(
+                f"qscheme must be 'symmetric' for dtype={self.dtype} with scale_dtype={self.scale_dtype}; "
+                f"got '{self.qscheme}'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def validate_zp_qformulation(self) -> "QuantizationSpec":
+        """ValueError unless floating-point values, and those with a scale dtype, use the zero point."""
+        if self._is_symmetric_only and self.qformulation != QuantizationFormulation.ZP:
+            raise ValueError(
+                f"qformulation must be 'zp' for dtype={self.dtype} with scale_dtype={self.scale_dtype}; "
+                f"got '{self.qformulation}'"
             )
         return self
 

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from coreai_kernels.types import Format, grid_shape
+from coreai_kernels.types import Format, Scheme, grid_shape
 
 __all__ = [
     "INPUT_DTYPES",
@@ -17,6 +17,7 @@ __all__ = [
     "check_num_clusters",
     "check_num_keep",
     "check_params",
+    "check_power_of_two_scale",
     "check_range",
     "check_vectors",
 ]
@@ -111,6 +112,15 @@ def check_range(fmt: Format, quant_min: float, quant_max: float) -> None:
                 f"[quant_min, quant_max] must lie in [-{largest}, {largest}] for {fmt.name}; "
                 f"got [{quant_min}, {quant_max}]"
             )
+
+
+def check_power_of_two_scale(fmt: Format, scheme: int, quant_min: float, quant_max: float) -> None:
+    """ValueError unless values of the format can have power-of-two scales: integers around zero only."""
+    if fmt == Format.INT and (scheme == Scheme.ASYMMETRIC or -quant_min < quant_max or quant_max < 1):
+        raise ValueError(
+            "power_of_two_scale needs a symmetric scheme and quant_min <= -quant_max for integers; "
+            f"got {Scheme(scheme).name} and [{quant_min}, {quant_max}]"
+        )
 
 
 def check_params(

@@ -173,7 +173,7 @@ def observe_and_fake_quantize(
         averaging_constant: ``c`` above.
         range_min: a fixed lower bound, at most 0, in place of the batch's minimum.
         range_max: a fixed upper bound, at least 0.
-        power_of_two_scale: e8m0 scales, floor mode; floating-point formats only.
+        power_of_two_scale: e8m0 scales, floor mode; integers need a symmetric range.
 
     Returns:
         Tensor of the input's shape, dtype and memory format.
@@ -203,7 +203,8 @@ def observe_and_fake_quantize(
 
 def check(input: Tensor, state: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> None:
     """Raise what :func:`observe_and_fake_quantize` raises for bad arguments, given as to :func:`apply`."""
-    block_size, _, format, quant_min, quant_max, _, update, _, range_min, range_max, power_of_two = config
+    block_size, scheme, format, quant_min, quant_max, _, update, _, *fixed_range, power_of_two = config
+    range_min, range_max = fixed_range
     checks.check_float_input("input", input)
     checks.check_range(Format(format), quant_min, quant_max)
     grid = checks.check_blocks("block_size", input, block_size)
@@ -216,8 +217,8 @@ def check(input: Tensor, state: tuple[Tensor | None, ...], config: tuple[Any, ..
         raise ValueError(f"update={RangeUpdate(update).name} needs running_min and running_max")
     if (range_min is not None and range_min > 0) or (range_max is not None and range_max < 0):
         raise ValueError(f"the fixed range must contain 0; got [{range_min}, {range_max}]")
-    if power_of_two and format == Format.INT:
-        raise ValueError("power_of_two_scale needs a floating-point format; got INT")
+    if power_of_two:
+        checks.check_power_of_two_scale(Format(format), scheme, quant_min, quant_max)
 
 
 def apply(

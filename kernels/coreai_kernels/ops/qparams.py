@@ -53,7 +53,8 @@ def choose_qparams(
     ================  ==========================================  ============================  =========
 
     The power-of-two scale is e8m0 in floor mode (OCP microscaling specification 1.0, section 6.3), at least
-    ``2**-126``.
+    ``2**-126``. ``emax`` is the exponent of the format's largest value, of integers that of ``quant_max``.
+    Integers then have zero point 0 and minimum ``-amax``.
 
     Args:
         min_val: float32, bfloat16, float16 or float64 tensor.
@@ -62,14 +63,14 @@ def choose_qparams(
         quant_min: smallest quantized value; symmetric-with-clipping callers pass the raised one.
         quant_max: largest quantized value.
         format: a :class:`coreai_kernels.Format`.
-        power_of_two_scale: round the scale down to a power of two; floating-point formats only.
+        power_of_two_scale: round the scale down to a power of two; integers need a symmetric range.
 
     Returns:
         ``(scale, zero_point, minval)``: float32, int32 and float32, of the shape of ``min_val``. The last two
         are ``None`` for floating-point formats. A NaN bound gives a NaN scale and zero point ``-2**31``.
 
     Raises:
-        ValueError: shapes differ, the range is empty, or a power-of-two scale is asked for integers.
+        ValueError: shapes differ, the range is empty, or asymmetric integers shall have power-of-two scales.
         TypeError: the bounds are not floating point.
     """
     fmt = Format(format)
@@ -80,8 +81,8 @@ def choose_qparams(
         raise ValueError(
             f"min_val and max_val must have one shape; got {tuple(min_val.shape)} and {tuple(max_val.shape)}"
         )
-    if power_of_two_scale and fmt == Format.INT:
-        raise ValueError("power_of_two_scale needs a floating-point format; got INT")
+    if power_of_two_scale:
+        checks.check_power_of_two_scale(fmt, scheme, quant_min, quant_max)
     scale, zero_point, minval = implementation("choose_qparams")(
         min_val.detach(), max_val.detach(), Scheme(scheme), fmt, quant_min, quant_max, power_of_two_scale
     )

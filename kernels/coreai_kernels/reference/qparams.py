@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coreai_kernels.types import Format, RangeUpdate, Scheme
+from coreai_kernels.types import Format, RangeUpdate, Scheme, largest_exponent
 
 __all__ = ["choose_qparams", "update_range"]
 
@@ -55,7 +55,8 @@ def choose_qparams(
     """Scale (float32), zero point (int32) and minimum (float32), all of the shape of ``min_val``.
 
     The arithmetic is that of the wider dtype of the two bounds, each step rounded to it. For floating-point
-    formats zero point and minimum carry no information and are zero.
+    formats zero point and minimum carry no information and are zero. Integers with power-of-two scales have
+    zero point 0 and minimum ``-amax`` (MXINT8 for int8).
     """
     rounded = _Arithmetic(torch.promote_types(min_val.dtype, max_val.dtype))
     low = min_val.float().clamp(max=0.0) + 0.0
@@ -63,8 +64,9 @@ def choose_qparams(
     amax = torch.maximum(-low, high) + 0.0
     fmt = Format(format)
     if power_of_two_scale:
-        scale = _power_of_two_scale(amax, fmt)
-        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
+        scale = _power_of_two_scale(amax, largest_exponent(format, quant_max))
+        minval = -amax if fmt == Format.INT else torch.zeros_like(scale)
+        return scale, torch.zeros_like(scale, dtype=torch.int32), minval
     if fmt != Format.INT:
         scale = rounded(_divide(amax, quant_max)).clamp(min=SMALLEST_SCALE)
         return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
@@ -87,8 +89,8 @@ def _to_int32(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), INT32_MIN, x.nan_to_num().to(torch.int32)).to(torch.int32)
 
 
-def _power_of_two_scale(amax: Tensor, fmt: Format) -> Tensor:
+def _power_of_two_scale(amax: Tensor, largest: int) -> Tensor:
     """e8m0 scale, floor mode (OCP microscaling specification 1.0, section 6.3)."""
-    exponent = ((amax.view(torch.int32) >> 23) & 0xFF) - 127 - fmt.max_exponent
+    exponent = ((amax.view(torch.int32) >> 23) & 0xFF) - 127 - largest
     biased = exponent.clamp(-127, 128) + 127
     return (biased << 23).view(torch.float32).clamp(min=SMALLEST_POWER_OF_TWO_SCALE)

@@ -263,7 +263,7 @@ def foreach_fake_quantize_forward(
     with_mask: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """See ``reference/foreach.py``."""
-    config = config_of(Scheme.SYMMETRIC, format, False)
+    config = config_of(Scheme.SYMMETRIC, format, quant_max, False)
     forward = _Forward(inputs, with_mask, OBSERVE=False, CONFIG=config, USE_MINVAL=bool(minvals))
     for i, (x, block_size) in enumerate(zip(inputs, split_block_sizes(inputs, block_sizes), strict=True)):
         zero_point = zero_points[i] if zero_points else None
@@ -304,7 +304,7 @@ def foreach_observe_and_fake_quantize_(
         inputs,
         mask,
         OBSERVE=True,
-        CONFIG=config_of(scheme, format, power_of_two, update),
+        CONFIG=config_of(scheme, format, quant_max, power_of_two, update),
         USE_MINVAL=bool(use_minval),
     )
     for i, (x, block_size) in enumerate(zip(inputs, split_block_sizes(inputs, block_sizes), strict=True)):

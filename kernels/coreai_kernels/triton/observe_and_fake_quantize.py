@@ -278,7 +278,7 @@ def _step(
     if update == RangeUpdate.LATEST:
         old = (None, None)
     numbers = numbers_of(scheme, format, quant_min, quant_max, averaging_constant, range_min, range_max)
-    config = config_of(scheme, format, power_of_two_scale, update)
+    config = config_of(scheme, format, quant_max, power_of_two_scale, update)
     dtype = tl_dtype(source.dtype)
     plan = held_plan(geometry, source.element_size(), with_mask)
     if plan is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from coreai_kernels.triton.elementwise import fp32, narrow, round_half_even, round_to, wider_range
 from coreai_kernels.triton.launch import launch
-from coreai_kernels.types import Format, Scheme
+from coreai_kernels.types import Format, Scheme, largest_exponent
 
 __all__ = ["choose_qparams", "config_of", "finish", "numbers_of", "tl_dtype"]
 
@@ -55,6 +55,8 @@ def choose(
         exponent = ((amax.to(tl.int32, bitcast=True) >> 23) & 0xFF) - (127 + MAX_EXPONENT)
         biased = tl.minimum(tl.maximum(exponent, -127), 128) + 127
         scale = tl.maximum((biased << 23).to(tl.float32, bitcast=True), _SMALLEST_POWER_OF_TWO)
+        if FORMAT == 0:
+            minval = amax * -1.0  # a minus sign would be 0 - amax, and lose that of zero
     elif FORMAT == 0 and ASYMMETRIC:
         scale = round_to(tl.math.div_rn(round_to(high - low, ROUND), divisor), ROUND)
         scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=_NAN_ALL)
@@ -70,7 +72,7 @@ def choose(
         scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=_NAN_ALL)
         if FORMAT == 0:
             zero_point = tl.zeros_like(zero_point) + numbers[3]
-            minval = amax * -1.0  # a minus sign would be 0 - amax, and lose that of zero
+            minval = amax * -1.0
     return scale, zero_point, minval
 
 
@@ -206,9 +208,11 @@ def numbers_of(
     )
 
 
-def config_of(scheme: int, format: int, power_of_two_scale: bool, update: int = 0) -> tuple[int, ...]:
-    """Constants of a step: format, asymmetric, power of two, largest exponent of the format, range update."""
-    largest = Format(format).max_exponent if format != Format.INT else 0
+def config_of(
+    scheme: int, format: int, quant_max: float, power_of_two_scale: bool, update: int = 0
+) -> tuple[int, ...]:
+    """Constants of a step: format, asymmetric, power of two, largest exponent if so, range update."""
+    largest = largest_exponent(format, quant_max) if power_of_two_scale else 0
     return int(format), int(scheme == Scheme.ASYMMETRIC), int(power_of_two_scale), largest, int(update)
 
 
@@ -237,7 +241,7 @@ def choose_qparams(
             minval,
             numel,
             numbers_of(scheme, format, quant_min, quant_max),
-            CONFIG=config_of(scheme, format, power_of_two_scale),
+            CONFIG=config_of(scheme, format, quant_max, power_of_two_scale),
             DTYPE=tl_dtype(torch.promote_types(min_val.dtype, max_val.dtype)),
             TILE=256,
             warps=4,
