@@ -1,7 +1,7 @@
 """What quantizers share: modes of a prepared model, and the schedule of training."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -127,7 +127,7 @@ class _BaseQuantizer(_BaseModelCompressor):
             for schedule in schedules
         )
 
-    def _schedules(self, model: nn.Module) -> dict[FakeQuantizeImplBase, QATSchedule | None]:
+    def _schedules(self, model: nn.Module) -> Mapping[FakeQuantizeImplBase, QATSchedule | None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of patterns without a match: prepare gave them
             levels = self._config.build_module_config_dict(model)

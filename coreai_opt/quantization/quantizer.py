@@ -1,18 +1,26 @@
 """The quantizer: whole models."""
 
 import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from coreai_opt._state_tensors import check_example_inputs
 from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
+from coreai_opt.quantization._eager.preparation import simulators_of
 from coreai_opt.quantization._export import finalize_eager
+from coreai_opt.quantization._graph import preparation as graph_preparation
+from coreai_opt.quantization._graph.configs import check_keys
+from coreai_opt.quantization._graph.finalize import finalized_copy, fold_weights
+from coreai_opt.quantization._graph.owners import quantizers_in, schedules_of
 from coreai_opt.quantization.base_quantizer import _BaseQuantizer
-from coreai_opt.quantization.config import ExecutionMode, QuantizerConfig
+from coreai_opt.quantization.config import ExecutionMode, QATSchedule, QuantizerConfig
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["Quantizer"]
 
@@ -20,50 +28,71 @@ __all__ = ["Quantizer"]
 class Quantizer(_BaseQuantizer):
     """Quantizes a model: first in simulation, so that it can be calibrated or trained.
 
-    Weights are simulated where modules read them, activations where operations (linear, convolutions,
-    embedding, matmul, add, sub, mul, max_pool2d, adaptive_avg_pool2d) receive and return them, in whichever
-    module's forward these are called. See :class:`~coreai_opt.quantization.QuantizerConfig`.
+    In graph mode, the default, :func:`torch.export.export` makes a graph of the model, and simulators are put
+    into the graph: what is prepared is a :class:`torch.fx.GraphModule`, which shares its parameters with the
+    model. In eager mode the model itself is changed. See docs/execution-modes.md.
+
+    In eager mode weights are simulated where modules read them, activations where operations (linear,
+    convolutions, embedding, matmul, add, sub, mul, max_pool2d, adaptive_avg_pool2d) receive and return them,
+    in whichever module's forward these are called. See :class:`~coreai_opt.quantization.QuantizerConfig`.
 
     Where a specification leaves the axis of a weight open, channels are those of the output (axis 0; 1 for
     transposed convolutions), and blocks lie along the input (axis 1; 0 for transposed convolutions).
 
     Args:
-        model: is changed in place.
-        config: which tensors, and how. Its execution mode must be eager: graph mode is not available.
+        model: in eager mode, is changed in place.
+        config: which tensors, and how; in which execution mode.
+        strict_upstream: in graph mode, give batch norms and dropouts the numbers that Apple's package gives
+            them (eps 1e-5, momentum 0.1, p 0.5) instead of the model's own.
     """
 
     _supported_modules = MODULES
 
-    def __init__(self, model: nn.Module, config: QuantizerConfig | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: QuantizerConfig | None = None, *, strict_upstream: bool = False
+    ) -> None:
         super().__init__(model, config)
+        self._strict_upstream = strict_upstream
+        # In graph mode: schedules by the names of the modules of the model that was exported.
+        self._module_schedules: dict[str, QATSchedule] = {}
         eager = self._config.execution_mode is ExecutionMode.EAGER
         if eager and self._config.preserved_attributes is not None:
             warnings.warn("preserved_attributes has no effect in eager mode", UserWarning, stacklevel=2)
+        if not eager:
+            check_keys(self._config)
 
     def prepare(
         self,
         example_inputs: tuple[Any, ...],
         dynamic_shapes: Any = None,
         export_with_no_grad: bool = True,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """Put simulators on the model, let them observe ``example_inputs``, and return the model.
+        """Put simulators on the model, let them observe ``example_inputs``, and return what is prepared.
 
-        The model runs twice, in evaluation mode and without gradients. Afterwards simulators are on and
-        observe nothing: see :meth:`calibration_mode` and :meth:`training_mode`. If anything fails, the model
-        is as before.
+        The model runs in evaluation mode and without gradients. Afterwards simulators are on and observe
+        nothing: see :meth:`calibration_mode` and :meth:`training_mode`. If anything fails, the model is as
+        before.
 
         Args:
             example_inputs: the model's positional arguments.
-            dynamic_shapes: no effect in eager mode, where all shapes are dynamic.
-            export_with_no_grad: no effect in eager mode.
+            dynamic_shapes: for :func:`torch.export.export`; no effect in eager mode, where all shapes are
+                dynamic.
+            export_with_no_grad: export under :class:`torch.no_grad`; no effect in eager mode.
+            state_dict: of a model that was prepared alike, to load. In graph mode.
 
         Raises:
-            NotImplementedError: the configuration asks for graph mode, or names tensors of operations by
-                other than positions.
+            NotImplementedError: the configuration names tensors of operations by other than positions.
             TypeError: ``example_inputs`` is no tuple.
-            RuntimeError: parameters are on the meta device.
-            ValueError: a granularity leaves its axis open where there is no default.
+            RuntimeError: parameters are on the meta device; in graph mode also: the model is prepared
+                already, torch cannot export it, or ``state_dict`` does not fit.
+            ValueError: a granularity leaves its axis open where there is no default; in graph mode also:
+                there are no inputs, or a cache is configured that the model does not have.
         """
+        in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
+        if in_graph_mode:
+            self._require_unprepared()
         if self._is_prepared(self._model):
             warnings.warn(
                 "the model is prepared for quantization already: prepare() changes nothing",
@@ -71,13 +100,25 @@ class Quantizer(_BaseQuantizer):
                 stacklevel=2,
             )
             return self._model
-        if self._config.execution_mode is not ExecutionMode.EAGER:
-            raise NotImplementedError(
-                "execution_mode='graph', the default of QuantizerConfig, is not available in this package. "
-                "Use QuantizerConfig(execution_mode='eager'), or config.set_execution_mode('eager')."
-            )
         check_example_inputs(example_inputs)
         _refuse_meta(self._model)
+        if in_graph_mode:
+            if len(example_inputs) == 0:
+                raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
+            schedules = self._schedules_by_module()
+            self._model = graph_preparation.prepare(
+                self._model,
+                self._config,
+                example_inputs,
+                dynamic_shapes,
+                export_with_no_grad,
+                state_dict,
+                strict_upstream=self._strict_upstream,
+            )
+            self._module_schedules = schedules
+            return self._model
+        if state_dict is not None:
+            raise NotImplementedError("in eager mode, prepare the model, then call its load_state_dict")
         if dynamic_shapes is not None:
             warnings.warn("dynamic_shapes has no effect in eager mode", UserWarning, stacklevel=2)
         if not export_with_no_grad:
@@ -93,11 +134,14 @@ class Quantizer(_BaseQuantizer):
         *,
         mmap_dir: Any = None,
     ) -> nn.Module:
-        """Turn the simulation into the quantized model, in place, and return the model.
+        """Make the quantized model of the prepared one.
 
         For Core AI, weights are held as they are stored, and activations pass Core AI's operators: the model
-        is for inference and conversion. For torch, the model is handed over as it is, with its simulators.
-        Where this fails, the model is as it was.
+        is for inference and conversion. Where this fails, the model is as it was. In eager mode the prepared
+        model itself is changed; for torch, it is handed over as it is, with its simulators.
+
+        In graph mode, for torch alone, the result is a graph module of its own: with simulated weights and
+        without the batch norms behind convolutions. What is left it shares with the prepared one.
 
         Args:
             model: the prepared model, or a copy of it; None for the quantizer's own.
@@ -117,12 +161,52 @@ class Quantizer(_BaseQuantizer):
         model = self._require_prepared(model, "finalize")
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend}")
+        if isinstance(model, GraphModule):
+            self._require_torch(backend)
+            result = finalized_copy(model)
+            fold_weights(result)
+            return result
         if backend == ExportBackend.CoreAI:
             finalize_eager(model, ExportBackend.CoreAI, mmap_dir)
             setattr(model, PREPARED_BY_QUANTIZER, False)
             return model
         self._require_torch(backend)
         return model
+
+    def _schedules_by_module(self) -> dict[str, QATSchedule]:
+        if not self._has_schedule():
+            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of patterns without a match: prepare gives them
+            levels = self._config.build_module_config_dict(self._model)
+        entries = {name: entry for level in levels.values() for name, entry in level.items()}
+        return {name: entry.qat_schedule for name, entry in entries.items() if entry.qat_schedule is not None}
+
+    def _schedules(self, model: nn.Module) -> Mapping[FakeQuantizeImplBase, QATSchedule | None]:
+        if isinstance(model, GraphModule):
+            return schedules_of(model, self._module_schedules)
+        return super()._schedules(model)
+
+    def _simulators_in(self, module: Any) -> Iterator[FakeQuantizeImplBase]:
+        if not isinstance(self._model, GraphModule):
+            return super()._simulators_in(module)
+        if self._has_schedule():
+            raise RuntimeError(
+                "quantizers follow the qat_schedule of the configuration: they cannot be switched by hand"
+            )
+        return simulators_of(self._model) if module is None else quantizers_in(self._model, module)
+
+    def _require_prepared(self, model: nn.Module | None, action: str) -> nn.Module:
+        in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
+        if in_graph_mode and model is not None and not isinstance(model, GraphModule):
+            raise TypeError(
+                f"{action}: in graph mode, model must be the torch.fx.GraphModule that prepare() returned, "
+                f"or a copy of it; got {type(model).__name__}"
+            )
+        chosen = super()._require_prepared(model, action)
+        if in_graph_mode:
+            self._model = chosen
+        return chosen
 
 
 def _refuse_meta(model: nn.Module) -> None:

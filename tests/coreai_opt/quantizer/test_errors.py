@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_opt import ExportBackend
-from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
 from coreai_opt.quantization.config import OpQuantizerConfig
 from coreai_opt.quantization.spec import PerChannelGranularity
 
@@ -35,7 +35,6 @@ class Clashing(Mlp):
 
 
 CASES = {
-    "graph mode": (Mlp, QuantizerConfig(), (X,), NotImplementedError, "execution_mode='eager'"),
     "no inputs": (Mlp, eager(), (), TypeError, "missing 1 required positional argument"),
     "inputs of another shape": (Mlp, eager(), (torch.ones(3, 3),), RuntimeError, "shapes cannot be mult"),
     "a tensor for inputs": (Mlp, eager(), X, TypeError, "example_inputs must be a tuple"),

@@ -1,0 +1,83 @@
+"""From a model to a graph of aten operators that shares the model's parameters."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from coreai_opt.quantization._graph.nodes import attribute_of
+
+__all__ = ["export_model"]
+
+
+def export_model(
+    model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None, no_grad: bool = True
+) -> GraphModule:
+    """Export ``model`` in the mode that it is in. Operators stay whole: nothing is decomposed.
+
+    Args:
+        model: is left as it is; the graph's parameters and buffers are the model's.
+        example_inputs: positional arguments.
+        dynamic_shapes: as for :func:`torch.export.export`.
+        no_grad: whether to export under :class:`torch.no_grad`.
+
+    Raises:
+        RuntimeError: torch cannot export the model; the message says where, and what to try.
+    """
+    context = torch.no_grad() if no_grad else contextlib.nullcontext()
+    try:
+        with context:
+            program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+            graph_module: Any = program.module(check_guards=False)
+    except Exception as error:
+        raise RuntimeError(_explain(model, error, no_grad)) from error
+    _drop_unused_names(graph_module)
+    return graph_module  # type: ignore[no-any-return]
+
+
+def _drop_unused_names(graph_module: GraphModule) -> None:
+    """Of a tensor with several names, keep the one that the graph reads."""
+    nodes = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
+    used = {id(attribute_of(graph_module, node)) for node in nodes if node.users}
+    for node in nodes:
+        if not node.users and id(attribute_of(graph_module, node)) in used:
+            graph_module.graph.erase_node(node)
+
+
+def _explain(model: nn.Module, error: Exception, no_grad: bool) -> str:
+    lines = [
+        f"Graph mode needs torch.export, which cannot export {type(model).__name__}: "
+        f"{type(error).__name__}: {_first_lines(error)}"
+    ]
+    place = _place_in_forward(error)
+    if place is not None:
+        lines.append(f"It happened at {place}")
+    lines += [
+        "What to try:",
+        "- control flow or shapes that depend on values: rewrite that line with torch.where, torch.cond or "
+        "fixed shapes;",
+        "- sizes that change between calls: prepare(..., dynamic_shapes=...), see torch.export.Dim;",
+        f"- prepare(..., export_with_no_grad={not no_grad}), where the forward switches gradients on or off;",
+        "- eager mode, which needs no export: config.set_execution_mode('eager').",
+    ]
+    return "\n".join(lines)
+
+
+def _first_lines(error: Exception, count: int = 6) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return "\n".join(lines[:count])
+
+
+def _place_in_forward(error: Exception) -> str | None:
+    """The innermost line outside of torch that was running."""
+    found = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        module = str(traceback.tb_frame.f_globals.get("__name__", ""))
+        if module.partition(".")[0] != "torch" and module != __name__:
+            found = f"{code.co_filename}:{traceback.tb_lineno}, in {code.co_qualname}"
+        traceback = traceback.tb_next
+    return found
