@@ -10,7 +10,7 @@ from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
 from coreai_kernels.ops.fake_quantize import fake_quantize
 from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
-from coreai_kernels.ops.kmeans import kmeans
+from coreai_kernels.ops.kmeans import kmeans, plain_kmeans
 from coreai_kernels.ops.kmeans_1d import kmeans_1d
 from coreai_kernels.ops.learnable_range import learnable_range
 from coreai_kernels.ops.lookup import lookup, lookup_packed
@@ -48,6 +48,7 @@ __all__ = [
     "observe_range",
     "pack_bits",
     "palettize",
+    "plain_kmeans",
     "quantize",
     "sampled_mask",
     "soft_centroids",

@@ -243,3 +243,60 @@ def test_bad_arguments(text: str, arguments: dict[str, object]) -> None:
     call = {"weight": torch.randn(4, 8), "num_clusters": 2, "cluster_dim": 2, "block_size": (4, 8)}
     with pytest.raises(ValueError, match=text):
         ck.kmeans(**call | arguments)
+
+
+NORMAL = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+BLOCKS = {"cluster_dim": 2, "block_size": (2, 256)}
+
+
+def test_more_effort_leaves_less_error() -> None:
+    efforts = [
+        {"restarts": 1, "candidates": 1, "max_iterations": 1},
+        {"restarts": 1, "candidates": 1},
+        {"restarts": 20, "candidates": 4, "tolerance": 0.0},
+    ]
+    errors = [error(NORMAL, ck.plain_kmeans(NORMAL, 16, **BLOCKS, **each), (2, 256)) for each in efforts]
+    assert errors[0] > 1.05 * errors[1]
+    assert errors[1] > 1.01 * errors[2]
+    # Neither settings nor swaps make up for the search.
+    assert error(NORMAL, ck.kmeans(NORMAL, 16, **BLOCKS), (2, 256)) < errors[2]
+
+
+def test_plain_runs_are_the_best_of_their_restarts() -> None:
+    many_runs = ck.plain_kmeans(NORMAL, 16, restarts=5, **BLOCKS)
+    assert torch.equal(many_runs, ck.plain_kmeans(NORMAL, 16, restarts=5, **BLOCKS))
+    one = ck.plain_kmeans(NORMAL, 16, restarts=1, **BLOCKS)
+    assert error(NORMAL, many_runs, (2, 256)) < error(NORMAL, one, (2, 256))
+    assert not torch.equal(many_runs, ck.plain_kmeans(NORMAL, 16, restarts=5, seed=1, **BLOCKS))
+
+
+def test_plain_runs_end_at_weighted_means() -> None:
+    weights = torch.rand(4, 256, generator=torch.Generator().manual_seed(1))
+    found = ck.plain_kmeans(NORMAL, 8, weights=weights, tolerance=0.0, max_iterations=1000, **BLOCKS)
+    indices = ck.palettize(NORMAL, found, block_size=(2, 256))[0]
+    mass = weights[:2].sum(0)
+    for j in range(8):
+        inside = indices == j
+        mean = (NORMAL[:2, inside] * mass[inside]).sum(1) / mass[inside].sum()
+        torch.testing.assert_close(found[0, j], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_runs_of_equal_vectors() -> None:
+    found = ck.plain_kmeans(torch.ones(2, 5), 3, cluster_dim=2, block_size=(2, 5))
+    assert torch.equal(found, torch.ones(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("num_clusters must be at most 16", {"num_clusters": 17}),
+        ("max_iterations must be at least 1", {"max_iterations": 0}),
+        ("restarts must be at least 1", {"restarts": 0}),
+        ("candidates must be at least 1", {"candidates": 0}),
+        ("tolerance must be at least 0", {"tolerance": -1.0}),
+    ],
+)
+def test_bad_settings(text: str, arguments: dict[str, object]) -> None:
+    call = {"weight": torch.randn(4, 8), "num_clusters": 2, "cluster_dim": 2, "block_size": (4, 8)}
+    with pytest.raises(ValueError, match=text):
+        ck.plain_kmeans(**call | arguments)

@@ -5,6 +5,7 @@ from coreai_opt.palettization.config.palettization_config import (
     ModuleKMeansPalettizerConfig,
     OpKMeansPalettizerConfig,
     PATSchedule,
+    VectorKMeansConfig,
 )
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "ModuleKMeansPalettizerConfig",
     "OpKMeansPalettizerConfig",
     "PATSchedule",
+    "VectorKMeansConfig",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "ModuleKMeansPalettizerConfig",
     "OpKMeansPalettizerConfig",
     "PATSchedule",
+    "VectorKMeansConfig",
 ]
 
 
@@ -34,6 +35,27 @@ class PATSchedule(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     enable_fake_palettize: Annotated[int, Field(ge=0)] = 0
+
+
+class VectorKMeansConfig(BaseModel):
+    """How much k-means of vectors (``cluster_dim`` above one) searches. Immutable.
+
+    Without such a configuration the search is longer, by a method of its own, and its error lower.
+
+    Fields:
+        n_local_trials: candidates for each start of k-means++, of which the best is taken; None for
+            ``2 + int(ln k)`` for k clusters.
+        n_init: how many times k-means runs from other starts; the run with the least error counts.
+        max_iter: iterations of a run at most.
+        tol: a run ends when an iteration lowers its error by less than this share.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_local_trials: Annotated[int, Field(gt=0)] | None = None
+    n_init: Annotated[int, Field(gt=0)] = 5
+    max_iter: Annotated[int, Field(gt=0)] = 300
+    tol: Annotated[float, Field(ge=0)] = 1e-4
 
 
 class OpKMeansPalettizerConfig(WeightOnlyOpValidationMixin, OpCompressionConfig[PalettizationSpec]):
@@ -58,6 +80,8 @@ class ModuleKMeansPalettizerConfig(
             fewer. For palettes of scalars.
         rounding_precision: decimals kept in fast mode.
         pat_schedule: when to palettize in training; None for from the first step on.
+        vector_kmeans_config: how much k-means of vectors searches; only where a specification has a
+            ``cluster_dim`` above one. None for the default search.
     """
 
     presets: ClassVar[ModuleKMeansPalettizerPresets] = ModuleKMeansPalettizerPresets()
@@ -65,6 +89,7 @@ class ModuleKMeansPalettizerConfig(
     enable_fast_kmeans_mode: bool = Field(default=True, validate_default=True)
     rounding_precision: Annotated[int, Field(gt=0)] = 4
     pat_schedule: PATSchedule | None = None
+    vector_kmeans_config: VectorKMeansConfig | None = None
 
     # Checked field by field: a refused assignment then leaves the configuration as it was.
     @field_validator("op_state_spec", "enable_fast_kmeans_mode")
@@ -80,6 +105,35 @@ class ModuleKMeansPalettizerConfig(
         if self.enable_fast_kmeans_mode:
             _refuse_vectors(self.op_state_spec)
         return self
+
+    @field_validator(
+        "op_state_spec", "module_state_spec", "op_type_config", "op_name_config", "vector_kmeans_config"
+    )
+    @classmethod
+    def _check_vector_kmeans(cls, value: Any, info: ValidationInfo) -> Any:
+        fields = {**info.data, str(info.field_name): value}
+        # Not among them yet where another field is checked in the constructor.
+        if fields.get("vector_kmeans_config") is not None:
+            _require_vectors(fields)
+        return value
+
+    def validate_vector_kmeans_has_vector_spec(self) -> "ModuleKMeansPalettizerConfig":
+        """ValueError if there is a ``vector_kmeans_config`` and no palette of vectors. Returns self."""
+        if self.vector_kmeans_config is not None:
+            _require_vectors({name: getattr(self, name) for name in type(self).model_fields})
+        return self
+
+
+def _require_vectors(fields: Mapping[str, Any]) -> None:
+    states = [fields.get("op_state_spec"), fields.get("module_state_spec")]
+    for operations in ("op_type_config", "op_name_config"):
+        states += [entry.op_state_spec for entry in (fields.get(operations) or {}).values() if entry]
+    specs = [spec for state in states for spec in (state or {}).values() if spec is not None]
+    if not any(spec.cluster_dim > 1 for spec in specs):
+        raise ValueError(
+            "vector_kmeans_config is for palettes of vectors, but no specification of this module "
+            "configuration has a cluster_dim above 1"
+        )
 
 
 def _refuse_vectors(specs: Mapping[str, PalettizationSpec | None] | None) -> None:

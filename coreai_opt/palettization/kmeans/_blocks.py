@@ -89,6 +89,15 @@ class Blocks:
         order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
         return matrices.reshape(*self.grid, *self.block_size).permute(order).reshape(self.shape)
 
+    def indices(self, labels: Tensor) -> Tensor:
+        """Values ``[blocks, vectors]``, one for each of :meth:`vectors`, where that is in the weight."""
+        dim = self.cluster_dim
+        shape, block_size = ((each[0] // dim, *each[1:]) for each in (self.shape, self.block_size))
+        if dim > 1:
+            # Vectors come column by column.
+            labels = labels.reshape(self.count, -1, block_size[0]).transpose(1, 2)
+        return Blocks(shape, block_size, 1).weight(labels)
+
     @property
     def _block_matrix(self) -> tuple[int, int]:
         return self.block_size[0], math.prod(self.block_size[1:])

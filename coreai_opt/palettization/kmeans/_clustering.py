@@ -1,25 +1,24 @@
 """From a weight to its palettes, and what has to hold before."""
 
-import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import coreai_kernels
 from coreai_opt.palettization.kmeans._blocks import Blocks
+from coreai_opt.palettization.kmeans._existing import existing_palettes
+from coreai_opt.palettization.kmeans._search import Clusters, Settings, cluster_kept, padded
+from coreai_opt.palettization.kmeans._sparsity import gathered
 
 if TYPE_CHECKING:
     from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
-__all__ = ["Clusters", "channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
+__all__ = ["channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
 
-class Clusters(NamedTuple):
-    """Palettes ``[blocks, 2 ** n_bits, cluster_dim]`` (float32) and the index of each vector (uint8)."""
-
-    centroids: Tensor
-    indices: Tensor
+logger = logging.getLogger(__name__)
 
 
 def channel_scale(weight: Tensor) -> Tensor:
@@ -49,54 +48,61 @@ def cluster(
                 f"{name} has shape {tuple(weight.shape)}, but its sensitivities have {tuple(weights.shape)}"
             )
         weights = weights.to(weight.device, torch.float32)
+    masked = simulator.masked(weight)
     if scale is not None:
-        weight = weight / scale.reshape(-1, *[1] * (weight.dim() - 1))
+        masked = masked / scale.reshape(-1, *[1] * (weight.dim() - 1))
     try:
-        return _centroids_and_indices(simulator, weight, blocks.block_size, weights)
+        return _clusters(simulator, masked, blocks, weights)
     except ValueError as error:
         raise ValueError(f"{name} cannot be clustered: {error}") from error
 
 
-def _centroids_and_indices(
-    simulator: "_KMeansFakePalettize", weight: Tensor, block_size: tuple[int, ...], weights: Tensor | None
+def _clusters(
+    simulator: "_KMeansFakePalettize", weight: Tensor, blocks: Blocks, weights: Tensor | None
 ) -> Clusters:
-    entries = 2**simulator.n_bits
-    count = min(entries, math.prod(block_size) // simulator.cluster_dim)
-    if simulator.cluster_dim > 1:
-        centroids = coreai_kernels.kmeans(
-            weight,
-            count,
-            cluster_dim=simulator.cluster_dim,
-            block_size=block_size,
-            weights=weights,
+    settings = Settings.of(simulator, weight)
+    sparsity = simulator.sparsity
+    if sparsity.positions is not None:
+        dim = settings.cluster_dim
+        columns = gathered(weight, sparsity.positions, dim)
+        if weights is not None:
+            weights = gathered(weights, sparsity.positions, dim)
+        centroids, indices = settings.cluster(columns, (dim, columns.shape[1]), weights)
+        return Clusters(centroids, indices.flatten())
+    vectors = blocks.vectors(weight)
+    existing = existing_palettes(vectors, settings.entries)
+    if existing:
+        logger.info(
+            f"{simulator.tensor_fqn!r}: {len(existing)} of {blocks.count} blocks have no more values than "
+            f"their palette has entries, and keep them"
         )
-    else:
-        decimals = _decimals(simulator, weight)
-        if decimals is not None:
-            weight = weight.to(torch.float16)
-        centroids = coreai_kernels.kmeans_1d(
-            weight, count, block_size=block_size, weights=weights, decimals=decimals
-        )
-        if decimals is not None:
-            # A value belongs to the cluster that it was rounded into.
-            weight = torch.round(weight.to(torch.float32), decimals=decimals)
-    # A block of fewer values than entries has each of them, and repeats the last.
-    centroids = torch.cat([centroids, centroids[:, -1:].expand(-1, entries - count, -1)], 1)
-    return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
+    elif sparsity.mask is None:
+        return settings.cluster(weight, blocks.block_size, weights)
+    found = [_as_it_is(*each, settings.entries) for each in existing]
+    if len(existing) < blocks.count:
+        mass = None if weights is None else blocks.vectors(weights)[len(existing) :]
+        rest = vectors[len(existing) :]
+        if sparsity.mask is None:
+            found.append(_cluster_vectors(settings, rest, mass))
+        else:
+            kept = blocks.vectors(sparsity.mask)[len(existing) :, :, 0]
+            reserving = None if sparsity.reserving is None else sparsity.reserving[len(existing) :]
+            found.append(cluster_kept(settings, rest[:, :, 0], kept, mass, reserving))
+    palettes = torch.cat([each.centroids.to(weight.dtype) for each in found])
+    return Clusters(palettes, blocks.indices(torch.cat([each.indices for each in found])))
 
 
-def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:
-    """Decimals to which float16 values are rounded before clustering; None to cluster them as they are.
+def _as_it_is(palette: Tensor, labels: Tensor, entries: int) -> Clusters:
+    """A block with a palette, and the index of each of its vectors, as one of one block."""
+    return Clusters(padded(palette[None], entries), labels[None].to(torch.uint8))
 
-    Fast mode is for weights that float16 can hold, and that are not so small that rounding would leave fewer
-    values than the palette has entries.
-    """
-    if not simulator.enable_fast_kmeans_mode:
-        return None
-    decimals = simulator.rounding_precision
-    largest = weight.abs().amax().item()
-    fits = 2**simulator.n_bits * 10.0**-decimals <= largest <= torch.finfo(torch.float16).max
-    return decimals if fits else None
+
+def _cluster_vectors(settings: Settings, vectors: Tensor, mass: Tensor | None) -> Clusters:
+    """Clusters of ``vectors (blocks, vectors, dim)``, with an index for each: ``(blocks, vectors)``."""
+    blocks, count, dim = vectors.shape
+    columns = vectors.transpose(1, 2).reshape(blocks * dim, count)
+    weights = None if mass is None else mass.transpose(1, 2).reshape(blocks * dim, count)
+    return settings.cluster(columns, (dim, count), weights)
 
 
 def checked_sensitivities(sensitivities: Any) -> Tensor | None:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.palettization.kmeans._blocks import Blocks
-from coreai_opt.palettization.spec.fake_palettize import _FakePalettizeImplBase
+from coreai_opt.palettization.kmeans._points import WeightPoints
+from coreai_opt.palettization.kmeans._sparsity import DENSE
 from coreai_opt.palettization.spec.granularity import PalettizationGranularity
 from coreai_opt.quantization.spec import (
     PerChannelGranularity,
@@ -18,18 +19,22 @@ from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["PaletteState"]
 
+# What a checkpoint has of a simulator with palettes, and which of it can be found from the weight.
+_PALETTE_PARTS = ("indices", "per_channel_scale", "centroids")
+_OPTIONAL = ("indices", "per_channel_scale")
 
-class PaletteState(_FakePalettizeImplBase):
+
+class PaletteState(WeightPoints):
     """A simulator with palettes, which a checkpoint may bring.
 
     State, once there are palettes: ``centroids`` ``[blocks, 2 ** n_bits, cluster_dim]`` in the weight's
-    dtype, ``indices`` (uint8) of the weight's shape with axis 0 divided by ``cluster_dim``, and
-    ``per_channel_scale`` ``[channels, 1]`` if asked for.
+    dtype, ``indices`` (uint8) of the weight's shape with axis 0 divided by ``cluster_dim`` (of a pruned
+    weight's vectors: one after another, ``[vectors]``), and ``per_channel_scale`` ``[channels, 1]`` if asked
+    for. A checkpoint may lack the latter two: then they are found from the weight.
     """
 
     indices: Tensor | None
     centroids: Tensor | None
-    per_channel_scale: Tensor | None
 
     def __init__(
         self,
@@ -38,13 +43,20 @@ class PaletteState(_FakePalettizeImplBase):
         granularity: PalettizationGranularity,
         cluster_dim: int,
         enable_per_channel_scale: bool,
+        sparsity_detection_threshold: float | None = None,
     ) -> None:
-        super().__init__(n_bits, lut_qspec, granularity, cluster_dim, enable_per_channel_scale)
+        super().__init__(
+            n_bits,
+            lut_qspec,
+            granularity,
+            cluster_dim,
+            enable_per_channel_scale,
+            sparsity_detection_threshold=sparsity_detection_threshold,
+        )
         self._lut_fake_quantizer = _lut_quantizer(lut_qspec)
         self.register_buffer("indices", None)
         self.register_buffer("per_channel_scale", None)
         self.register_buffer("centroids", None)
-        self._blocks: Blocks | None = None
         self._centroids_initialized = False
         self._indices_stale = False
 
@@ -119,29 +131,25 @@ class PaletteState(_FakePalettizeImplBase):
             self._parameters.pop("centroids", None)
             self.register_buffer("centroids", centroids)
 
-    def blocks(self, weight: Tensor) -> Blocks:
-        """The grid of the weight's blocks.
-
-        Raises:
-            _IncompatibleGranularityError, _IncompatibleClusterDimError: the specification does not fit.
-            RuntimeError: there are palettes, for a weight of another shape.
-        """
-        blocks = self._blocks
-        if blocks is None or blocks.shape != tuple(weight.shape):
-            blocks = Blocks.of(weight.shape, self.granularity, self.cluster_dim)
-            self._check_state_fits(blocks)
-            self._blocks = blocks
-        return blocks
+    def index_rows(self) -> Tensor:
+        """The stored indices in the shape that belongs to :meth:`points`."""
+        assert self.indices is not None
+        if self._stored_positions is None:
+            return self.indices
+        return self.indices.reshape(len(self._stored_positions), -1)
 
     def _check_state_fits(self, blocks: Blocks) -> None:
-        if not self._centroids_initialized or self.indices is None or self.centroids is None:
+        if not self._centroids_initialized or self.centroids is None:
             return
         expected = (blocks.shape[0] // self.cluster_dim, *blocks.shape[1:])
-        if tuple(self.indices.shape) != expected or self.centroids.shape[0] != blocks.count:
+        if self._stored_positions is not None:
+            expected = (self._stored_positions.numel() // self.cluster_dim,)
+        shape = None if self.indices is None or self._indices_stale else tuple(self.indices.shape)
+        if shape not in (None, expected) or self.centroids.shape[0] != blocks.count:
             raise RuntimeError(
                 f"Tensor {self.tensor_fqn!r} has shape {blocks.shape}, but its palettes are for another: "
-                f"indices {tuple(self.indices.shape)}, {self.centroids.shape[0]} palettes. To cluster it "
-                f"anew, call enable_fake_palett(reinitialize=True)"
+                f"indices {shape}, {self.centroids.shape[0]} palettes. To cluster it anew, call "
+                f"enable_fake_palett(reinitialize=True)"
             )
 
     def _as_lut(self, palettes: Tensor) -> Tensor:
@@ -155,23 +163,57 @@ class PaletteState(_FakePalettizeImplBase):
         qparam = self._lut_fake_quantizer.qparams_calculator(rows)[position]
         return None if qparam is None else self._as_lut(qparam.reshape(-1, 1, 1))
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._indices_stale:
+            destination.pop(f"{prefix}indices", None)
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        state_dict = _with_centroids(state_dict, prefix)
         problems = self._state_problems(state_dict, prefix)
         if problems:
-            error_msgs: list[str] = lists[2]
             error_msgs.extend(problems)
             return
-        for name in ("indices", "per_channel_scale", "centroids"):
-            loaded = state_dict.get(prefix + name)
-            if loaded is not None:
-                self._make_room(name, loaded)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        found = {name: state_dict.get(prefix + name) for name in _PALETTE_PARTS}
+        if found["centroids"] is None:
+            # Indices and scales mean nothing without their palettes.
+            state_dict = {key: state_dict[key] for key in state_dict if key[len(prefix) :] not in _OPTIONAL}
+        else:
+            for name, loaded in found.items():
+                if loaded is not None:
+                    self._make_room(name, loaded)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        missing_keys[:] = [key for key in missing_keys if key not in {prefix + name for name in _OPTIONAL}]
         self._switch.update(self.fake_palett_enabled)
-        self._centroids_initialized = self.centroids is not None and self.indices is not None
-        self._indices_stale = False
+        if found["centroids"] is not None:
+            self._adopt(found)
+
+    def _adopt(self, found: dict[str, Tensor | None]) -> None:
+        """What follows from palettes that have been loaded."""
+        without_scale = self.enable_per_channel_scale and found["per_channel_scale"] is None
+        if without_scale:
+            self.per_channel_scale = None
+        self._centroids_initialized = True
+        self._indices_stale = without_scale or found["indices"] is None
         self._blocks = None
+        # Which values are zero may have changed with the palettes.
+        self._set_sparsity(DENSE, known=False)
+        quantizer = self._lut_fake_quantizer
+        if quantizer is not None and not _has_qparams(quantizer):
+            # Observes the palettes; parameters of the quantizer in the checkpoint are loaded afterwards.
+            with torch.no_grad():
+                self.palettes()
 
     def _state_problems(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Why the palettes in a ``state_dict`` do not fit the specification; empty if they do."""
@@ -201,12 +243,26 @@ class PaletteState(_FakePalettizeImplBase):
             self.register_buffer(name, torch.empty(loaded.shape, dtype=dtype, device=device))
 
 
+def _with_centroids(state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The state with palettes as ``centroids`` where an old checkpoint has them as ``lut`` (4 axes)."""
+    lut = state_dict.get(f"{prefix}lut")
+    if lut is None or f"{prefix}centroids" in state_dict or lut.dim() != 4:
+        return state_dict
+    renamed = {key: value for key, value in state_dict.items() if key != f"{prefix}lut"}
+    return renamed | {f"{prefix}centroids": lut.flatten(0, 1)}
+
+
 def _lut_quantizer(spec: QuantizationSpec | None) -> FakeQuantizeImplBase | None:
     """The fake quantizer for palettes as rows of a matrix: one scale a row."""
     if spec is None:
         return None
     per_row = spec.model_copy(update={"granularity": PerChannelGranularity(axis=0)})
     return QuantizationComponentFactory.construct(per_row, CompressionTargetTensor.LUT)
+
+
+def _has_qparams(quantizer: FakeQuantizeImplBase) -> bool:
+    scale = getattr(quantizer.qparams_calculator, "scale", None)
+    return not isinstance(scale, Tensor) or scale.numel() > 0
 
 
 def _rows(centroids: Tensor) -> Tensor:

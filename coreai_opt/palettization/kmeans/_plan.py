@@ -4,11 +4,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
 from coreai_opt.palettization.config import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig, PATSchedule
-from coreai_opt.palettization.kmeans._blocks import Blocks
 from coreai_opt.palettization.kmeans._supported import OP_TYPES
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 from coreai_opt.palettization.spec import PalettizationSpec
@@ -48,7 +47,7 @@ def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple
         module_config = cast(ModuleKMeansPalettizerConfig, target.config)
         simulator = _build(target, module_config, functions.get(id(tensor)))
         try:
-            Blocks.of(tensor.shape, simulator.granularity, simulator.cluster_dim)
+            _check(simulator, tensor)
         except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
             logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
             continue
@@ -56,6 +55,19 @@ def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple
     if not planned:
         logger.warning("Nothing is palettized: the configuration names no weight that an operation reads")
     return planned
+
+
+def _check(simulator: _KMeansFakePalettize, weight: Tensor) -> None:
+    """An error of incompatibility unless the weight can be cut into blocks and vectors.
+
+    Raises:
+        RuntimeError: it is pruned, and the values that are kept cannot be stored as vectors.
+    """
+    try:
+        simulator.detect_sparsity(weight)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
+    simulator.blocks(weight)
 
 
 def _build(
@@ -67,6 +79,7 @@ def _build(
         # Rounding is for scalars.
         enable_fast_kmeans_mode=config.enable_fast_kmeans_mode and spec.cluster_dim == 1,
         rounding_precision=config.rounding_precision,
+        vector_kmeans_config=config.vector_kmeans_config if spec.cluster_dim > 1 else None,
         op_to_optimize=function,
     )
     simulator.tensor_fqn = target.fqn

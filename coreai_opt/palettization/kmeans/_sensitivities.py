@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 class CalibrationHelper:
     """Sums the squared gradients of a loss: the diagonal of the empirical Fisher information.
 
-    The parameters' ``grad`` is not touched, and nothing waits for the device.
+    After a step the sum is also a parameter's ``grad``, until :meth:`close` puts back what was there before.
+    Nothing waits for the device.
 
     Args:
         model: the model, without simulation.
@@ -30,6 +31,9 @@ class CalibrationHelper:
         self.step_called = False
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._sums: dict[str, Tensor] = {}
+        self._before = {name: parameter.grad for name, parameter in self._parameters.items()}
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def step(self, output: Any, target: Any) -> None:
         """Add the squared gradients of ``loss_fn(output, target)``.
@@ -43,11 +47,18 @@ class CalibrationHelper:
         """
         loss = self.loss_fn(output, target)
         gradients = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True)
-        for name, gradient in zip(self._parameters, gradients, strict=True):
+        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
                 square = gradient.detach().to(torch.float32).square()
                 self._sums[name] = self._sums[name] + square if name in self._sums else square
+                # A copy: whoever writes into it does not change the sum.
+                parameter.grad = self._sums[name].to(parameter.dtype, copy=True)
         self.step_called = True
+
+    def close(self) -> None:
+        """Give each parameter the gradient that it had before."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._before[name]
 
     def sensitivities(self) -> dict[str, Tensor]:
         """The sums by the parameter's name, scaled to a maximum of one.

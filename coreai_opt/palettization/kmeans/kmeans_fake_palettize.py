@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 import coreai_kernels
+from coreai_opt.palettization.config import VectorKMeansConfig
 from coreai_opt.palettization.kmeans import _clustering
 from coreai_opt.palettization.kmeans._blocks import Blocks
 from coreai_opt.palettization.kmeans._palettes import PaletteState
+from coreai_opt.palettization.kmeans._sparsity import gathered
 from coreai_opt.palettization.kmeans._supported import OP_TYPES, TRANSPOSED_OPS
 from coreai_opt.palettization.spec.fake_palettize import _FakePalettizeImplBase
 from coreai_opt.palettization.spec.granularity import (
@@ -33,6 +35,9 @@ class _KMeansFakePalettize(PaletteState):
         rounding_precision: decimals kept in fast mode.
         op_to_optimize: the function that uses the weight; it settles which axis holds the output channels.
         training_strategy_spec: what happens in training; None for the default strategy.
+        vector_kmeans_config: how much k-means of vectors searches, a configuration or a dict of its fields;
+            None for the default search.
+        sparsity_detection_threshold: see :class:`PalettizationSpec`.
     """
 
     def __init__(
@@ -47,11 +52,23 @@ class _KMeansFakePalettize(PaletteState):
         rounding_precision: int = 4,
         op_to_optimize: Callable[..., Any] | None = None,
         training_strategy_spec: TrainingStrategySpec | None = None,
+        vector_kmeans_config: VectorKMeansConfig | dict[str, Any] | None = None,
+        sparsity_detection_threshold: float | None = None,
     ) -> None:
         if isinstance(granularity, PerGroupedChannelGranularity) and granularity.axis is None:
             op_type = OP_TYPES.get(op_to_optimize) if op_to_optimize is not None else None
             granularity = granularity.model_copy(update={"axis": int(op_type in TRANSPOSED_OPS)})
-        super().__init__(n_bits, lut_qspec, granularity, cluster_dim, enable_per_channel_scale)
+        super().__init__(
+            n_bits,
+            lut_qspec,
+            granularity,
+            cluster_dim,
+            enable_per_channel_scale,
+            sparsity_detection_threshold,
+        )
+        if vector_kmeans_config is not None:
+            vector_kmeans_config = VectorKMeansConfig.model_validate(vector_kmeans_config)
+        self.vector_kmeans_config = vector_kmeans_config
         self.enable_fast_kmeans_mode = enable_fast_kmeans_mode
         self.rounding_precision = rounding_precision
         # Squared distance between neighbouring palette entries: the unit of soft assignment's temperature.
@@ -87,6 +104,7 @@ class _KMeansFakePalettize(PaletteState):
             TypeError: ``tensor`` is not floating point.
             ValueError: it has values that are not finite, or the sensitivities have another shape.
         """
+        self.detect_sparsity(tensor)
         if self._centroids_initialized:
             return
         with torch.no_grad():
@@ -106,11 +124,11 @@ class _KMeansFakePalettize(PaletteState):
 
         No gradient reaches the weight; the palettes get theirs if they are trained.
         """
-        block_size = self.blocks(weight).block_size
+        self.detect_sparsity(weight)
         self.refresh_indices(weight)
-        assert self.indices is not None
-        values = coreai_kernels.lookup(self.indices, self.palettes(), block_size=block_size)
-        return self.unscale(values).to(weight.dtype)
+        block_size = self.point_blocks(weight).block_size
+        values = coreai_kernels.lookup(self.index_rows(), self.palettes(), block_size=block_size)
+        return self.restored(values, weight)
 
     def refresh_indices(self, weight: Tensor) -> None:
         """Assign the values of ``weight`` to the palettes anew if the stored indices are out of date."""
@@ -120,34 +138,33 @@ class _KMeansFakePalettize(PaletteState):
         if not (self._indices_stale or moving):
             return
         with torch.no_grad():
-            self.indices = self.nearest(self.scaled(weight.detach()), self.palettes())
+            weight = weight.detach()
+            self.detect_sparsity(weight)
+            if self.enable_per_channel_scale and self.per_channel_scale is None:
+                self.per_channel_scale = _clustering.channel_scale(self.masked(weight))
+            indices = self.nearest(self.points(weight), self.palettes(), weight)
+            self.indices = indices if self._stored_positions is None else indices.flatten()
         self._indices_stale = False
 
-    def nearest(self, scaled: Tensor, palettes: Tensor) -> Tensor:
-        """Index of the entry of ``palettes`` nearest to each vector of a scaled weight."""
-        return coreai_kernels.palettize(scaled, palettes, block_size=self.blocks(scaled).block_size)
+    def nearest(self, points: Tensor, palettes: Tensor, weight: Tensor) -> Tensor:
+        """Index of the entry of ``palettes`` nearest to each of the ``points`` of ``weight``."""
+        return coreai_kernels.palettize(points, palettes, block_size=self.point_blocks(weight).block_size)
 
-    def scaled(self, weight: Tensor) -> Tensor:
-        """The weight divided by the scale of each channel."""
-        return weight if self.per_channel_scale is None else weight / self._scale_for(weight)
-
-    def unscale(self, values: Tensor) -> Tensor:
-        """Values multiplied by the scale of each channel."""
-        return values if self.per_channel_scale is None else values * self._scale_for(values)
-
-    def vectorize(self, weight: Tensor) -> tuple[Tensor, Blocks]:
+    def vectorize(self, weight: Tensor) -> tuple[Tensor, tuple[Blocks, Tensor]]:
         """The scaled weight as ``[blocks, vectors, cluster_dim]``, and what :meth:`devectorize` needs.
 
         The scale of each channel is computed from ``weight`` anew, and kept.
         """
-        blocks = self.blocks(weight)
+        self.detect_sparsity(weight)
         if self.enable_per_channel_scale:
-            self.per_channel_scale = _clustering.channel_scale(weight.detach())
-        return blocks.vectors(self.scaled(weight)), blocks
+            self.per_channel_scale = _clustering.channel_scale(self.masked(weight.detach()))
+        blocks = self.point_blocks(weight)
+        return blocks.vectors(self.points(weight)), (blocks, weight)
 
-    def devectorize(self, vectors: Tensor, context: Blocks) -> Tensor:
+    def devectorize(self, vectors: Tensor, context: tuple[Blocks, Tensor]) -> Tensor:
         """The weight that :meth:`vectorize` made these vectors of."""
-        return self.unscale(context.weight(vectors))
+        blocks, weight = context
+        return self.restored(blocks.weight(vectors), weight)
 
     def refine(self, weight: Tensor, iterations: int) -> None:
         """Let the palettes follow the weight by Lloyd's iterations, without waiting for the device.
@@ -156,14 +173,27 @@ class _KMeansFakePalettize(PaletteState):
             weight: the weight, of the shape that the palettes are for.
             iterations: how many times to assign the values and to move each entry to the mean of its own.
         """
-        block_size = self.blocks(weight).block_size
-        scaled, centroids = self.scaled(weight.detach()), self.stored_palettes().detach()
+        points, centroids = self.points(weight.detach()), self.stored_palettes().detach()
+        block_size, mass = self.point_blocks(weight).block_size, self._point_mass()
+        held = self.held_entries()
         for _ in range(iterations):
-            indices = self.nearest(scaled, centroids)
-            centroids = _clustering.cluster_means(scaled, indices, centroids, block_size, self._sensitivities)
+            indices = self.nearest(points, centroids, weight)
+            moved = _clustering.cluster_means(points, indices, centroids, block_size, mass)
+            centroids = moved if held is None else torch.where(held, 0.0, moved)
         with torch.no_grad():
             self.stored_palettes().copy_(centroids)
         self._indices_stale = True
+
+    def _point_mass(self) -> Tensor | None:
+        """The sensitivity of each of the points; none at all for those that are masked."""
+        mass, mask = self._sensitivities, self._sparsity_mask
+        if self._stored_positions is not None:
+            if mass is None:
+                return None
+            return gathered(mass.to(self._stored_positions.device), self._stored_positions, self.cluster_dim)
+        if mask is None:
+            return mass
+        return mask.float() if mass is None else mass.to(mask.device) * mask
 
     def step(self, weight: Tensor, step: int) -> None:
         """A training step is over: let the training strategy do what it does between steps."""
@@ -193,11 +223,15 @@ class _KMeansFakePalettize(PaletteState):
             parts.append(f"cluster_dim={self.cluster_dim}")
         if self.enable_per_channel_scale:
             parts.append("enable_per_channel_scale=True")
+        if self.sparsity_detection_threshold is not None:
+            parts.append(f"sparsity_detection_threshold={self.sparsity_detection_threshold}")
         return ", ".join(parts)
 
     def _cluster(self, weight: Tensor) -> None:
-        blocks = Blocks.of(weight.shape, self.granularity, self.cluster_dim)
-        scale = _clustering.channel_scale(weight) if self.enable_per_channel_scale else None
+        blocks = self._grid(weight.shape)
+        scale = None
+        if self.enable_per_channel_scale:
+            scale = _clustering.channel_scale(self.masked(weight))
         found = _clustering.cluster(self, weight, blocks, scale)
         self._blocks, self.per_channel_scale = blocks, scale
         self.indices = found.indices
@@ -208,10 +242,6 @@ class _KMeansFakePalettize(PaletteState):
     def _invalidate(self) -> None:
         self._centroids_initialized = False
         self._indices_stale = True
-
-    def _scale_for(self, weight: Tensor) -> Tensor:
-        assert self.per_channel_scale is not None
-        return self.per_channel_scale.reshape(-1, *[1] * (weight.dim() - 1))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)

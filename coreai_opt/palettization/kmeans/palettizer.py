@@ -73,7 +73,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             num_workers: how many weights are clustered at a time.
 
         Raises:
-            RuntimeError: the model is prepared already.
+            RuntimeError: the model is prepared already; or a pruned weight cannot be stored as vectors.
             TypeError: an argument has the wrong type.
             ValueError: ``num_workers`` is not positive; a weight is not finite; sensitivities are negative,
                 not finite, or have another shape than their weight.
@@ -111,7 +111,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
     ) -> Iterator[CalibrationHelper]:
         """A context that measures how sensitive the loss is to each weight, and clusters anew at its end.
 
-        Weights are not palettized while it is active. Run forwards, and hand each output to the helper.
+        Weights are not palettized while it is active. Run forwards, and hand each output to the helper. The
+        parameters' ``grad`` holds the sums of squared gradients then, and afterwards what it held before.
 
         Args:
             model: the prepared model; None for the one of the constructor.
@@ -134,6 +135,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         try:
             yield helper
         finally:
+            helper.close()
             for simulator, on in zip(simulators, was_on, strict=True):
                 simulator.enable_fake_palett(on)
         self._use_sensitivities(model, helper.sensitivities(), sensitivity_path)

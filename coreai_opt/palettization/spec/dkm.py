@@ -25,14 +25,17 @@ class _DKMStrategy(TrainingStrategy):
     def train_forward(  # type: ignore[override]
         self, module: "_KMeansFakePalettize", weight: torch.Tensor
     ) -> torch.Tensor:
+        palettes, held = module.palettes(), module.held_entries()
+        if held is not None:
+            palettes = torch.where(held, palettes.detach(), palettes)
         values = coreai_kernels.soft_palettize(
-            module.scaled(weight),
-            module.palettes(),
+            module.points(weight),
+            palettes,
             self.temperature * module.palette_spacing,
-            block_size=module.blocks(weight).block_size,
+            block_size=module.point_blocks(weight).block_size,
             iterations=self.iterations,
         )
-        return module.unscale(values).to(weight.dtype)
+        return module.restored(values, weight)
 
     def on_palette_computed(self, module: "_KMeansFakePalettize") -> None:  # type: ignore[override]
         centroids = module.centroids

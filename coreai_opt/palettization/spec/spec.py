@@ -27,6 +27,8 @@ class PalettizationSpec(CompressionSpec):
         cluster_dim: length of the vectors that an index stands for: consecutive output channels.
         enable_per_channel_scale: divide each output channel by its largest magnitude before clustering.
         training_strategy_spec: what happens to the weight in training; also a dict ``{"type": "default"}``.
+        sparsity_detection_threshold: from this share of zeros on, 0 to 1, a weight is taken to be pruned: its
+            zeros stay, and palettes are for the other values alone. None for palettes of all values.
 
     Raises:
         pydantic.ValidationError: a value is not allowed.
@@ -53,6 +55,7 @@ class PalettizationSpec(CompressionSpec):
         SerializeAsAny[TrainingStrategySpec],
         BeforeValidator(TrainingStrategySpec.maybe_build_from_dict),
     ] = Field(default_factory=DefaultTrainingSpec)
+    sparsity_detection_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def validate_lut_qspec(self) -> "PalettizationSpec":
@@ -63,6 +66,11 @@ class PalettizationSpec(CompressionSpec):
         if spec.dtype not in self.LUT_DTYPES:
             allowed = ", ".join(map(str, self.LUT_DTYPES))
             raise ValueError(f"lut_qspec.dtype must be one of {allowed}; got {spec.dtype}")
+        if not spec.dtype.is_floating_point and spec.scale_dtype is not None:
+            raise ValueError(
+                f"lut_qspec.scale_dtype must be None for the integer dtype {spec.dtype}; "
+                f"got {spec.scale_dtype}"
+            )
         if not isinstance(spec.granularity, PerTensorQuantization):
             raise ValueError(
                 f"lut_qspec.granularity must be PerTensorGranularity, one scale for each palette; "

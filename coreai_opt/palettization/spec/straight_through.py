@@ -24,11 +24,11 @@ class _StraightThroughStrategy(TrainingStrategy):
     def train_forward(  # type: ignore[override]
         self, module: "_KMeansFakePalettize", weight: torch.Tensor
     ) -> torch.Tensor:
-        scaled, palettes = module.scaled(weight), module.palettes()
-        indices = module.nearest(scaled.detach(), palettes.detach())
-        block_size = module.blocks(weight).block_size
-        values = coreai_kernels.lookup(indices, palettes, block_size=block_size, weight=scaled)
-        return module.unscale(values).to(weight.dtype)
+        points, palettes = module.points(weight), module.palettes()
+        indices = module.nearest(points.detach(), palettes.detach(), weight)
+        block_size = module.point_blocks(weight).block_size
+        values = coreai_kernels.lookup(indices, palettes, block_size=block_size, weight=points)
+        return module.restored(values, weight)
 
     def on_step(  # type: ignore[override]
         self, module: "_KMeansFakePalettize", weight: torch.Tensor, step: int

@@ -4,19 +4,17 @@ Lloyd's iterations are one operator, with many tries at a time; what to try is c
 device (see ``kmeans_search.py``).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from coreai_kernels.ops import checks
-from coreai_kernels.ops.kmeans_search import SMALL, Problem, search
+from coreai_kernels.ops.kmeans_search import SMALL, Problem, search, seeds
 from coreai_kernels.ops.library import define
 from coreai_kernels.reference import kmeans as reference
 from coreai_kernels.reference.layout import to_vectors
 from coreai_kernels.triton import registry as triton
 
-__all__ = ["kmeans"]
+__all__ = ["kmeans", "plain_kmeans"]
 
 # The search looks at so many vectors of a block; the solution that it finds is then brought to rest with all.
 _SEARCHED = 1 << 18
@@ -92,21 +90,79 @@ def kmeans(
             ``weights``, or a negative one in ``weights``.
         TypeError: ``weight`` or ``weights`` is not floating point.
     """
+    problem = _problem(weight, num_clusters, cluster_dim, block_size, weights)
+    if restarts is None:
+        restarts = _restarts(problem.vectors.size(2), num_clusters)
+    _check_numbers(max_iterations=(max_iterations, 0), restarts=(restarts, 1), swaps=(swaps, 0))
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0; got {tolerance}")
+    generator = torch.Generator().manual_seed(seed)
+    found = search(problem.sample(_SEARCHED, generator), num_clusters, restarts, swaps, generator)
+    return problem.lloyd(found.centroids, max_iterations, tolerance).centroids[0]
+
+
+def plain_kmeans(
+    weight: Tensor,
+    num_clusters: int,
+    *,
+    cluster_dim: int,
+    block_size: tuple[int, ...],
+    weights: Tensor | None = None,
+    seed: int = 0,
+    restarts: int = 5,
+    candidates: int = 2,
+    max_iterations: int = 300,
+    tolerance: float = 1e-4,
+) -> Tensor:
+    """:func:`kmeans` without its search: Lloyd's iterations from k-means++, several times.
+
+    Every start sees all vectors, and every run goes on until ``tolerance`` or ``max_iterations`` ends it. The
+    run with the least error counts. Reproducible as :func:`kmeans` is.
+
+    Args:
+        weight: as for :func:`kmeans`.
+        num_clusters: as for :func:`kmeans`.
+        cluster_dim: as for :func:`kmeans`.
+        block_size: as for :func:`kmeans`.
+        weights: as for :func:`kmeans`.
+        seed: of the random choices.
+        restarts: how many runs.
+        candidates: how many vectors are drawn for each next start, of which the best is taken.
+        max_iterations: of each run at most.
+        tolerance: a run stops when an iteration lowers the error by no more than this share of it.
+
+    Returns:
+        float32 ``(blocks, num_clusters, cluster_dim)`` on the device of ``weight``.
+
+    Raises:
+        ValueError, TypeError: see :func:`kmeans`.
+    """
+    problem = _problem(weight, num_clusters, cluster_dim, block_size, weights)
+    _check_numbers(max_iterations=(max_iterations, 1), restarts=(restarts, 1), candidates=(candidates, 1))
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0; got {tolerance}")
+    generator = torch.Generator().manual_seed(seed)
+    best = None
+    for _ in range(restarts):
+        starts = seeds(problem, num_clusters, 1, generator, candidates=candidates, sampled=False)
+        found = problem.lloyd(starts, max_iterations, tolerance)
+        best = found if best is None else best.or_better(found, found.error < best.error)
+    assert best is not None
+    return best.centroids[0]
+
+
+def _problem(
+    weight: Tensor,
+    num_clusters: int,
+    cluster_dim: int,
+    block_size: tuple[int, ...],
+    weights: Tensor | None,
+) -> Problem:
+    """The arguments of k-means as a problem, once they are checked."""
     checks.check_float_input("weight", weight)
     checks.check_blocks("block_size", weight, block_size)
     checks.check_vectors("cluster_dim", cluster_dim, block_size)
     checks.check_num_clusters(num_clusters, block_size, cluster_dim)
-    if restarts is None:
-        restarts = _restarts(math.prod(block_size) // cluster_dim, num_clusters)
-    for name, value, least in (
-        ("max_iterations", max_iterations, 0),
-        ("restarts", restarts, 1),
-        ("swaps", swaps, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0; got {tolerance}")
     weight = weight.detach()
     if not weight.isfinite().all():
         raise ValueError("weight must be finite; got NaN or an infinity")
@@ -114,11 +170,13 @@ def kmeans(
     if weights is not None:
         _check_weights(weights, weight)
         mass = to_vectors(weights.detach(), tuple(block_size), cluster_dim).double().sum(2)
-    vectors = to_vectors(weight, tuple(block_size), cluster_dim).transpose(1, 2)
-    generator = torch.Generator().manual_seed(seed)
-    problem = Problem.of(vectors, mass)
-    found = search(problem.sample(_SEARCHED, generator), num_clusters, restarts, swaps, generator)
-    return problem.lloyd(found.centroids, max_iterations, tolerance).centroids[0]
+    return Problem.of(to_vectors(weight, tuple(block_size), cluster_dim).transpose(1, 2), mass)
+
+
+def _check_numbers(**numbers: tuple[int, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
 def _restarts(vectors: int, clusters: int) -> int:

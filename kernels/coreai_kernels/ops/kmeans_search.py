@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coreai_kernels.ops.library import implementation
 
-__all__ = ["SMALL", "Problem", "search"]
+__all__ = ["SMALL", "Problem", "search", "seeds"]
 
 # Seeding looks at this many vectors a cluster, and takes the better of two: more make better seeds, but
 # hardly better ends.
@@ -123,7 +123,7 @@ def search(
     problem: Problem, clusters: int, starts: int, rounds: int, generator: torch.Generator
 ) -> Solutions:
     """The best solution found for each block, from so many starts and by so many rounds of swaps at most."""
-    found = problem.lloyd(_seeds(problem, clusters, starts, generator), *_ROUGH)
+    found = problem.lloyd(seeds(problem, clusters, starts, generator), *_ROUGH)
     found = problem.lloyd(found.best(max(1, starts // _KEPT)).centroids, *_FINE).best(1)
     failures = torch.zeros_like(found.error[0], dtype=torch.int64)
     effort = _EFFORT if problem.vectors.size(2) * clusters > SMALL else _EFFORT_IF_SMALL
@@ -182,17 +182,33 @@ def _swapped(found: Solutions, first: Tensor, count: int) -> Tensor:
     return result.transpose(0, 1).float()
 
 
-def _seeds(problem: Problem, clusters: int, tries: int, generator: torch.Generator) -> Tensor:
-    """Centroids to begin with, float32 ``(tries, blocks, clusters, dim)``."""
+def seeds(
+    problem: Problem,
+    clusters: int,
+    tries: int,
+    generator: torch.Generator,
+    *,
+    candidates: int = _CANDIDATES,
+    sampled: bool = True,
+) -> Tensor:
+    """Centroids to begin with, float32 ``(tries, blocks, clusters, dim)``.
+
+    Args:
+        problem: the vectors.
+        clusters: how many centroids.
+        tries: how many of each.
+        generator: of the CPU, so that a seed means the same on every device.
+        candidates: how many vectors are drawn for each centroid.
+        sampled: look at some vectors of each block; else at all.
+    """
     blocks, dim, count = problem.vectors.shape
     device = problem.vectors.device
-    looked_at = min(count, _SEEDS_PER_CLUSTER * clusters)
-    together = max(1, _SEEDING // max(1, blocks * looked_at * _CANDIDATES))
+    looked_at = min(count, _SEEDS_PER_CLUSTER * clusters) if sampled else count
+    together = max(1, _SEEDING // max(1, blocks * looked_at * candidates))
     found = []
     for first in range(0, tries, together):
         here = min(tries - first, together)
-        # From the CPU's generator, so that a seed means the same on every device.
-        draws = torch.rand(clusters, here * blocks, _CANDIDATES, generator=generator, dtype=torch.float64)
+        draws = torch.rand(clusters, here * blocks, candidates, generator=generator, dtype=torch.float64)
         if looked_at == count:
             chosen = torch.arange(count).expand(here, count)
         else:

@@ -65,6 +65,30 @@ def test_calibration_weighs_by_squared_gradients(tmp_path):
     assert torch.equal(simulator_of(again._model[0]).centroids, simulator_of(model[0]).centroids)
 
 
+def test_gradients_during_calibration_are_the_sums():
+    palettizer, model = prepared()
+    before = torch.ones(16)
+    model[0].bias.grad = before
+    plain = make_model()
+    sums = dict.fromkeys(("0.weight", "2.weight", "0.bias", "2.bias"), 0)
+    with palettizer.calibration_mode(loss_fn=loss_of) as helper:
+        for scale in (1, 2):
+            helper.step(model(scale * INPUTS), TARGET)
+            plain.zero_grad()
+            loss_of(plain(scale * INPUTS), TARGET).backward()
+            sums = {name: sums[name] + plain.get_parameter(name).grad.square() for name in sums}
+            for name, parameter in model.named_parameters():
+                expected = sums[name.replace("parametrizations.", "").replace(".original", "")]
+                assert torch.allclose(parameter.grad, expected)
+        # What a script does to them does not change the result.
+        model.zero_grad(set_to_none=False)
+        model[0].bias.grad.fill_(7)
+    assert model[0].bias.grad is before
+    assert [name for name, each in model.named_parameters() if each.grad is not None] == ["0.bias"]
+    sensitivities = simulator_of(model[0]).sensitivities
+    assert torch.allclose(sensitivities, sums["0.weight"] / sums["0.weight"].max(), atol=1e-6)
+
+
 def test_zero_sensitivities_are_raised():
     palettizer, model = prepared()
     with palettizer.calibration_mode(loss_fn=lambda output, target: (output * target).sum()) as helper:

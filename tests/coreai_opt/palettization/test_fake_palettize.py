@@ -107,8 +107,10 @@ def test_fewer_values_than_entries_in_each_group(simulator):
 
 
 def test_fast_mode_clusters_rounded_values(simulator, weight):
-    module = simulator(n_bits=8, enable_fast_kmeans_mode=True, rounding_precision=3)
-    rounded = torch.round(weight.half().float(), decimals=3)
+    weight = torch.cat([weight, weight + 1e-3])
+    module = simulator(n_bits=8, enable_fast_kmeans_mode=True, rounding_precision=2)
+    rounded = torch.round(weight.half().float(), decimals=2)
+    assert len(rounded.unique()) <= 256 < len(weight.unique())
     module(weight)
     assert set(module.centroids.flatten().tolist()) == set(rounded.unique().tolist())
 

@@ -10,7 +10,7 @@ from coreai_opt.palettization import (
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
-from coreai_opt.palettization.config import OpKMeansPalettizerConfig, PATSchedule
+from coreai_opt.palettization.config import OpKMeansPalettizerConfig, PATSchedule, VectorKMeansConfig
 from coreai_opt.palettization.spec import (
     DefaultTrainingSpec,
     DKMTrainingSpec,
@@ -59,11 +59,86 @@ def test_bad_fields(fields):
         ({"dtype": "int4"}, "dtype"),
         ({"granularity": PerChannelGranularity(axis=0)}, "granularity"),
         ({"qformulation": "minval"}, "qformulation"),
+        ({"dtype": "int6"}, "dtype"),
+        ({"dtype": "int8", "scale_dtype": torch.float8_e8m0fnu}, "scale_dtype"),
     ],
 )
 def test_palettes_that_cannot_be_quantized(quantization, named):
-    with pytest.raises(ValidationError, match=f"lut_qspec.{named} must be"):
-        PalettizationSpec(lut_qspec=QuantizationSpec(**quantization))
+    with pytest.raises(ValidationError, match=rf"lut_qspec\b[^\[]*\b{named}\b"):
+        PalettizationSpec(lut_qspec=quantization)
+
+
+def test_floating_point_palettes_may_have_power_of_two_scales():
+    quantization = QuantizationSpec(dtype="float8_e4m3fn", scale_dtype=torch.float8_e8m0fnu)
+    assert PalettizationSpec(lut_qspec=quantization).lut_qspec == quantization
+
+
+def test_threshold_of_sparsity():
+    assert PalettizationSpec().sparsity_detection_threshold is None
+    for threshold in (0, 1, 0.5, True):
+        found = PalettizationSpec(sparsity_detection_threshold=threshold).sparsity_detection_threshold
+        assert found == float(threshold)
+        assert isinstance(found, float)
+    for threshold in (-0.1, 1.1, "half"):
+        with pytest.raises(ValidationError, match="sparsity_detection_threshold"):
+            PalettizationSpec(sparsity_detection_threshold=threshold)
+
+
+def test_effort_of_vector_clustering():
+    config = VectorKMeansConfig()
+    assert (config.n_local_trials, config.n_init, config.max_iter, config.tol) == (None, 5, 300, 1e-4)
+    for bad in ({"n_init": 0}, {"n_local_trials": 0}, {"max_iter": 0}, {"tol": -1}, {"tol": float("nan")}):
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            VectorKMeansConfig(**bad)
+    with pytest.raises(ValidationError, match="foo"):
+        VectorKMeansConfig(foo=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.n_init = 3
+
+
+VECTORS = {"weight": PalettizationSpec(cluster_dim=2)}
+SCALARS = {"weight": PalettizationSpec()}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"op_state_spec": VECTORS},
+        {"op_state_spec": SCALARS, "module_state_spec": VECTORS},
+        {
+            "op_state_spec": None,
+            "op_type_config": {"linear": OpKMeansPalettizerConfig(op_state_spec=VECTORS)},
+        },
+        {"op_state_spec": None, "op_name_config": {".*": OpKMeansPalettizerConfig(op_state_spec=VECTORS)}},
+    ],
+)
+def test_effort_where_there_are_vectors(fields):
+    config = ModuleKMeansPalettizerConfig(
+        enable_fast_kmeans_mode=False, vector_kmeans_config={"n_init": 2, "max_iter": 7}, **fields
+    )
+    assert config.vector_kmeans_config == VectorKMeansConfig(n_init=2, max_iter=7)
+    assert config.validate_vector_kmeans_has_vector_spec() is config
+    again = ModuleKMeansPalettizerConfig(**config.model_dump())
+    assert again.vector_kmeans_config == config.vector_kmeans_config
+
+
+def test_effort_without_vectors():
+    with pytest.raises(
+        ValidationError, match="no specification of this module configuration has a cluster_dim"
+    ):
+        ModuleKMeansPalettizerConfig(vector_kmeans_config=VectorKMeansConfig())
+    config = ModuleKMeansPalettizerConfig()
+    with pytest.raises(ValidationError, match="vector_kmeans_config"):
+        config.vector_kmeans_config = VectorKMeansConfig()
+    assert config.vector_kmeans_config is None
+    config = ModuleKMeansPalettizerConfig(
+        op_state_spec=VECTORS, enable_fast_kmeans_mode=False, vector_kmeans_config=VectorKMeansConfig()
+    )
+    with pytest.raises(ValidationError, match="cluster_dim above 1"):
+        config.op_state_spec = SCALARS
+    assert config.op_state_spec == VECTORS
+    config.vector_kmeans_config = None
+    config.op_state_spec = SCALARS
 
 
 def test_granularity_and_strategy_from_dicts():

@@ -1,0 +1,57 @@
+"""k-means as the configuration asks for it."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from coreai_opt.palettization.config import VectorKMeansConfig
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+from coreai_opt.palettization.spec import PerTensorGranularity
+
+WEIGHT = torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def clustered(config, n_bits=4):
+    module = _KMeansFakePalettize(
+        n_bits=n_bits,
+        lut_qspec=None,
+        granularity=PerTensorGranularity(),
+        cluster_dim=2,
+        enable_per_channel_scale=False,
+        enable_fast_kmeans_mode=False,
+        vector_kmeans_config=config,
+    )
+    return (module(WEIGHT) - WEIGHT).square().sum().item(), module
+
+
+def test_settings_count():
+    least, _ = clustered({"n_init": 1, "n_local_trials": 1, "max_iter": 1})
+    some, module = clustered(VectorKMeansConfig())
+    most, _ = clustered({"n_init": 20, "tol": 0})
+    default, without = clustered(None)
+    assert least > 1.05 * some
+    assert some >= most > default
+    assert module.vector_kmeans_config == VectorKMeansConfig()
+    assert without.vector_kmeans_config is None
+
+
+def test_results_repeat():
+    torch.manual_seed(1)
+    one, first = clustered({"n_init": 2})
+    torch.manual_seed(2)
+    two, second = clustered({"n_init": 2})
+    assert one == two
+    assert torch.equal(first.centroids, second.centroids)
+
+
+def test_local_trials_follow_the_number_of_clusters():
+    by_default, _ = clustered({"n_init": 1})
+    asked, _ = clustered({"n_init": 1, "n_local_trials": 4})
+    other, _ = clustered({"n_init": 1, "n_local_trials": 1})
+    assert by_default == asked != other
+
+
+@pytest.mark.parametrize("config", [{"n_init": 0}, {"foo": 1}, 3])
+def test_bad_settings(config):
+    with pytest.raises(ValidationError):
+        clustered(config)
