@@ -31,7 +31,16 @@ __all__ = [
 # The release of coreai-opt whose API this is: scripts compare it to know what they may use.
 __version__ = "0.4.0"
 
-_SUBPACKAGES = ("common", "config", "controllers", "inspection", "palettization", "pruning", "quantization")
+_SUBPACKAGES = (
+    "casting",
+    "common",
+    "config",
+    "controllers",
+    "inspection",
+    "palettization",
+    "pruning",
+    "quantization",
+)
 
 _environment.warn_of_name_clash()
 
