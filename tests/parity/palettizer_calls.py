@@ -13,7 +13,7 @@ from coreai_opt.palettization import (
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
-from coreai_opt.palettization.config import OpKMeansPalettizerConfig, PATSchedule
+from coreai_opt.palettization.config import OpKMeansPalettizerConfig, PATSchedule, VectorKMeansConfig
 from coreai_opt.palettization.spec import (
     DefaultTrainingSpec,
     PalettizationGranularity,
@@ -41,6 +41,27 @@ def palettizer(prepared: bool = True) -> KMeansPalettizer:
 def blocks(**fields: Any) -> tuple[int, list[torch.Tensor]]:
     granularity = PerGroupedChannelGranularity(**fields)
     return granularity.num_blocks_to_cluster(WEIGHT), granularity.get_blocks_to_cluster(WEIGHT)
+
+
+VECTORS = {"weight": PalettizationSpec(cluster_dim=2)}
+
+
+def vector_config(**fields: Any) -> dict[str, Any]:
+    config = ModuleKMeansPalettizerConfig(
+        enable_fast_kmeans_mode=False, vector_kmeans_config={"n_init": 2, "max_iter": 7}, **fields
+    )
+    return config.model_dump()
+
+
+def prepare_pruned(**fields: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the state of a layer with zeros in half of its weight."""
+    model = nn.Sequential(nn.Linear(6, 8))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(-24.0, 24).reshape(8, 6).clamp(min=0))
+    spec = PalettizationSpec(n_bits=2, sparsity_detection_threshold=0.1, **fields)
+    config = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec}, enable_fast_kmeans_mode=False)
+    KMeansPalettizer(model, KMeansPalettizerConfig(global_config=config)).prepare(INPUTS)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def disabled() -> dict[str, Any]:
@@ -97,6 +118,56 @@ CALLS: dict[str, Callable[[], Any]] = {
     "fast vectors": lambda: ModuleKMeansPalettizerConfig(
         op_state_spec={"weight": PalettizationSpec(cluster_dim=2)}
     ),
+    **{
+        f"threshold {t!r}": lambda t=t: (
+            PalettizationSpec(sparsity_detection_threshold=t).sparsity_detection_threshold
+        )
+        for t in (-0.1, 0, 0.5, 1, 1.1, True, None, "half")
+    },
+    "LUT in int6": lambda: PalettizationSpec(lut_qspec=QuantizationSpec(dtype="int6")),
+    "LUT in int8 with powers of two": lambda: PalettizationSpec(
+        lut_qspec=QuantizationSpec(dtype="int8", scale_dtype=torch.float8_e8m0fnu)
+    ),
+    "LUT in float8 with powers of two": lambda: PalettizationSpec(
+        lut_qspec=QuantizationSpec(dtype="float8_e4m3fn", scale_dtype=torch.float8_e8m0fnu)
+    ).model_dump(),
+    "effort": lambda: VectorKMeansConfig().model_dump(),
+    "effort is immutable": lambda: setattr(VectorKMeansConfig(), "n_init", 3),
+    **{
+        f"effort {fields}": lambda fields=fields: VectorKMeansConfig(**fields).model_dump()
+        for fields in (
+            {"n_init": 0},
+            {"n_init": "3"},
+            {"n_init": True},
+            {"n_local_trials": 0},
+            {"n_local_trials": 1.5},
+            {"max_iter": 0},
+            {"tol": -1},
+            {"tol": float("nan")},
+            {"tol": 0},
+            {"foo": 1},
+        )
+    },
+    "effort for scalars": lambda: ModuleKMeansPalettizerConfig(vector_kmeans_config=VectorKMeansConfig()),
+    "effort for no vectors": lambda: ModuleKMeansPalettizerConfig(
+        op_state_spec=None, vector_kmeans_config={"n_init": 2}
+    ),
+    **{
+        f"effort for {where}": lambda fields=fields: vector_config(**fields)
+        for where, fields in {
+            "state": {"op_state_spec": VECTORS},
+            "module": {"op_state_spec": None, "module_state_spec": VECTORS},
+            "types": {"op_state_spec": None, "op_type_config": {"linear": {"op_state_spec": VECTORS}}},
+            "names": {"op_state_spec": None, "op_name_config": {".*": {"op_state_spec": VECTORS}}},
+        }.items()
+    },
+    "pruned vectors in columns": lambda: prepare_pruned(
+        cluster_dim=2, granularity={"type": "per_grouped_channel", "axis": 1, "group_size": 2}
+    ),
+    "pruned vectors that a group cannot store": lambda: prepare_pruned(
+        cluster_dim=4, granularity={"type": "per_grouped_channel", "axis": 0, "group_size": 1}
+    ),
+    "pruned vectors of odd channels": lambda: prepare_pruned(cluster_dim=5),
     "no decimals": lambda: ModuleKMeansPalettizerConfig(rounding_precision=0),
     "negative step": lambda: PATSchedule(enable_fake_palettize=-1),
     "presets": lambda: [

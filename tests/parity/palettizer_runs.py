@@ -151,10 +151,83 @@ def _all_cases() -> Iterator[Case]:
     yield Case("fewer values than entries", spec={"n_bits": 8, "granularity": _grouped(0, 2)})
     few = {"n_bits": 6, "cluster_dim": 2, "granularity": _grouped(0, 2)}
     yield Case("fewer vectors than entries", spec=few, config={"enable_fast_kmeans_mode": False})
+    yield from _pruned_cases()
+    yield from _existing_cases()
+    for settings in ({}, {"n_init": 2, "n_local_trials": 1}, {"n_init": 1, "max_iter": 2}, {"tol": 0.1}):
+        config = {"enable_fast_kmeans_mode": False, "vector_kmeans_config": settings}
+        yield Case(f"effort {settings}", spec={"n_bits": 3, "cluster_dim": 2}, config=config)
     schedule = {"pat_schedule": {"enable_fake_palettize": 2}}
     yield Case("trained", spec={"n_bits": 2})
     yield Case("trained from step 2", spec={"n_bits": 2}, config=schedule)
     yield Case("trained in groups", spec={"n_bits": 2, "granularity": _grouped(0, 4)}, config=schedule)
+
+
+def _pruned_cases() -> Iterator[Case]:
+    """Joint sparsity. "unevenly pruned" weights keep more in some rows than in others."""
+    sparse = {"sparsity_detection_threshold": 0.25}
+    for weights, n_bits, fast in itertools.product(("pruned", "unevenly pruned"), (1, 2, 4), (True, False)):
+        spec = sparse | {"n_bits": n_bits}
+        config = {"enable_fast_kmeans_mode": fast}
+        yield Case(f"{weights}, {n_bits} bits, fast {fast}", spec=spec, config=config, weights=weights)
+    for axis, size, model in itertools.product((None, 0, 1), (2, 4), ("linear", "convolutions")):
+        spec = sparse | {"n_bits": 2, "granularity": _grouped(axis, size)}
+        yield Case(f"pruned, groups of {size}, axis {axis}, {model}", model, spec, weights="unevenly pruned")
+    for dtype in ("float16", "bfloat16", "float64"):
+        spec = sparse | {"n_bits": 3, "granularity": _grouped(0, 4)}
+        yield Case(f"pruned, {dtype}", spec=spec, weights="unevenly pruned", dtype=dtype)
+    for name, fields in {
+        "scaled": {"enable_per_channel_scale": True},
+        "LUT in int8": {"lut_qspec": {"dtype": "int8"}},
+        "LUT in uint8": {"lut_qspec": {"dtype": "uint8", "qscheme": "asymmetric"}},
+        "LUT in float8": {"lut_qspec": {"dtype": "float8_e4m3fn"}},
+    }.items():
+        spec = sparse | {"n_bits": 2, "granularity": _grouped(0, 4)} | fields
+        yield Case(f"pruned, {name}", spec=spec, weights="unevenly pruned")
+    for weights in ("zeros", "a zero row", "few values"):
+        spec = {"sparsity_detection_threshold": 0.0, "n_bits": 2, "granularity": _grouped(0, 2)}
+        yield Case(f"pruned, {weights}", spec=spec, weights=weights)
+    yield Case("not pruned enough", spec={"sparsity_detection_threshold": 0.9}, weights="pruned")
+    yield Case("pruned, sensitivities", spec=sparse | {"n_bits": 2}, weights="pruned", sensitive=True)
+    grouped = sparse | {"n_bits": 2, "granularity": _grouped(0, 4)}
+    yield Case("pruned, sensitivities, groups", spec=grouped, weights="unevenly pruned", sensitive=True)
+    exact = {"enable_fast_kmeans_mode": False}
+    for size, dim, weights in itertools.product((None, 4), (2, 3), ("pruned", "unevenly pruned")):
+        spec = (
+            sparse | {"n_bits": 2, "cluster_dim": dim} | ({"granularity": _grouped(0, size)} if size else {})
+        )
+        yield Case(f"{weights}, vectors of {dim}, groups {size}", spec=spec, weights=weights, config=exact)
+    scaled = sparse | {"n_bits": 2, "cluster_dim": 2, "enable_per_channel_scale": True}
+    yield Case("pruned, scaled vectors", spec=scaled, weights="pruned", config=exact)
+    vectors = sparse | {"n_bits": 2, "cluster_dim": 2}
+    yield Case("pruned, vectors, sensitivities", spec=vectors, weights="pruned", config=exact, sensitive=True)
+
+
+def _existing_cases() -> Iterator[Case]:
+    """Weights, or their leading rows, that have no more values than palettes have entries."""
+    for n_bits, fast in itertools.product((2, 3, 4), (True, False)):
+        config = {"enable_fast_kmeans_mode": fast}
+        yield Case(
+            f"palettized, {n_bits} bits, fast {fast}",
+            spec={"n_bits": n_bits},
+            config=config,
+            weights="palettized",
+        )
+    for weights in ("palettized", "palettized first rows"):
+        spec = {"n_bits": 3, "granularity": _grouped(0, 2)}
+        yield Case(f"{weights}, groups", spec=spec, weights=weights)
+        yield Case(f"{weights}, scaled", spec=spec | {"enable_per_channel_scale": True}, weights=weights)
+        yield Case(f"{weights}, sensitivities", spec=spec, weights=weights, sensitive=True)
+        yield Case(f"{weights}, columns", spec={"n_bits": 3, "granularity": _grouped(1, 2)}, weights=weights)
+    for dtype, dim in itertools.product(("float32", "float16", "float64"), (2, 4)):
+        spec = {"n_bits": 3, "cluster_dim": dim, "granularity": _grouped(0, 8)}
+        config = {"enable_fast_kmeans_mode": False}
+        yield Case(
+            f"palettized vectors of {dim}, {dtype}",
+            spec=spec,
+            config=config,
+            weights="palettized vectors",
+            dtype=dtype,
+        )
 
 
 CASES = {case.name: case for case in _all_cases()}
@@ -186,6 +259,18 @@ def _draw(kind: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         return torch.zeros(shape)
     if kind == "a zero row":
         values[0] = 0
+    if kind == "pruned":
+        values[values.abs() < 0.06] = 0
+    if kind == "unevenly pruned":
+        rows = torch.linspace(0.01, 0.2, shape[0]).reshape(-1, *[1] * (len(shape) - 1))
+        values[values.abs() < rows] = 0
+    if kind == "palettized":
+        values = torch.tensor([-0.1234567, -1e-5, 2e-5, 0.0, 0.7654321])[values.abs().mul(40).long() % 5]
+    if kind == "palettized first rows":
+        values[: shape[0] // 2] = _draw("palettized", shape, generator)[: shape[0] // 2]
+    if kind == "palettized vectors" and len(shape) > 1:
+        values = values[:4].repeat(shape[0] // 4, *[1] * (len(shape) - 1))
+        values = values[:, :3].repeat(1, shape[1] // 3 + 1, *[1] * (len(shape) - 2))[:, : shape[1]]
     if kind == "ties":
         return torch.arange(values.numel()).reshape(shape) / 64
     return values

@@ -16,8 +16,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # The last bit of a float32 mean of float64 sums depends on the order of the sums.
 ULP = 2.0**-23
 
-# Lloyd's iterations end in one of many local minima, so vectors have no unique palette.
-UNIQUE = [name for name, case in CASES.items() if case.spec.get("cluster_dim", 1) == 1]
+# Lloyd's iterations end in one of many local minima, so vectors have no unique palette, unless there is one.
+UNIQUE = [
+    name
+    for name, case in CASES.items()
+    if case.spec.get("cluster_dim", 1) == 1 or case.weights == "palettized vectors"
+]
+# Settings of k-means: both packages draw their starts, from generators of their own.
+EFFORTS = [name for name in CASES if name.startswith("effort")]
 # Rounding to so few decimals that palettes lose entries: ours does not round then.
 COARSE = "1 decimals"
 
@@ -81,15 +87,21 @@ def test_like_the_oracle(name: str, ours: dict[str, Any], answers: dict[str, Any
     assert found["gradients"] == expected["gradients"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in EFFORTS])
 def test_errors_are_never_greater(name: str, ours: dict[str, Any], answers: dict[str, Any]) -> None:
     expected = squared_errors(CASES[name], answers["cases"][name])
     found = squared_errors(CASES[name], ours[name])
     assert found.keys() == expected.keys()
-    # Vectors are found by chance in Apple's package: a lucky run of it may be a bit better.
-    slack = 1e-6 if name in UNIQUE else 1e-3
     for weight, error in expected.items():
-        assert found[weight] <= error * (1 + slack), weight
+        assert found[weight] <= error * (1 + 1e-6), weight
+
+
+def test_equal_effort_leaves_equal_errors(ours: dict[str, Any], answers: dict[str, Any]) -> None:
+    total = {"ours": 0.0, "expected": 0.0}
+    for name in EFFORTS:
+        total["ours"] += sum(squared_errors(CASES[name], ours[name]).values())
+        total["expected"] += sum(squared_errors(CASES[name], answers["cases"][name]).values())
+    assert total["ours"] < 1.03 * total["expected"]
 
 
 def test_coarse_rounding_is_left_out(ours: dict[str, Any], answers: dict[str, Any]) -> None:
@@ -111,9 +123,7 @@ def test_the_oracle_reads_our_state(name: str, ours: dict[str, Any], answers: di
     continued = answers["continued"][name]
     assert not isinstance(continued, Raised), continued
     for weight, values in ours[name]["weights"].items():
-        # It assigns anew after loading: the values before rounding, by distances in float32.
-        same = values.tensor() == continued["weights"][weight].tensor()
-        assert same.float().mean() > 0.95
+        assert torch.equal(values.tensor(), continued["weights"][weight].tensor())
 
 
 @pytest.mark.parametrize("name", TRAINED)
