@@ -103,6 +103,11 @@ class Quantizer(_BaseQuantizer):
         check_example_inputs(example_inputs)
         _refuse_meta(self._model)
         if in_graph_mode:
+            if not isinstance(example_inputs, tuple):
+                raise TypeError(
+                    f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
+                    f"got {type(example_inputs).__name__}"
+                )
             if len(example_inputs) == 0:
                 raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
             schedules = self._schedules_by_module()

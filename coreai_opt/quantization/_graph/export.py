@@ -1,6 +1,7 @@
 """From a model to a graph of aten operators that shares the model's parameters."""
 
 import contextlib
+import linecache
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _explain(model: nn.Module, error: Exception, no_grad: bool) -> str:
     return "\n".join(lines)
 
 
-def _first_lines(error: Exception, count: int = 6) -> str:
+def _first_lines(error: Exception, count: int = 2) -> str:
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return "\n".join(lines[:count])
 
@@ -77,7 +78,8 @@ def _place_in_forward(error: Exception) -> str | None:
     while traceback is not None:
         code = traceback.tb_frame.f_code
         module = str(traceback.tb_frame.f_globals.get("__name__", ""))
-        if module.partition(".")[0] != "torch" and module != __name__:
-            found = f"{code.co_filename}:{traceback.tb_lineno}, in {code.co_qualname}"
+        if module.partition(".")[0] not in ("torch", "contextlib", "coreai_opt"):
+            line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
+            found = f"{code.co_filename}:{traceback.tb_lineno}, in {code.co_qualname}: {line}"
         traceback = traceback.tb_next
     return found

@@ -5,6 +5,7 @@ that reads ``self.training``, so that ``train()`` and ``eval()`` work as on any 
 too.
 """
 
+import operator
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -34,6 +35,8 @@ _FLAG_POSITIONS: dict[str, int] = {
     "rnn_tanh.input": 6,
     "rnn_relu.input": 6,
 }
+# Its dropout has a probability and no flag.
+_ATTENTION = "scaled_dot_product_attention.default"
 # Normalizations that work on the batch alone have no running statistics, in either mode.
 _RUNNING_MEAN_POSITION = {BATCH_NORM: 3, "instance_norm.default": 3}
 # What the exported graph of Apple's package does not switch.
@@ -59,16 +62,38 @@ def follow_training_flag(graph: Graph, strict_upstream: bool = False) -> None:
         graph: is changed.
         strict_upstream: switch dropout and batch norm alone.
     """
-    flag: Node | None = None
-    for node in list(graph.nodes):
-        position = _switchable(node, strict_upstream)
-        if position is None:
-            continue
-        if flag is None:
-            first = next(each for each in graph.nodes if each.op not in ("placeholder", "get_attr"))
+    nodes = list(graph.nodes)
+    flags: list[Node] = []
+
+    def flag() -> Node:
+        if not flags:
+            first = next(node for node in nodes if node.op not in ("placeholder", "get_attr"))
             with graph.inserting_before(first):
-                flag = graph.create_node("get_attr", _ATTRIBUTE)
-        node.update_arg(position, flag)
+                flags.append(graph.create_node("get_attr", _ATTRIBUTE))
+        return flags[0]
+
+    for node in nodes:
+        position = _switchable(node, strict_upstream)
+        if position is not None:
+            node.update_arg(position, flag())
+        elif overload_name(node) == _ATTENTION and not strict_upstream and _attention_dropout(node):
+            with graph.inserting_before(node):
+                # The probability in training, zero in evaluation: a bool times a number.
+                p = graph.call_function(operator.mul, (flag(), _attention_dropout(node)))
+            _set_attention_dropout(node, p)
+
+
+def _attention_dropout(node: Node) -> float:
+    if "dropout_p" in node.kwargs:
+        return float(node.kwargs["dropout_p"])  # type: ignore[arg-type]
+    return float(node.args[4]) if len(node.args) > 4 else 0.0  # type: ignore[arg-type]
+
+
+def _set_attention_dropout(node: Node, p: Node) -> None:
+    if "dropout_p" in node.kwargs:
+        node.update_kwarg("dropout_p", p)
+    else:
+        node.update_arg(4, p)
 
 
 def _switchable(node: Node, strict_upstream: bool) -> int | None:
