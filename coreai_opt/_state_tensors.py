@@ -1,8 +1,7 @@
 """Which parameters of a model its operations read, seen in one forward, and what is configured for them."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from coreai_opt._restoring import side_effects_undone
 from coreai_opt._utils.config_utils import full_match
 from coreai_opt.config.compression_config import CompressionConfig, ModuleCompressionConfig
 from coreai_opt.config.spec import CompressionSpec
@@ -61,29 +61,6 @@ class StateTarget:
     config: ModuleCompressionConfig[Any, Any]
     places: list[tuple[nn.Module, str]]
     fqn: str
-
-
-@contextmanager
-def side_effects_undone(model: nn.Module) -> Iterator[None]:
-    """Afterwards, the buffers of ``model`` and torch's random generators are as they were."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, before in buffers:
-                    module._buffers[name] = buffer
-                    # An expanded buffer cannot be written, so that it cannot have changed either.
-                    if 0 not in buffer.stride():
-                        buffer.copy_(before)
 
 
 class _Recorder(TorchFunctionMode):

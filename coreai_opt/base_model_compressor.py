@@ -1,49 +1,34 @@
 """What the compressors of models share: their arguments, their states, and the insertion of simulators."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coreai_opt import _prepared_models
+from coreai_opt._restoring import training_flags
 from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
-from coreai_opt.common import ExportBackend
+from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.export.torch import fold
 
 __all__ = [
-    "PREPARED_BY_QUANTIZER",
     "EagerCompressionComponentBuilderMixin",
     "_BaseModelCompressor",
     "original_of",
-    "remove_first",
     "training_flags",
 ]
-
-# The attribute of a model that says so.
-PREPARED_BY_QUANTIZER = "_coreai_opt_prepared"
-
-
-@contextmanager
-def training_flags(model: nn.Module, training: bool) -> Iterator[None]:
-    """``model.train(training)`` while it is active; afterwards each module is as it was."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, flag in before:
-            module.training = flag
 
 
 class _BaseModelCompressor(ABC):
     """Base of the compressors, which change a model in place.
 
-    A subclass names its configuration's class in ``_config_class`` and the modules that it compresses in
-    ``_supported_modules``.
+    A subclass names its configuration's class in ``_config_class``, the modules that it compresses in
+    ``_supported_modules``, its kind of compression in ``_kind`` and its simulators' class in
+    ``_simulator_class``.
 
     Args:
         model: is changed by :meth:`prepare` and :meth:`finalize`.
@@ -55,6 +40,8 @@ class _BaseModelCompressor(ABC):
 
     _config_class: ClassVar[type[CompressionConfig[Any]]]
     _supported_modules: ClassVar[tuple[type[nn.Module], ...]]
+    _kind: ClassVar[CompressionType]
+    _simulator_class: ClassVar[type[CompressionSimulatorBase]]
 
     def __init__(self, model: nn.Module, config: CompressionConfig[Any] | None = None) -> None:
         if not isinstance(model, nn.Module):
@@ -65,7 +52,6 @@ class _BaseModelCompressor(ABC):
             raise TypeError(f"config must be a {self._config_class.__name__}, got {type(config).__name__}")
         self._model = model
         self._config: Any = config
-        self._step_count = 0
 
     @classmethod
     def supported_modules(cls) -> tuple[type[nn.Module], ...]:
@@ -87,8 +73,22 @@ class _BaseModelCompressor(ABC):
         """Turn the simulation into the compressed model, and return it."""
 
     def step(self) -> None:
-        """Tell the compressor that a training step is over."""
-        self._step_count += 1
+        """Tell the compressor that a training step is over.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+        """
+        _prepared_models.count_step(self._require_prepared(self._stepping_model, "step"), self._kind)
+
+    @property
+    def _stepping_model(self) -> nn.Module:
+        """The model whose steps count."""
+        return self._model
+
+    @property
+    def _step_count(self) -> int:
+        """Training steps done; 0 where the model is not prepared."""
+        return _prepared_models.steps_of(self._stepping_model, self._kind)
 
     def calibration_mode(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
         """A context in which forwards of the model collect statistics."""
@@ -101,15 +101,43 @@ class _BaseModelCompressor(ABC):
         )
 
     @classmethod
-    @abstractmethod
     def _is_prepared(cls, model: nn.Module) -> bool:
-        """Whether simulators of this kind are in ``model``."""
+        """Whether a compressor of this kind has prepared ``model`` and not finalized it."""
+        return _prepared_models.is_prepared(model, cls._kind)
 
     def _require_unprepared(self) -> None:
         if self._is_prepared(self._model):
             raise RuntimeError(
-                f"{type(self).__name__}: the model is prepared already; a model can be prepared once"
+                f"prepare: the model is prepared already, by a {type(self).__name__}; "
+                f"it can be prepared again once it is finalized"
             )
+
+    @abstractmethod
+    def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:
+        """Names of the simulators in ``model`` that do not have the state that they need."""
+
+    def _load_prepared_state_dict(self, model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+        """Load the state of a model that was prepared with the same configuration.
+
+        Raises:
+            RuntimeError: names or shapes differ, or a simulator is left without state. The model's own
+                parameters and buffers are as before then; its simulators are to be removed.
+            TypeError: ``state_dict`` is no mapping.
+        """
+        _prepared_models.load_prepared(model, state_dict, self._uninitialized_compression_modules)
+
+    def _mark_prepared(self, model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
+        """Say that ``model`` is prepared; the steps done are those of ``state_dict``, or none."""
+        _prepared_models.mark_prepared(model, self._kind, state_dict)
+
+    def _mark_finalized(self, model: nn.Module) -> None:
+        """Say that this compressor is done with ``model``. To be called at the end of every finalize."""
+        _prepared_models.mark_finalized(model, self._kind)
+
+    def _finalize_for_torch(self, model: nn.Module) -> None:
+        """Turn compressed weights into dense ones; what compresses activations stays."""
+        fold(model, self._simulator_class)
+        self._mark_finalized(model)
 
     def _require_prepared(self, model: nn.Module | None, action: str) -> nn.Module:
         """``model``, or the compressor's own for None; RuntimeError unless it is prepared."""
@@ -145,10 +173,6 @@ class EagerCompressionComponentBuilderMixin:
     _op_types: ClassVar[dict[Callable[..., Any], str]]
     _simulator_class: ClassVar[type[CompressionSimulatorBase]]
 
-    @classmethod
-    def _is_prepared(cls, model: nn.Module) -> bool:
-        return any(isinstance(module, cls._simulator_class) for module in model.modules())
-
     def _find_targets(self, example_inputs: Sequence[Any]) -> list[StateTarget]:
         """What to compress, seen in one forward of ``example_inputs`` that leaves no trace."""
         uses = record_state_uses(self._model, example_inputs, self._op_types)
@@ -175,29 +199,6 @@ class EagerCompressionComponentBuilderMixin:
 def original_of(module: nn.Module, attribute: str) -> Tensor:
     """The tensor behind a parametrized attribute."""
     return getattr(module.parametrizations, attribute).original  # type: ignore[no-any-return]
-
-
-def remove_first(module: nn.Module, attribute: str) -> None:
-    """Take the first parametrization off an attribute, and leave its result in the tensor."""
-    chain: Any = getattr(module.parametrizations, attribute)
-    if len(chain) == 1:
-        _give_own_class(module)
-        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
-        return
-    with torch.no_grad():
-        chain.original.set_(chain[0](chain.original))
-    del chain[0]
-
-
-def _give_own_class(module: nn.Module) -> None:
-    """Let ``module`` share its class with no other.
-
-    torch makes a class for each parametrized module, which its copies share, and takes the attribute off that
-    class when a parametrization goes: off all copies.
-    """
-    shared = type(module)
-    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 def _parametrizations(module: nn.Module) -> Iterable[tuple[str, Any]]:

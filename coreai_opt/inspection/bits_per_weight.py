@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
+from coreai_opt._prepared_models import PREPARED_MARK
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.inspection._storage import dense_bits, simulated_bits
 
@@ -134,7 +134,7 @@ def _own_tensors(
     for name, parameter in module.named_parameters(recurse=False):
         yield name, parameter, ()
     for name, buffer in module.named_buffers(recurse=False):
-        if name != PREPARED_BY_QUANTIZER:
+        if name != PREPARED_MARK:
             yield name, buffer, ()
 
 

@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt import _prepared_models
 from coreai_opt._state_tensors import StateTarget
 from coreai_opt.base_model_compressor import (
-    PREPARED_BY_QUANTIZER,
     EagerCompressionComponentBuilderMixin,
     _BaseModelCompressor,
     original_of,
-    remove_first,
 )
-from coreai_opt.common import ExportBackend
+from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.pruning._export import finalize_pruned
 from coreai_opt.pruning._semi_structured import store_semi_structured
 from coreai_opt.pruning.config.magnitude_pruner_config import MagnitudePrunerConfig
@@ -56,6 +55,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
     """
 
     _config_class = MagnitudePrunerConfig
+    _kind = CompressionType.PRUNING
     _simulator_class = PruneImplBase
     _supported_modules = (
         nn.Linear,
@@ -93,16 +93,24 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             TypeError: ``example_inputs`` is no tuple.
         """
         self._require_unprepared()
-        if getattr(self._model, PREPARED_BY_QUANTIZER, False):
+        if _prepared_models.is_prepared(self._model):
             raise RuntimeError(
-                "MagnitudePruner: the model is prepared by a Quantizer already, which comes last: "
-                "prepare the model with MagnitudePruner first, then with the Quantizer"
+                "prepare: the model is prepared by another compressor already. Pruning comes first: "
+                "prepare the model with MagnitudePruner, then with the Quantizer or the palettizer"
             )
         built = [(target, self._build(target)) for target in self._find_targets(example_inputs)]
         self._refresh([(simulator, target.tensor) for target, simulator in built])
         for target, simulator in built:
             self._insert(target, simulator)
+        self._mark_prepared(self._model)
         return self._model
+
+    def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, PruneImplBase) and module.mask.numel() == 0
+        ]
 
     @staticmethod
     def _build(target: StateTarget) -> PruneImplBase:
@@ -205,11 +213,11 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         chosen = self._require_prepared(model, "finalize")
         if backend == ExportBackend.CoreAI:
             finalize_pruned(chosen, ExportBackend.CoreAI)
+            self._mark_finalized(chosen)
             return chosen
         self._require_torch(backend)
         found = list(self._inserted(chosen))
-        for module, attribute, _ in found:
-            remove_first(module, attribute)
+        self._finalize_for_torch(chosen)
         if semi_structured:
             for module, attribute, simulator in found:
                 store_semi_structured(module, attribute, simulator)

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER, _BaseModelCompressor, training_flags
+from coreai_opt._restoring import training_flags
+from coreai_opt.base_model_compressor import _BaseModelCompressor
+from coreai_opt.common import CompressionType
 from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
 from coreai_opt.quantization.config import ModuleQuantizerConfig, QATSchedule, QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -20,14 +22,25 @@ class _BaseQuantizer(_BaseModelCompressor):
 
     _config_class: ClassVar[type[QuantizerConfig]] = QuantizerConfig
     _config: QuantizerConfig
+    _kind = CompressionType.QUANTIZATION
+    _simulator_class = FakeQuantizeImplBase
 
     def __init__(self, model: nn.Module, config: QuantizerConfig | None = None) -> None:
         super().__init__(model, config)
         self._trained: nn.Module | None = None
 
-    @classmethod
-    def _is_prepared(cls, model: nn.Module) -> bool:
-        return bool(getattr(model, PREPARED_BY_QUANTIZER, False))
+    @property
+    def _stepping_model(self) -> nn.Module:
+        return self._model if self._trained is None else self._trained
+
+    def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:
+        found = []
+        for name, module in model.named_modules():
+            if isinstance(module, FakeQuantizeImplBase):
+                scale = getattr(module.qparams_calculator, "scale", None)
+                if scale is not None and scale.numel() == 0:
+                    found.append(name)
+        return found
 
     @contextmanager
     def calibration_mode(self, model: nn.Module | None = None) -> Iterator[None]:

@@ -4,11 +4,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
+from coreai_opt._restoring import undone_on_failure
 from coreai_opt._state_tensors import check_example_inputs
-from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
@@ -67,7 +67,7 @@ class Quantizer(_BaseQuantizer):
         dynamic_shapes: Any = None,
         export_with_no_grad: bool = True,
         *,
-        state_dict: Mapping[str, Tensor] | None = None,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """Put simulators on the model, let them observe ``example_inputs``, and return what is prepared.
 
@@ -80,26 +80,20 @@ class Quantizer(_BaseQuantizer):
             dynamic_shapes: for :func:`torch.export.export`; no effect in eager mode, where all shapes are
                 dynamic.
             export_with_no_grad: export under :class:`torch.no_grad`; no effect in eager mode.
-            state_dict: of a model that was prepared alike, to load. In graph mode.
+            state_dict: the state of a model that was prepared with the same configuration. It is loaded
+                strictly, and takes the place of what was observed.
 
         Raises:
             NotImplementedError: the configuration names tensors of operations by other than positions.
             TypeError: ``example_inputs`` is no tuple.
-            RuntimeError: parameters are on the meta device; in graph mode also: the model is prepared
-                already, torch cannot export it, or ``state_dict`` does not fit.
+            RuntimeError: the model is prepared already; parameters are on the meta device; ``state_dict``
+                does not fit the prepared model, or lacks the state of some simulator; in graph mode also:
+                torch cannot export the model.
             ValueError: a granularity leaves its axis open where there is no default; in graph mode also:
                 there are no inputs, or a cache is configured that the model does not have.
         """
         in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
-        if in_graph_mode:
-            self._require_unprepared()
-        if self._is_prepared(self._model):
-            warnings.warn(
-                "the model is prepared for quantization already: prepare() changes nothing",
-                UserWarning,
-                stacklevel=2,
-            )
-            return self._model
+        self._require_unprepared()
         check_example_inputs(example_inputs)
         _refuse_meta(self._model)
         if in_graph_mode:
@@ -122,14 +116,16 @@ class Quantizer(_BaseQuantizer):
             )
             self._module_schedules = schedules
             return self._model
-        if state_dict is not None:
-            raise NotImplementedError("in eager mode, prepare the model, then call its load_state_dict")
         if dynamic_shapes is not None:
             warnings.warn("dynamic_shapes has no effect in eager mode", UserWarning, stacklevel=2)
         if not export_with_no_grad:
             warnings.warn("export_with_no_grad has no effect in eager mode", UserWarning, stacklevel=2)
-        preparation.prepare(self._model, self._config, example_inputs)
-        setattr(self._model, PREPARED_BY_QUANTIZER, True)
+        with undone_on_failure(self._model):
+            preparation.prepare(self._model, self._config, example_inputs)
+            if state_dict is not None:
+                self._load_prepared_state_dict(self._model, state_dict)
+                preparation.set_flags(simulators_of(self._model), observe=False, simulate=True)
+        self._mark_prepared(self._model, state_dict)
         return self._model
 
     def finalize(
@@ -142,8 +138,9 @@ class Quantizer(_BaseQuantizer):
         """Make the quantized model of the prepared one.
 
         For Core AI, weights are held as they are stored, and activations pass Core AI's operators: the model
-        is for inference and conversion. Where this fails, the model is as it was. In eager mode the prepared
-        model itself is changed; for torch, it is handed over as it is, with its simulators.
+        is for inference and conversion; where this fails, it is as it was. In eager mode the prepared model
+        itself is changed; for torch, the quantized values are written into the weights' parameters from
+        before :meth:`prepare`, and simulators of activations stay, and work as before.
 
         In graph mode, for torch alone, the result is a graph module of its own: with simulated weights and
         without the batch norms behind convolutions. What is left it shares with the prepared one.
@@ -173,9 +170,10 @@ class Quantizer(_BaseQuantizer):
             return result
         if backend == ExportBackend.CoreAI:
             finalize_eager(model, ExportBackend.CoreAI, mmap_dir)
-            setattr(model, PREPARED_BY_QUANTIZER, False)
+            self._mark_finalized(model)
             return model
         self._require_torch(backend)
+        self._finalize_for_torch(model)
         return model
 
     def _schedules_by_module(self) -> dict[str, QATSchedule]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
-from coreai_opt.common import ExportBackend
+from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
 from coreai_opt.palettization.kmeans._export import finalize_palettes
 from coreai_opt.palettization.kmeans._placed import placed_simulators, refresh_before_saving
@@ -46,14 +46,13 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
 
     _config_class: ClassVar[type[KMeansPalettizerConfig]] = KMeansPalettizerConfig
     _supported_modules: ClassVar[tuple[type[nn.Module], ...]] = SUPPORTED_MODULES
+    _kind = CompressionType.PALETTIZATION
     _op_types: ClassVar[dict[Callable[..., Any], str]] = OP_TYPES
     _simulator_class: ClassVar[type[_KMeansFakePalettize]] = _KMeansFakePalettize
 
     def __init__(self, model: nn.Module, config: KMeansPalettizerConfig | None = None) -> None:
         super().__init__(model, config)
         self._training_depth = 0
-        # A model in which nothing could be palettized is prepared, too.
-        self._prepared = False
         # The first step that palettizes, by the qualified name of the weight.
         self._start_steps: dict[str, int] = {}
 
@@ -98,7 +97,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
                 chain.register_state_dict_pre_hook(refresh_before_saving)
             if each.schedule is not None:
                 self._start_steps[each.target.fqn] = each.schedule.enable_fake_palettize
-        self._prepared = True
+        self._mark_prepared(self._model)
         return self._model
 
     @contextmanager
@@ -197,7 +196,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         *,
         mmap_dir: str | Path | None = None,
     ) -> nn.Module:
-        """End training: fix the palettized values, and return the model.
+        """End training, and return the model: with dense weights of the palettized values.
 
         Args:
             model: the prepared model; None for the one of the constructor.
@@ -219,12 +218,10 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend!r}")
         if backend == ExportBackend.CoreAI:
             finalize_palettes(model, ExportBackend.CoreAI, mmap_dir)
-            self._prepared = self._prepared and model is not self._model
+            self._mark_finalized(model)
             return model
         self._require_torch(backend)
-        for each in placed_simulators(model):
-            each.simulator.freeze(each.weight())
-        self._prepared = self._prepared and model is not self._model
+        self._finalize_for_torch(model)
         return model
 
     @classmethod
@@ -232,21 +229,12 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         """A function that names the type of a torch function, None for those without palettized weights."""
         return OP_TYPES.get
 
-    @classmethod
-    def _is_prepared(cls, model: nn.Module) -> bool:
-        return any(
-            isinstance(module, _KMeansFakePalettize) and not module.is_frozen for module in model.modules()
-        )
-
-    def _require_unprepared(self) -> None:
-        if self._prepared:
-            raise RuntimeError("prepare: the model is prepared already; a model can be prepared once")
-        super()._require_unprepared()
-
-    def _require_prepared(self, model: nn.Module | None, action: str) -> nn.Module:
-        if self._prepared and (model is None or model is self._model):
-            return self._model
-        return super()._require_prepared(model, action)
+    def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:
+        return [
+            each.simulator.tensor_fqn
+            for each in placed_simulators(model)
+            if each.simulator.centroids is None or each.simulator.centroids.numel() == 0
+        ]
 
     def _use_sensitivities(
         self, model: nn.Module, sensitivities: dict[str, Tensor], path: str | Path | None

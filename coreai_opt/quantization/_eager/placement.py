@@ -1,7 +1,6 @@
 """Simulators on a model: built from a plan, then put in their places."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ from coreai_opt.quantization._eager.trace import ModuleTrace, compressions_of
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["Simulators", "build", "insert", "install_forwards", "remove_forwards", "undone_on_failure"]
+__all__ = ["Simulators", "build", "insert", "install_forwards", "remove_forwards"]
 
 
 @dataclass
@@ -208,24 +207,3 @@ def remove_forwards(model: nn.Module) -> None:
     for module in model.modules():
         while isinstance(forward := module.__dict__.get("forward"), ReplacedForward):
             forward.remove()
-
-
-@contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block raises, all modules have the class, attributes and submodules that they had before."""
-    tables = ("_parameters", "_buffers", "_modules")
-    before = [
-        (module, type(module), dict(module.__dict__), [dict(module.__dict__[table]) for table in tables])
-        for module in model.modules()
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, cls, attributes, contents in before:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for table, content in zip(tables, contents, strict=True):
-                module.__dict__[table].clear()
-                module.__dict__[table].update(content)
-        raise

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from coreai_opt._state_tensors import side_effects_undone
-from coreai_opt.base_model_compressor import training_flags
+from coreai_opt._restoring import side_effects_undone, training_flags, undone_on_failure
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.placement import (
     Simulators,
@@ -16,7 +15,6 @@ from coreai_opt.quantization._eager.placement import (
     insert,
     install_forwards,
     remove_forwards,
-    undone_on_failure,
 )
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.together_forward import install_weight_access

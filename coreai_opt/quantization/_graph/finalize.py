@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
+from coreai_opt._prepared_models import MARKS
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._graph.attributes import attach, attached, restore_metadata
 from coreai_opt.quantization._graph.folding import fold_batch_norms, own_tensor
@@ -58,7 +58,7 @@ def finalized_copy(prepared: GraphModule) -> GraphModule:
     for node, quantizer in quantizer_nodes(result):
         setattr(result, str(node.target), copy.deepcopy(quantizer, copies))
     result.meta[OWNERS] = dict(prepared.meta.get(OWNERS, {}))
-    kept = {name: value for name, value in attached(prepared).items() if name != PREPARED_BY_QUANTIZER}
+    kept = {name: value for name, value in attached(prepared).items() if name not in MARKS}
     attach(result, kept)
     restore_metadata(prepared, result)
     result.train(prepared.training)

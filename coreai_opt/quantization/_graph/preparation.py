@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from coreai_opt._prepared_models import marks_of
 from coreai_opt._utils.config_utils import canonical_names
-from coreai_opt.base_model_compressor import PREPARED_BY_QUANTIZER
+from coreai_opt.common import CompressionType
 from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
 from coreai_opt.quantization._graph.annotate import annotate
 from coreai_opt.quantization._graph.attributes import attach, keep_metadata, preserved_attributes
@@ -79,7 +80,8 @@ def prepare(
         _load(prepared, state_dict)
     set_flags(simulators_of(prepared), observe=False, simulate=True)
     keep_metadata(model, prepared)
-    attach(prepared, {**preserved, PREPARED_BY_QUANTIZER: True})
+    # As attributes: copies of a graph module get those that are attached, and no buffers of their own.
+    attach(prepared, preserved | marks_of(CompressionType.QUANTIZATION))
     return prepared
 
 

@@ -222,7 +222,8 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
             InvalidExecutionModeError: there is no such mode.
         """
         try:
-            self.execution_mode = ExecutionMode(mode)
+            chosen = ExecutionMode(mode)
         except ValueError:
             raise InvalidExecutionModeError(mode) from None
+        self.execution_mode = chosen
         return self

@@ -256,7 +256,8 @@ def test_the_order_of_calls(model, x):
     pruner = MagnitudePruner(model)
     with pytest.raises(RuntimeError, match=r"finalize: the model is not prepared. Call prepare"):
         pruner.finalize(backend=TORCH)
-    pruner.step()
+    with pytest.raises(RuntimeError, match="step: the model is not prepared"):
+        pruner.step()
     pruner.prepare((x,))
     for again in (pruner, MagnitudePruner(model)):
         with pytest.raises(RuntimeError, match="prepared already"):
@@ -267,6 +268,13 @@ def test_the_order_of_calls(model, x):
         pruner.calibration_mode()
     with pytest.raises(NotImplementedError, match="no training mode"):
         pruner.training_mode()
+    pruner.finalize(backend=TORCH)
+    with pytest.raises(RuntimeError, match="step: the model is not prepared"):
+        pruner.step()
+    with pytest.raises(RuntimeError, match="finalize: the model is not prepared"):
+        pruner.finalize(backend=TORCH)
+    pruner.prepare((x,))
+    pruner.step()
 
 
 @pytest.mark.parametrize("backend", [ExportBackend.CoreML, "coreml"])
@@ -282,7 +290,7 @@ def test_other_backends(model, x, backend):
 def test_backends_that_do_not_exist(model, x, backend):
     pruner = MagnitudePruner(model)
     pruner.prepare((x,))
-    with pytest.raises(ValueError, match="backend must be one of _torch, coreml, coreai; got"):
+    with pytest.raises(ValueError, match="backend must be one of torch, coreml, coreai; got"):
         pruner.finalize(backend=backend)
 
 

@@ -99,10 +99,9 @@ def test_prepare_can_be_tried_again() -> None:
 def test_prepared_twice() -> None:
     quantizer, model = prepared(Mlp(), X)
     before = snapshot(model)
-    with pytest.warns(UserWarning, match="prepared for quantization already"):
-        assert quantizer.prepare((X,)) is model
-    with pytest.warns(UserWarning, match="prepared for quantization already"):
-        Quantizer(model, eager()).prepare((X,))
+    for again in (quantizer, Quantizer(model, eager())):
+        with pytest.raises(RuntimeError, match="prepared already, by a Quantizer"):
+            again.prepare((X,))
     assert same(before, snapshot(model))
 
 

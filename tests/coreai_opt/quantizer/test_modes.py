@@ -138,13 +138,42 @@ def test_modes_of_a_copy() -> None:
         assert set(flags(other).values()) == {(True, True)}
 
 
-def test_finalize_hands_the_model_over() -> None:
+def test_finalize_folds_weights_and_keeps_simulated_activations() -> None:
     quantizer, model = prepared(Mlp(), X)
-    expected, keys = model(X), list(model.state_dict())
+    expected, flags_before = model(X), flags(model)
     assert quantizer.finalize(backend=ExportBackend.Torch) is model
-    assert quantizer.finalize(backend="torch") is model
+    assert torch.equal(model(X), expected)
+    assert not any("parametrizations" in key for key in model.state_dict())
+    assert isinstance(model.first.weight, nn.Parameter)
+    activations = {name: flag for name, flag in flags_before.items() if "parametrizations" not in name}
+    assert flags(model) == activations
+    assert len(activations) == 4
+    model.first.linear_quantize_input.disable_fake_quant()
+    assert not torch.equal(model(X), expected)
+
+
+def test_a_finalized_model_is_prepared_no_more() -> None:
+    quantizer, _ = prepared(Mlp(), X)
+    quantizer.finalize(backend="torch")
+    for refused in (
+        lambda: quantizer.finalize(backend="torch"),
+        lambda: quantizer.calibration_mode().__enter__(),
+        lambda: quantizer.training_mode().__enter__(),
+        quantizer.step,
+    ):
+        with pytest.raises(RuntimeError):
+            refused()
+
+
+def test_finalizing_a_copy_leaves_the_model_whole() -> None:
+    quantizer, model = prepared(Mlp(), X)
+    twin, expected, keys = copy.deepcopy(model), model(X), list(model.state_dict())
+    quantizer.finalize(twin, ExportBackend.Torch)
     assert list(model.state_dict()) == keys
     assert torch.equal(model(X), expected)
+    assert torch.equal(twin(X), expected)
+    with quantizer.calibration_mode():
+        model(X)
 
 
 def test_training_lowers_the_loss() -> None:

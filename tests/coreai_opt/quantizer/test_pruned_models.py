@@ -95,20 +95,24 @@ def test_checkpoints_and_copies() -> None:
         assert torch.equal(copy.deepcopy(model)(X), model(X))
 
 
-def test_a_finalized_mask_leaves_the_simulator() -> None:
-    model, pruner, _ = both()
-    model.eval()
+@pytest.mark.parametrize("first", ["pruner", "quantizer"])
+def test_finalize_folds_mask_and_simulator(first: str) -> None:
+    model, pruner, quantizer = both()
+    compressors = {"pruner": pruner, "quantizer": quantizer}
     with torch.no_grad():
-        expected = model(X)
-        pruner.finalize(backend=ExportBackend.Torch)
-        assert len(model.first.parametrizations.weight) == 1
+        expected = model.eval()(X)
+        compressors.pop(first).finalize(backend=ExportBackend.Torch)
+        assert not any("parametrizations" in key for key in model.state_dict())
         assert torch.equal(model(X), expected)
+        compressors.popitem()[1].finalize(backend=ExportBackend.Torch)
+        assert torch.equal(model(X), expected)
+    assert (model.first.weight == 0).float().mean() >= 0.5
 
 
 def test_the_pruner_comes_first() -> None:
     model = Net()
     Quantizer(model, QuantizerConfig(execution_mode="eager")).prepare((X,))
     before = dict(model.state_dict())
-    with pytest.raises(RuntimeError, match="prepare the model with MagnitudePruner first"):
+    with pytest.raises(RuntimeError, match="prepare the model with MagnitudePruner, then"):
         MagnitudePruner(model, MagnitudePrunerConfig()).prepare((X,))
     assert model.state_dict().keys() == before.keys()

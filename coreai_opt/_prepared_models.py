@@ -1,0 +1,190 @@
+"""What a prepared model carries: that it is, by which compressors, and how many steps they have done.
+
+The mark is a buffer that no ``state_dict`` holds. Steps are in the metadata that torch keeps beside a model's
+``state_dict`` (``torch.save`` writes it, too), where a strict load by other packages does not mind them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.common import CompressionType
+from coreai_opt.config.spec import CompressionSimulatorBase
+
+__all__ = [
+    "MARKS",
+    "PREPARED_MARK",
+    "count_step",
+    "is_prepared",
+    "load_prepared",
+    "mark_finalized",
+    "mark_prepared",
+    "marks_of",
+    "set_steps",
+    "steps_of",
+]
+
+# The buffer that says so.
+PREPARED_MARK = "_coreai_opt_prepared"
+# The attribute with the steps of each compressor that has prepared the model: {kind: steps}.
+_STEPS = "_coreai_opt_steps"
+# What a prepared model has and others have not.
+MARKS = (PREPARED_MARK, _STEPS)
+# The steps' key in the metadata of a state_dict.
+_METADATA = "coreai_opt_steps"
+
+
+def is_prepared(model: nn.Module, kind: CompressionType | None = None) -> bool:
+    """Whether a compressor of this kind, for None of any, has prepared the model and not finalized it."""
+    if getattr(model, PREPARED_MARK, None) is None:
+        return False
+    return kind is None or str(kind) in getattr(model, _STEPS, {})
+
+
+def mark_prepared(
+    model: nn.Module, kind: CompressionType, state_dict: Mapping[str, Any] | None = None
+) -> None:
+    """Say that a compressor of this kind has prepared the model. Steps are those of ``state_dict``, or 0."""
+    if getattr(model, PREPARED_MARK, None) is None:
+        model.register_buffer(PREPARED_MARK, torch.tensor(True), persistent=False)
+        model.register_state_dict_post_hook(_save_steps)
+        model.register_load_state_dict_pre_hook(_load_steps)
+    # A new dict: a shallow copy of the model shares the old one.
+    setattr(model, _STEPS, {**getattr(model, _STEPS, {}), str(kind): 0})
+    if state_dict is not None:
+        _load_steps(model, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
+
+
+def marks_of(kind: CompressionType) -> dict[str, Any]:
+    """The marks as plain attributes, for modules whose copies keep no buffers."""
+    return {PREPARED_MARK: True, _STEPS: {str(kind): 0}}
+
+
+def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
+    """Say that the compressor of this kind is done with the model."""
+    steps = {each: count for each, count in getattr(model, _STEPS, {}).items() if each != kind}
+    setattr(model, _STEPS, steps)
+    if steps or getattr(model, PREPARED_MARK, None) is None:
+        return
+    delattr(model, PREPARED_MARK)
+    delattr(model, _STEPS)
+    for hooks, function in (
+        (model._state_dict_hooks, _save_steps),
+        (model._load_state_dict_pre_hooks, _load_steps),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
+            del hooks[key]
+
+
+def steps_of(model: nn.Module, kind: CompressionType) -> int:
+    """Training steps that the compressor of this kind has counted; 0 if the model is not prepared."""
+    return int(getattr(model, _STEPS, {}).get(str(kind), 0))
+
+
+def set_steps(model: nn.Module, kind: CompressionType, steps: int) -> None:
+    """Set what :func:`steps_of` returns for a prepared model."""
+    setattr(model, _STEPS, {**getattr(model, _STEPS), str(kind): steps})
+
+
+def count_step(model: nn.Module, kind: CompressionType) -> None:
+    """Count a training step of a prepared model."""
+    set_steps(model, kind, steps_of(model, kind) + 1)
+
+
+def _save_steps(model: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    # A model without steps has the metadata of torch alone.
+    if any(getattr(model, _STEPS, {}).values()):
+        local_metadata[_METADATA] = dict(getattr(model, _STEPS))
+
+
+def _load_steps(
+    model: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
+) -> None:
+    saved = local_metadata.get(_METADATA, {})
+    present = getattr(model, _STEPS, {})
+    setattr(model, _STEPS, {kind: int(saved.get(kind, steps)) for kind, steps in present.items()})
+
+
+def load_prepared(
+    model: nn.Module, state_dict: Mapping[str, Any], uninitialized: Callable[[nn.Module], list[str]]
+) -> None:
+    """Load the state of a prepared model strictly, into one that has just been prepared in the same way.
+
+    It is loaded twice: first with the model's own parameters and buffers replaced, parameters by tensors
+    without memory, so that nothing of theirs is written unless all fits.
+
+    Args:
+        model: has its simulators.
+        state_dict: the state of a model prepared with the same configuration.
+        uninitialized: the names of the simulators of the model that have no state.
+
+    Raises:
+        RuntimeError: names or shapes do not fit, or the state leaves simulators without what they need.
+        TypeError: ``state_dict`` is no mapping.
+    """
+    with _without_values(_own_tensors(model)):
+        _load(model, state_dict, uninitialized)
+    _load(model, state_dict, uninitialized)
+
+
+def _load(
+    model: nn.Module, state_dict: Mapping[str, Any], uninitialized: Callable[[nn.Module], list[str]]
+) -> None:
+    with warnings.catch_warnings():
+        # torch's, of the tensors without memory.
+        warnings.filterwarnings("ignore", message=".*which is a no-op")
+        try:
+            model.load_state_dict(state_dict, strict=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"state_dict does not fit the prepared model. It must be the state of a model that was "
+                f"prepared with the same configuration and the same code: {error}"
+            ) from error
+    names = uninitialized(model)
+    if names:
+        raise RuntimeError(
+            f"state_dict fits the model, but has no compression state for {', '.join(names)}: it was saved "
+            f"before these were prepared"
+        )
+
+
+# A module's table of parameters or buffers, and a name in it.
+_Entry = tuple[dict[str, Any], str]
+
+
+def _own_tensors(model: nn.Module) -> Iterator[_Entry]:
+    """The tensors of the modules that are no part of a simulator."""
+    simulators: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, CompressionSimulatorBase):
+            simulators.update(module.modules())
+    for module in model.modules():
+        if module not in simulators:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        yield table, name
+
+
+@contextmanager
+def _without_values(entries: Iterable[_Entry]) -> Iterator[None]:
+    """While it is active, these entries hold parameters on the meta device, and copies of buffers."""
+    before = [(table, name, table[name]) for table, name in entries]
+    stand_ins: dict[int, Tensor] = {}
+    for table, name, tensor in before:
+        if id(tensor) not in stand_ins:
+            if isinstance(tensor, nn.Parameter):
+                empty = torch.empty_like(tensor, device="meta")
+                stand_ins[id(tensor)] = nn.Parameter(empty, tensor.requires_grad)
+            else:
+                stand_ins[id(tensor)] = tensor.detach().clone()
+        table[name] = stand_ins[id(tensor)]
+    try:
+        yield
+    finally:
+        for table, name, tensor in before:
+            table[name] = tensor
