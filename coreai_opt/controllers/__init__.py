@@ -7,6 +7,7 @@ from coreai_opt.controllers.algorithms.magnitude_sparsity import MagnitudeSparsi
 from coreai_opt.controllers.algorithms.movement_sparsity import MovementSparsityController
 from coreai_opt.controllers.algorithms.palettization import PalettizationController
 from coreai_opt.controllers.algorithms.quantization import QuantizationController
+from coreai_opt.controllers.algorithms.quantization_builder import QuantizationBuilder
 from coreai_opt.controllers.algorithms.rb_sparsity import RBSparsityController
 from coreai_opt.controllers.core.api import (
     CompressionAlgorithmBuilder,
@@ -53,6 +54,7 @@ __all__ = [
     "MagnitudeSparsityController",
     "MovementSparsityController",
     "PalettizationController",
+    "QuantizationBuilder",
     "QuantizationController",
     "RBSparsityController",
     "create_compressed_model",

@@ -22,7 +22,7 @@ from coreai_opt.controllers import (
     CompressionStatistics,
 )
 from coreai_opt.controllers.core.masks import bake, install, installed
-from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.places import Places
 
 
 class TernaryConfig(AlgorithmConfig):
@@ -129,8 +129,9 @@ class TernaryBuilder(BaseCompressionAlgorithmBuilder):
     config_type = TernaryConfig
 
     def _apply_to(self, model: nn.Module) -> None:
-        for layer in select_layers(model, self.config).values():
-            install(layer, Ternary(self.config.threshold))
+        places = Places(model)  # a weight that layers share is made ternary in all of them
+        for layer in self.layers(model).values():
+            install(layer, Ternary(self.config.threshold), places)
 
     def build_controller(self, model: nn.Module) -> TernaryController:
         return TernaryController(model)

@@ -13,7 +13,7 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, kept_per_mask, original
-from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["ConstSparsityBuilder", "ConstSparsityConfig", "ConstSparsityController"]
@@ -57,7 +57,8 @@ class ConstSparsityController(BaseCompressionAlgorithmController):
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
         """See the base."""
         layers, masked, model = sparsities(self.masks(), self._model)
-        own = ConstSparsityStatistics(masked, model, masked, masked, [] if quickly_collected_only else layers)
+        shown = [] if quickly_collected_only else layers
+        own = ConstSparsityStatistics(masked, model, masked, masked, shown, left_whole=self.left_whole)
         return CompressionStatistics(const_sparsity=own)
 
     def strip_model(self, model: nn.Module) -> None:
@@ -74,11 +75,12 @@ class ConstSparsityBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base."""
-        select_layers(model, self.config)
+        self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        for layer in select_layers(model, self.config).values():
-            install(layer, ConstSparsityMask(original(layer)))
+        places = Places(model)
+        for layer in self.layers(model).values():
+            install(layer, ConstSparsityMask(original(layer)), places)
 
     def _initialize(self, model: nn.Module) -> None:
         for name, mask in installed(model, ConstSparsityMask).items():

@@ -9,7 +9,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
 import coreai_kernels
 from coreai_opt.controllers.core.api import CompressionStage, State
@@ -20,8 +19,7 @@ from coreai_opt.controllers.core.base import (
 from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.inputs import example_inputs
 from coreai_opt.controllers.core.layers import CONVOLUTIONS, channel_axis_of
-from coreai_opt.controllers.core.masks import bake, original
-from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.masks import bake, install, original
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.levels import LevelScheduler
 from coreai_opt.controllers.schedules.params import ScheduleParams
@@ -315,6 +313,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
             parameters=parameters,
             full_parameters=full_parameters,
             layers=layers,
+            left_whole=self.left_whole,
         )
         return CompressionStatistics(filter_pruning=own)
 
@@ -322,8 +321,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         """Remove the pruned filters, and what only they feed."""
         masks = self.masks()
         kept = [masks[cluster.producers[0]].nonzero().squeeze(1) for cluster in self.clusters]
-        for tensor in ("weight", "bias"):
-            bake(model, (FilterMask,), tensor)
+        bake(model, (FilterMask,))
         shrink(model, self.clusters, self._consumers, kept)
 
     def _get_algorithm_state(self) -> State:
@@ -342,7 +340,7 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base. Follows the channels through the model, too."""
-        chosen = select_layers(model, self.config, CONVOLUTIONS)
+        chosen = self.layers(model, CONVOLUTIONS)
         self._inputs = example_inputs(self.context, model)
         clusters, consumers = find_clusters(model, *self._inputs)
         params = self.config.params
@@ -381,11 +379,16 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
                     parameter = getattr(layer, tensor)
                     axis = channel_axis_of(layer) if parameter.dim() > 1 else 0
                     mask = FilterMask(cluster.size, axis, parameter.dim(), parameter.device)
-                    parametrize.register_parametrization(layer, tensor, mask)
+                    install(layer, mask, name=tensor)
 
-    def build_controller(self, model: nn.Module) -> FilterPruningController:
-        """See the base."""
-        controller = FilterPruningController(
+    def _initialize(self, model: nn.Module) -> None:
+        """Mask to the initial level: algorithms that are built in later see masked weights."""
+        if self.config.pruning_init > 0:
+            self._controller = self._make_controller(model)
+            self._controller.set_level(self.config.pruning_init)
+
+    def _make_controller(self, model: nn.Module) -> FilterPruningController:
+        return FilterPruningController(
             model,
             self.config,
             self._clusters,
@@ -393,9 +396,10 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
             self._costs,
             self.context.init_args.steps_per_epoch,
         )
-        if self.context.initialize and self.config.pruning_init > 0:
-            controller.set_level(self.config.pruning_init)
-        return controller
+
+    def build_controller(self, model: nn.Module) -> FilterPruningController:
+        """See the base."""
+        return getattr(self, "_controller", None) or self._make_controller(model)
 
 
 def _is_bare_norm(layer: nn.Module) -> bool:

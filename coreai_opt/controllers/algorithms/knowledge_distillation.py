@@ -1,13 +1,16 @@
 """Knowledge distillation (Hinton et al., arXiv 1503.02531): the uncompressed model is the teacher."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from coreai_opt.controllers.core.api import CompressionLoss, CompressionStage, State
 from coreai_opt.controllers.core.base import (
@@ -38,19 +41,33 @@ class KnowledgeDistillationStatistics(AlgorithmStatistics):
     last_loss: float | None
 
 
+logger = logging.getLogger(__name__)
+
+_STILL = (_NormBase, _DropoutNd)
+
+
 class KnowledgeDistillationConfig(AlgorithmConfig):
     """Configuration of distillation.
 
     Fields:
-        type: ``softmax``, cross-entropy to the teacher's probabilities over axis 1; or ``mse``.
+        type: ``softmax``, cross-entropy to the teacher's probabilities over the classes; or ``mse``.
         scale: factor on the loss.
         temperature: what logits are divided by, for ``softmax``.
+        class_axis: axis of the classes, for ``softmax``; None for the last one of outputs with up to three
+            axes, and axis 1, that of channels, of those with more.
     """
 
     algorithm: Literal["knowledge_distillation"]
     type: Literal["softmax", "mse"]
     scale: float = 1.0
     temperature: float = Field(default=1.0, gt=0)
+    class_axis: int | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_type(self) -> "KnowledgeDistillationConfig":
+        if self.type == "mse" and self.model_fields_set & {"temperature", "class_axis"}:
+            raise ValueError("temperature and class_axis are for type 'softmax'; mse has neither")
+        return self
 
 
 class _Lesson:
@@ -59,17 +76,58 @@ class _Lesson:
     def __init__(self, teacher: nn.Module) -> None:
         self.teacher = teacher
         self.pairs: list[tuple[Tensor, Tensor]] = []
+        self._as_student: dict[str, Any] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
+        self._follow(module)
+        mine = list(_tensors(output))
         with torch.no_grad():
-            target = self.teacher(*args, **kwargs)
+            its = list(_tensors(self.teacher(*args, **kwargs)))
+            if not self.teacher.training and [each.shape for each in mine] != [each.shape for each in its]:
+                self._train_teacher()
+                its = list(_tensors(self.teacher(*args, **kwargs)))
+        if len(mine) != len(its):
+            raise RuntimeError(
+                f"knowledge_distillation: the model returned {len(mine)} tensors and its uncompressed copy "
+                f"{len(its)} for the same input"
+            )
+        # Losses that a model computes itself are no outputs to be learned.
         self.pairs = [
-            (mine, its.detach())
-            for mine, its in zip(_tensors(output), _tensors(target), strict=True)
-            if mine.requires_grad
+            (student, teacher.detach())
+            for student, teacher in zip(mine, its, strict=True)
+            if student.requires_grad and student.dim() > 0
         ]
+        if not self.pairs and any(each.requires_grad for each in mine):
+            raise RuntimeError(
+                "knowledge_distillation: in training the model returns nothing but losses, and no output to "
+                "learn from the teacher. Let it return its predictions, too"
+            )
+
+    def _follow(self, student: nn.Module) -> None:
+        """Move and cast the teacher as the student was, since it is no part of it."""
+        parameter = next((each for each in student.parameters() if each.is_floating_point()), None)
+        if parameter is None:
+            return
+        now: dict[str, Any] = {"device": parameter.device, "dtype": parameter.dtype}
+        if self._as_student is None:
+            # The teacher is a copy: it was cast as the student until now, but maybe on another device.
+            own = next(each for each in self.teacher.parameters() if each.is_floating_point())
+            self._as_student = {"device": own.device, "dtype": own.dtype}
+        changed = {key: value for key, value in now.items() if self._as_student[key] != value}
+        if changed:
+            self.teacher.to(**changed)
+            self._as_student = now
+
+    def _train_teacher(self) -> None:
+        """Let the teacher return what a model in training does; dropout and batch statistics stay off."""
+        logger.warning(
+            "knowledge_distillation: in training the model returns other outputs than in evaluation; the "
+            "teacher runs in training mode from now on, its dropout and batch-norm layers in evaluation mode"
+        )
+        for module in self.teacher.modules():
+            module.training = not isinstance(module, _STILL)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Lesson":
         return _Lesson(self.teacher)
@@ -89,9 +147,10 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 class KnowledgeDistillationLoss(CompressionLoss):
     """Distance between the student's and the teacher's outputs in the last training forward.
 
-    ``softmax``: ``scale * T**2 * (cross-entropy of softmax(student / T) to softmax(teacher / T), summed and
-    divided by the batch)``. ``mse``: ``scale`` times the mean squared difference. Summed over those outputs
-    of the student that require a gradient; zero before the first training forward.
+    ``softmax``: ``scale * T**2 * (cross-entropy of softmax(student / T) to softmax(teacher / T))``, the mean
+    over the samples, and over the positions of sequences and maps. ``mse``: ``scale`` times the mean squared
+    difference. Summed over those outputs of the student that require a gradient and are no scalars; zero
+    before the first training forward.
     """
 
     def __init__(self, model: nn.Module, lesson: _Lesson, config: KnowledgeDistillationConfig) -> None:
@@ -112,10 +171,11 @@ class KnowledgeDistillationLoss(CompressionLoss):
         scale, temperature = self._config.scale, self._config.temperature
         if self._config.type == "mse":
             return scale * F.mse_loss(student, teacher)
-        axis = 1 if student.dim() > 1 else 0
-        batch = student.shape[0] if student.dim() > 1 else 1
+        axis = self._config.class_axis
+        if axis is None:
+            axis = -1 if student.dim() <= 3 else 1
         goal = torch.softmax(teacher / temperature, dim=axis)
-        cross_entropy = -(goal * torch.log_softmax(student / temperature, dim=axis)).sum() / batch
+        cross_entropy = -(goal * torch.log_softmax(student / temperature, dim=axis)).sum(axis).mean()
         return scale * temperature**2 * cross_entropy
 
 
@@ -144,7 +204,10 @@ class KnowledgeDistillationController(BaseCompressionAlgorithmController):
         """See the base."""
         last = self._loss.last  # type: ignore[attr-defined]
         own = KnowledgeDistillationStatistics(
-            self._config.type, self._config.scale, None if last is None else float(last)
+            self._config.type,
+            self._config.scale,
+            None if last is None else float(last),
+            left_whole=self.left_whole,
         )
         return CompressionStatistics(knowledge_distillation=own)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.quantization.spec import PerTensorGranularity
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -24,23 +25,34 @@ class LearnableRangeQuantize(nn.Module):
         simulator: gives integers, scheme, granularity and the first range.
         shape: of the blocks' grid.
         device: of the parameters.
+        logarithm_scale: train the logarithm of the range.
+        gradient_factor: on the gradients of the parameters.
     """
 
     range: nn.Parameter
     low: nn.Parameter | None
 
-    def __init__(self, simulator: FakeQuantizeImplBase, shape: tuple[int, ...], device: torch.device) -> None:
+    def __init__(
+        self,
+        simulator: FakeQuantizeImplBase,
+        shape: tuple[int, ...],
+        device: torch.device,
+        logarithm_scale: bool = False,
+        gradient_factor: float = 1.0,
+    ) -> None:
         super().__init__()
+        self.logarithm_scale = logarithm_scale
+        self.gradient_factor = gradient_factor
         self.n_bits = simulator.n_bits
         self.dtype = simulator.dtype
         self.qscheme = simulator.qscheme
         self.granularity = simulator.granularity
         self.is_symmetric = str(self.qscheme) != "asymmetric"
         low, high = float(simulator.quant_min), float(simulator.quant_max)
-        self.quant_min = low
+        self.quant_min, self.quant_max = low, high
         self.level_low, self.level_high = (low, high) if self.is_symmetric else (0.0, high - low)
         self.enabled = True
-        self.range = nn.Parameter(torch.ones(shape, device=device))
+        self.range = nn.Parameter((torch.zeros if logarithm_scale else torch.ones)(shape, device=device))
         low_end = None if self.is_symmetric else nn.Parameter(torch.zeros(shape, device=device))
         self.register_parameter("low", low_end)
 
@@ -48,7 +60,8 @@ class LearnableRangeQuantize(nn.Module):
     def adopt(self, simulator: FakeQuantizeImplBase) -> None:
         """Take the range of a simulator that has observed one."""
         scale, zero_point, _ = simulator.calculate_qparams()
-        self.range.copy_((scale * self.level_high).reshape(self.range.shape))
+        span = (scale * self.level_high).reshape(self.range.shape)
+        self.range.copy_(span.clamp(min=_NARROWEST).log() if self.logarithm_scale else span)
         if self.low is not None:
             assert zero_point is not None  # integers have one
             self.low.copy_(((self.quant_min - zero_point) * scale).reshape(self.range.shape))
@@ -61,13 +74,16 @@ class LearnableRangeQuantize(nn.Module):
         """Nothing is observed: the range is trained."""
 
     def _ends(self) -> tuple[Tensor, Tensor | None]:
-        span = self.range.abs().clamp(min=_NARROWEST)
+        # In float32, whatever the model was cast to.
+        span = scaled_gradient(self.range, self.gradient_factor).float()
+        span = (span.exp() if self.logarithm_scale else span.abs()).clamp(min=_NARROWEST)
         if self.low is None:
             return span, None
+        low = scaled_gradient(self.low, self.gradient_factor).float()
         with torch.no_grad():
             step = span / self.level_high
-            exact = -(torch.round(-self.low / step).clamp(0.0, self.level_high) * step)
-        return span, self.low + (exact - self.low).detach()
+            exact = -(torch.round(-low / step).clamp(0.0, self.level_high) * step)
+        return span, low + (exact - low).detach()
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor, None]:
         """Scale, float32, and zero point, int32, as a simulator's."""
@@ -80,7 +96,8 @@ class LearnableRangeQuantize(nn.Module):
     def forward(self, tensor: Tensor) -> Tensor:
         """Quantized values of ``tensor``."""
         if not self.enabled:
-            return tensor
+            unused = [self.range] if self.low is None else [self.range, self.low]
+            return with_zero_gradients(tensor, *unused) if torch.is_grad_enabled() else tensor
         span, low = self._ends()
         if isinstance(self.granularity, PerTensorGranularity):
             grid = (1,) * tensor.dim()

@@ -16,7 +16,7 @@ from coreai_opt.controllers.algorithms.sparsity import (
 )
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, keep_counts, original
-from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["MagnitudeSparsityBuilder", "MagnitudeSparsityConfig", "MagnitudeSparsityController"]
@@ -86,8 +86,9 @@ class MagnitudeSparsityController(SparsityController):
 
 def _norm(weight: Tensor) -> Tensor:
     """2-norm, but not zero: a weight of zeros has no importance rather than an undefined one."""
-    tiny = torch.finfo(torch.float32).tiny
-    return torch.linalg.vector_norm(weight, dtype=torch.float32).clamp(min=tiny).to(weight.dtype)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(weight, dtype=dtype)
+    return norm.clamp(min=torch.finfo(torch.float32).tiny).to(weight.dtype)
 
 
 @BaseCompressionAlgorithmBuilder.register("magnitude_sparsity")
@@ -99,15 +100,18 @@ class MagnitudeSparsityBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base."""
-        select_layers(model, self.config)
+        self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        for layer in select_layers(model, self.config).values():
-            install(layer, MagnitudeSparsityMask(original(layer)))
+        places = Places(model)
+        for layer in self.layers(model).values():
+            install(layer, MagnitudeSparsityMask(original(layer)), places)
+
+    def _initialize(self, model: nn.Module) -> None:
+        """Mask to the initial level: algorithms that are built in later see masked weights."""
+        if self.config.sparsity_init > 0:
+            self.build_controller(model).set_level(self.config.sparsity_init)
 
     def build_controller(self, model: nn.Module) -> MagnitudeSparsityController:
         """See the base."""
-        controller = MagnitudeSparsityController(model, self.config, self.context.init_args.steps_per_epoch)
-        if self.context.initialize and self.config.sparsity_init > 0:
-            controller.set_level(self.config.sparsity_init)
-        return controller
+        return MagnitudeSparsityController(model, self.config, self.context.init_args.steps_per_epoch)

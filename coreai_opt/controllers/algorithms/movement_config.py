@@ -104,10 +104,9 @@ class MovementSparsityConfig(AlgorithmConfig):
         Raises:
             ValueError: a scope matches no module, a layer has two entries, or blocks do not divide a weight.
         """
-        names = [name for name, _ in model.named_modules() if name]
         found: dict[str, tuple[int, int]] = {}
         for entry in self.sparse_structure_by_scopes:
-            matched = matching(entry.target_scopes, names, "sparse_structure_by_scopes")
+            matched = matching(entry.target_scopes, model, "sparse_structure_by_scopes", self.validate_scopes)
             for name in (name for name in layers if name in matched):
                 if name in found:
                     raise ValueError(f"sparse_structure_by_scopes has more than one entry for {name!r}")

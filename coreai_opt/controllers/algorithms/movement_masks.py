@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import coreai_kernels
 from coreai_opt.controllers.core.api import CompressionLoss
+from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.controllers.structures.units import Structure
 
 __all__ = ["MovementMask", "MovementSparsityLoss", "kept_units", "resolve"]
@@ -32,14 +33,18 @@ class MovementMask(nn.Module):
     Args:
         weight: of a linear layer; gives the scores their device. They begin at zero.
         factors: rows and columns of the weight that share a score; they divide its shape.
+        gradient_factor: on the gradient of the scores.
     """
 
     threshold: Tensor
     fixed_mask: Tensor
 
-    def __init__(self, weight: Tensor, factors: tuple[int, int] = (1, 1)) -> None:
+    def __init__(
+        self, weight: Tensor, factors: tuple[int, int] = (1, 1), gradient_factor: float = 1.0
+    ) -> None:
         super().__init__()
         self.factors = factors
+        self.gradient_factor = gradient_factor
         self.shape = weight.shape
         rows, columns = factors
         scores = torch.zeros(weight.shape[0] // rows, weight.shape[1] // columns, device=weight.device)
@@ -61,13 +66,18 @@ class MovementMask(nn.Module):
 
     def expected_count(self) -> Tensor:
         """Sum of ``sigmoid(scores)`` over the weight's elements."""
-        return self.scores.sigmoid().sum() * math.prod(self.factors)
+        return self.trained_scores().sigmoid().sum() * math.prod(self.factors)
+
+    def trained_scores(self) -> Tensor:
+        """The scores, with their scaled gradient."""
+        return scaled_gradient(self.scores, self.gradient_factor)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""
         if self.frozen:
-            return coreai_kernels.apply_mask(weight, self.fixed_mask)
-        mask = _Threshold.apply(self.scores, self.threshold)  # type: ignore[no-untyped-call]
+            masked = coreai_kernels.apply_mask(weight, self.fixed_mask)
+            return with_zero_gradients(masked, self.scores) if self.training else masked
+        mask = _Threshold.apply(self.trained_scores(), self.threshold)  # type: ignore[no-untyped-call]
         return weight * self._spread(mask).to(weight.dtype)
 
 

@@ -21,8 +21,8 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.inputs import example_inputs
 from coreai_opt.controllers.core.masks import bake, install, installed, kept_per_mask, original
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
-from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules import curves
 from coreai_opt.controllers.structures.shrink import shrink_units
@@ -180,7 +180,9 @@ class MovementSparsityController(BaseCompressionAlgorithmController):
         progress = 1.0 if self._frozen else self._loss.progress
         shown = [] if quickly_collected_only else layers
         units = [] if quickly_collected_only else self._units()
-        own = MovementSparsityStatistics(masked, model, progress, 1.0, shown, units)
+        own = MovementSparsityStatistics(
+            masked, model, progress, 1.0, shown, units, left_whole=self.left_whole
+        )
         return CompressionStatistics(movement_sparsity=own)
 
     def _kept(self) -> list[Tensor]:
@@ -221,7 +223,7 @@ class MovementSparsityBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base. Looks for structures, too."""
-        layers = select_layers(model, self.config, (nn.Linear,))
+        layers = self.layers(model, (nn.Linear,))
         self._factors = self.config.factors(model, layers)
         self._structures: list[Structure] = []
         if not self.config.params.enable_structured_masking:
@@ -243,11 +245,11 @@ class MovementSparsityBuilder(BaseCompressionAlgorithmBuilder):
     def _apply_to(self, model: nn.Module) -> None:
         if not hasattr(self, "_factors"):
             self.check(model)
-        for name, layer in select_layers(model, self.config, (nn.Linear,)).items():
-            mask = MovementMask(original(layer), self._factors[name])
+        places = Places(model)
+        for name, layer in self.layers(model, (nn.Linear,)).items():
+            mask = MovementMask(original(layer), self._factors[name], self.gradient_factor)
             mask.threshold.fill_(float("-inf"))
-            install(layer, mask)
-            self.scale_gradient(mask.scores)
+            install(layer, mask, places)
 
     def _get_state(self) -> State:
         return {"structures": [asdict(each) for each in self._structures]}

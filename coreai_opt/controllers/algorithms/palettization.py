@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import (
@@ -14,9 +15,9 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
 from coreai_opt.controllers.core.layers import channel_axis_of
-from coreai_opt.controllers.core.masks import bake, install, installed, original
+from coreai_opt.controllers.core.masks import bake, install, installed, original, value_before
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
-from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 from coreai_opt.palettization.spec import (
@@ -26,7 +27,7 @@ from coreai_opt.palettization.spec import (
     StraightThroughTrainingSpec,
 )
 
-__all__ = ["PalettizationBuilder", "PalettizationConfig", "PalettizationController"]
+__all__ = ["JointPalette", "PalettizationBuilder", "PalettizationConfig", "PalettizationController"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,47 @@ class PalettizationConfig(AlgorithmConfig):
     params: PalettizationParams = Field(default_factory=PalettizationParams)
 
 
+class JointPalette(_KMeansFakePalettize):
+    """Palettes of what is kept: a masked zero stays zero, and the palette is fitted to the other values.
+
+    So do the zeros of a channel without other values, where channels have scales.
+
+    Args:
+        masked: whether masks come before.
+        options: see the base.
+    """
+
+    def __init__(self, masked: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.masked = masked
+
+    def _weigh(self, weight: Tensor) -> None:
+        """Let clustering see the kept values alone; all, where nothing is kept."""
+        if self.masked:
+            kept = weight.detach() != 0
+            self._sensitivities = torch.where(kept.any(), kept, True).to(weight.dtype)
+
+    def ensure_initialized(self, tensor: Tensor) -> None:
+        """See the base."""
+        self._weigh(tensor)
+        super().ensure_initialized(tensor)
+
+    def refine(self, weight: Tensor, iterations: int) -> None:
+        """See the base."""
+        self._weigh(weight)
+        super().refine(weight, iterations)
+
+    def forward_enabled(self, tensor: Tensor) -> Tensor:
+        """See the base."""
+        palettized = super().forward_enabled(tensor)
+        if self.masked:
+            return palettized * (tensor != 0).to(palettized.dtype)
+        if self.enable_per_channel_scale:
+            rows = (tensor.detach().flatten(1) != 0).any(1)
+            return palettized * rows.reshape(-1, *[1] * (tensor.dim() - 1)).to(palettized.dtype)
+        return palettized
+
+
 class PalettizationScheduler(BaseCompressionScheduler):
     """Switches palettes on at their epoch, and lets them follow the weights.
 
@@ -100,7 +142,7 @@ class PalettizationController(BaseCompressionAlgorithmController):
     def __init__(self, target_model: nn.Module, config: PalettizationConfig) -> None:
         super().__init__(target_model)
         self.config = config
-        self._simulators = installed(target_model, _KMeansFakePalettize)
+        self._simulators = installed(target_model, JointPalette)
         self._scheduler = PalettizationScheduler(self)
         self._on = config.params.palettization_start_epoch == 0
 
@@ -111,14 +153,18 @@ class PalettizationController(BaseCompressionAlgorithmController):
         self._on = True
         for name, simulator in self._simulators.items():
             simulator.enable_fake_palett(True, reinitialize=True)
-            simulator.ensure_initialized(original(self._model.get_submodule(name)))
+            simulator.ensure_initialized(self._incoming(name))
 
     def refresh(self, step: int) -> None:
         """Let the palettes follow the weights, at the steps that the configuration says."""
         if not self._on or step <= 0:
             return
         for name, simulator in self._simulators.items():
-            simulator.step(original(self._model.get_submodule(name)), step)
+            simulator.step(self._incoming(name), step)
+
+    def _incoming(self, name: str) -> Tensor:
+        """A weight as other algorithms hand it to the palettes."""
+        return value_before(self._model.get_submodule(name), JointPalette)
 
     def _get_compression_rate(self) -> float:
         saved = full = 0
@@ -142,14 +188,14 @@ class PalettizationController(BaseCompressionAlgorithmController):
             )
             for name in self._simulators
         ]
-        own = PalettizationStatistics(self.compression_rate, layers)
+        own = PalettizationStatistics(self.compression_rate, layers, left_whole=self.left_whole)
         return CompressionStatistics(palettization=own)
 
     def strip_model(self, model: nn.Module) -> None:
         """Leave palettized values in the weights."""
-        for simulator in installed(model, _KMeansFakePalettize).values():
+        for simulator in installed(model, JointPalette).values():
             simulator.eval()
-        bake(model, (_KMeansFakePalettize,))
+        bake(model, (JointPalette,))
 
     def _get_algorithm_state(self) -> State:
         return {"on": self._on}
@@ -168,7 +214,7 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
     def check(self, model: nn.Module) -> None:
         """See the base."""
         group = self.config.group_size
-        for name, layer in select_layers(model, self.config).items():
+        for name, layer in self.layers(model).items():
             channels = original(layer).shape[channel_axis_of(layer)]
             if group is not None and channels % group:
                 raise ValueError(
@@ -178,20 +224,23 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
     def _apply_to(self, model: nn.Module) -> None:
         config = self.config
         training = StraightThroughTrainingSpec(refresh_interval=config.params.refresh_interval)
-        for name, layer in select_layers(model, config).items():
+        places = Places(model)
+        for name, layer in self.layers(model).items():
             granularity: Any = PerTensorGranularity()
             if config.group_size is not None:
                 axis = channel_axis_of(layer)
                 granularity = PerGroupedChannelGranularity(axis=axis, group_size=config.group_size)
-            simulator = self._simulator(granularity, training).to(original(layer).device)
+            masked = parametrize.is_parametrized(layer, "weight")
+            simulator = self._simulator(masked, granularity, training).to(original(layer).device)
             simulator.tensor_fqn = f"{name}.weight"
             simulator.enable_fake_palett(config.params.palettization_start_epoch == 0)
-            install(layer, simulator)
+            install(layer, simulator, places)
 
     def _simulator(
-        self, granularity: PalettizationGranularity, training: StraightThroughTrainingSpec
-    ) -> _KMeansFakePalettize:
-        return _KMeansFakePalettize(
+        self, masked: bool, granularity: PalettizationGranularity, training: StraightThroughTrainingSpec
+    ) -> JointPalette:
+        return JointPalette(
+            masked,
             n_bits=self.config.bits,
             lut_qspec=None,
             granularity=granularity,
@@ -205,8 +254,8 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
         if self.config.params.palettization_start_epoch:
             return
         with torch.no_grad():
-            for name, simulator in installed(model, _KMeansFakePalettize).items():
-                simulator.ensure_initialized(original(model.get_submodule(name)))
+            for name, simulator in installed(model, JointPalette).items():
+                simulator.ensure_initialized(value_before(model.get_submodule(name), JointPalette))
 
     def build_controller(self, model: nn.Module) -> PalettizationController:
         """See the base."""

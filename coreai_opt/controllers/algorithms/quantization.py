@@ -1,42 +1,32 @@
-"""Quantization-aware training on the fused simulators."""
+"""Quantization-aware training on the fused simulators: the controller."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from coreai_opt.base_model_compressor import training_flags
-from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.controllers.algorithms import quantizers
 from coreai_opt.controllers.algorithms.learnable import LearnableRangeQuantize
 from coreai_opt.controllers.algorithms.quantization_config import QuantizationConfig
-from coreai_opt.controllers.algorithms.ranges import ActivationRange, needs_fixed_range, weight_range
+from coreai_opt.controllers.algorithms.quantization_plan import WeightKey, named
 from coreai_opt.controllers.core import qdq
 from coreai_opt.controllers.core.api import CompressionStage, State
-from coreai_opt.controllers.core.base import (
-    BaseCompressionAlgorithmBuilder,
-    BaseCompressionAlgorithmController,
-)
-from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
-from coreai_opt.controllers.core.inputs import batches, example_inputs, require_loader
-from coreai_opt.controllers.core.layers import INPUT, channel_axis_of
-from coreai_opt.controllers.core.masks import bake, installed, original
+from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
+from coreai_opt.controllers.core.layers import INPUT, OUTPUT
+from coreai_opt.controllers.core.masks import bake, original
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
-from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["QuantizationBuilder", "QuantizationController", "StagedScheduler"]
+__all__ = ["QuantizationController", "RangeFinder", "StagedScheduler"]
 
-Ranges = dict[str, tuple[Tensor, Tensor]]
+logger = logging.getLogger(__name__)
 
-
-def input_simulators(model: nn.Module) -> dict[str, Any]:
-    """The simulators of inputs, by the name of their layer."""
-    return {
-        name: module._modules[INPUT] for name, module in model.named_modules() if INPUT in module._modules
-    }
+_SIMULATORS: tuple[Any, ...] = (FakeQuantizeImplBase, LearnableRangeQuantize)
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,30 @@ class QuantizationStatistics(AlgorithmStatistics):
     quantized_weights: int
     quantized_activations: int
     tensors: list[LayerQuantization] = field(default_factory=list)
+
+
+class RangeFinder(Protocol):
+    """Finds ranges from data."""
+
+    def initialize_ranges(self, controller: "QuantizationController", part: str) -> None:
+        """Set the ranges of the controller's ``weights`` or ``activations`` anew."""
+
+    def num_init_samples(self, name: str) -> int:
+        """Samples from which an activation's range is initialised; 0 where it follows the data."""
+
+
+def weight_simulator(model: nn.Module, key: WeightKey) -> Any:
+    """The simulator of a weight."""
+    chains: Any = model.get_submodule(key[0]).parametrizations
+    return next(link for link in chains[key[1]] if isinstance(link, _SIMULATORS))
+
+
+def _activation_simulator(model: nn.Module, name: str) -> Any:
+    return model.get_submodule(name if name.startswith(OUTPUT) else f"{name}.{INPUT}")
+
+
+def _integers_of(simulator: Any) -> float:
+    return float(simulator.quant_max) - float(simulator.quant_min) + 1
 
 
 class StagedScheduler(BaseCompressionScheduler):
@@ -89,14 +103,29 @@ class QuantizationController(BaseCompressionAlgorithmController):
 
     Its rate is the share of the quantized weights' bits that is saved. A range that was initialised from data
     is kept; one that was not, follows what the simulator observes.
+
+    Args:
+        target_model: the compressed model.
+        config: of the algorithm.
+        weights: layers and attributes of the quantized weights.
+        activations: names of the layers with quantized inputs, and of quantized outputs.
+        builder: finds ranges anew when a stage begins.
     """
 
-    def __init__(self, target_model: nn.Module, config: QuantizationConfig, builder: Any) -> None:
+    def __init__(
+        self,
+        target_model: nn.Module,
+        config: QuantizationConfig,
+        weights: Sequence[WeightKey],
+        activations: Sequence[str],
+        builder: RangeFinder,
+    ) -> None:
         super().__init__(target_model)
         self.config = config
         self._builder = builder
-        self.weights = builder.weight_simulators(target_model)
-        self.activations = input_simulators(target_model)
+        self._keys = {named(key): key for key in weights}
+        self.weights = {name: weight_simulator(target_model, key) for name, key in self._keys.items()}
+        self.activations = {name: _activation_simulator(target_model, name) for name in activations}
         self._scheduler = StagedScheduler(self)
         self._on = {
             "weights": config.params.weights_quant_start_epoch == 0,
@@ -115,24 +144,28 @@ class QuantizationController(BaseCompressionAlgorithmController):
         if self._on[part]:
             return
         self._on[part] = True
-        self._builder.initialize_ranges(self._model, part)
+        self._builder.initialize_ranges(self, part)
         self._switch(part, True)
 
     def observe_over_ranks(self) -> None:
         """Let ranges that were not initialised from data follow the inputs of all ranks."""
-        if not self.config.initializer.range.num_init_samples:
-            for simulator in self.activations.values():
+        for name, simulator in self.activations.items():
+            if not self._builder.num_init_samples(name):
                 quantizers.observe_over_ranks(simulator)
 
     def _get_compression_rate(self) -> float:
         saved = full = 0
         for name, simulator in self.weights.items():
-            weight = original(self._model.get_submodule(name))
+            weight = self._parameter(name)
             bits = 8 * weight.element_size()
             full += bits * weight.numel()
             if self._on["weights"]:
                 saved += (bits - (simulator.n_bits or bits)) * weight.numel()
         return saved / max(full, 1)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        layer, attribute = self._keys[name]
+        return original(self._model.get_submodule(layer), attribute)
 
     def compression_stage(self) -> CompressionStage:
         """FULLY_COMPRESSED once weights and activations are quantized."""
@@ -154,35 +187,67 @@ class QuantizationController(BaseCompressionAlgorithmController):
             for name, simulator in getattr(self, part).items()
         ]
         own = QuantizationStatistics(
-            self.config.preset, self.compression_rate, len(self.weights), len(self.activations), tensors
+            self.config.preset,
+            self.compression_rate,
+            len(self.weights),
+            len(self.activations),
+            tensors,
+            left_whole=self.left_whole,
         )
         return CompressionStatistics(quantization=own)
 
     def strip_model(self, model: nn.Module) -> None:
         """Leave quantized values in the weights; the simulators of inputs stay, and observe no more."""
-        bake(model, (FakeQuantizeImplBase, LearnableRangeQuantize))
-        for simulator in input_simulators(model).values():
-            simulator.enable_observer(False)
+        bake(model, _SIMULATORS)
+        for name in self.activations:
+            _activation_simulator(model, name).enable_observer(False)
 
     def lower_model(self, model: nn.Module) -> None:
         """Strip, and leave the weights' parameters in the layers: pruning takes its share of them, too."""
         if not all(self._on.values()):
             raise RuntimeError("a model is exported once weights and activations are quantized: see params")
-        found = {}
-        for name in self.weights:
-            layer = model.get_submodule(name)
-            with torch.no_grad():
-                _ = layer.weight  # observes once more
-            found[name] = self._builder.weight_simulators(model)[name].calculate_qparams()
+        found: list[tuple[nn.Module, str, Any]] = []
+        places = Places(model)
+        for key in self._keys.values():
+            for _, layer, attribute in places.of(model.get_submodule(key[0]), key[1]):
+                with torch.no_grad():
+                    _ = getattr(layer, attribute)  # observes once more
+                found.append((layer, attribute, weight_simulator(model, key).calculate_qparams()))
         self.strip_model(model)
-        for name, (scale, zero_point, _) in found.items():
-            layer = model.get_submodule(name)
-            layer.register_buffer(qdq.SCALE, scale.detach(), persistent=False)
-            layer.register_buffer(qdq.ZERO_POINT, zero_point.detach(), persistent=False)
+        for layer, attribute, (scale, zero_point, _) in found:
+            qdq.keep_parameters(layer, attribute, scale, zero_point)
 
     def finish_lowering(self, model: nn.Module) -> None:
         """Put QuantizeLinear and DequantizeLinear where the simulators were."""
-        qdq.install_qdq(model, self.weights, self.activations)
+        places = Places(model)
+        for name, key in self._keys.items():
+            for _, layer, attribute in places.of(model.get_submodule(key[0]), key[1]):
+                qdq.put_on_weight(layer, attribute, self.weights[name])
+        for name, simulator in self.activations.items():
+            self._lower_activation(model, name, simulator)
+        if any(each.n_bits == 8 and _integers_of(each) > 128 for each in self.weights.values()):
+            logger.info(
+                "int8 weights of full range are exported: on CPUs with AVX2 and without VNNI, ONNX Runtime "
+                "sums products in 16 bits, which saturate; set x64quantprecision to 1 in the session's "
+                "options there, or quantize with overflow_fix: enable"
+            )
+
+    def _lower_activation(self, model: nn.Module, name: str, simulator: Any) -> None:
+        scale, zero_point, _ = simulator.calculate_qparams()
+        if not scale.numel():
+            logger.warning("the input of %s is exported unquantized: nothing was observed there", name)
+            quantizers.take_off_input(model.get_submodule(name))
+            return
+        axis = None
+        if scale.numel() > 1:
+            last = isinstance(model.get_submodule(name), nn.Linear | nn.MultiheadAttention)
+            axis = -1 if last else 1
+        pair = qdq.quantize_dequantize(simulator, scale, zero_point, axis)
+        if name.startswith(OUTPUT):
+            outputs: Any = model.get_submodule(OUTPUT)
+            outputs[int(name.rpartition(".")[2])] = pair
+        else:
+            setattr(model.get_submodule(name), INPUT, pair)
 
     def _get_algorithm_state(self) -> State:
         return dict(self._on)
@@ -191,173 +256,3 @@ class QuantizationController(BaseCompressionAlgorithmController):
         for part in self._on:
             self._on[part] = state[part]
             self._switch(part, state[part])
-
-
-@BaseCompressionAlgorithmBuilder.register("quantization")
-class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
-    """Quantizes the weights and the inputs of convolutions and linear layers."""
-
-    config_type = QuantizationConfig
-    order = 80
-
-    def check(self, model: nn.Module) -> None:
-        """See the base."""
-        select_layers(model, self.config)
-        if self.config.learnable_ranges and not self._collects:
-            raise ValueError("learnable_ranges starts from ranges of data: num_init_samples must not be 0")
-        if self._collects and self.context.initialize:
-            require_loader(self.context)
-
-    @property
-    def _collects(self) -> bool:
-        return bool(self.config.initializer.range.num_init_samples)
-
-    def weight_simulators(self, model: nn.Module) -> dict[str, Any]:
-        """The simulators of weights, by the name of their layer."""
-        simulators: tuple[Any, ...] = (FakeQuantizeImplBase, LearnableRangeQuantize)
-        return installed(model, simulators)  # type: ignore[arg-type]
-
-    def _apply_to(self, model: nn.Module) -> None:
-        layers = select_layers(model, self.config)
-        if self._loaded is not None:
-            self._signed: dict[str, bool] = dict(self._loaded["signed"])
-            ranges: Ranges = {}
-        else:
-            names = self._names_with_quantized_inputs(model, layers)
-            ranges = self._collect(model, names) if self._collects and self.context.initialize else {}
-            self._signed = self._signs(names, ranges)
-        for name, layer in layers.items():
-            quantizers.put_on_weight(layer, self._learned(self._weight_simulator(name, layer)))
-            if name in self._signed:
-                simulator = self._input_simulator(name, original(layer).device, ranges.get(name))
-                quantizers.put_on_input(layer, self._learned(simulator))
-
-    def _weight_simulator(self, name: str, layer: nn.Module) -> FakeQuantizeImplBase:
-        weight, axis = original(layer), self._axis(layer)
-        spec = self.config.weights.spec(self.config.weights.signed is not False, axis)
-        target = CompressionTargetTensor.WEIGHT
-        simulator = quantizers.make_simulator(spec, target, f"{name}.weight", weight.device)
-        if needs_fixed_range(self.config.initializer.range):
-            low, high = weight_range(weight, axis, self.config.initializer.range)
-            quantizers.set_range(simulator, low, high, weight.shape, axis)
-        elif self.config.learnable_ranges:
-            simulator(weight.detach())
-        return simulator
-
-    def _input_simulator(self, name: str, device: torch.device, found: Any) -> FakeQuantizeImplBase:
-        spec = self.config.activations.spec(self._signed[name])
-        target = CompressionTargetTensor.ACTIVATION
-        simulator = quantizers.make_simulator(spec, target, f"{name} input", device)
-        if found is not None:
-            self._set_input_range(simulator, name, *found)
-        return simulator
-
-    def _set_input_range(self, simulator: Any, name: str, low: Tensor, high: Tensor) -> None:
-        if not self._signed[name] and self.config.activations.mode == "symmetric":
-            low = low.clamp(min=0)
-        quantizers.set_range(simulator, low, high, torch.Size([2]), None)
-
-    def _learned(self, simulator: FakeQuantizeImplBase) -> nn.Module:
-        """The simulator, or one with its range to be learned."""
-        if not self.config.learnable_ranges:
-            return simulator
-        scale: Any = simulator.qparams_calculator.scale
-        # A range that comes from a saved state has not been observed.
-        shape = tuple(scale.shape) if scale.numel() else (1,)
-        learned = LearnableRangeQuantize(simulator, shape, scale.device)  # type: ignore[arg-type]
-        if scale.numel():
-            learned.adopt(simulator)
-        for parameter in learned.parameters():
-            self.scale_gradient(parameter)
-        return learned
-
-    def _axis(self, layer: nn.Module) -> int | None:
-        return channel_axis_of(layer) if self.config.weights.per_channel else None
-
-    def _initialize(self, model: nn.Module) -> None:
-        samples = self.config.initializer.batchnorm_adaptation.num_bn_adaptation_samples
-        adapt_batchnorm(model, self.context, samples)
-
-    def initialize_ranges(self, model: nn.Module, part: str) -> None:
-        """Find the ranges of the ``weights`` or ``activations`` anew."""
-        if part == "weights":
-            for name, simulator in self.weight_simulators(model).items():
-                fresh = self._weight_simulator(name, model.get_submodule(name))
-                self._renew(simulator, fresh)
-        elif self._collects and self.context.init_args.train_loader is not None:
-            simulators = input_simulators(model)
-            for name, found in self._collect(model, list(self._signed)).items():
-                self._renew(simulators[name], self._input_simulator(name, found[0].device, found))
-
-    def _renew(self, simulator: Any, fresh: FakeQuantizeImplBase) -> None:
-        """Give a simulator the range of a fresh one, if that has one."""
-        if isinstance(simulator, LearnableRangeQuantize):
-            simulator.adopt(fresh)
-        elif fresh.qparams_calculator.scale.numel():  # type: ignore[operator, union-attr]
-            calculator = fresh.qparams_calculator
-            simulator.qparams_calculator.load_state_dict(calculator.state_dict())
-            simulator.enable_observer(False)
-
-    def _signs(self, names: list[str], ranges: Ranges) -> dict[str, bool]:
-        asked = self.config.activations
-        if asked.signed is not None:
-            return dict.fromkeys(names, asked.signed)
-        if asked.mode == "asymmetric":
-            return dict.fromkeys(names, False)
-        lows = torch.stack([ranges[name][0] for name in names]).tolist() if ranges else []
-        return dict.fromkeys(names, True) | {n: low < 0 for n, low in zip(names, lows, strict=bool(ranges))}
-
-    @torch.no_grad()
-    def _collect(self, model: nn.Module, names: list[str]) -> Ranges:
-        """Ranges of the unquantized inputs of layers, from the registered loader."""
-        initializer = self.config.initializer.range
-        symmetric = self.config.activations.mode == "symmetric"
-        found = {name: ActivationRange(initializer, symmetric) for name in names}
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda layer, args, kwargs, to=found[name]: to.observe(args[0] if args else kwargs["input"]),
-                with_kwargs=True,
-                prepend=True,
-            )
-            for name in names
-        ]
-        self._run(model, handles, batches(self.context, model, initializer.num_init_samples))
-        return {name: each.result() for name, each in found.items()}
-
-    @torch.no_grad()
-    def _names_with_quantized_inputs(self, model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-        if self.config.quantize_inputs:
-            return list(layers)
-        args, kwargs = example_inputs(self.context, model)
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        from_outside: set[str] = set()
-
-        def look(name: str, value: Tensor) -> None:
-            if any(value is each for each in given):
-                from_outside.add(name)
-
-        handles = [
-            layer.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: look(name, args[0] if args else kwargs["input"]),
-                with_kwargs=True,
-            )
-            for name, layer in layers.items()
-        ]
-        self._run(model, handles, [(args, kwargs)])
-        return [name for name in layers if name not in from_outside]
-
-    def _run(self, model: nn.Module, handles: list[Any], inputs: Any) -> None:
-        try:
-            with training_flags(model, False):
-                for args, kwargs in inputs:
-                    model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def build_controller(self, model: nn.Module) -> QuantizationController:
-        """See the base."""
-        return QuantizationController(model, self.config, self)
-
-    def _get_state(self) -> State:
-        return {"signed": dict(self._signed)}

@@ -1,25 +1,28 @@
-"""Simulators in a model: on weights as parametrizations, on the inputs of layers as hooks."""
+"""Simulators in a model, on the inputs of layers and the outputs of the model, as hooks."""
 
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.controllers.core.distributed import is_distributed, widest_over_ranks
 from coreai_opt.controllers.core.hooks import remove_hooks
-from coreai_opt.controllers.core.layers import INPUT
-from coreai_opt.controllers.core.masks import install
+from coreai_opt.controllers.core.layers import INPUT, OUTPUT
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
 from coreai_opt.quantization.spec._state import UNSHAPED, reshape_buffer
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = [
+    "OUTPUT",
     "make_simulator",
+    "floating",
+    "inputs_of",
     "observe_over_ranks",
     "put_on_input",
-    "put_on_weight",
+    "put_on_outputs",
     "set_range",
     "take_off_input",
 ]
@@ -37,20 +40,50 @@ def make_simulator(
     return simulator.to(device)
 
 
-def put_on_weight(layer: nn.Module, simulator: nn.Module) -> None:
-    """Quantize the layer's weight, after what other algorithms do to it."""
-    install(layer, simulator)
+def _simulator_of(module: nn.Module) -> Any:
+    simulator: Any = module._modules[INPUT]
+    if getattr(simulator, _SHARED, False) and is_distributed():
+        return partial(_simulate_over_ranks, simulator)
+    return simulator
 
 
 def _quantize_input(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    simulator: Any = layer._modules[INPUT]
-    if getattr(simulator, _SHARED, False) and is_distributed():
-        simulator = partial(_simulate_over_ranks, simulator)
+    simulator = _simulator_of(layer)
     if args:
         return (simulator(args[0]), *args[1:]), kwargs
     return args, {**kwargs, "input": simulator(kwargs["input"])}
+
+
+def _quantize_attention_inputs(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # Attention looks whether query, key and value are one tensor: they stay one.
+    simulator = _simulator_of(layer)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def quantized(value: Tensor) -> Tensor:
+        for given, result in seen:
+            if given is value:
+                return result
+        seen.append((value, simulator(value)))
+        return seen[-1][1]
+
+    new = tuple(quantized(value) if index < 3 else value for index, value in enumerate(args))
+    named = {
+        name: quantized(value) if name in ("query", "key", "value") else value
+        for name, value in kwargs.items()
+    }
+    return new, named
+
+
+def inputs_of(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a layer's simulator of inputs sees, each once."""
+    if not isinstance(layer, nn.MultiheadAttention):
+        return [args[0] if args else kwargs["input"]]
+    given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+    return [value for index, value in enumerate(given) if all(value is not e for e in given[:index])]
 
 
 def observe_over_ranks(simulator: Any) -> None:
@@ -71,15 +104,39 @@ def _simulate_over_ranks(simulator: Any, tensor: Tensor) -> Tensor:
 
 
 def put_on_input(layer: nn.Module, simulator: nn.Module) -> None:
-    """Quantize the layer's input."""
+    """Quantize the layer's input; of attention, query, key and value."""
     layer.add_module(INPUT, simulator)
-    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    attention = isinstance(layer, nn.MultiheadAttention)
+    hook = _quantize_attention_inputs if attention else _quantize_input
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def take_off_input(layer: nn.Module) -> None:
     """Undo :func:`put_on_input`."""
-    remove_hooks(layer, lambda hook: hook is _quantize_input)
+    remove_hooks(layer, lambda hook: hook in (_quantize_input, _quantize_attention_inputs))
     del layer._modules[INPUT]
+
+
+def floating(output: Any) -> list[Tensor]:
+    """The floating-point tensors in a model's output, in their order."""
+    return [each for each in tree_leaves(output) if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _quantize_outputs(module: nn.Module, args: Any, output: Any) -> Any:
+    simulators: Any = module._modules[OUTPUT]
+    leaves, structure = tree_flatten(output)
+    waiting = iter(simulators)
+    quantized = [
+        next(waiting)(each) if isinstance(each, Tensor) and each.is_floating_point() else each
+        for each in leaves
+    ]
+    return tree_unflatten(quantized, structure)
+
+
+def put_on_outputs(model: nn.Module, simulators: list[nn.Module]) -> None:
+    """Quantize the model's floating-point outputs, in their order."""
+    model.add_module(OUTPUT, nn.ModuleList(simulators))
+    model.register_forward_hook(_quantize_outputs, prepend=True)
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from coreai_opt.controllers.algorithms.sparsity import (
 )
 from coreai_opt.controllers.core.api import CompressionLoss
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
+from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.controllers.core.masks import bake, install, installed, original
-from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["RBSparsityBuilder", "RBSparsityConfig", "RBSparsityController", "RBSparsityLoss"]
@@ -54,30 +55,37 @@ class RBSparsityMask(nn.Module):
     Args:
         weight: gives the logits their shape, memory format and device.
         seed: of its random numbers.
+        gradient_factor: on the gradient of the logits.
     """
 
     draw: Tensor
 
-    def __init__(self, weight: Tensor, seed: int) -> None:
+    def __init__(self, weight: Tensor, seed: int, gradient_factor: float = 1.0) -> None:
         super().__init__()
         start = math.log(INITIAL_PROBABILITY / (1 - INITIAL_PROBABILITY))
         self.logits = nn.Parameter(torch.full_like(weight, start, dtype=torch.float32))
         self.register_buffer("draw", torch.zeros((), dtype=torch.int64, device=weight.device))
         self.seed = seed
+        self.gradient_factor = gradient_factor
         self.frozen = False
 
     def mask(self) -> Tensor:
         """The mask of evaluation, bool."""
         return self.logits.detach() > 0
 
+    def trained_logits(self) -> Tensor:
+        """The logits in float32, whatever the model was cast to, with their scaled gradient."""
+        return scaled_gradient(self.logits, self.gradient_factor).float()
+
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight. In training, each call draws anew."""
         if not self.training or self.frozen:
-            return coreai_kernels.apply_mask(weight, self.mask().to(weight.dtype))
+            masked = coreai_kernels.apply_mask(weight, self.mask().to(weight.dtype))
+            return with_zero_gradients(masked, self.logits) if self.training else masked
         number = self.draw + 1  # a tensor of its own: the backward pass reads it, and the buffer moves on
         with torch.no_grad():
             self.draw.copy_(number)
-        return coreai_kernels.sampled_mask(weight, self.logits, number, seed=self.seed)
+        return coreai_kernels.sampled_mask(weight, self.trained_logits(), number, seed=self.seed)
 
 
 class _KeptCount(torch.autograd.Function):
@@ -112,7 +120,7 @@ class RBSparsityLoss(CompressionLoss):
 
     def calculate(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss, with its gradient to the logits."""
-        logits = [mask.logits for mask in self._masks]
+        logits = [mask.trained_logits() for mask in self._masks]
         if self.disabled:
             return torch.zeros((), device=logits[0].device)
         kept = torch.stack([_KeptCount.apply(each) for each in logits])  # type: ignore[no-untyped-call]
@@ -179,16 +187,16 @@ class RBSparsityBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base."""
-        select_layers(model, self.config)
+        self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        for index, layer in enumerate(select_layers(model, self.config).values()):
-            mask = RBSparsityMask(original(layer), (self.config.seed << 32) | index)
+        places = Places(model)
+        for index, layer in enumerate(self.layers(model).values()):
+            mask = RBSparsityMask(original(layer), (self.config.seed << 32) | index, self.gradient_factor)
             mask.train(layer.training)
-            install(layer, mask)
+            install(layer, mask, places)
             with torch.no_grad():
                 mask.draw.zero_()  # registering ran it once
-            self.scale_gradient(mask.logits)
 
     def build_controller(self, model: nn.Module) -> RBSparsityController:
         """See the base."""

@@ -191,7 +191,7 @@ class SparsityController(BaseCompressionAlgorithmController):
         layers, masked, model = sparsities({} if quickly else self.masks(), self._model)
         if quickly:
             masked, model = self._level, float("nan")
-        return kind(masked, model, self._level, self._target, layers)
+        return kind(masked, model, self._level, self._target, layers, left_whole=self.left_whole)
 
     @abstractmethod
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:

@@ -1,5 +1,6 @@
 """What controllers and builders have in common."""
 
+import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -23,11 +24,16 @@ from coreai_opt.controllers.core.copies import copy_model
 from coreai_opt.controllers.core.distributed import synchronize
 from coreai_opt.controllers.core.export import export_lowered_model, opset_of, split_arguments
 from coreai_opt.controllers.core.inputs import Batch, example_inputs
+from coreai_opt.controllers.core.layers import WEIGHTED
 from coreai_opt.controllers.core.losses import ZeroCompressionLoss
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
+from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.state import check_plain, take
+from coreai_opt.controllers.core.statistics import LeftWhole
 
 __all__ = ["MARK", "BaseCompressionAlgorithmBuilder", "BaseCompressionAlgorithmController"]
+
+logger = logging.getLogger(__name__)
 
 MARK = "_compressed_by"
 """Attribute of a compressed model: the names of the algorithms. Copies of the model have it, too."""
@@ -49,6 +55,7 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         self._builder_state: State | None = None
         self._scheduler_is_disabled = False
         self.context = BuildContext()
+        self.left_whole: list[LeftWhole] = []
 
     @property
     def loss(self) -> CompressionLoss:
@@ -245,12 +252,31 @@ class BaseCompressionAlgorithmBuilder(ClassRegistryMixin, CompressionAlgorithmBu
             config = self.config_type.model_validate(config)
         self.config: Any = config
         self.context = context or BuildContext()
+        self.left_whole: list[LeftWhole] = []
         self._loaded: State | None = None
+        self._layers: dict[tuple[type[nn.Module], ...], dict[str, nn.Module]] = {}
 
     @property
     def name(self) -> str:
         """The algorithm's name."""
         return str(self.config.algorithm)
+
+    def layers(self, model: nn.Module, types: tuple[type[nn.Module], ...] = WEIGHTED) -> dict[str, nn.Module]:
+        """The layers of ``types`` in the configuration's scopes, by name; found once. See :mod:`.scopes`.
+
+        Raises:
+            ValueError: a scope matches no module, or no layer is left.
+        """
+        if types not in self._layers:
+            self._layers[types], left = select_layers(model, self.config, types)
+            for each in left:
+                self.leave_whole(each.name, each.reason)
+        return self._layers[types]
+
+    def leave_whole(self, name: str, reason: str) -> None:
+        """Log, and note for the statistics, that something in scope cannot be compressed safely."""
+        logger.warning("%s leaves %s whole: %s", self.name, name, reason)
+        self.left_whole.append(LeftWhole(name, reason))
 
     def check(self, model: nn.Module) -> None:
         """Raise what :meth:`apply_to` would, before anything is changed."""
@@ -288,10 +314,11 @@ class BaseCompressionAlgorithmBuilder(ClassRegistryMixin, CompressionAlgorithmBu
     def hand_over(self, controller: BaseCompressionAlgorithmController) -> None:
         """Give the controller the builder's name and state."""
         controller.context = self.context
+        controller.left_whole = list(self.left_whole)
         controller.set_builder_state_with_name(self.name, self.get_state()[self.name])
 
-    def scale_gradient(self, parameter: nn.Parameter) -> None:
-        """Apply ``compression_lr_multiplier`` to a parameter that the algorithm adds."""
+    @property
+    def gradient_factor(self) -> float:
+        """``compression_lr_multiplier``: the factor on gradients of parameters that the algorithm adds."""
         factor = self.config.compression_lr_multiplier
-        if factor is not None and factor != 1:
-            parameter.register_hook(lambda grad: grad * factor)
+        return 1.0 if factor is None else float(factor)

@@ -19,12 +19,18 @@ def adapt_batchnorm(model: nn.Module, context: BuildContext, num_samples: int) -
     """Set running means and variances to their averages over ``num_samples`` samples, and over all ranks.
 
     Only batch-norm layers run in training mode; parameters stay as they are.
+
+    Raises:
+        ValueError: the loader is empty.
     """
     layers = [
         module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
     if not layers or num_samples == 0 or context.init_args.train_loader is None:
         return
+    first = next(iter(batches(context, model, 1)), None)
+    if first is None:
+        raise ValueError("batch-norm adaptation: the registered data loader gives no batch")
     momenta: dict[nn.Module, Any] = {layer: layer.momentum for layer in layers}
     with training_flags(model, False):
         for layer in layers:

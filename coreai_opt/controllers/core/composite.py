@@ -13,6 +13,7 @@ from coreai_opt.controllers.core.base import (
 from coreai_opt.controllers.core.losses import CompositeCompressionLoss
 from coreai_opt.controllers.core.schedulers import CompositeCompressionScheduler
 from coreai_opt.controllers.core.statistics import CompressionStatistics
+from coreai_opt.controllers.core.undo import undone_on_error
 
 __all__ = ["CompositeCompressionAlgorithmBuilder", "CompositeCompressionAlgorithmController"]
 
@@ -167,11 +168,12 @@ class CompositeCompressionAlgorithmBuilder(CompressionAlgorithmBuilder):
             raise ValueError(f"each algorithm may be there once; configured more than once: {twice}")
 
     def apply_to(self, model: nn.Module) -> nn.Module:
-        """Build them in, after all have looked whether they can."""
-        for builder in self.builders:
-            builder.check(model)
-        for builder in self.builders:
-            builder.apply_to(model)
+        """Build them in, after all have looked whether they can. An error leaves the model as it was."""
+        with undone_on_error(model):
+            for builder in self.builders:
+                builder.check(model)
+            for builder in self.builders:
+                builder.apply_to(model)
         return model
 
     def build_controller(self, model: nn.Module) -> BaseCompressionAlgorithmController:

@@ -2,9 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
@@ -41,12 +41,14 @@ class AlgorithmConfig(ConfigModel):
         algorithm: its name.
         ignored_scopes: modules to leave out, with all that they contain; see :mod:`.scopes`.
         target_scopes: modules to take, and no others.
+        validate_scopes: whether a scope that matches no module is an error, or only logged.
         compression_lr_multiplier: factor on the gradients of the parameters that compression adds.
     """
 
     algorithm: str
     ignored_scopes: Scopes = Field(default_factory=list)
     target_scopes: Scopes | None = None
+    validate_scopes: bool = True
     compression_lr_multiplier: float | None = Field(default=None, ge=0)
 
     @field_validator("ignored_scopes", "target_scopes", mode="before")
@@ -71,6 +73,30 @@ class InputInfo(ConfigModel):
     keyword: str | None = None
 
 
+class Replayed:
+    """What an iterator gave is kept, and given again.
+
+    Args:
+        source: the iterator.
+    """
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._seen: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        """All batches, from the first on."""
+        index = 0
+        while True:
+            if index == len(self._seen):
+                try:
+                    self._seen.append(next(self._source))
+                except StopIteration:
+                    return
+            yield self._seen[index]
+            index += 1
+
+
 class InitArgs(BaseModel):
     """What initialisation needs beside the configuration. See :func:`.register_default_init_args`."""
 
@@ -82,6 +108,15 @@ class InitArgs(BaseModel):
     criterion_fn: Any = None
     model_eval_fn: Any = None
     device: Any = None
+
+    _replayed: Any = PrivateAttr(default=None)
+
+    def batches(self) -> Iterator[Any]:
+        """The training loader's batches from the first on, also of one that can be read only once."""
+        if self._replayed is None:
+            once = isinstance(self.train_loader, Iterator)
+            self._replayed = Replayed(self.train_loader) if once else self.train_loader
+        return iter(self._replayed)
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -105,7 +140,7 @@ class ControllerConfig(ConfigModel):
     input_info: list[InputInfo] = Field(default_factory=list)
     compression: list[dict[str, Any]] = Field(default_factory=list)
     compression_lr_multiplier: float | None = Field(default=None, ge=0)
-    target_device: str = "ANY"
+    target_device: Literal["ANY", "CPU", "CPU_SPR", "GPU", "NPU", "TRIAL", "VPU"] = "ANY"
 
     _init_args: InitArgs = PrivateAttr(default_factory=InitArgs)
 

@@ -10,7 +10,7 @@ from coreai_opt.controllers.core.config import InputInfo
 from coreai_opt.controllers.core.context import BuildContext
 from coreai_opt.controllers.core.losses import device_of
 
-__all__ = ["Batch", "batch_size", "batches", "example_inputs", "require_loader"]
+__all__ = ["Batch", "batch_size", "batches", "example_inputs", "has_example", "one_batch", "require_loader"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -49,10 +49,10 @@ def batches(context: BuildContext, model: nn.Module, num_samples: int) -> Iterat
     Raises:
         ValueError: no loader is registered.
     """
-    loader = require_loader(context)
+    require_loader(context)
     device = torch.device(context.init_args.device) if context.init_args.device else device_of(model)
     seen = 0
-    for batch in loader:
+    for batch in context.init_args.batches():
         if seen >= num_samples:
             return
         args, kwargs = _split(batch)
@@ -81,16 +81,35 @@ def example_inputs(context: BuildContext, model: nn.Module) -> Batch:
     if context.dummy_forward is not None:
         return _arguments_of(context.dummy_forward, model)
     if context.input_info:
-        device = device_of(model)
-        args = tuple(_example(info, device) for info in context.input_info if info.keyword is None)
-        kwargs = {info.keyword: _example(info, device) for info in context.input_info if info.keyword}
+        infos = context.input_info
+        args = tuple(_example(info, model) for info in infos if info.keyword is None)
+        kwargs = {info.keyword: _example(info, model) for info in infos if info.keyword}
         return args, kwargs
     if context.init_args.train_loader is not None:
-        return next(batches(context, model, 1))
+        return one_batch(context, model)
     raise ValueError(
         "an example of the model's inputs is needed: give input_info in the configuration, or register a "
         "loader with register_default_init_args"
     )
+
+
+def has_example(context: BuildContext) -> bool:
+    """Whether anything tells how an input of the model looks."""
+    given = (context.dummy_forward, context.init_args.train_loader)
+    return any(each is not None for each in given) or bool(context.input_info)
+
+
+def one_batch(context: BuildContext, model: nn.Module) -> Batch:
+    """Arguments for one forward: data, if a loader is registered; else as :func:`example_inputs`.
+
+    Raises:
+        ValueError: nothing tells; or the loader is empty.
+    """
+    if context.init_args.train_loader is None:
+        return example_inputs(context, model)
+    for batch in batches(context, model, 1):
+        return batch
+    raise ValueError("the registered data loader gives no batch")
 
 
 class _Called(BaseException):
@@ -114,11 +133,18 @@ def _arguments_of(dummy_forward: Callable[[nn.Module], Any], model: nn.Module) -
     raise ValueError("dummy_forward_fn must call the model that it is given; it returned without doing so")
 
 
-def _example(info: InputInfo, device: torch.device) -> Tensor:
-    dtype = torch.int64 if info.type == "long" else torch.float32
+def _example(info: InputInfo, model: nn.Module) -> Tensor:
+    dtype = torch.int64 if info.type == "long" else _floating_dtype(model)
     if info.filler == "random":
         generator = torch.Generator().manual_seed(0)
         values = torch.rand(info.sample_size, generator=generator).to(dtype)
     else:
         values = torch.full(info.sample_size, 0 if info.filler == "zeros" else 1, dtype=dtype)
-    return values.to(device)
+    return values.to(device_of(model))
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype:
+    for tensor in model.parameters():
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-__all__ = ["CONVOLUTIONS", "INPUT", "TRANSPOSED", "WEIGHTED", "channel_axis_of"]
+__all__ = ["CONVOLUTIONS", "INPUT", "OUTPUT", "TRANSPOSED", "WEIGHTED", "channel_axis_of"]
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -11,6 +11,9 @@ WEIGHTED: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, nn.Linear)
 
 INPUT = "input_quantizer"
 """Name, in a layer, of what quantizes its input."""
+
+OUTPUT = "output_quantizers"
+"""Name, in a model, of what quantizes its outputs."""
 
 
 def channel_axis_of(layer: nn.Module) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coreai_kernels
+from coreai_opt.controllers.core.copies import give_own_class
+from coreai_opt.controllers.core.places import Places, computed_by
 
 __all__ = [
     "BinaryMask",
@@ -17,6 +19,7 @@ __all__ = [
     "keep_counts",
     "kept_per_mask",
     "original",
+    "value_before",
 ]
 
 Link = TypeVar("Link", bound=nn.Module)
@@ -40,19 +43,38 @@ class BinaryMask(nn.Module):
         return coreai_kernels.apply_mask(weight, self.mask)
 
 
-def install(layer: nn.Module, parametrization: nn.Module, name: str = "weight") -> None:
-    """Put a parametrization on a layer's weight, after those that are there."""
-    parametrize.register_parametrization(layer, name, parametrization)
+def install(
+    layer: nn.Module, parametrization: nn.Module, places: Places | None = None, name: str = "weight"
+) -> None:
+    """Put a parametrization on a layer's tensor, after those that are there.
+
+    Args:
+        layer: holds the tensor.
+        parametrization: what computes the tensor's value from now on.
+        places: of the model: a tensor that several modules share is parametrized in all of them.
+        name: the layer's attribute.
+
+    Raises:
+        ValueError: something else computes the tensor already.
+    """
+    link: Any = parametrization
+    link._of_a_controller = True
+    for path, module, attribute in [(None, layer, name)] if places is None else places.of(layer, name):
+        if module is layer:
+            link._layer_name = path
+        if (other := computed_by(module, attribute)) is not None:
+            raise ValueError(f"the {attribute} of {module} is computed by {other}; remove that first")
+        parametrize.register_parametrization(module, attribute, parametrization)
 
 
 def installed(model: nn.Module, kind: type[Link], name: str = "weight") -> dict[str, Link]:
-    """The parametrizations of type ``kind`` in a model, by the name of their layer."""
-    found = {}
+    """The parametrizations of type ``kind`` in a model, by the name of the layer they were meant for."""
+    found: dict[str, Link] = {}
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module, name):
             for link in module.parametrizations[name]:  # type: ignore[index, union-attr]
                 if isinstance(link, kind):
-                    found[path] = link
+                    found[getattr(link, "_layer_name", None) or path] = link
     return found
 
 
@@ -63,25 +85,46 @@ def original(layer: nn.Module, name: str = "weight") -> nn.Parameter:
     return getattr(layer, name)  # type: ignore[no-any-return]
 
 
-def bake(model: nn.Module, types: tuple[type[nn.Module], ...], name: str = "weight") -> None:
-    """Remove the parametrizations of ``types``, leaving in the weights what they, and those before, made.
+@torch.no_grad()
+def value_before(layer: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor:
+    """What the parametrizations of a layer's tensor hand to the first of type ``kind``; detached."""
+    value: Tensor = original(layer, name).detach()
+    if parametrize.is_parametrized(layer, name):
+        for link in layer.parametrizations[name]:  # type: ignore[index, union-attr]
+            if isinstance(link, kind):
+                break
+            value = link(value)
+    return value
 
-    Parametrizations of other kinds that come later stay. The masked elements become zeros.
+
+@torch.no_grad()
+def bake(model: nn.Module, types: tuple[type[nn.Module], ...]) -> None:
+    """Remove the parametrizations of ``types``, leaving in the tensors what they, and those before, made.
+
+    Parametrizations of other kinds that come later stay. The masked elements become zeros. Modules that share
+    a tensor share it afterwards, too; copies of the model keep what they have.
     """
+    found: list[tuple[nn.Module, str, list[nn.Module]]] = []
+    values: dict[nn.Parameter, Tensor] = {}
     for module in model.modules():
-        if not parametrize.is_parametrized(module, name):
+        if not parametrize.is_parametrized(module):
             continue
-        chain: Any = module.parametrizations[name]  # type: ignore[index, union-attr]
-        links = list(chain)
-        last = max((index for index, link in enumerate(links) if isinstance(link, types)), default=None)
-        if last is None:
-            continue
-        with torch.no_grad():
-            value = chain.original
-            for link in links[: last + 1]:
-                value = link(value)
-            chain.original.copy_(value)
-        rest = links[last + 1 :]
+        chains: Any = module.parametrizations
+        for name, chain in chains.items():
+            links = list(chain)
+            last = max((index for index, link in enumerate(links) if isinstance(link, types)), default=None)
+            if last is None:
+                continue
+            found.append((module, name, links[last + 1 :]))
+            if chain.original not in values:
+                value = chain.original
+                for link in links[: last + 1]:
+                    value = link(value)
+                values[chain.original] = value
+    for parameter, value in values.items():
+        parameter.copy_(value)
+    for module, name, rest in found:
+        give_own_class(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for link in rest:
             parametrize.register_parametrization(module, name, link)

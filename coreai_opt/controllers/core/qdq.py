@@ -6,19 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from coreai_opt.controllers.core.layers import INPUT, channel_axis_of
+from coreai_opt.controllers.core.layers import channel_axis_of
 
 __all__ = [
     "FIRST_OPSET_OF_4_BITS",
     "SCALE",
     "ZERO_POINT",
     "QuantizeDequantize",
-    "install_qdq",
+    "keep_parameters",
     "needs_4_bits",
+    "put_on_weight",
+    "quantize_dequantize",
 ]
 
 SCALE, ZERO_POINT = "weight_scale", "weight_zero_point"
-"""Buffers, in a layer that is being exported, of its weight's parameters, in the shape of the grid."""
+"""Buffers, in a layer that is being exported, of its weight's parameters, in the shape of the grid. Those of
+other attributes begin with the attribute's name."""
 
 FIRST_OPSET_OF_4_BITS = 21
 # ONNX's numbers of the types, and torch's of those that it has.
@@ -34,35 +37,45 @@ _TYPES: dict[tuple[int, bool], Any] = {
 class QuantizeDequantize(nn.Module):
     """A pair of QuantizeLinear and DequantizeLinear.
 
+    Widths that ONNX lacks become the next wider one, with values clipped to their own range first.
+
     Args:
         scale: one value, or one a channel.
         zero_point: as many, int32.
-        bits: 4 or 8.
-        signed: whether the integers are.
+        low: least integer.
+        high: greatest integer.
         axis: of the channels; None for a single scale.
-
-    Raises:
-        ValueError: ONNX has no integers of so many bits.
+        clips: whether tensors have values beyond the range.
     """
 
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, scale: Tensor, zero_point: Tensor, bits: int, signed: bool, axis: int | None) -> None:
+    def __init__(
+        self, scale: Tensor, zero_point: Tensor, low: int, high: int, axis: int | None, clips: bool = True
+    ) -> None:
         super().__init__()
-        if (bits, signed) not in _TYPES:
-            raise ValueError(f"ONNX quantizes to 4 and 8 bits; a tensor is quantized to {bits}")
-        self.bits = bits
-        self.dtype = _TYPES[bits, signed]
+        signed = low < 0
+        self.bits = 4 if (low >= -8 and high <= (7 if signed else 15)) else 8
+        self.dtype = _TYPES[self.bits, signed]
         self.attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
         shape = (-1,) if axis is not None else ()
-        narrow = self.dtype if bits == 8 else torch.int32
-        self.register_buffer("scale", scale.detach().clone().reshape(shape))
+        narrow = self.dtype if self.bits == 8 else torch.int32
+        self.register_buffer("scale", scale.detach().float().clone().reshape(shape))
         self.register_buffer("zero_point", zero_point.detach().reshape(shape).to(narrow))
+        full = high - low + 1 == 2**self.bits
+        self.ends: tuple[float, float] | None = None
+        if clips and not full:
+            if scale.numel() != 1:
+                raise ValueError("ONNX clips to one range: ranges of channels need 4 or 8 bits")
+            step, offset = float(scale), float(zero_point)
+            self.ends = ((low - offset) * step, (high - offset) * step)
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The pair. Only for export: elsewhere the operators compute nothing."""
         symbolic = torch.onnx.ops.symbolic
+        if self.ends is not None:
+            tensor = tensor.clamp(*self.ends)
         zero_point = self.zero_point
         if self.bits == 4:  # torch has no tensors of this type: the constant becomes one in the graph
             attributes = {"to": self.dtype}
@@ -83,11 +96,23 @@ class QuantizeDequantize(nn.Module):
         )
 
 
-def _pair(simulator: Any, scale: Tensor, zero_point: Tensor | None, axis: int | None) -> QuantizeDequantize:
+def quantize_dequantize(
+    simulator: Any, scale: Tensor, zero_point: Tensor | None, axis: int | None, clips: bool = True
+) -> QuantizeDequantize:
+    """The pair that does what a simulator does.
+
+    Args:
+        simulator: tells the integers.
+        scale: of its range.
+        zero_point: of its range; None for zeros.
+        axis: of the channels; None for a single scale.
+        clips: whether tensors have values beyond the range.
+    """
     if zero_point is None:
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
-    signed = float(simulator.quant_min) < 0
-    return QuantizeDequantize(scale, zero_point, simulator.n_bits, signed, axis)
+    return QuantizeDequantize(
+        scale, zero_point, int(simulator.quant_min), int(simulator.quant_max), axis, clips
+    )
 
 
 def needs_4_bits(model: nn.Module) -> bool:
@@ -95,24 +120,19 @@ def needs_4_bits(model: nn.Module) -> bool:
     return any(isinstance(module, QuantizeDequantize) and module.bits == 4 for module in model.modules())
 
 
-def install_qdq(model: nn.Module, weights: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Put pairs where a stripped model had simulators, in place.
+def keep_parameters(model: nn.Module, attribute: str, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Put the parameters of a weight that is being exported into its layer, as buffers."""
+    zeros = torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
+    model.register_buffer(f"{attribute}_scale", scale.detach().clone(), persistent=False)
+    model.register_buffer(f"{attribute}_zero_point", zeros.detach().clone(), persistent=False)
 
-    Args:
-        model: the stripped model, with the buffers :data:`SCALE` and :data:`ZERO_POINT` in its layers.
-        weights: the simulators of weights, by layer.
-        inputs: the simulators of inputs, by layer.
-    """
-    for name, simulator in weights.items():
-        layer: Any = model.get_submodule(name)
-        scale, zero_point = getattr(layer, SCALE), getattr(layer, ZERO_POINT)
-        delattr(layer, SCALE)
-        delattr(layer, ZERO_POINT)
-        axis = channel_axis_of(layer) if scale.numel() > 1 else None
-        pair = _pair(simulator, scale, zero_point, axis)
-        # unsafe: torch would run the pair to see what it returns.
-        parametrize.register_parametrization(layer, "weight", pair, unsafe=True)
-    for name, simulator in inputs.items():
-        layer = model.get_submodule(name)
-        scale, zero_point, _ = simulator.calculate_qparams()
-        setattr(layer, INPUT, _pair(simulator, scale, zero_point, None))
+
+def put_on_weight(layer: nn.Module, attribute: str, simulator: Any) -> None:
+    """Let a weight go through the pair of its :func:`keep_parameters`, which are taken away."""
+    scale, zero_point = (getattr(layer, f"{attribute}_{part}") for part in ("scale", "zero_point"))
+    delattr(layer, f"{attribute}_scale")
+    delattr(layer, f"{attribute}_zero_point")
+    axis = channel_axis_of(layer) if scale.numel() > 1 else None
+    pair = quantize_dequantize(simulator, scale, zero_point, axis, clips=False)
+    # unsafe: torch would run the pair to see what it returns.
+    parametrize.register_parametrization(layer, attribute, pair, unsafe=True)

@@ -193,6 +193,95 @@ def test_compiles() -> None:
     check_compiles(configured(quantization()))
 
 
-def test_activations_have_no_channels() -> None:
-    with pytest.raises(ValueError, match="per_channel is for weights"):
-        create_compressed_model(make_model(), configured(quantization(activations={"per_channel": True})))
+def test_activations_may_have_ranges_of_channels() -> None:
+    per_channel = quantization(activations={"per_channel": True}, preset="mixed")
+    controller, model = create_compressed_model(make_model().eval(), configured(per_channel))
+    inputs = torch.cat([x for x, _ in loader()])
+    seen = []
+    model.inner.register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+    scale, _, _ = controller.activations["inner"].calculate_qparams()
+    assert scale.shape == (1, 8, 1, 1)
+    assert controller.activations["head"].calculate_qparams()[0].shape == (1, 128)
+    with torch.no_grad():
+        model(inputs)
+    assert seen[0].shape[1] == 8
+    broken = quantization(activations={"per_channel": True}, initializer={"range": {"type": "percentile"}})
+    with pytest.raises(ValueError, match="are for whole activations"):
+        create_compressed_model(make_model(), configured(broken))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_any_width(bits: int) -> None:
+    config = quantization(weights={"bits": bits, "per_channel": False}, activations={"bits": bits})
+    controller, model = create_compressed_model(make_model().eval(), configured(config))
+    weight = model.head.weight.detach()
+    scale = float(controller.weights["head"].calculate_qparams()[0])
+    levels = weight / scale
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert float(levels.min().round()) >= -(2 ** (bits - 1))
+    assert float(levels.max().round()) <= 2 ** (bits - 1) - 1
+    assert float(levels.abs().max().round()) >= 2 ** (bits - 1) - 1
+    assert controller.compression_rate == 1 - bits / 32
+    activation = controller.activations["head"](torch.linspace(-10, 10, 100_000))
+    assert activation.unique().numel() == 2**bits
+
+
+def test_half_of_the_integers_against_overflow() -> None:
+    for fix, expected in (
+        ("enable", [64, 64, 64]),
+        ("first_layer_only", [64, 128, 128]),
+        ("disable", [128] * 3),
+    ):
+        controller, model = create_compressed_model(make_model(), configured(quantization(overflow_fix=fix)))
+        found = []
+        for name in ("stem", "inner", "head"):
+            scale = controller.weights[name].calculate_qparams()[0]
+            levels = (model.get_submodule(name).weight / scale).detach().abs().max()
+            found.append(int(levels.round()))
+        assert [abs(level - most) <= 1 for level, most in zip(found, expected, strict=True)] == [True] * 3
+        assert controller.weights["stem"].n_bits == 8
+
+
+def test_outputs_can_be_quantized() -> None:
+    controller, model = create_compressed_model(
+        make_model().eval(), configured(quantization(quantize_outputs=True))
+    )
+    assert "output_quantizers.0" in controller.activations
+    scale = controller.activations["output_quantizers.0"].calculate_qparams()[0]
+    levels = model(torch.randn(2, 1, 8, 8)) / scale
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-3)
+    assert "output_quantizers.0" in [each.name for each in controller.statistics().quantization.tensors]
+    stripped = controller.strip()
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(stripped(x), model(x))
+
+
+def test_groups_scopes_and_overrides() -> None:
+    config = quantization(
+        weights={"ignored_scopes": ["stem"]},
+        activations={"target_scopes": ["Net/Conv2d[inner]", "{re}Linear"], "ignored_scopes": ["inner"]},
+        scope_overrides={"weights": {"{re}NNCFLinear": {"bits": 4, "mode": "asymmetric"}}},
+        initializer={
+            "range": [
+                {"type": "min_max", "target_scopes": ["{re}Conv2d"], "num_init_samples": 8},
+                {"type": "mean_min_max", "target_quantizer_group": "activations"},
+            ],
+            "precision": {"type": "manual", "bitwidth_per_scope": [[5, "inner"], [6, "head|INPUT0"]]},
+        },
+    )
+    controller, _ = create_compressed_model(make_model(), configured(config))
+    assert {name: each.n_bits for name, each in controller.weights.items()} == {"inner": 5, "head": 4}
+    assert {name: each.n_bits for name, each in controller.activations.items()} == {"head": 6}
+    assert str(controller.weights["head"].qscheme) == "asymmetric"
+
+
+def test_a_logarithmic_range_starts_at_the_same_place() -> None:
+    outputs = []
+    for logarithmic in (False, True):
+        config = quantization(learnable_ranges=True, weights={"logarithm_scale": logarithmic})
+        controller, model = create_compressed_model(make_model().eval(), configured(config))
+        x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+        outputs.append(model(x))
+        outputs[-1].sum().backward()
+        assert float(controller.weights["head"].range.grad.abs().sum()) > 0
+    torch.testing.assert_close(*outputs, rtol=1e-2, atol=1e-2)
