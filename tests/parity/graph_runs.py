@@ -146,6 +146,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(1)
         self.quantizer = Quantizer(make(), CONFIGS[config]())
         self.model: Any = self.quantizer.prepare(self.draw(self.generator), state_dict=state)
+        torch.manual_seed(2)  # Apple's prepare draws random numbers
 
     def forward(self) -> Tensor:
         """Everything that a batch gives, in one tensor."""

@@ -51,13 +51,9 @@ def scale_batch_norms(graph: Graph, placement: Placement) -> None:
     for name in _CONVOLUTIONS:
         pairs = [pair for pair in map(_pair, graph.nodes) if pair is not None]
         own = [pair for pair in pairs if overload_name(pair.convolution) == name]
-        # The order in which new nodes come decides on quantizers' numbers: with a bias first, the last first.
-        for pair in (*_where_bias(own, True), *_where_bias(own, False)):
+        # The order in which new nodes come decides on quantizers' numbers: with a bias first.
+        for pair in sorted(own, key=lambda each: each.bias is None):
             _move(placement, _rewrite(graph, pair))
-
-
-def _where_bias(pairs: list[_Pair], has_bias: bool) -> list[_Pair]:
-    return [pair for pair in reversed(pairs) if (pair.bias is not None) is has_bias]
 
 
 def _pair(node: Node) -> _Pair | None:

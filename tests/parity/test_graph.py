@@ -1,0 +1,96 @@
+"""Graph mode: where quantizers are, and every output, loss, gradient and state, bit for bit."""
+
+from typing import Any
+
+import pytest
+
+from .conftest import Oracle
+from .graph_calls import CALLS, call
+from .graph_probes import PROBES
+from .graph_runs import RUNS, continue_from, prepared, run
+from .oracle import ROOT
+from .snapshots import Raised, differences
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# What differs on purpose, and the headings under which docs/differences.md says why.
+INTENDED: dict[str, str] = {}
+CONTINUED = tuple(each for each in RUNS if each[1] == "default")
+
+
+@pytest.fixture(scope="module")
+def ours(one_thread: None) -> dict[tuple[str, str], dict[str, Any]]:
+    return {each: run(*each) for each in RUNS}
+
+
+@pytest.fixture(scope="module")
+def answers(asked_oracle: Oracle, ours: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """From Apple's package, see `graph_runs.answer`."""
+    states = {each: ours[each]["trained"]["state"] for each in CONTINUED}
+    return asked_oracle.ask("graph", {"module": "graph_runs", "states": states})
+
+
+def check(expected: Any, found: Any) -> None:
+    """Fail with the first stage that differs: what comes after follows from it."""
+    if isinstance(expected, Raised) and isinstance(found, Raised):
+        assert expected.public_class == found.public_class
+        return
+    if "raised" in found and "raised" not in expected:
+        pytest.fail(str(found["raised"]), pytrace=False)
+    for stage in expected:
+        lines = list(differences(expected[stage], found.get(stage), stage))
+        if lines:
+            pytest.fail("\n".join(lines[:20]), pytrace=False)
+    assert list(found) == list(expected)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_quantizers_are_where_the_oracle_has_them(name: str, answers: dict[str, Any]) -> None:
+    found = prepared(name)
+    check(answers["probes"][name], found)
+    assert list(found["state"]) == list(answers["probes"][name]["state"])
+
+
+@pytest.mark.parametrize("each", RUNS, ids=str)
+def test_models_train_like_the_oracles(each: Any, answers: dict[str, Any], ours: Any) -> None:
+    check(answers["runs"][each], ours[each])
+
+
+@pytest.mark.parametrize("each", CONTINUED, ids=str)
+def test_ours_continues_from_the_oracles_state(each: Any, answers: dict[str, Any]) -> None:
+    state = answers["runs"][each]["trained"]["state"]
+    check(answers["continued"][each], continue_from(*each, state))
+
+
+@pytest.mark.parametrize("each", CONTINUED, ids=str)
+def test_the_oracle_continues_from_our_state(each: Any, answers: dict[str, Any], ours: Any) -> None:
+    continued = answers["continued"][each]
+    assert "raised" not in continued, continued
+    check({"state": ours[each]["trained"]["state"]}, {"state": continued["state"]})
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])
+def test_calls_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
+    expected, found = answers["calls"][name], call(name)
+    if isinstance(expected, Raised) or isinstance(found, Raised):
+        check(expected, found)
+    else:
+        assert not list(differences(expected, found))
+
+
+@pytest.mark.parametrize("name", INTENDED)
+def test_intended_differences_are_still_there_and_documented(name: str, answers: dict[str, Any]) -> None:
+    assert f"## {INTENDED[name]}\n" in (ROOT / "docs" / "differences.md").read_text()
+    expected, found = answers["calls"][name], call(name)
+    if isinstance(expected, Raised) and isinstance(found, Raised):
+        assert expected.public_class != found.public_class
+    else:
+        assert list(differences(expected, found))
+
+
+def test_the_runs_cover_what_they_are_meant_to_cover(answers: dict[str, Any]) -> None:
+    runs = answers["runs"]
+    assert not [each for each, log in runs.items() if "raised" in log]
+    assert all(log["places"] for log in runs.values())
+    assert all(log["step 0"]["loss"] != log["step 4"]["loss"] for log in runs.values())
+    assert not [name for name, log in answers["probes"].items() if "raised" in log]
