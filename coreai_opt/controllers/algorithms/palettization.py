@@ -78,17 +78,17 @@ class JointPalette(_KMeansFakePalettize):
     So do the zeros of a channel without other values, where channels have scales.
 
     Args:
-        masked: whether masks come before.
+        after_masks: whether masks come before.
         options: see the base.
     """
 
-    def __init__(self, masked: bool, **options: Any) -> None:
+    def __init__(self, after_masks: bool, **options: Any) -> None:
         super().__init__(**options)
-        self.masked = masked
+        self._after_masks = after_masks
 
     def _weigh(self, weight: Tensor) -> None:
         """Let clustering see the kept values alone; all, where nothing is kept."""
-        if self.masked:
+        if self._after_masks:
             kept = weight.detach() != 0
             self._sensitivities = torch.where(kept.any(), kept, True).to(weight.dtype)
 
@@ -105,7 +105,7 @@ class JointPalette(_KMeansFakePalettize):
     def forward_enabled(self, tensor: Tensor) -> Tensor:
         """See the base."""
         palettized = super().forward_enabled(tensor)
-        if self.masked:
+        if self._after_masks:
             return palettized * (tensor != 0).to(palettized.dtype)
         if self.enable_per_channel_scale:
             rows = (tensor.detach().flatten(1) != 0).any(1)
