@@ -4,9 +4,10 @@ import torch
 from torch import nn
 
 from coreai_opt.common import ExportBackend
-from coreai_opt.export import coreai
+from coreai_opt.export import coreai, coreml
 from coreai_opt.export.parametrized import Place, places_of, replace_simulator
 from coreai_opt.export.records import Sparse
+from coreai_opt.export.torch import fold
 from coreai_opt.pruning.spec.prune import PruneImplBase
 
 __all__ = ["finalize_pruned", "sparse_of"]
@@ -25,7 +26,16 @@ def finalize_pruned(model: nn.Module, backend: ExportBackend) -> None:
         As :meth:`.MagnitudePruner.finalize`.
     """
     places = list(places_of(model, PruneImplBase))
-    _to_core_ai(places)
+    if backend is ExportBackend.CoreAI:
+        _to_core_ai(places)
+        return
+    described = [
+        (place.module, place.attribute, coreml.metadata_of(sparse_of(place), place.name)) for place in places
+    ]
+    fold(model, PruneImplBase)
+    for module, attribute, each in described:
+        coreml.add_metadata(module, attribute, each)
+    coreml.mark(model)
 
 
 def _to_core_ai(places: list[Place]) -> None:

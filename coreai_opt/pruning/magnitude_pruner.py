@@ -198,8 +198,9 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
 
         Args:
             model: the prepared model, or a copy of it; None for the pruner's own.
-            backend: ``ExportBackend.Torch``; or ``ExportBackend.CoreAI``, for which weights are held as the
-                elements that stay, and where they are.
+            backend: ``ExportBackend.Torch``; ``ExportBackend.CoreAI``, for which weights are held as the
+                elements that stay, and where they are; or ``ExportBackend.CoreML``, for which metadata say
+                that they are sparse.
             semi_structured: store weights of linear layers, where they are pruned 2:4, as torch's
                 semi-structured sparse tensors, for inference. A weight that these do not take on its device
                 stays dense, with a warning.
@@ -211,8 +212,8 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             ImportError: the backend's package is not installed.
         """
         chosen = self._require_prepared(model, "finalize")
-        if backend == ExportBackend.CoreAI:
-            finalize_pruned(chosen, ExportBackend.CoreAI)
+        if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
+            finalize_pruned(chosen, ExportBackend(backend))
             self._mark_finalized(chosen)
             return chosen
         self._require_torch(backend)

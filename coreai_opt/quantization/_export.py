@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from coreai_opt.common import ExportBackend
-from coreai_opt.export import coreai, mapped
+from coreai_opt.export import coreai, coreml, mapped
 from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.export.torch import fold
 from coreai_opt.quantization._eager.interception import LeafForward, ReplacedForward, ScopeForward
 from coreai_opt.quantization._export_checks import Named, check_exportable
 from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
 from coreai_opt.quantization._export_utils import eager_activation_export_handler
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["finalize_eager"]
+__all__ = ["activations_of", "finalize_eager", "observed_dtype"]
 
 
 def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Path | None = None) -> None:
@@ -35,9 +36,12 @@ def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Pat
     if mmap_dir is not None:
         mapped.check(model, mmap_dir)
     weights = [place for place in places_of(model, FakeQuantizeImplBase) if is_weight(place.simulator)]
-    activations = list(_activations(model))
+    activations = list(activations_of(model))
     check_exportable(_named(weights, activations), backend)
-    _to_core_ai(weights, activations, mmap_dir)
+    if backend is ExportBackend.CoreAI:
+        _to_core_ai(weights, activations, mmap_dir)
+    else:
+        _to_core_ml(model, weights, activations)
     _remove_shortcuts(model)
 
 
@@ -48,7 +52,7 @@ def _named(weights: list[Place], activations: list[tuple[nn.Module, str, str]]) 
         yield name, getattr(module, child), None
 
 
-def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+def activations_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Each module with a simulator of an activation, the name under which it has it, and the whole name."""
     for name, module in model.named_modules():
         for child, simulator in module._modules.items():
@@ -84,16 +88,37 @@ def _core_ai_activation(simulator: FakeQuantizeImplBase, owner: nn.Module) -> nn
     handler = eager_activation_export_handler(simulator)
     if handler is not None:
         return handler(simulator)
-    return coreai.activation_module(quantized_activation(simulator, _dtype_of(simulator, owner)))
+    return coreai.activation_module(quantized_activation(simulator, observed_dtype(simulator, owner)))
 
 
-def _dtype_of(simulator: FakeQuantizeImplBase, owner: nn.Module) -> torch.dtype:
+def observed_dtype(simulator: FakeQuantizeImplBase, owner: nn.Module) -> torch.dtype:
     """The dtype of the activation that was observed, as far as there is a trace of it."""
     observed = getattr(simulator.qparams_calculator, "running_min", None)
     if observed is not None and observed.numel():
         return observed.dtype  # type: ignore[no-any-return]
     floating = (each.dtype for each in owner.parameters() if each.is_floating_point())
     return next(floating, torch.float32)
+
+
+def _to_core_ml(
+    model: nn.Module, weights: list[Place], activations: list[tuple[nn.Module, str, str]]
+) -> None:
+    simulators = [place.simulator for place in weights]
+    metadata = {
+        simulator: coreml.metadata_of(affine_weight(simulator, place.value()), place.name)
+        for simulator, place in zip(simulators, weights, strict=True)
+    }
+    pairs: dict[FakeQuantizeImplBase, nn.Module] = {}
+    for module, child, _ in activations:
+        simulator: Any = getattr(module, child)
+        record = quantized_activation(simulator, observed_dtype(simulator, module))
+        pairs[simulator] = coreml.activation_module(record, simulator.calculate_qparams()[0].shape)
+    fold(model, FakeQuantizeImplBase)
+    for place, simulator in zip(weights, simulators, strict=True):
+        coreml.add_metadata(place.module, place.attribute, metadata[simulator])
+    for module, child, _ in activations:
+        setattr(module, child, pairs[getattr(module, child)].train(module.training))
+    coreml.mark(model)
 
 
 def _remove_shortcuts(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from coreai_opt.quantization.spec.granularity import (
 )
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 
-__all__ = ["Named", "check_exportable"]
+__all__ = ["Named", "check_exportable", "check_observed"]
 
 # A simulator, its qualified name, and the shape of its weight; None for an activation.
 Named = tuple[str, FakeQuantizeImplBase, torch.Size | None]
@@ -44,6 +44,25 @@ def check_exportable(simulators: Iterable[Named], backend: ExportBackend) -> Non
         if shape is None and handled:
             continue
         check(name, simulator, shape)
+        check_observed([(name, simulator)])
+
+
+def check_observed(simulators: Iterable[tuple[str, FakeQuantizeImplBase]]) -> None:
+    """Raise unless all of the simulators have parameters.
+
+    Args:
+        simulators: each with its qualified name.
+
+    Raises:
+        NotImplementedError: one keeps none, as they depend on the input.
+        RuntimeError: one has observed nothing.
+    """
+    for name, simulator in simulators:
+        if simulator.is_stateless:
+            raise NotImplementedError(
+                f"finalize: {name!r} is quantized dynamically, with parameters of each input: use another "
+                f"qparam_calculator_cls"
+            )
         scale = getattr(simulator.qparams_calculator, "scale", None)
         if scale is None or scale.numel() == 0:
             raise RuntimeError(

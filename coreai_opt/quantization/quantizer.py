@@ -14,6 +14,7 @@ from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
 from coreai_opt.quantization._eager.preparation import simulators_of
 from coreai_opt.quantization._export import finalize_eager
+from coreai_opt.quantization._export_graph import finalize_graph
 from coreai_opt.quantization._graph import preparation as graph_preparation
 from coreai_opt.quantization._graph.configs import check_keys
 from coreai_opt.quantization._graph.finalize import finalized_copy, fold_weights
@@ -142,21 +143,25 @@ class Quantizer(_BaseQuantizer):
         itself is changed; for torch, the quantized values are written into the weights' parameters from
         before :meth:`prepare`, and simulators of activations stay, and work as before.
 
-        In graph mode, for torch alone, the result is a graph module of its own: with simulated weights and
-        without the batch norms behind convolutions. What is left it shares with the prepared one.
+        In graph mode the result is a graph module of its own, without the batch norms behind convolutions;
+        for torch, it has simulated weights. What is left it shares with the prepared one.
+
+        For Core ML, weights stay dense, with simulated values, and metadata beside them tell the converter
+        how they are compressed.
 
         Args:
             model: the prepared model, or a copy of it; None for the quantizer's own.
-            backend: ``ExportBackend.CoreAI`` or ``ExportBackend.Torch``; Core ML is not available.
+            backend: ``ExportBackend.CoreAI``, ``ExportBackend.CoreML`` or ``ExportBackend.Torch``.
             mmap_dir: for Core AI: a folder, empty or not there, to which weights are written, one file each,
                 and from which they are mapped into memory. Keep the files as long as the model lives.
 
         Raises:
             RuntimeError: the model is not prepared, or has observed nothing.
-            NotImplementedError: the backend is not available, or lacks a dtype or parameters that depend on
-                the input.
-            ValueError: there is no such backend; it cannot express a dtype with its granularity; or
-                ``mmap_dir`` is given for another than Core AI, or for a model that is not on the CPU.
+            NotImplementedError: the backend lacks a dtype, or parameters that depend on the input.
+            CoreMLExportError: Core ML cannot express a tensor's quantization.
+            ValueError: there is no such backend; it cannot express a dtype with its granularity (in graph
+                mode the cause of a RuntimeError); or ``mmap_dir`` is given for another than Core AI, or for a
+                model that is not on the CPU; in graph mode also: nothing is quantized.
             ImportError: the backend's package is not installed.
             NotADirectoryError, FileExistsError: ``mmap_dir`` is a file, or has files in it.
         """
@@ -164,12 +169,14 @@ class Quantizer(_BaseQuantizer):
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend}")
         if isinstance(model, GraphModule):
+            if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
+                return finalize_graph(model, ExportBackend(backend), mmap_dir)
             self._require_torch(backend)
             result = finalized_copy(model)
             fold_weights(result)
             return result
-        if backend == ExportBackend.CoreAI:
-            finalize_eager(model, ExportBackend.CoreAI, mmap_dir)
+        if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
+            finalize_eager(model, ExportBackend(backend), mmap_dir)
             self._mark_finalized(model)
             return model
         self._require_torch(backend)

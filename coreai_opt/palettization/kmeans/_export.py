@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from coreai_opt.common import ExportBackend
-from coreai_opt.export import coreai, mapped
+from coreai_opt.export import coreai, coreml, mapped
 from coreai_opt.export.parametrized import Place, places_of, replace_simulator
 from coreai_opt.export.records import Palette
+from coreai_opt.export.torch import fold
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["finalize_palettes", "palette_of"]
@@ -33,13 +34,24 @@ def finalize_palettes(model: nn.Module, backend: ExportBackend, mmap_dir: str | 
         mapped.check(model, mmap_dir)
     places = list(places_of(model, _KMeansFakePalettize))
     for place in places:
-        _check(place)
-    _to_core_ai(places, mmap_dir)
+        _check(place, backend)
+    if backend is ExportBackend.CoreAI:
+        _to_core_ai(model, places, mmap_dir)
+    else:
+        _to_core_ml(model, places)
 
 
-def _check(place: Place) -> None:
+def _check(place: Place, backend: ExportBackend) -> None:
     simulator = place.simulator
     dtype = None if simulator.lut_qspec is None else simulator.lut_qspec.dtype
+    if backend is ExportBackend.CoreML:
+        features = {
+            "cluster_dim": simulator.cluster_dim > 1,
+            "lut_qspec": dtype is not None,
+            "enable_per_channel_scale": simulator.enable_per_channel_scale,
+        }
+        coreml.check_palette(place.name, [name for name, used in features.items() if used], dtype)
+        return
     if dtype is not None and dtype not in _LUT_DTYPES:
         raise ValueError(
             f"finalize: the tables of {place.name!r} are quantized to {dtype}; Core AI has tables of int8, "
@@ -47,7 +59,7 @@ def _check(place: Place) -> None:
         )
 
 
-def _to_core_ai(places: list[Place], mmap_dir: str | Path | None) -> None:
+def _to_core_ai(model: nn.Module, places: list[Place], mmap_dir: str | Path | None) -> None:
     coreai.require_operators()
     constants: dict[_KMeansFakePalettize, nn.Module] = {}
     with mapped.folder(mmap_dir) as folder:
@@ -60,6 +72,23 @@ def _to_core_ai(places: list[Place], mmap_dir: str | Path | None) -> None:
     for place in places:
         if place.simulator in constants:
             replace_simulator(place, constants[place.simulator])
+    fold(model, _KMeansFakePalettize)  # those that do not fit their weights
+
+
+def _to_core_ml(model: nn.Module, places: list[Place]) -> None:
+    described = [
+        (
+            place.module,
+            place.attribute,
+            coreml.metadata_of(palette_of(place.simulator, place.value()), place.name),
+        )
+        for place in places
+        if not place.simulator.is_disabled()
+    ]
+    fold(model, _KMeansFakePalettize)
+    for module, attribute, metadata in described:
+        coreml.add_metadata(module, attribute, metadata)
+    coreml.mark(model)
 
 
 @torch.no_grad()
@@ -91,6 +120,6 @@ def palette_of(simulator: _KMeansFakePalettize, weight: Tensor) -> Palette:
         scale,
         zero_point,
         channel_scale,
-        getattr(simulator, "_sparsity_mask", None),
+        simulator.sparsity.mask,
         dequantized.to(weight.dtype).clone(),
     )

@@ -200,8 +200,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
 
         Args:
             model: the prepared model; None for the one of the constructor.
-            backend: ``ExportBackend.Torch``; or ``ExportBackend.CoreAI``, for which weights are held as
-                indices and tables.
+            backend: ``ExportBackend.Torch``; ``ExportBackend.CoreAI``, for which weights are held as indices
+                and tables; or ``ExportBackend.CoreML``, for which metadata hold the tables.
             mmap_dir: for Core AI: a folder, empty or not there, to which weights are written, one file each,
                 and from which they are mapped into memory. Keep the files as long as the model lives.
 
@@ -216,8 +216,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         model = self._require_prepared(model, "finalize")
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend!r}")
-        if backend == ExportBackend.CoreAI:
-            finalize_palettes(model, ExportBackend.CoreAI, mmap_dir)
+        if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
+            finalize_palettes(model, ExportBackend(backend), mmap_dir)
             self._mark_finalized(model)
             return model
         self._require_torch(backend)

@@ -31,7 +31,10 @@ def example(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def quantizer(
-    model: nn.Module, weight: dict[str, Any] | None, activation: dict[str, Any] | None = None
+    model: nn.Module,
+    weight: dict[str, Any] | None,
+    activation: dict[str, Any] | None = None,
+    mode: str = "eager",
 ) -> Quantizer:
     """A quantizer that has prepared the model: fields of the specification of weights, and of activations."""
     act = None
@@ -45,7 +48,7 @@ def quantizer(
             op_input_spec=act,
             op_output_spec=act,
         ),
-        execution_mode="eager",
+        execution_mode=mode,
     )
     made = Quantizer(model, config)
     made.prepare(example(model))

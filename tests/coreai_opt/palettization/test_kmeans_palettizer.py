@@ -259,8 +259,6 @@ def test_a_training_step_reads_nothing_on_the_host(strategy, host_reads):
 def test_finalizing():
     palettizer, model = prepared()
     twin = copy.deepcopy(model)
-    with pytest.raises(NotImplementedError):
-        palettizer.finalize(backend=ExportBackend.CoreML)
     with pytest.raises(ValueError, match="mmap_dir"):
         palettizer.finalize(backend=ExportBackend.Torch, mmap_dir="folder")
     with pytest.raises(TypeError):

@@ -277,15 +277,6 @@ def test_the_order_of_calls(model, x):
     pruner.step()
 
 
-@pytest.mark.parametrize("backend", [ExportBackend.CoreML, "coreml"])
-def test_other_backends(model, x, backend):
-    pruner = MagnitudePruner(model)
-    pruner.prepare((x,))
-    with pytest.raises(NotImplementedError, match=r"finalize\(backend=ExportBackend.Torch\)"):
-        pruner.finalize(backend=backend)
-    assert parametrize.is_parametrized(model.fc)
-
-
 @pytest.mark.parametrize("backend", ["onnx", None, 3])
 def test_backends_that_do_not_exist(model, x, backend):
     pruner = MagnitudePruner(model)

@@ -122,7 +122,6 @@ def test_unprepared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"backend": ExportBackend.CoreML}, NotImplementedError, "Torch"),
         ({"backend": "onnx"}, ValueError, "must be one of"),
         ({"backend": None}, ValueError, "must be one of"),
         ({"backend": ExportBackend.Torch, "mmap_dir": "/tmp"}, ValueError, "mmap_dir"),
