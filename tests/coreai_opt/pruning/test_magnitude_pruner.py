@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from pruned_models import TORCH, Net, entry, everywhere, simulators, sparsities, zeros
 from torch import nn
-from torch.nn.utils import parametrize
 
-from coreai_opt import ExportBackend
 from coreai_opt.pruning import (
     MagnitudePruner,
     MagnitudePrunerConfig,
