@@ -11,18 +11,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 NATIVE := $(VENV)/.native-done
+WITHOUT := build/without-native
 ORACLE := .oracle/.coreai-opt-0.4.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test lint bench build doctor gpu-check clean distclean
+.PHONY: help demo test test-without-native lint bench build doctor gpu-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       compressed training on real data: tables and demo/report.png'
 	@echo 'make test       all tests          PYTEST_FLAGS="-k name" selects'
+	@echo 'make test-without-native   the tests that an installation without a compiler has to pass'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
@@ -36,6 +38,21 @@ demo: $(NATIVE)
 
 test: $(NATIVE) $(ORACLE)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# A wheel built without a compiler, installed into a folder of its own, and the tests beside it: everything on the
+# reference, then fake quantizers on Triton's interpreter.
+test-without-native: $(SETUP)
+	rm -rf $(WITHOUT)
+	mkdir -p $(WITHOUT)/source
+	git archive HEAD | tar -x -C $(WITHOUT)/source
+	CXX=/nonexistent $(PIP) wheel -q --no-deps --no-build-isolation -w $(WITHOUT) $(WITHOUT)/source
+	$(PIP) install -q --no-deps --target $(WITHOUT)/site $(WITHOUT)/*.whl
+	cp -r tests pyproject.toml $(WITHOUT)/site
+	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 $(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) \
+		tests/coreai_opt --ignore=tests/coreai_opt/controllers
+	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 TRITON_INTERPRET=1 COREAI_KERNELS_BACKEND=triton \
+		$(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/coreai_opt/test_fake_quantize.py \
+		tests/coreai_opt/quantizer/test_modes.py tests/coreai_opt/pruning/test_pruned_training.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

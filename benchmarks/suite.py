@@ -31,7 +31,6 @@ from benchmarks import (
     sampled_mask,
     simulator,
     soft_palettize,
-    together,
     topk_mask,
 )
 from benchmarks.apple import Apple
@@ -66,7 +65,6 @@ _KERNELS: dict[str, Operation] = {
     "palettize": palettize,
     "sampled_mask": sampled_mask,
     "soft_palettize": soft_palettize,
-    "together": together,
     "topk_mask": topk_mask,
 }
 OPERATIONS = (SIMULATOR, PRUNING, *_KERNELS, MEMORY)

@@ -9,7 +9,6 @@ from benchmarks.cases import INT_FORMATS, geometric_mean
 from benchmarks.harness import MULTIPLY, Result
 from benchmarks.pruning import PRUNING
 from benchmarks.simulation import FORWARD, TRAINING
-from benchmarks.together import ONE_TENSOR
 
 __all__ = ["KERNELS", "TARGETS", "Target", "evaluate"]
 
@@ -70,14 +69,6 @@ def _kernel(op: str) -> Callable[[Result], bool]:
     return belongs
 
 
-def _is_together(result: Result) -> bool:
-    return result.case.op == "together" and result.case.phase == TRAINING
-
-
-def _share_of_one_tensor(result: Result) -> float:
-    return result.ratio(ONE_TENSOR)
-
-
 def _masks(granularities: Sequence[str]) -> Callable[[Result], bool]:
     def belongs(result: Result) -> bool:
         case = result.case
@@ -101,8 +92,6 @@ def _targets() -> Iterator[Target]:
         yield Target(f"{name}, {phase}, 4096²", large, large, _simulator(formats, phase, 4096, 4096))
     small = _simulator((*INT_FORMATS, *fp8, *fp4), TRAINING, 64, 64)
     yield Target("host time: all formats, forward+backward, 64²", 8, 8, small, scales=False)
-    name = "200 small layers: time of one tensor of their size, forward+backward"
-    yield Target(name, 1 / 3, 1 / 3, _is_together, _share_of_one_tensor, scales=False, unit="%")
     for op in KERNELS:
         name = f"share of the floor: {op}, from 1024²"
         yield Target(name, 0.7, 0.7, _kernel(op), _share_of_floor, scales=False, unit="%")

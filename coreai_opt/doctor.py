@@ -129,11 +129,38 @@ def _examine_engine(diagnosis: Diagnosis) -> None:
             diagnosis.add(part, "ok", found)
         else:
             diagnosis.add(part, "broken" if missing.broken else "missing", missing.cause, missing.fix)
+    _examine_fast_path(diagnosis)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         diagnosis.add("GPU", "ok", ", ".join(names))
     else:
         diagnosis.add("GPU", "missing", "torch sees none", "only needed for training on a GPU")
+
+
+def _examine_fast_path(diagnosis: Diagnosis) -> None:
+    """Run a small fake quantizer a few times, and see whether its calls are captured."""
+    import torch
+
+    from coreai_kernels import runtime
+    from coreai_opt.config.spec import CompressionTargetTensor
+    from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
+
+    if not runtime.is_enabled():
+        reason = "off: COREAI_FAST_PATH=0, or the C++ autograd library is not there"
+        diagnosis.add("fast path", "missing", reason)
+        return
+    create = QuantizationComponentFactory.create_fake_quantizer
+    simulator = create(QuantizationSpec(), CompressionTargetTensor.WEIGHT)
+    before = runtime.fast_path_counts()
+    for _ in range(4):
+        simulator(torch.ones(4, 4))
+    after = runtime.fast_path_counts()
+    hits = after["hits"] - before["hits"]
+    refused = {reason: count for reason, count in after["refused"].items() if count}
+    if hits:
+        diagnosis.add("fast path", "ok", f"calls are captured ({hits} of 4 in a trial)")
+    else:
+        diagnosis.add("fast path", "missing", f"no call was captured; refused: {refused or 'none'}")
 
 
 def main() -> int:

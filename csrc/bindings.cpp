@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "captured.h"
 #include "cpu/dispatch.h"
 
 // Given by the build: instruction-set levels, torch version compiled against, CUDA architectures.
@@ -40,4 +41,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "Compiler, instruction-set levels, torch version and CUDA architectures built.");
   module.def("cpu_capability", &coreai::cpu::capability,
              "Instruction-set level in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
+  module.attr("capture_functions") =
+      pybind11::capsule(coreai::capture_functions(), coreai::kCaptureCapsule);
 }

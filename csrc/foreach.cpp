@@ -1,7 +1,7 @@
 // Operators on lists of tensors: one call, and one set of threads, for many small ones.
 #include <torch/csrc/stable/library.h>
 
-#include "lists.h"
+#include "foreach.h"
 
 namespace coreai {
 namespace {

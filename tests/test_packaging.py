@@ -38,6 +38,16 @@ float LEVEL_sum(const std::vector<float>& x) {
 }
 """
 
+CAPTURED = """
+#include "captured.h"
+namespace coreai {
+const CaptureFunctions* capture_functions() {
+  static const CaptureFunctions none = {};
+  return &none;
+}
+}
+"""
+
 MODULE = """
 #include <pybind11/pybind11.h>
 PYBIND11_MODULE(_C_autograd, module) {}
@@ -55,9 +65,10 @@ def make_tree(path: Path) -> Path:
         "constraints.txt",
     ):
         shutil.copy(ROOT / name, path / name)
-    for name in ("csrc/bindings.cpp", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
+    for name in ("csrc/bindings.cpp", "csrc/captured.h", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
+    (path / "csrc/captured.cpp").write_text(CAPTURED)
     (path / "csrc/autograd").mkdir()
     (path / "csrc/autograd/module.cpp").write_text(MODULE)
     for level in ("generic", "avx2", "avx512"):
@@ -203,12 +214,32 @@ class TestNativeBuild:
 def test_install_without_a_compiler(tmp_path):
     (tmp_path / "tree").mkdir()
     tree = make_tree(tmp_path / "tree")
+    for name in ("coreai_opt", "kernels"):
+        shutil.rmtree(tree / name)
+        ignored = shutil.ignore_patterns("*.so", "_build_report.json", "__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     site = tmp_path / "site"
     output = install(tree, site, CXX="/nonexistent/c++")
     assert "[coreai_kernels] not built: /nonexistent/c++ cannot be run" in output
     result = ask(site, "from coreai_kernels import native; print(native.extension, native.missing)")
     assert result.stdout.startswith("None /nonexistent/c++ cannot be run")
     assert "To fix: install a C++20 compiler" in result.stdout
+    result = ask(site, TRAIN_A_STEP)
+    assert result.stdout.split()[-2:] == ["True", "False"]
+
+
+TRAIN_A_STEP = """
+import torch
+import coreai_opt.palettization, coreai_opt.pruning, coreai_opt.controllers
+from coreai_kernels.runtime import fast_path_counts
+from coreai_opt.quantization import Quantizer, QuantizerConfig
+model = torch.nn.Linear(8, 4)
+quantizer = Quantizer(model, QuantizerConfig(execution_mode="eager"))
+model = quantizer.prepare((torch.randn(2, 8),))
+with quantizer.training_mode():
+    model(torch.randn(2, 8)).sum().backward()
+print(model.parametrizations.weight.original.grad is not None, fast_path_counts()["enabled"])
+"""
 
 
 def test_sdist_is_complete_and_holds_no_build_products(tmp_path):

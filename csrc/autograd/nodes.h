@@ -58,6 +58,9 @@ inline bool needs_node(TensorList inputs) {
          std::any_of(inputs.begin(), inputs.end(), [](const Tensor& x) { return x.requires_grad(); });
 }
 
+// Whether a tensor carries a tangent of forward-mode differentiation, of which nodes know nothing.
+inline bool has_tangent(const Tensor& x) { return x._fw_grad(/*level=*/0).defined(); }
+
 template <class Signature>
 c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();

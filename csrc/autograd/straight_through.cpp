@@ -89,19 +89,34 @@ Tensor differentiable_masked_gradient(DispatchKeySet keys, const Tensor& grad, c
 // whether the mask is wanted.
 void straight_through(const OperatorHandle& op, DispatchKeySet keys, Stack* stack) {
   const Tensor input = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
-  if (!needs_node(input)) {
+  const bool needs_tangent = has_tangent(input);
+  if (!needs_node(input) && !needs_tangent) {
     op.redispatchBoxed(below_autograd(keys), stack);
     return;
   }
   stack->back() = true;
-  variable_list outputs = record<StraightThrough>({input}, [&](AutogradContext* ctx) -> variable_list {
+  Tensor output, mask;
+  const auto run = [&] {
+    const at::AutoGradMode nothing_inside(false);
     op.redispatchBoxed(below_autograd(keys), stack);
     const auto results = torch::jit::last(*stack, 2);
-    const Tensor& output = results[0].toTensor();
-    StraightThrough::save(ctx, results[1].toTensor(), order_of(output));
-    return {output};
-  });
-  torch::jit::peek(*stack, 0, 2) = std::move(outputs[0]);
+    output = results[0].toTensor();
+    mask = results[1].toTensor();
+  };
+  if (needs_node(input)) {
+    output = record<StraightThrough>({input}, [&](AutogradContext* ctx) -> variable_list {
+      run();
+      StraightThrough::save(ctx, mask, order_of(output));
+      return {output};
+    })[0];
+  } else {
+    run();
+  }
+  if (needs_tangent) {
+    const Tensor tangent = input._fw_grad(/*level=*/0);
+    output._set_fw_grad(masked_gradient().call(tangent, mask, order_of(output)), /*level=*/0, /*is_inplace_op=*/false);
+  }
+  torch::jit::peek(*stack, 0, 2) = std::move(output);
 }
 
 // Masks of a list lie one behind the other, at multiples of so many bytes.
@@ -228,7 +243,7 @@ TORCH_LIBRARY_IMPL(coreai_kernels, Autograd, library) {
   for (const char* name : {"fake_quantize_forward", "observe_and_fake_quantize_"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&straight_through>());
   }
-  for (const char* name : {"foreach_fake_quantize_forward", "foreach_observe_and_fake_quantize_", "run_kept"}) {
+  for (const char* name : {"foreach_fake_quantize_forward", "foreach_observe_and_fake_quantize_"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&straight_through_list>());
   }
 }

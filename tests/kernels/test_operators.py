@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme, native
+from coreai_kernels import Format, RangeUpdate, Scheme
 from coreai_kernels.ops.observe_and_fake_quantize import packed
 from tests.kernels.support import assert_same_bits
 
@@ -100,18 +100,6 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 # Operators with their own ``test_opcheck``, by the file that has it.
 CHECKED_ELSEWHERE = {
-    # The native backend's own.
-    "test_kept": set()
-    if native.missing
-    else {
-        "drop_kept",
-        "guard_kept",
-        "keep_fake_quantize",
-        "keep_observe_and_fake_quantize_",
-        "keep_simulation",
-        "keep_step",
-        "run_kept",
-    },
     "test_kmeans": {"lloyd"},
     "test_kmeans_1d": {"kmeans_1d"},
     "test_learnable_range": {"learnable_range_backward"},

@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
+from coreai_opt.config.spec.compression_simulator import is_simulating
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
 
-__all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting", "simulate"]
+__all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting"]
 
 # The method by which torch.nn.parallel copies a module for a device.
 _REPLICATE = "_replicate_for_data_parallel"
@@ -53,7 +54,7 @@ class _Interception(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         frame = self.frame
-        if frame is not None:
+        if frame is not None and not is_simulating():
             group = frame.groups.get(func)
             if group is not None:
                 count = frame.counts[group.slot]
@@ -77,22 +78,6 @@ _active = _Active()
 def is_intercepting() -> bool:
     """Whether the current thread runs a forward that is intercepted."""
     return _active.mode is not None
-
-
-def simulate(simulator: nn.Module, tensor: Tensor) -> Tensor:
-    """The simulator's output. The functions that it calls are none of the forward that is running."""
-    mode = _active.mode
-    if mode is not None and torch.compiler.is_exporting():
-        # Export traces with the interception on, and needs torch's functions to be dispatched as always.
-        outside, mode.frame = mode.frame, None
-        try:
-            return simulator(tensor)  # type: ignore[no-any-return]
-        finally:
-            mode.frame = outside
-    if mode is None or torch.compiler.is_compiling():
-        return simulator(tensor)  # type: ignore[no-any-return]
-    with torch._C.DisableTorchFunction():
-        return simulator(tensor)  # type: ignore[no-any-return]
 
 
 class ReplacedForward:
@@ -205,11 +190,11 @@ class LeafForward(ReplacedForward):
         simulators: Any = module._modules
         if self.input_name is not None:
             if args:
-                args = (simulate(simulators[self.input_name], args[0]), *args[1:])
+                args = (simulators[self.input_name](args[0]), *args[1:])
             else:
-                kwargs["input"] = simulate(simulators[self.input_name], kwargs["input"])
+                kwargs["input"] = simulators[self.input_name](kwargs["input"])
         result = self._run_unseen(module, args, kwargs)
-        return result if self.output_name is None else simulate(simulators[self.output_name], result)
+        return result if self.output_name is None else simulators[self.output_name](result)
 
 
 class ScopeForward(ReplacedForward):

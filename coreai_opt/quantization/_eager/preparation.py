@@ -17,7 +17,6 @@ from coreai_opt.quantization._eager.placement import (
     remove_forwards,
 )
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
-from coreai_opt.quantization._eager.together_forward import install_weight_access
 from coreai_opt.quantization._eager.trace import trace_forward
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -43,7 +42,6 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         simulators = build(plan)
         insert(simulators)
         install_forwards(model, plan)
-        install_weight_access(model)
         set_flags(simulators.all(), observe=True, simulate=False)
         with training_flags(model, False), torch.no_grad():
             model(*example_inputs)
@@ -52,7 +50,6 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         if _drop_disabled(simulators):
             remove_forwards(model)
             install_forwards(model, plan)
-            install_weight_access(model)
 
 
 def _observe_unread_states(simulators: Simulators) -> None:

@@ -3,18 +3,17 @@
 A training step calls the forward of every simulator; this takes the reading of specifications out of it.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 from coreai_kernels import Format, RangeUpdate, grid_shape
 from coreai_kernels.ops.observe_and_fake_quantize import packed
 from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
-from coreai_opt.quantization.spec._assignments import Quiet
+from coreai_opt.quantization.spec._generation import generation_of
 from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "STATE",
     "Facts",
-    "Plan",
+    "Plans",
+    "QuantizationPlan",
     "facts_of",
     "make_plan",
     "plan_for",
     "same_methods",
-    "settings_of",
     "simulates_as_built_in",
     "state_for",
 ]
@@ -58,12 +57,10 @@ _RANGE_UPDATES = {
 Facts = tuple[int, float, float, bool, bool, bool, bool, tuple[Any, ...] | None]
 
 
-class Plan:
-    """How to quantize tensors of one shape.
+class QuantizationPlan:
+    """How to quantize tensors of one shape, with the module's settings as they are now.
 
     Attributes:
-        settings: what the plan was made from.
-        quiet: while it lasts, the settings are the same.
         block_size, grid: extent of a block, and number of blocks, along each axis.
         values: ``block_size``, format and range of the quantized values, as the fused operators take them.
         uses_minval: whether the formulation is the min-value one; never for floating-point values.
@@ -73,10 +70,6 @@ class Plan:
         step: the configuration of the fused training step, None if the modules' methods do something else.
         packed_step: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
-        setting: what the step on them shares with other simulators' steps, once somebody has asked.
-        kept: does the last forward again, or returns None if something is not as it was; None if there is no
-            such function.
-        kept_for: what it does it with: the state, or the scale if it does not observe.
     """
 
     __slots__ = (
@@ -85,12 +78,7 @@ class Plan:
         "is_built_in",
         "is_stateless",
         "keeps_range",
-        "kept",
-        "kept_for",
         "packed_step",
-        "quiet",
-        "setting",
-        "settings",
         "state",
         "step",
         "uses_minval",
@@ -99,10 +87,8 @@ class Plan:
 
     def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
         is_eager = not torch.compiler.is_compiling()
-        self.quiet = Quiet() if is_eager else None
         fmt, quant_min, quant_max, *flags, step = module.facts()
         self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
-        self.settings = settings_of(module) if is_eager else None
         self.block_size = module.get_block_size(shape)
         self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
         # Blocks without elements have no range; the observation says so.
@@ -111,9 +97,6 @@ class Plan:
         self.step = None if is_empty or step is None else (self.block_size, *step)
         self.packed_step = packed(self.step) if is_eager and self.step is not None else None
         self.state: State = (None,) * 5
-        self.setting: tuple[Any, ...] | None = None
-        self.kept: Callable[[Tensor], Tensor | None] | None = None
-        self.kept_for: State | Tensor | None = None
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -146,7 +129,7 @@ class Plan:
         return value.reshape(self.grid)
 
 
-def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
+def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> QuantizationPlan:
     """The plan for ``tensor``.
 
     Raises:
@@ -157,30 +140,45 @@ def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
         raise TypeError(
             f"tensor {module.tensor_fqn!r} must be floating point to be quantized; got {tensor.dtype}"
         )
-    return Plan(module, tensor.shape)
+    return QuantizationPlan(module, tensor.shape)
 
 
-def plan_for(module: "FakeQuantizeImplBase", tensor: Tensor) -> Plan:
-    """The same, kept as long as no setting that it was made from changes."""
+def plan_for(module: "FakeQuantizeImplBase", tensor: Tensor) -> QuantizationPlan:
+    """The same, kept for the generation of the module's settings."""
     if torch.compiler.is_compiling():
         return make_plan(module, tensor)
-    plans = module._plans
+    plans, generation = module._plans, _settings_generation(module)
+    if plans.generation != generation:
+        plans.clear()
+        plans.generation = generation
     key = (tensor.shape, tensor.dtype)
     plan = plans.get(key)
-    if plan is not None:
-        if plan.quiet is not None and plan.quiet.lasts():
-            return plan
-        quiet = Quiet()
-        if plan.settings == settings_of(module):
-            plan.quiet = quiet
-            return plan
-    if len(plans) >= _MOST_PLANS:
-        plans.clear()
-    plan = plans[key] = make_plan(module, tensor)
+    if plan is None:
+        if len(plans) >= _MOST_PLANS:
+            plans.clear()
+        plan = plans[key] = make_plan(module, tensor)
     return plan
 
 
-def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
+class Plans(dict[tuple[torch.Size, torch.dtype], QuantizationPlan]):
+    """A module's plans by shape and dtype, and the generation of the settings that they were made from."""
+
+    generation: tuple[object, ...] = ()
+
+
+def _settings_generation(module: "FakeQuantizeImplBase") -> tuple[object, ...]:
+    """What is equal as long as no setting of the module, its calculator and its range calculator changes."""
+    calculator = module._modules.get("qparams_calculator")
+    ranges = calculator and calculator._modules.get("range_calculator")
+    if calculator is None or ranges is None:
+        return (object(),)  # equal to nothing: the methods decide each time
+    parts = (module, calculator, ranges)
+    generations = [generation_of(each).now for each in parts]
+    # Methods can be replaced on classes, too, which no instance notices.
+    return (calculator, ranges, *generations, _range_update_of(module), _forwards_as_built_in(module))
+
+
+def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
     """The tensors that the fused step updates, and whether they hold a running range.
 
     None if the step cannot update them: a running range of another dtype than the tensor's.
@@ -207,12 +205,13 @@ def state_for(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool]
         not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
     ):
         plan.state = (scale, zero_point, minval, running_min, running_max)
-        plan.setting = None
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
 
 
-def _state_of_other_shape(plan: Plan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
+def _state_of_other_shape(
+    plan: QuantizationPlan, calculator: Any, tensor: Tensor
+) -> tuple[State, bool] | None:
     has_running = is_shaped(calculator.running_min) if plan.keeps_range else False
     if has_running and calculator.running_min.dtype != tensor.dtype:
         return None
@@ -271,8 +270,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
             calculator.has_power_of_two_scale,
         )
     # Plain integers: torch.compile takes these as constants, and refuses enumerations.
-    is_built_in = same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
-    flags = (uses_minval, module.is_stateless, keeps_range, is_built_in)
+    flags = (uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))
     return int(fmt), quant_min, quant_max, *flags, step
 
 
@@ -295,6 +293,10 @@ def simulates_as_built_in(module: "FakeQuantizeImplBase") -> bool:
     return same_methods(module, module.built_in_class(), _SIMULATION_METHODS)
 
 
+def _forwards_as_built_in(module: "FakeQuantizeImplBase") -> bool:
+    return same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
+
+
 def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
     """What the calculator does with a range; None unless all three modules have the built-in methods."""
     if not simulates_as_built_in(module):
@@ -312,49 +314,11 @@ def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
 
 
 def same_methods(obj: torch.nn.Module, built_in: type, names: tuple[str, ...]) -> bool:
+    """Whether the object's methods of these names are those of the class ``built_in``."""
     if not vars(obj).keys().isdisjoint(names):
         return False
-    return _same_class_methods(type(obj), built_in, names)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _same_class_methods(cls: type, built_in: type, names: tuple[str, ...]) -> bool:
+    cls = type(obj)
     return all(getattr(cls, name, None) is getattr(built_in, name, None) for name in names)
-
-
-def settings_of(module: "FakeQuantizeImplBase") -> tuple[Any, ...]:
-    """All that a plan depends on and that may be assigned to: compared at each forward."""
-    own = module.__dict__
-    calculator = own["_modules"].get("qparams_calculator")
-    ranges = calculator and calculator._modules.get("range_calculator")
-    if ranges is None:
-        return (object(),)  # equal to nothing: the methods decide each time
-    its, range_its = calculator.__dict__, ranges.__dict__
-    get = its.get
-    return (
-        own["_granularity"],
-        own["quant_min"],
-        own["quant_max"],
-        own["qformulation"],
-        own["dtype"],
-        calculator,
-        ranges,
-        get("qscheme"),
-        get("quant_min"),
-        get("quant_max"),
-        get("dtype"),
-        get("scale_dtype"),
-        get("float_range"),
-        get("averaging_constant"),
-        get("_export_mode"),
-        range_its.get("granularity"),
-        range_its.get("quantization_target"),
-        _is_hooked(its, range_its),
-        # A method replaced on the instance shows as one more attribute.
-        len(own),
-        len(its),
-        len(range_its),
-    )
 
 
 def _is_hooked(its: dict[str, Any], range_its: dict[str, Any]) -> bool:
@@ -364,4 +328,6 @@ def _is_hooked(its: dict[str, Any], range_its: dict[str, Any]) -> bool:
         or its["_forward_pre_hooks"]
         or range_its["_forward_hooks"]
         or range_its["_forward_pre_hooks"]
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
     )

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from coreai_opt._environment import quiet_torchao_import
-from coreai_opt.quantization.spec._assignments import ReportsAssignments
+from coreai_opt.quantization.spec._generation import HasGeneration
 
 with quiet_torchao_import():
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
@@ -15,61 +16,107 @@ with quiet_torchao_import():
 __all__ = ["Flags", "SwitchableFakeQuantize"]
 
 
-class Flags:
-    """Mirror of a fake quantizer's flag buffers.
+class _Switch:
+    """The value of one buffer.
 
-    The buffers belong to the ``state_dict`` and may be written by anybody, so they rule. Reading them costs a
-    wait for the device; the mirror reads them only after they have changed, which a tensor's identity and its
-    version counter tell on the host.
+    On the CPU it is read where it lies, whoever wrote it and how. Elsewhere reading costs a wait for the
+    device: there it is read again after the buffer became another tensor or its version counter moved.
     """
+
+    __slots__ = ("_address", "_array", "_seen", "value")
+
+    def __init__(self, value: bool) -> None:
+        self.value = value
+        self._seen: tuple[Tensor | None, int] = (None, -1)
+        self._address = -1
+        self._array: np.ndarray | None = None
+
+    def adopt(self, buffer: Tensor | None) -> None:
+        """Take it that the buffer, as it is now, holds the value."""
+        # Inference tensors count no versions: never equal, so they are read each time.
+        self._seen = (buffer, -1 if buffer is None or buffer.is_inference() else buffer._version)
+        self._array = None
+        if type(buffer) is Tensor and buffer.is_cpu and not _is_wrapped(buffer):
+            self._address, self._array = buffer.data_ptr(), buffer.numpy()
+
+    def update(self, buffer: Tensor | None) -> None:
+        """Read the buffer, if that may tell something new."""
+        if buffer is None:
+            return
+        array = self._array
+        if array is not None and self._seen[0] is buffer and buffer.data_ptr() == self._address:
+            self.value = bool(array.item())
+            return
+        seen, version = self._seen
+        if seen is buffer and version >= 0 and version == buffer._version and array is None:
+            return
+        # Tensors without data keep what was known before they lost it.
+        if _has_values(buffer):
+            self.value = bool(buffer.item())
+        self.adopt(buffer)
+
+
+# A tensor that a transform of torch.func has wrapped, which has no memory of its own.
+_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
+
+
+def _has_values(buffer: Tensor) -> bool:
+    return not (buffer.is_meta or isinstance(buffer, FakeTensor))
+
+
+class Flags:
+    """Mirror of a fake quantizer's flag buffers, which belong to the ``state_dict`` and rule."""
 
     NAMES = ("_disabled", "fake_quant_enabled", "observer_enabled")
 
-    __slots__ = ("_seen", "disabled", "fake_quant", "observe")
+    __slots__ = ("_disabled", "_fake_quant", "_observe")
 
     def __init__(self, disabled: bool = False, fake_quant: bool = True, observe: bool = True) -> None:
-        self.disabled = disabled
-        self.fake_quant = fake_quant
-        self.observe = observe
-        self._seen: tuple[Any, ...] = (None, -1, None, -1, None, -1)
+        self._disabled, self._fake_quant, self._observe = (
+            _Switch(disabled),
+            _Switch(fake_quant),
+            _Switch(observe),
+        )
+
+    @property
+    def disabled(self) -> bool:
+        """Whether the tensor passes unchanged, for good."""
+        return self._disabled.value
+
+    @property
+    def fake_quant(self) -> bool:
+        """Whether the tensor is simulated."""
+        return self._fake_quant.value
+
+    @property
+    def observe(self) -> bool:
+        """Whether the tensor is observed."""
+        return self._observe.value
+
+    def _all(self) -> tuple[_Switch, _Switch, _Switch]:
+        return self._disabled, self._fake_quant, self._observe
 
     def values(self) -> tuple[bool, bool, bool]:
         """The constructor's arguments for an equal mirror."""
         return self.disabled, self.fake_quant, self.observe
 
-    def adopt(self, buffers: dict[str, torch.Tensor | None]) -> None:
+    def set(self, name: str, value: bool) -> None:
+        """Mirror that the buffer of that name gets a value."""
+        self._all()[self.NAMES.index(name)].value = value
+
+    def adopt(self, buffers: dict[str, Tensor | None]) -> None:
         """Take it that the buffers, as they are now, hold the mirrored values."""
-        seen: list[Any] = []
-        for name in self.NAMES:
-            tensor = buffers[name]
-            # Inference tensors count no versions: never equal, so they are read each time.
-            seen += (tensor, -1 if tensor is None or tensor.is_inference() else tensor._version)
-        self._seen = tuple(seen)
+        for name, switch in zip(self.NAMES, self._all(), strict=True):
+            switch.adopt(buffers[name])
 
-    def update(self, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Read the buffers again if they have changed."""
-        disabled, fake_quant, observe = map(buffers.__getitem__, self.NAMES)
-        seen = self._seen
-        try:
-            if (
-                seen[0] is disabled
-                and seen[2] is fake_quant
-                and seen[4] is observe
-                and seen[1] == disabled._version
-                and seen[3] == fake_quant._version
-                and seen[5] == observe._version
-            ):
-                return
-        except RuntimeError:  # inference tensors, which have no version
-            pass
-        tensors = [tensor for tensor in (disabled, fake_quant, observe) if tensor is not None]
-        # Tensors without data keep what was known before they lost it.
-        if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors):
-            self.disabled, self.fake_quant, self.observe = (bool(tensor.item()) for tensor in tensors)
-        self.adopt(buffers)
+    def update(self, buffers: dict[str, Tensor | None]) -> None:
+        """Mirror the buffers as they are now."""
+        self._disabled.update(buffers["_disabled"])
+        self._fake_quant.update(buffers["fake_quant_enabled"])
+        self._observe.update(buffers["observer_enabled"])
 
 
-class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
+class SwitchableFakeQuantize(HasGeneration, FakeQuantizeBase):
     """torchao's base of fake quantizers, with switches that cost a forward no wait.
 
     The buffers ``fake_quant_enabled`` and ``observer_enabled`` (uint8, one element) switch simulation and
@@ -85,26 +132,17 @@ class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
         self.register_buffer("_disabled", torch.tensor(False))
         self._flags = Flags()
         self._flags.adopt(self._buffers)
-        # How often somebody chose between training and evaluation.
-        self.mode_changes = 0
-
-    def train(self, mode: bool = True) -> "SwitchableFakeQuantize":
-        """Set training or evaluation mode, which makes no difference to the module itself."""
-        self.mode_changes += 1
-        return super().train(mode)
 
     def is_disabled(self) -> bool:
         """Whether the tensor could not be cut into the blocks asked for, so that it passes unchanged."""
         return self._current_flags().disabled
 
     def _disable(self) -> None:
-        self._current_flags().disabled = True
-        self._write_flag(self._disabled, True)
+        self._write_flag("_disabled", True)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Switch simulation on or off."""
-        self._current_flags().fake_quant = bool(enabled)
-        self._write_flag(self.fake_quant_enabled, enabled)
+        self._write_flag("fake_quant_enabled", enabled)
 
     def disable_fake_quant(self) -> None:
         """Switch simulation off."""
@@ -112,8 +150,7 @@ class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
 
     def enable_observer(self, enabled: bool = True) -> None:
         """Switch observation on or off. Off, the parameters stay as they are."""
-        self._current_flags().observe = bool(enabled)
-        self._write_flag(self.observer_enabled, enabled)
+        self._write_flag("observer_enabled", enabled)
 
     def disable_observer(self) -> None:
         """Switch observation off."""
@@ -124,8 +161,9 @@ class SwitchableFakeQuantize(ReportsAssignments, FakeQuantizeBase):
             self._flags.update(self._buffers)
         return self._flags
 
-    def _write_flag(self, buffer: Tensor, value: bool) -> None:
-        buffer.fill_(value)
+    def _write_flag(self, name: str, value: bool) -> None:
+        self._current_flags().set(name, bool(value))
+        getattr(self, name).fill_(value)
         if not torch.compiler.is_compiling():
             self._flags.adopt(self._buffers)
 

@@ -12,15 +12,17 @@ from coreai_kernels import Format
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as training_step_op
 from coreai_kernels.ops.quantize import STORAGE_DTYPES
+from coreai_kernels.runtime.captured import CapturedCalls
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
-from coreai_opt.quantization.spec._kept_step import note_simulation, note_step, repeat_forward
+from coreai_opt.quantization.spec._fast_path import capture_simulation, capture_step
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
-    Plan,
+    Plans,
+    QuantizationPlan,
     facts_of,
     make_plan,
     plan_for,
@@ -88,8 +90,8 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         self.quant_max = quant_max
         self.n_bits = n_bits
         self.qparams_calculator = qparams_calculator
-        self._plans: dict[tuple[torch.Size, torch.dtype], Plan] = {}
-        self.last_plan: Plan | None = None
+        self._plans = Plans()
+        self._captured: CapturedCalls | None = None
 
     @classmethod
     def built_in_class(cls) -> type["FakeQuantizeImplBase"]:
@@ -226,9 +228,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         """
         flags = self._flags
         if not torch.compiler.is_compiling():
-            output = repeat_forward(self, tensor)
-            if output is not None:
-                return output
+            captured = self._captured
+            if captured is not None:
+                output = captured(tensor)
+                if output is not None:
+                    return output
             flags.update(self._buffers)
         if flags.disabled or not (flags.fake_quant or flags.observe):
             return tensor
@@ -238,12 +242,13 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             if observes and flags.fake_quant and plan.step is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
                 if state is not None:
+                    output = training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
                     if state[0] is plan.state and not torch.compiler.is_compiling():
-                        note_step(self, plan, tensor)
-                    return training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
+                        capture_step(self, plan, tensor)
+                    return output
             output = self._forward_in_parts(tensor, observes, flags.fake_quant)
             if not observes and not torch.compiler.is_compiling():
-                note_simulation(self, plan, tensor)
+                capture_simulation(self, plan, tensor)
             return output
         except _BlockSizeMismatchError:
             if not (flags.observe or self.is_stateless):
@@ -277,11 +282,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         return simulates_as_built_in(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": {}, "last_plan": None}
+        return {**super().__getstate__(), "_plans": Plans(), "_captured": None}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__.update(_plans={}, last_plan=None)
+        replica.__dict__.update(_plans=Plans(), _captured=None)
         return replica
 
     def _warn_and_disable(self, shape: torch.Size) -> None:
@@ -348,7 +353,7 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
         output_dtype: torch.dtype = torch.float32,
     ) -> Tensor:
         """Values that the quantized ``tensor`` stands for. Errors as for :meth:`quantize`."""
-        plan = Plan(self, tensor.shape)
+        plan = QuantizationPlan(self, tensor.shape)
         qparams = plan.select(scale, zero_point, minval)
         block_size, fmt, quant_min, _ = plan.values
         if _needs_torch_operators(tensor, tensor.dtype):
@@ -360,6 +365,8 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
     def _simulate(self, tensor: Tensor, qparams: QParams) -> Tensor:
         if torch.compiler.is_exporting() or not self._simulates_as_built_in():
             return super()._simulate(tensor, qparams)
+        if tensor.numel() == 0:  # whatever the blocks
+            return tensor.clone()
         plan = plan_for(self, tensor)
         scale, zero_point, minval = plan.select(*qparams)
         block_size, fmt, quant_min, quant_max = plan.values

@@ -12,7 +12,7 @@ import coreai_kernels
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _numbers
-from coreai_opt.quantization.spec._assignments import ReportsAssignments
+from coreai_opt.quantization.spec._generation import HasGeneration
 from coreai_opt.quantization.spec._state import UNSHAPED, is_shaped, reshape_buffer, same_blocks
 from coreai_opt.quantization.spec.granularity import QuantizationGranularity
 from coreai_opt.quantization.spec.qscheme import QuantizationScheme
@@ -32,7 +32,7 @@ __all__ = [
 QParams = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-class QParamsCalculatorBase(ClassRegistryMixin, ReportsAssignments):
+class QParamsCalculatorBase(ClassRegistryMixin, HasGeneration):
     """Base of the calculators. Subclasses are named in a specification by their key in this registry.
 
     Args:
@@ -292,7 +292,8 @@ class RunningRangeMixin:
             reshape_buffer(module, "running_max", max_val.shape, max_val.dtype)
         _copy_to_buffer("running_min", self.running_min, min_val)
         _copy_to_buffer("running_max", self.running_max, max_val)
-        return super().compute_qparams(tensor, self.running_min, self.running_max)  # type: ignore[misc]
+        # Not from the buffers, which may hold less of it: another dtype than the observation's.
+        return super().compute_qparams(tensor, min_val, max_val)  # type: ignore[misc]
 
     @abstractmethod
     def update_running_range(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ import torch
 import coreai_kernels
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
-from coreai_opt.quantization.spec._assignments import ReportsAssignments
+from coreai_opt.quantization.spec._generation import HasGeneration
 from coreai_opt.quantization.spec.granularity import QuantizationGranularity
 
 __all__ = ["MinMaxRangeCalculator", "RangeCalculatorBase"]
 
 
-class RangeCalculatorBase(ClassRegistryMixin, ReportsAssignments):
+class RangeCalculatorBase(ClassRegistryMixin, HasGeneration):
     """Computes the range that quantization has to cover, block by block.
 
     A subclass implements ``_generate_min_max``, and is named in a specification by its key in this registry.

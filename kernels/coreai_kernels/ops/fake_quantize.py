@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from coreai_kernels import backends, native
 from coreai_kernels.ops import checks
@@ -144,9 +145,18 @@ def records_gradient(operator: Callable[..., Any]) -> bool:
 
 def straight_through(input: Tensor, operator: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
     """Output of ``operator(input, *args, with_mask)``, in eager mode, with the straight-through gradient."""
-    if not records_gradient(operator) and input.requires_grad and torch.is_grad_enabled():
-        return StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
+    if not records_gradient(operator):
+        if not torch.compiler.is_compiling() and _has_tangent(input):
+            return _StraightThroughOfDual.apply(input, operator, args)  # type: ignore[no-any-return]
+        if input.requires_grad and torch.is_grad_enabled():
+            return StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
     return operator(input, *args, False)[0]  # type: ignore[no-any-return]
+
+
+def _has_tangent(input: Tensor) -> bool:
+    """Whether the tensor carries a tangent of forward-mode differentiation."""
+    level = forward_ad._current_level
+    return level >= 0 and forward_ad.unpack_dual(input, level=level).tangent is not None
 
 
 class StraightThrough(torch.autograd.Function):
@@ -166,6 +176,23 @@ class StraightThrough(torch.autograd.Function):
         """Gradient where the mask is set."""
         (mask,) = ctx.saved_tensors
         return masked_gradient(grad, mask, ctx.order), None, None
+
+
+class _StraightThroughOfDual(StraightThrough):
+    """The same for inputs with a tangent. A class of its own: torch.compile refuses those that define one."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, operator: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        output, mask = operator(input, *args, True)
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+        ctx.order = layout_of(output)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        return masked_gradient(tangent, mask, ctx.order)
 
 
 def fake_quantize(

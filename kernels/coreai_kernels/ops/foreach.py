@@ -12,23 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from coreai_kernels import native
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
-from coreai_kernels.ops.kept import Kept, keep
-from coreai_kernels.ops.library import define, implementation, reaches_kernels
+from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import foreach as reference
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import Format, RangeUpdate
 
 __all__ = [
-    "Launch",
     "apply",
     "apply_step",
     "foreach_fake_quantize",
     "foreach_observe_and_fake_quantize",
-    "launch",
-    "launch_step",
     "takes",
 ]
 
@@ -163,80 +158,24 @@ def _shared_out(
     return outputs
 
 
-class Launch:
-    """An operator on tensors of the same shapes, again and again: its other arguments are put together once.
-
-    All tensors are on one device, and :func:`takes` them.
+def _call(name: str, inputs: list[Tensor], rows: Sequence[Row], args: tuple[Any, ...]) -> Sequence[Tensor]:
+    """Outputs of a list operator for tensors that all need a gradient or all do not.
 
     Args:
         name: the operator.
+        inputs: tensors on one device, which :func:`takes` them.
         rows: state or parameters of each tensor; all have None in the same places.
         args: the operator's arguments after them, but for the last.
     """
-
-    __slots__ = ("_args", "_kept", "_name", "_starts")
-
-    def __init__(self, name: str, rows: Sequence[Row], args: tuple[Any, ...]) -> None:
-        columns = zip(*rows, strict=True)
-        self._name = name
-        self._args = (*([] if column[0] is None else list(column) for column in columns), *args)
-        self._kept: Kept | None = None
-        self._starts: list[int] | None = None
-
-    def keep(self, inputs: list[Tensor], switches: list[Tensor]) -> bool:
-        """Make calls cheaper, at the cost of this one, if the backend can.
-
-        Calls that reach the native kernels then return no outputs once an input has another dtype or shape,
-        or a switch another value.
-
-        Args:
-            inputs: what it will be called with.
-            switches: tensors of one element each.
-
-        Returns:
-            Whether it can.
-        """
-        if all(switch.is_cpu and switch.element_size() == 1 for switch in switches):
-            self._kept = keep(self._name, self._args)
-        if self._kept is not None:
-            self._kept.guard(inputs, switches)
-        return self._kept is not None
-
-    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Outputs for the inputs, which all need a gradient or all do not."""
-        call: Callable[..., Any]
-        if self._kept is not None and reaches_kernels():
-            call, args, records_gradient = self._kept, (), native.autograd_missing is None
-        else:
-            call, args = implementation(self._name), self._args
-            records_gradient = fake_quantize_op.records_gradient(call)
-        if torch.is_grad_enabled() and inputs[0].requires_grad:
-            if records_gradient:
-                return call(inputs, *args, True)[0]  # type: ignore[no-any-return]
-            if self._starts is None:
-                self._starts = reference.mask_starts(inputs)[:-1]
-            return StraightThroughList.apply(call, args, self._starts, *inputs)  # type: ignore[no-any-return]
-        return call(inputs, *args, False)[0]  # type: ignore[no-any-return]
-
-
-def launch(
-    params: Sequence[Row],
-    block_sizes: Sequence[tuple[int, ...]],
-    format: int,
-    quant_min: float,
-    quant_max: float,
-) -> Launch:
-    """What :func:`apply` calls for tensors that go together."""
-    args = (list(chain.from_iterable(block_sizes)), format, quant_min, quant_max)
-    return Launch("foreach_fake_quantize_forward", params, args)
-
-
-def launch_step(
-    states: Sequence[Row], has_running: bool, block_sizes: Sequence[tuple[int, ...]], config: tuple[Any, ...]
-) -> Launch:
-    """What :func:`apply_step` calls for tensors that go together."""
-    args = (has_running, list(chain.from_iterable(block_sizes)), *config)
-    return Launch("foreach_observe_and_fake_quantize_", states, args)
+    columns = zip(*rows, strict=True)
+    args = (*([] if column[0] is None else list(column) for column in columns), *args)
+    operator = implementation(name)
+    if torch.is_grad_enabled() and inputs[0].requires_grad:
+        if fake_quantize_op.records_gradient(operator):
+            return operator(inputs, *args, True)[0]  # type: ignore[no-any-return]
+        starts = reference.mask_starts(inputs)[:-1]
+        return StraightThroughList.apply(operator, args, starts, *inputs)  # type: ignore[no-any-return]
+    return operator(inputs, *args, False)[0]  # type: ignore[no-any-return]
 
 
 def apply(
@@ -256,7 +195,8 @@ def apply(
 
     def several(indices: list[int]) -> Sequence[Tensor]:
         rows, blocks = [params[i] for i in indices], [block_sizes[i] for i in indices]
-        return launch(rows, blocks, format, quant_min, quant_max)([inputs[i] for i in indices])
+        args = (list(chain.from_iterable(blocks)), format, quant_min, quant_max)
+        return _call("foreach_fake_quantize_forward", [inputs[i] for i in indices], rows, args)
 
     return _shared_out(inputs, params, one, several)
 
@@ -278,7 +218,8 @@ def apply_step(
 
     def several(indices: list[int]) -> Sequence[Tensor]:
         rows, blocks = [states[i] for i in indices], [block_sizes[i] for i in indices]
-        return launch_step(rows, has_running, blocks, config)([inputs[i] for i in indices])
+        args = (has_running, list(chain.from_iterable(blocks)), *config)
+        return _call("foreach_observe_and_fake_quantize_", [inputs[i] for i in indices], rows, args)
 
     return _shared_out(inputs, states, one, several)
 
@@ -373,8 +314,8 @@ def foreach_observe_and_fake_quantize(
         running_maxs=running_maxs,
     )
     _columns(len(inputs), block_sizes=block_sizes)  # type: ignore[arg-type]
-    kept = [id(value) for row in states for value in row if value is not None]
-    if len(set(kept)) < len(kept):
+    identities = [id(value) for row in states for value in row if value is not None]
+    if len(set(identities)) < len(identities):
         raise ValueError("each tensor needs a state of its own; one of the given states is there twice")
     config = (
         scheme,

@@ -14,7 +14,7 @@ import torch
 
 from coreai_kernels import backends, native  # noqa: F401  (importing native registers the C++ kernels)
 
-__all__ = ["define", "define_native", "implementation", "reaches_kernels"]
+__all__ = ["define", "implementation"]
 
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("coreai_kernels", "DEF")
@@ -50,30 +50,6 @@ def define(
     for key, missing, kernel in (("CPU", "native", None), ("CUDA", on_cuda, on_gpu)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key):
             _library.impl(name, kernel or _standing_in(missing, reference), key)
-
-
-def define_native(name: str, schema: str) -> Callable[..., Any] | None:
-    """Register operator ``coreai_kernels::name``, which only the native backend has.
-
-    Args:
-        name: name without namespace.
-        schema: arguments and results in torch's schema language.
-
-    Returns:
-        The operator; None without the native backend.
-    """
-    keys = ("CPU", "CompositeExplicitAutograd")
-    if not any(
-        torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key) for key in keys
-    ):
-        return None
-    _library.define(name + schema)
-    return getattr(torch.ops.coreai_kernels, name).default  # type: ignore[no-any-return]
-
-
-def reaches_kernels() -> bool:
-    """Whether a call on CPU tensors gets to the native kernels, if they are there, and to nobody before."""
-    return backends.forced() in (None, "native") and not torch._C._len_torch_dispatch_stack()
 
 
 def implementation(name: str) -> Callable[..., Any]:

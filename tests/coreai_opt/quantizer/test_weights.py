@@ -1,16 +1,17 @@
-"""Weights that are simulated together, held, or neither: the results never differ."""
+"""Simulated weights as parts of a model: each read is a simulation of its own, of the weight as it is now."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from coreai_kernels.ops import foreach
 from coreai_opt.quantization import QuantizationSpec, QuantizerConfig
 
-from .support import WEIGHTS_ONLY, Mlp, Outer, globally, prepared
+from .support import WEIGHTS_ONLY, Mlp, globally, prepared
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -19,67 +20,65 @@ def weights_only(model: nn.Module) -> nn.Module:
     return prepared(model, X, config=globally(**WEIGHTS_ONLY))[1]
 
 
-def simulated_singly(model: nn.Module, x: Tensor) -> Tensor:
-    """The output with the weights' simulators called one by one on the originals."""
-    reference = copy.deepcopy(model)
-    for module in reference.modules():
-        module.__dict__.pop("forward", None)
-    return reference(x)
+class ActorCritic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.actor, self.critic = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.actor(x), self.critic(x)
 
 
-def test_training_simulates_together(monkeypatch) -> None:
-    model = weights_only(Mlp()).train()
-    launched = []
-    given = foreach.Launch.__call__
-    monkeypatch.setattr(
-        foreach.Launch, "__call__", lambda self, inputs: launched.append(len(inputs)) or given(self, inputs)
-    )
-    for count in range(1, 4):
-        out = model(X)
-        assert launched == [2] * count
-        torch.testing.assert_close(out, simulated_singly(model, X), rtol=0, atol=0)
+def original(module: nn.Module) -> nn.Parameter:
+    return module.parametrizations.weight.original
 
 
-def test_gradients_are_those_of_single_simulators() -> None:
-    model = weights_only(Outer())
-    single = copy.deepcopy(model)
-    for module in single.modules():
-        module.__dict__.pop("forward", None)
-    for each in (model, single):
-        each(X).square().sum().backward()
-    for (name, ours), (_, theirs) in zip(model.named_parameters(), single.named_parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad), name
+def simulated(module: nn.Module) -> Tensor:
+    return module.parametrizations.weight[0](original(module))
 
 
-def test_a_weight_that_was_not_read_has_no_gradient() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+def test_two_losses_are_backpropagated_one_after_the_other() -> None:
+    model = weights_only(ActorCritic())
+    actor, critic = model(X)
+    actor.sum().backward()
+    critic.sum().backward()
+    assert original(model.actor).grad is not None
+    assert original(model.critic).grad is not None
 
-        def forward(self, x: Tensor, both: bool = True) -> Tensor:
-            return self.left(x) + self.right(x) if both else self.left(x)
 
-    model = weights_only(Branches())
-    model(X, False).sum().backward()
-    assert model.left.parametrizations.weight.original.grad is not None
-    assert model.right.parametrizations.weight.original.grad is None
+def test_a_partial_gradient_leaves_the_rest_of_the_graph() -> None:
+    model = weights_only(ActorCritic())
+    actor, critic = model(X)
+    torch.autograd.grad(actor.sum(), original(model.actor))
+    critic.sum().backward()
+
+
+def test_a_module_called_twice_has_two_graphs() -> None:
+    model = weights_only(ActorCritic())
+    one, other = model.trunk(X), model.trunk(2 * X)
+    one.sum().backward()
+    other.sum().backward()
+
+
+def test_hooks_of_weights_that_get_no_gradient_are_not_called() -> None:
+    model = weights_only(ActorCritic())
+    heard: list[object] = []
+    original(model.critic).register_hook(lambda grad: heard.append(grad))
+    original(model.critic).register_post_accumulate_grad_hook(lambda parameter: heard.append(parameter))
+    original(model.actor).register_hook(lambda grad: grad.clamp(-1, 1))
+    model(X)[0].sum().backward()
+    assert heard == []
+    assert original(model.critic).grad is None
 
 
 def test_gradients_accumulate_over_forwards() -> None:
     model = weights_only(Mlp())
     for _ in range(2):
         model(X).sum().backward()
-    twice = model.first.parametrizations.weight.original.grad.clone()
+    twice = original(model.first).grad.clone()
     model.zero_grad()
     (model(X).sum() + model(X).sum()).backward()
-    assert torch.equal(model.first.parametrizations.weight.original.grad, twice)
-
-
-def test_a_part_called_alone_after_a_step_has_its_own_graph() -> None:
-    model = weights_only(Mlp())
-    model(X).sum().backward()
-    model.first(X).sum().backward()
+    assert torch.equal(original(model.first).grad, twice)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -98,9 +97,11 @@ def test_checkpointed_parts(reentrant) -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
-@pytest.fixture(params=["no_grad", "inference_mode", "frozen"])
-def without_gradient(request):
+@pytest.fixture(params=["no_grad", "inference_mode", "frozen", "training"])
+def run(request):
     def run(model: nn.Module, x: Tensor) -> Tensor:
+        if request.param == "training":
+            return model(x)
         if request.param == "frozen":
             return model.requires_grad_(False)(x)
         with getattr(torch, request.param)():
@@ -109,19 +110,34 @@ def without_gradient(request):
     return run
 
 
-def test_unchanged_weights_are_held(without_gradient) -> None:
-    model = weights_only(Mlp()).eval()
-    without_gradient(model, X)
-    with torch.no_grad(), torch.inference_mode(torch.is_inference_mode_enabled()):
-        held = model.first.parametrizations.weight.__dict__["forward"]._held
-    out = without_gradient(model, X)
-    assert model.first.parametrizations.weight.__dict__["forward"]._held is held
-    assert held is not None
-    assert torch.equal(out, simulated_singly(model, X))
+def fused_step(optimizer):
+    def step(model: nn.Module) -> None:
+        with torch.enable_grad():
+            weight = original(model.first)
+            weight.grad = torch.ones_like(weight)
+            optimizer([weight], lr=0.5, fused=True).step()
+            weight.grad = None
+
+    return step
+
+
+def through_numpy(model: nn.Module) -> None:
+    original(model.first).detach().numpy()[:] *= 2
 
 
 CHANGES = {
-    "optimizer": lambda model: model.first.parametrizations.weight.original.detach().add_(0.1),
+    "in place": lambda model: original(model.first).detach().add_(0.1),
+    ".data": lambda model: original(model.first).data.mul_(2),
+    ".data replaced": lambda model: setattr(original(model.first), "data", torch.ones(16, 8)),
+    "vector_to_parameters": lambda model: vector_to_parameters(
+        parameters_to_vector(model.parameters()).detach() * 2, model.parameters()
+    ),
+    "numpy": through_numpy,
+    "dlpack": lambda model: torch.from_dlpack(original(model.first).detach()).mul_(2),
+    "fused SGD": fused_step(torch.optim.SGD),
+    "fused Adam": fused_step(torch.optim.Adam),
+    "fused AdamW": fused_step(torch.optim.AdamW),
+    "fused Adagrad": fused_step(torch.optim.Adagrad),
     "scale": lambda model: simulator(model).qparams_calculator.scale.mul_(2),
     "switched off": lambda model: simulator(model).disable_fake_quant(),
     "observing": lambda model: simulator(model).enable_observer(),
@@ -133,9 +149,6 @@ CHANGES = {
         model.first.parametrizations.weight, "original", nn.Parameter(torch.ones(16, 8))
     ),
     "output": lambda model: model.first.weight.mul_(2),
-    "data and eval()": lambda model: (
-        model.first.parametrizations.weight.original.data.add_(0.1) is model.eval()
-    ),
 }
 
 
@@ -144,42 +157,69 @@ def simulator(model: nn.Module):
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_held_weights_follow_changes(change, without_gradient) -> None:
+def test_reads_follow_changes(change, run) -> None:
     model = weights_only(Mlp()).eval()
-    without_gradient(model, X)
+    for _ in range(3):
+        run(model, X)
+    before = run(model, X).clone()
     with torch.no_grad():
         CHANGES[change](model)
-    assert torch.equal(without_gradient(model, X), simulated_singly(model, X))
+        fresh = copy.deepcopy(model)
+        wanted = fresh(X)
+    found = run(model, X)
+    assert torch.equal(found, wanted)
+    assert change in ("output", "observing", "setting") or not torch.equal(found, before)
 
 
-def test_held_weights_are_let_go_of_in_training() -> None:
-    model = weights_only(Mlp())
+def test_a_write_into_a_simulated_weight_reaches_no_other_reader() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(6, 8, max_norm=0.5)
+            self.head = nn.Linear(8, 6, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.head(self.embedding(index))
+
+    index = torch.arange(6)
+    torch.manual_seed(0)
+    model = prepared(Tied(), index, config=globally(**WEIGHTS_ONLY))[1]
+    with torch.no_grad():
+        weight = simulated(model.embedding)
+        embedded = F.embedding(index, weight.clone(), max_norm=0.5)
+        assert torch.equal(model(index), F.linear(embedded, simulated(model.head)))
+
+
+def test_nothing_of_the_weights_size_is_held_between_forwards() -> None:
+    model = weights_only(nn.Sequential(nn.Linear(8, 2000)))
     with torch.no_grad():
         model(X)
-    model(X)
-    assert model.first.parametrizations.weight.__dict__["forward"]._held is None
+        weight = model[0].weight
+        assert weight._use_count() == 1
 
 
 def test_moving_averages_observe_at_each_read() -> None:
     spec = QuantizationSpec(qparam_calculator_cls="moving_average")
     _, model = prepared(Mlp(), X, config=globally(**WEIGHTS_ONLY, op_state_spec={"weight": spec}))
-    average = model.first.parametrizations.weight[0].qparams_calculator
-    model.first.parametrizations.weight[0].enable_observer()
+    average = simulator(model).qparams_calculator
+    simulator(model).enable_observer()
     with torch.no_grad():
-        model.first.parametrizations.weight.original.mul_(2)
+        original(model.first).mul_(2)
         seen = [average.running_max.clone() for _ in range(3) if model(X) is not None]
     assert seen[0] < seen[1] < seen[2]
 
 
 def test_a_copy_is_independent() -> None:
     model = weights_only(Mlp())
+    before = model(X)
     other = copy.deepcopy(model)
     with torch.no_grad():
-        other.first.parametrizations.weight.original.zero_()
-    assert torch.equal(model(X), simulated_singly(model, X))
-    assert torch.equal(other(X), simulated_singly(other, X))
+        original(other.first).zero_()
+    assert torch.equal(model(X), before)
+    assert not torch.equal(other(X), before)
     other(X).sum().backward()
-    assert model.first.parametrizations.weight.original.grad is None
+    assert original(model.first).grad is None
 
 
 def test_weights_in_bfloat16() -> None:

@@ -1,7 +1,10 @@
-"""A fake quantizer that goes on as before takes a short cut: it must not be seen but in the time."""
+"""The fast path of a fake quantizer: nothing tells it from the slow one but the time."""
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,12 +14,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from coreai_kernels import native, use_backend
+from coreai_kernels.runtime import fast_path_counts, reset_fast_path_counts
 from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, PerTensorGranularity
 from coreai_opt.quantization.spec import fake_quantize as module_of_forward
 
 pytestmark = pytest.mark.skipif(
     native.missing is not None or native.autograd_missing is not None,
-    reason=f"no short cut: {native.missing or native.autograd_missing}",
+    reason=f"no fast path: {native.missing or native.autograd_missing}",
 )
 
 GRANULARITIES = [
@@ -29,8 +33,8 @@ SPECIAL = torch.tensor([0.0, -0.0, 1e-42, 3e38, float("inf"), -float("inf"), flo
 
 
 @pytest.fixture
-def long_way(monkeypatch):
-    """Counts the forwards that do not take the short cut."""
+def slow_path(monkeypatch):
+    """Counts the forwards that take the slow path."""
     taken = []
 
     def counted(operator):
@@ -46,15 +50,15 @@ def long_way(monkeypatch):
 
 
 @pytest.fixture
-def settled(make_activation, x, long_way):
-    """A module that takes the short cut for `x`."""
+def settled(make_activation, x, slow_path):
+    """A module that takes the fast path for `x`."""
     module = make_activation()
     for _ in range(3):
         module(x)
-    assert long_way
-    long_way.clear()
+    assert slow_path
+    slow_path.clear()
     module(x)
-    assert not long_way
+    assert not slow_path
     return module
 
 
@@ -111,17 +115,17 @@ def assert_same_state(one, other):
     ],
     ids=lambda fields: "-".join(fields.values()),
 )
-def test_results_are_those_of_the_long_way(make, make_activation, long_way, fields, granularity, dtype):
+def test_results_are_those_of_the_slow_path(make, make_activation, slow_path, fields, granularity, dtype):
     build = make if fields["qparam_calculator_cls"] == "static" else make_activation
     module = build(granularity=granularity, **fields)
     twin = copy.deepcopy(module)
     for i in range(6):
         x, grad = values((12, 20), dtype, i, special=i == 4), values((12, 20), dtype, -i, special=True)
-        twin.__dict__["last_plan"] = None
+        twin.__dict__["_captured"] = None
         wanted = step(twin, x, grad)
-        count = len(long_way)
+        count = len(slow_path)
         found = step(module, x, grad)
-        assert len(long_way) == count or i < 2
+        assert len(slow_path) == count or i < 2
         assert_same(found, wanted)
         assert_same_state(module, twin)
 
@@ -140,18 +144,18 @@ def test_results_are_those_of_the_long_way(make, make_activation, long_way, fiel
     ],
     ids=lambda fields: "-".join(fields.values()),
 )
-def test_without_observation(make, long_way, fields, granularity, dtype):
+def test_without_observation(make, slow_path, fields, granularity, dtype):
     module = make(granularity=granularity, **fields)
     module(values((12, 20), dtype, 0))
     module.disable_observer()
     twin = copy.deepcopy(module)
     for i in range(4):
         x, grad = values((12, 20), dtype, i, special=True), values((12, 20), dtype, -i, special=True)
-        twin.__dict__["last_plan"] = None
+        twin.__dict__["_captured"] = None
         wanted = step(twin, x, grad)
-        count = len(long_way)
+        count = len(slow_path)
         assert_same(step(module, x, grad), wanted)
-        assert len(long_way) == count or i == 0
+        assert len(slow_path) == count or i == 0
     assert_same_state(module, twin)
 
 
@@ -161,7 +165,7 @@ def test_observation_on_and_off(make_activation, x):
     for i in range(12):
         for each in (module, twin):
             each.enable_observer(i % 6 < 3)
-        twin.__dict__["last_plan"] = None
+        twin.__dict__["_captured"] = None
         assert torch.equal(module((i + 1) * x), twin((i + 1) * x))
     assert_same_state(module, twin)
 
@@ -188,30 +192,30 @@ def test_parameters_given_by_a_method_of_ones_own(make, x):
         ((3, 1, 5), lambda x: x.permute(2, 1, 0)),
     ],
 )
-def test_memory_formats(make_activation, long_way, shape, layout):
+def test_memory_formats(make_activation, slow_path, shape, layout):
     module = make_activation(qparam_calculator_cls="moving_average")
     twin = copy.deepcopy(module)
     for i in range(4):
         x, grad = (layout(values(shape, torch.float32, seed)) for seed in (i, i + 9))
-        twin.__dict__["last_plan"] = None
+        twin.__dict__["_captured"] = None
         wanted = step(twin, x, grad)
-        long_way.clear()
+        slow_path.clear()
         assert_same(step(module, x, grad), wanted)
-    assert not long_way
+    assert not slow_path
 
 
-def test_tensors_that_are_not_dense_take_the_long_way(make_activation, long_way):
+def test_tensors_that_are_not_dense_take_the_slow_path(make_activation, slow_path):
     module = make_activation(qparam_calculator_cls="static")
     x = values((8, 8), torch.float32, 0)
     for view in (x[:, ::2], x[:1].expand(4, 8)):
         wanted = module(view.contiguous())
-        long_way.clear()
+        slow_path.clear()
         for _ in range(3):
             assert torch.equal(module(view), wanted)
-        assert len(long_way) == 3
+        assert len(slow_path) == 3
 
 
-def test_gradients_only_where_they_are_wanted(settled, x, long_way):
+def test_gradients_only_where_they_are_wanted(settled, x, slow_path):
     assert settled(x).grad_fn is None
     y = settled(x.requires_grad_())
     assert y.requires_grad
@@ -219,14 +223,14 @@ def test_gradients_only_where_they_are_wanted(settled, x, long_way):
     with torch.no_grad():
         assert not settled(x).requires_grad
     assert settled(nn.Parameter(x.detach())).requires_grad
-    assert not long_way
+    assert not slow_path
 
 
-def test_second_derivatives(settled, x, long_way):
+def test_second_derivatives(settled, x, slow_path):
     x = (x / 10).requires_grad_()
     (first,) = torch.autograd.grad((settled(x) ** 2).sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
-    assert not long_way
+    assert not slow_path
     assert torch.equal(second, torch.full_like(x, 2.0))
 
 
@@ -236,9 +240,12 @@ def test_switches_written_by_anybody(settled, x):
     settled.fake_quant_enabled.fill_(1)
     scale = settled.qparams_calculator.scale.clone()
     settled.observer_enabled.data[0] = 0  # counted by no version
-    settled.observer_enabled.add_(0)
     settled(100 * x)
     assert torch.equal(settled.qparams_calculator.scale, scale)
+    with torch.autograd._unsafe_preserve_version_counter(settled.observer_enabled):  # as DDP's broadcast does
+        settled.observer_enabled.fill_(1)
+    settled(100 * x)
+    assert not torch.equal(settled.qparams_calculator.scale, scale)
     settled._disabled.fill_(True)
     assert settled(x) is x
 
@@ -280,12 +287,12 @@ def test_a_loaded_state_is_gone_on_from(make_activation, settled, x):
     ],
     ids=["dtype", "strides", "shape", "rank"],
 )
-def test_other_tensors(make_activation, x, long_way, change):
+def test_other_tensors(make_activation, x, slow_path, change):
     fresh, module = make_activation(), make_activation()
     for _ in range(3):
         module(x)
         fresh(x.clone())
-    fresh.__dict__["last_plan"] = None
+    fresh.__dict__["_captured"] = None
     other = change(x)
     if other.dtype == x.dtype and other.dim() == x.dim():
         assert torch.equal(module(other), fresh(other))
@@ -314,14 +321,16 @@ def test_replaced_calculators_are_used(make_activation, settled, x):
     assert other.scale.numel() == 1
 
 
-def test_forced_backends(settled, x, long_way):
+def test_forced_backends(settled, x, slow_path):
     wanted = settled(x)
     with use_backend("reference"):
         assert torch.equal(settled(x), wanted)
-    assert len(long_way) == 1
+    assert len(slow_path) == 1
     with use_backend("native"):
         settled(x)
-    assert len(long_way) == 1
+        slow_path.clear()
+        settled(x)
+    assert not slow_path
 
 
 class _Dispatched(TorchDispatchMode):
@@ -364,13 +373,13 @@ def test_subclasses_see_the_operator(settled, x):
     assert any("observe_and_fake_quantize" in name for name in seen)
 
 
-def test_modes_that_change_nothing(settled, x, long_way):
+def test_modes_that_change_nothing(settled, x, slow_path):
     wanted = settled(x)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(settled(x), wanted)
     with torch.autograd.set_detect_anomaly(True):
         assert torch.equal(settled(x.requires_grad_()), wanted)
-    assert not long_way
+    assert not slow_path
 
 
 def test_inference_mode(settled, x):
@@ -453,3 +462,136 @@ def test_nothing_is_kept_of_a_module_that_is_gone(make_activation, x):
     del module
     gc.collect()
     assert all(each() is None for each in gone)
+
+
+def counts():
+    found = fast_path_counts()
+    return found["hits"], sum(found["misses"].values())
+
+
+def test_what_happens_elsewhere_does_not_matter(make_activation, settled, x):
+    other, parameter = make_activation(), nn.Parameter(torch.ones(3))
+    hits, misses = counts()
+    for i in range(20):
+        handle = parameter.register_hook(lambda grad: grad)
+        other.quant_max = 100 - i
+        nn.Linear(2, 2).register_forward_hook(lambda *args: None)
+        settled(x)
+        handle.remove()
+    assert counts() == (hits + 20, misses)
+
+
+def test_training_mode_does_not_matter(settled, x):
+    hits, misses = counts()
+    for i in range(4):
+        settled.train(i % 2 == 0)
+        settled(x)
+    assert counts() == (hits + 4, misses)
+
+
+def test_shapes_that_alternate_are_all_captured(make, slow_path):
+    module = make(dtype="int8", granularity=PerTensorGranularity())
+    batches = [values((n, 8), torch.float32, n) for n in range(1, 9)]
+    for _ in range(3):
+        for batch in batches:
+            module(batch)
+    slow_path.clear()
+    for batch in batches:
+        module(batch)
+    assert not slow_path
+
+
+@pytest.mark.parametrize("part", ["", "qparams_calculator", "qparams_calculator.range_calculator"])
+def test_an_assigned_setting_holds_at_once(settled, x, part):
+    module = settled.get_submodule(part)
+    if part.endswith("range_calculator"):
+        module.forward = lambda tensor: (tensor.amin().view(1, 1) * 0 - 2, tensor.amax().view(1, 1) * 0 + 2)
+    else:
+        module.quant_max = 3
+        settled.qparams_calculator.quant_max = settled.quant_max = 3
+    wanted = copy.deepcopy(settled)
+    wanted.__dict__["_captured"] = None
+    assert torch.equal(settled(x), wanted(x))
+
+
+def test_a_method_assigned_to_a_subclass_is_called(settled, x):
+    class Mine(type(settled)):
+        pass
+
+    settled.__class__ = Mine
+    for _ in range(3):
+        settled(x)
+    called = []
+    given = Mine.quantize
+    Mine.quantize = lambda *args, **kwargs: called.append(1) or given(*args, **kwargs)
+    settled(x)
+    assert called
+
+
+def test_a_calculator_added_by_add_module_is_used(make_activation, settled, x):
+    other = make_activation(qparam_calculator_cls="global_minmax").qparams_calculator
+    settled.add_module("qparams_calculator", other)
+    settled(x)
+    assert other.scale.numel() == 1
+
+
+def test_global_hooks_are_called(settled, x):
+    heard = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: heard.append(args[0]))
+    try:
+        settled(x)
+    finally:
+        handle.remove()
+    assert len(heard) == 3
+
+
+def test_misses_are_counted_by_reason(settled, x):
+    reset_fast_path_counts()
+    settled(x)
+    settled.fake_quant_enabled.fill_(0)
+    settled(x)
+    found = fast_path_counts()
+    assert found["hits"] == 1
+    assert found["misses"]["switch"] == 1
+
+
+def test_forward_mode_derivatives(settled, x):
+    tangent = torch.randn_like(x)
+    settled.disable_observer()
+    settled(x), settled(x)
+    x = x.clone()
+    x[0, 0] = 1e6  # outside of the range
+    y = x.clone().requires_grad_()
+    settled(y).backward(tangent)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(settled(dual)).tangent
+    assert torch.equal(found, y.grad)
+    assert torch.equal(torch.func.jvp(settled, (x,), (tangent,))[1], y.grad)
+
+
+def test_batched_gradients(settled, x):
+    x = x.clone().requires_grad_()
+    y = settled(x)
+    directions = torch.randn(3, *y.shape)
+    (batched,) = torch.autograd.grad(y, x, directions, is_grads_batched=True, retain_graph=True)
+    for one, direction in zip(batched, directions, strict=True):
+        assert torch.equal(one, torch.autograd.grad(y, x, direction, retain_graph=True)[0])
+
+
+def test_switched_off_by_the_environment():
+    script = (
+        "import torch, coreai_kernels.runtime as runtime\n"
+        "from coreai_opt.config.spec import CompressionTargetTensor\n"
+        "from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec\n"
+        "make = QuantizationComponentFactory.create_fake_quantizer\n"
+        "module = make(QuantizationSpec(), CompressionTargetTensor.WEIGHT)\n"
+        "for _ in range(4): module(torch.ones(4, 4))\n"
+        "counts = runtime.fast_path_counts()\n"
+        "print(counts['enabled'], counts['captures'], counts['hits'])"
+    )
+    environment = {**os.environ, "COREAI_FAST_PATH": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "0", "0"]

@@ -1,0 +1,72 @@
+"""A fake quantizer's captured calls: what they depend on, and when a forward can be captured."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn.modules import module as torch_module
+
+from coreai_kernels.ops.observe_and_fake_quantize import is_plain
+from coreai_kernels.runtime import Generation, Guarded, capture
+from coreai_opt.quantization.spec._generation import generation_of
+from coreai_opt.quantization.spec._plan import STATE, QuantizationPlan, same_methods
+from coreai_opt.quantization.spec._switches import Flags
+from coreai_opt.quantization.spec.qparams_calculator import StatefulQParamsCalculatorBase
+
+if TYPE_CHECKING:
+    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["capture_simulation", "capture_step"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def capture_step(module: "FakeQuantizeImplBase", plan: QuantizationPlan, tensor: Tensor) -> None:
+    """Capture the training step on ``plan.state``, which the calculator's buffers are."""
+    if is_plain(tensor, plan.state):
+        args = (*plan.state, plan.keeps_range, plan.packed_step)
+        _capture(module, "observe_and_fake_quantize_", tensor, args)
+
+
+def capture_simulation(module: "FakeQuantizeImplBase", plan: QuantizationPlan, tensor: Tensor) -> None:
+    """Capture the simulation with the calculator's parameters, if that is what the forward does."""
+    calculator: Any = module._modules["qparams_calculator"]
+    buffers = calculator._buffers
+    if not plan.is_built_in or not same_methods(calculator, StatefulQParamsCalculatorBase, ("get_qparams",)):
+        return
+    params = plan.select(*map(buffers.get, STATE[:3]))
+    # A view in the place of a buffer would outlive what it was made of.
+    are_buffers = all(
+        value is None or value is buffers[name] for name, value in zip(STATE, params, strict=False)
+    )
+    if are_buffers and is_plain(tensor, params):
+        _capture(module, "fake_quantize_forward", tensor, (*params, *plan.values))
+
+
+def _capture(module: "FakeQuantizeImplBase", operator: str, tensor: Tensor, args: tuple[Any, ...]) -> None:
+    own = module.__dict__  # not by assignment, which would begin a new generation
+    own["_captured"] = capture(own["_captured"], lambda: _guarded(module), operator, tensor, args)
+
+
+def _guarded(module: "FakeQuantizeImplBase") -> Guarded:
+    calculator: Any = module._modules["qparams_calculator"]
+    ranges: Any = calculator._modules["range_calculator"]
+    parts = (module, calculator, ranges)
+    switches: list[Any] = [module._buffers[name] for name in Flags.NAMES]
+    # The simulator's own hooks are torch's business, which calls them around the forward. The fused operators
+    # stand for calls of the other two.
+    return Guarded(
+        slots=[
+            (module._modules, "qparams_calculator"),
+            (calculator._modules, "range_calculator"),
+            *((generation_of(each), Generation.KEY) for each in parts),
+            *((calculator._buffers, name) for name in STATE),
+            *((module._buffers, name) for name in Flags.NAMES),
+        ],
+        switches=switches,
+        hooks=[
+            *(vars(each)[name] for each in (calculator, ranges) for name in _HOOKS),
+            torch_module._global_forward_hooks,
+            torch_module._global_forward_pre_hooks,
+        ],
+        classes=[type(each) for each in parts],
+    )
