@@ -4,6 +4,7 @@ Public names only: the same file runs on both packages.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -331,3 +332,46 @@ def _() -> Any:
     weight = QuantizationSpec(dtype="int4")
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(18, 2)).eval()
     return dict(prepare(model, everywhere(op_state_spec={"*": weight}), torch.ones(2, 1, 3, 3)).state_dict())
+
+
+@named("boundary declined at a tie")
+def _() -> Any:
+    entry = ModuleQuantizerConfig(module_output_spec={0: None})
+    return list(prepare(config=QuantizerConfig(module_name_configs={"1": entry})).state_dict())
+
+
+def own_numbers() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, eps=0.1, momentum=0.5), nn.Dropout(0.9))
+    with torch.no_grad():
+        model[1].running_var.fill_(0.05)
+    return model
+
+
+@named("numbers of batch norms and dropouts")
+def _() -> Any:
+    model = prepare(own_numbers())
+    model.eval()
+    evaluated = model(X)
+    model.train()
+    model(X)
+    return evaluated, dict(model.state_dict())
+
+
+@named("numbers of batch norms and dropouts, as upstream")
+def _() -> Any:
+    ours = "strict_upstream" in inspect.signature(Quantizer).parameters
+    quantizer = Quantizer(own_numbers(), QuantizerConfig(), **({"strict_upstream": True} if ours else {}))
+    model: Any = quantizer.prepare((X,))
+    model.eval()
+    evaluated = model(X)
+    model.train()
+    torch.manual_seed(1)
+    return evaluated, model(X), dict(model.state_dict())
+
+
+@named("dropout of channels in evaluation")
+def _() -> Any:
+    model = prepare(nn.Sequential(nn.Dropout2d(0.5)).train(), None, torch.ones(2, 3, 4, 4))
+    model.eval()
+    torch.manual_seed(1)
+    return model(torch.ones(2, 3, 4, 4))

@@ -9,13 +9,27 @@ from .graph_calls import CALLS, call
 from .graph_probes import PROBES
 from .graph_runs import RUNS, continue_from, prepared, run
 from .oracle import ROOT
-from .snapshots import Raised, differences
+from .snapshots import differences
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # What differs on purpose, and the headings under which docs/differences.md says why.
-INTENDED: dict[str, str] = {}
-CONTINUED = tuple(each for each in RUNS if each[1] == "default")
+MODULES, NUMBERS, TIES = (
+    "Prepared graphs are modules like others",
+    "Graph mode keeps the numbers of batch norms and dropouts",
+    "Caches and declined boundaries among quantized activations",
+)
+INTENDED = {
+    "a cache among quantized activations": TIES,
+    "boundary declined at a tie": TIES,
+    "batch norm without parameters": "Batch norms without parameters are fused, too",
+    "batch norm without statistics": "Batch norms without parameters are fused, too",
+    "finalized twice": "Finalizing a graph leaves the prepared one as it is",
+    "calibration of a copy": MODULES,
+    "dropout of channels in evaluation": MODULES,
+    "numbers of batch norms and dropouts": NUMBERS,
+}
+CONTINUED = tuple((name, "default") for name in ("residual", "transposed", "bert", "llama", "tied", "shared"))
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +46,6 @@ def answers(asked_oracle: Oracle, ours: dict[tuple[str, str], dict[str, Any]]) -
 
 def check(expected: Any, found: Any) -> None:
     """Fail with the first stage that differs: what comes after follows from it."""
-    if isinstance(expected, Raised) and isinstance(found, Raised):
-        assert expected.public_class == found.public_class
-        return
     if "raised" in found and "raised" not in expected:
         pytest.fail(str(found["raised"]), pytrace=False)
     for stage in expected:
@@ -46,9 +57,7 @@ def check(expected: Any, found: Any) -> None:
 
 @pytest.mark.parametrize("name", PROBES)
 def test_quantizers_are_where_the_oracle_has_them(name: str, answers: dict[str, Any]) -> None:
-    found = prepared(name)
-    check(answers["probes"][name], found)
-    assert list(found["state"]) == list(answers["probes"][name]["state"])
+    check(answers["probes"][name], prepared(name))
 
 
 @pytest.mark.parametrize("each", RUNS, ids=str)
@@ -71,21 +80,13 @@ def test_the_oracle_continues_from_our_state(each: Any, answers: dict[str, Any],
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])
 def test_calls_like_the_oracles(name: str, answers: dict[str, Any]) -> None:
-    expected, found = answers["calls"][name], call(name)
-    if isinstance(expected, Raised) or isinstance(found, Raised):
-        check(expected, found)
-    else:
-        assert not list(differences(expected, found))
+    assert not list(differences(answers["calls"][name], call(name)))
 
 
 @pytest.mark.parametrize("name", INTENDED)
 def test_intended_differences_are_still_there_and_documented(name: str, answers: dict[str, Any]) -> None:
     assert f"## {INTENDED[name]}\n" in (ROOT / "docs" / "differences.md").read_text()
-    expected, found = answers["calls"][name], call(name)
-    if isinstance(expected, Raised) and isinstance(found, Raised):
-        assert expected.public_class != found.public_class
-    else:
-        assert list(differences(expected, found))
+    assert list(differences(answers["calls"][name], call(name)))
 
 
 def test_the_runs_cover_what_they_are_meant_to_cover(answers: dict[str, Any]) -> None:
