@@ -50,7 +50,9 @@ def mark_prepared(
 ) -> None:
     """Say that a compressor of this kind has prepared the model. Steps are those of ``state_dict``, or 0."""
     if getattr(model, PREPARED_MARK, None) is None:
-        model.register_buffer(PREPARED_MARK, torch.tensor(True), persistent=False)
+        # Beside the parameters: what distributes a model's buffers may know one kind of device alone.
+        device = next((tensor.device for tensor in model.parameters()), None)
+        model.register_buffer(PREPARED_MARK, torch.tensor(True, device=device), persistent=False)
         model.register_state_dict_post_hook(_save_steps)
         model.register_load_state_dict_pre_hook(_load_steps)
     # A new dict: a shallow copy of the model shares the old one.

@@ -1,5 +1,6 @@
 """What the compressors of models share: their arguments, their states, and the insertion of simulators."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import training_flags
 from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
+from coreai_opt._utils.config_utils import plain_data, qualified_name
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase
@@ -89,6 +91,42 @@ class _BaseModelCompressor(ABC):
     def _step_count(self) -> int:
         """Training steps done; 0 where the model is not prepared."""
         return _prepared_models.steps_of(self._stepping_model, self._kind)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this compressor needs besides the model's own ``state_dict`` to go on: plain data.
+
+        Returns:
+            ``{"step_count": steps done, "config": the configuration}``.
+        """
+        return {"step_count": self._step_count, "config": self._plain_config()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from the step of :meth:`state_dict`.
+
+        Warns (UserWarning) if that was made with another configuration.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+            ValueError: there is no step, or one that is no number of steps.
+        """
+        self._require_prepared(self._stepping_model, "load_state_dict")
+        steps = state_dict.get("step_count")
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(f"state_dict['step_count'] must be a number of steps, 0 or more; got {steps!r}")
+        config = state_dict.get("config")
+        if config is not None and config != self._plain_config():
+            warnings.warn(
+                f"the state_dict was saved by a {type(self).__name__} with another configuration",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._set_steps(steps)
+
+    def _plain_config(self) -> Any:
+        return plain_data(self._config.to_dict(), unregistered=qualified_name)
+
+    def _set_steps(self, steps: int) -> None:
+        _prepared_models.set_steps(self._stepping_model, self._kind, steps)
 
     def calibration_mode(self, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> Any:
         """A context in which forwards of the model collect statistics."""

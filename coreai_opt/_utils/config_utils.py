@@ -4,7 +4,7 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -85,19 +85,26 @@ def matching_names(pattern: str, names: Mapping[str, str]) -> set[str]:
     return found
 
 
-def plain_data(value: Any) -> Any:
-    """``value``, a dumped configuration, in the types that YAML has: classes become their registry keys."""
+def _refuse_class(cls: type) -> Any:
+    raise ValueError(f"{qualified_name(cls)} has no registry key, so that YAML cannot name it")
+
+
+def plain_data(value: Any, unregistered: Callable[[type], Any] = _refuse_class) -> Any:
+    """``value``, a dumped configuration, in the types that YAML has: classes become their registry keys.
+
+    Args:
+        value: what to convert.
+        unregistered: what becomes of a class without a key. By default a ValueError.
+    """
     if isinstance(value, Mapping):
-        return {plain_data(key): plain_data(each) for key, each in value.items()}
+        return {plain_data(key, unregistered): plain_data(each, unregistered) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [plain_data(each) for each in value]
+        return [plain_data(each, unregistered) for each in value]
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, type):
         key = registry_key(value)
-        if key is None:
-            raise ValueError(f"{qualified_name(value)} has no registry key, so that YAML cannot name it")
-        return key
+        return unregistered(value) if key is None else key
     return value

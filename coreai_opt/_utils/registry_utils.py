@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, model_serializer
+from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 __all__ = [
     "ClassRegistryMixin",
@@ -144,6 +144,13 @@ class RegisteredConfig(BaseModel, ConfigRegistryMixin):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_own_type(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "type" in data and data["type"] == registry_key(cls):
+            return {name: value for name, value in data.items() if name != "type"}
+        return data
 
     @model_serializer
     def _serialize_model(self) -> dict[str, Any]:

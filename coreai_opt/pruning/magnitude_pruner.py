@@ -1,6 +1,7 @@
 """The pruner of models: masks by magnitude, on a schedule."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import coreai_kernels
 from coreai_opt import _prepared_models
+from coreai_opt._restoring import undone_on_failure
 from coreai_opt._state_tensors import StateTarget
 from coreai_opt.base_model_compressor import (
     EagerCompressionComponentBuilderMixin,
@@ -23,6 +25,8 @@ from coreai_opt.pruning.spec.prune import PruneImplBase, _MagnitudePruneImpl
 from coreai_opt.pruning.spec.scheme import Unstructured, kept_of
 
 __all__ = ["MagnitudePruner"]
+
+logger = logging.getLogger(__name__)
 
 
 class _BasePruner(_BaseModelCompressor):
@@ -43,8 +47,9 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             pruner.step()
         pruner.finalize(backend=ExportBackend.Torch)
 
-    Masks, sparsities and steps are part of the prepared model's ``state_dict`` and its metadata: training
-    that is taken up again from there goes on as if it had not been interrupted.
+    Masks and steps are part of the prepared model's ``state_dict``: training that is taken up again from
+    there goes on as if it had not been interrupted. A state in which tensors have different steps is a
+    RuntimeError of ``load_state_dict``, after loading.
 
     Args:
         model: is changed in place.
@@ -81,16 +86,21 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
     def __init__(self, model: nn.Module, config: MagnitudePrunerConfig | None = None) -> None:
         super().__init__(model, config)
 
-    def prepare(self, example_inputs: tuple[Any, ...]) -> nn.Module:
+    def prepare(
+        self, example_inputs: tuple[Any, ...], *, state_dict: Mapping[str, Any] | None = None
+    ) -> nn.Module:
         """Put masks on the weights that the model uses, at the sparsity of step 0. Returns the model.
 
         Args:
             example_inputs: positional arguments for one forward, which leaves no trace in the model.
+            state_dict: the state of a model that was prepared with the same configuration. It is loaded
+                strictly, and no mask is computed.
 
         Raises:
             RuntimeError: the model is prepared already; by a Quantizer, too, which comes after the pruner.
-            ValueError: a scheme does not fit a weight; the model stays as it was.
-            TypeError: ``example_inputs`` is no tuple.
+                Or ``state_dict`` does not fit the prepared model, or lacks masks.
+            ValueError: a scheme does not fit a weight.
+            TypeError: ``example_inputs`` is no tuple. After any error the model is as it was.
         """
         self._require_unprepared()
         if _prepared_models.is_prepared(self._model):
@@ -99,11 +109,26 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
                 "prepare the model with MagnitudePruner, then with the Quantizer or the palettizer"
             )
         built = [(target, self._build(target)) for target in self._find_targets(example_inputs)]
-        self._refresh([(simulator, target.tensor) for target, simulator in built])
-        for target, simulator in built:
-            self._insert(target, simulator)
-        self._mark_prepared(self._model)
+        if state_dict is None:
+            self._refresh([(simulator, target.tensor) for target, simulator in built])
+        check = self._model.register_load_state_dict_post_hook(_check_steps)
+        try:
+            with undone_on_failure(self._model):
+                for target, simulator in built:
+                    self._insert(target, simulator)
+                if state_dict is not None:
+                    self._load_prepared_state_dict(self._model, state_dict)
+        except BaseException:
+            check.remove()
+            raise
+        self._mark_prepared(self._model, state_dict)
         return self._model
+
+    def _mark_finalized(self, model: nn.Module) -> None:
+        hooks = model._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _check_steps]:
+            del hooks[key]
+        super()._mark_finalized(model)
 
     def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:
         return [
@@ -119,6 +144,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             target_sparsity=spec.target_sparsity, pruning_scheme=spec.pruning_scheme
         )
         simulator.tensor_fqn = target.fqn
+        simulator.to(target.tensor.device)
         simulator.schedule = getattr(target.config, "sparsity_schedule", None)
         if simulator.schedule is not None:
             simulator.update_sparsity(0)
@@ -128,34 +154,49 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         """Tell the pruner that a training step is over, backward included: masks follow their schedules.
 
         A mask is computed anew where the sparsity has changed, and stays otherwise.
-        """
-        super().step()
-        masked = list(self._masked())
-        for simulator, _ in masked:
-            if simulator.schedule is not None:
-                simulator.update_sparsity(simulator.step_count + 1)
-        self._refresh(masked)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Steps done and sparsities by tensor: for checkpoints that keep a model's tensors alone."""
-        return {
-            each.tensor_fqn: {"step_count": each.step_count, "sparsity": each.sparsity}
-            for each, _ in self._masked()
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the steps of :meth:`state_dict`, with the masks that the model holds.
-
-        Args:
-            state_dict: ``{tensor: {"step_count": ..., "sparsity": ...}}``. Without ``sparsity`` it is what
-                the schedule gives, which suits checkpoints of packages that save neither.
 
         Raises:
-            KeyError: a tensor of the model is missing.
+            RuntimeError: the model is not prepared.
+            ValueError: a schedule gives a sparsity outside [0, 1]; nothing changes.
         """
-        masked = [(each, state_dict[each.tensor_fqn]) for each, _ in self._masked()]
-        for simulator, state in masked:
-            simulator.restore_step(state["step_count"], state.get("sparsity"))
+        self._require_prepared(None, "step")
+        masked = list(self._masked())
+        steps = {simulator: simulator.steps() + 1 for simulator, _ in masked}
+        scheduled = [simulator for simulator in steps if simulator.schedule is not None]
+        sparsities = [simulator.sparsity_after(steps[simulator]) for simulator in scheduled]
+        if steps:
+            torch._foreach_add_([simulator.step_count for simulator in steps], 1)
+        for simulator in steps:
+            simulator.count_step()
+        for simulator, sparsity in zip(scheduled, sparsities, strict=True):
+            simulator.set_sparsity(sparsity)
+        self._refresh(masked)
+
+    @property
+    def _step_count(self) -> int:
+        return next((simulator.steps() for simulator, _ in self._masked()), 0)
+
+    def _set_steps(self, steps: int) -> None:
+        for simulator, _ in self._masked():
+            simulator.set_steps(steps)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from the step of :meth:`state_dict`, with the masks that the model holds.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+            ValueError: there is no step, or one that is no number of steps.
+        """
+        # Until this package's 0.1.0: {tensor: {"step_count": ..., "sparsity": ...}}.
+        counts = [
+            each["step_count"]
+            for each in state_dict.values()
+            if isinstance(each, Mapping) and "step_count" in each
+        ]
+        if counts and len(counts) == len(state_dict):
+            logger.info("load_state_dict: the steps of %d tensors became one step", len(counts))
+            state_dict = {"step_count": max(counts)}
+        super().load_state_dict(state_dict)
 
     def _masked(self) -> Iterator[tuple[PruneImplBase, Tensor]]:
         """Each simulator once, and the weight that it masks."""
@@ -232,3 +273,31 @@ def _masks_of(group: list[tuple[PruneImplBase, Tensor]]) -> Sequence[Tensor]:
         return [simulators[0].mask_for(weights[0])]
     count = sum(weight.numel() for weight in weights)
     return coreai_kernels.topk_masks(list(weights), kept_of(count, simulators[0].sparsity))
+
+
+def _check_steps(model: nn.Module, *args: Any) -> None:
+    """Bring steps of older checkpoints into today's form, and check that all tensors have the same.
+
+    Raises:
+        RuntimeError: they have not.
+    """
+    simulators = [module for module in model.modules() if isinstance(module, PruneImplBase)]
+    old = [each for each in simulators if each.lacked_step_count]
+    if old:
+        # This package's metadata counted the steps of tensors with a schedule alone.
+        steps = max(each.steps() for each in simulators)
+        for each in old:
+            each.lacked_step_count = False
+            if each.schedule is None:
+                each.set_steps(steps)
+        logger.warning(
+            "The state_dict has no step_count, as those of coreai-opt 0.3.0 and of early versions of this "
+            "package: pruning goes on from step %d (MagnitudePruner.load_state_dict({'step_count': ...}) "
+            "sets another one).",
+            steps,
+        )
+    counts = {each.steps() for each in simulators}
+    if len(counts) > 1:
+        raise RuntimeError(
+            f"all pruned tensors must have the same step_count; the loaded state has {sorted(counts)}"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .pruning_api import X, api, module, pruner, simulator
 from .pruning_masks import (
     SCHEDULES,
     channel_masks,
@@ -18,7 +19,8 @@ from .pruning_masks import (
     schedule_values,
     ties,
 )
-from .pruning_runs import CONFIGS, MODELS, entry, resume, run, sparsities
+from .pruning_runs import CONFIGS, MODELS, entry, resume, run
+from .pruning_states import STATES
 from .snapshots import Raised, freeze
 
 __all__ = ["CALLS", "answer", "call"]
@@ -39,20 +41,6 @@ def plain(found: Any) -> Any:
     return dump
 
 
-def api() -> Any:
-    import coreai_opt.pruning.config
-    import coreai_opt.pruning.spec
-
-    class Names:
-        def __getattr__(self, name: str) -> Any:
-            for module in (coreai_opt.pruning, coreai_opt.pruning.config, coreai_opt.pruning.spec):
-                if hasattr(module, name):
-                    return getattr(module, name)
-            raise AttributeError(name)
-
-    return Names()
-
-
 def make(**fields: Any) -> Any:
     return plain(api().MagnitudePrunerConfig(**fields))
 
@@ -61,10 +49,6 @@ def changed(change: Callable[[Any], Any], **fields: Any) -> Any:
     made = api().MagnitudePrunerConfig(**fields)
     change(made)
     return plain(made)
-
-
-def module(**fields: Any) -> Any:
-    return api().ModuleMagnitudePrunerConfig(**fields)
 
 
 def levels(**fields: Any) -> dict[str, Any]:
@@ -79,18 +63,6 @@ def levels(**fields: Any) -> dict[str, Any]:
         }
         for level, entries in found.items()
     }
-
-
-def simulator(sparsity: float = 0.5) -> Any:
-    return api().PruneImplBase.get_class("default")(sparsity, api().Unstructured())
-
-
-def pruner(model: nn.Module | None = None, **fields: Any) -> Any:
-    model = nn.Sequential(nn.Linear(4, 4)) if model is None else model
-    return api().MagnitudePruner(model, api().MagnitudePrunerConfig(**fields))
-
-
-X = (torch.zeros(2, 4),)
 
 
 def twice() -> None:
@@ -111,41 +83,10 @@ def finalized(backend: Any) -> Any:
     return type(made.finalize(backend=backend)).__name__
 
 
-def fresh_checkpoint() -> Any:
-    trained, fresh = simulator(), simulator()
-    trained(torch.arange(4.0))
-    fresh.load_state_dict(trained.state_dict())
-    return fresh.mask
-
-
-def step_count() -> Any:
-    """The sparsity after one more step, training being resumed after five of ten."""
-    ramp = api().PolynomialDecaySchedule(total_iters=10)
-    found = []
-    state: Any = None
-    for steps in (5, 1):
-        made = pruner(model := nn.Sequential(nn.Linear(4, 4)), global_config=module(sparsity_schedule=ramp))
-        made.prepare(X)
-        if state is not None:
-            model.load_state_dict(state)
-        for _ in range(steps):
-            made.step()
-        state = model.state_dict()
-        found.append(sparsities(model))
-    return found
-
-
 def statistics() -> Any:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     pruner(model).prepare((torch.randn(8, 4),))
     return model[1].running_mean
-
-
-def finalized_weights() -> Any:
-    made = pruner(model := nn.Sequential(nn.Linear(4, 4)))
-    made.prepare(X)
-    made.finalize(backend="torch")
-    return sorted(model.state_dict())
 
 
 CALLS: dict[str, Callable[[], Any]] = {
@@ -285,10 +226,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     ),
     "model None": lambda: api().MagnitudePruner(None),
     "config dict": lambda: api().MagnitudePruner(nn.Linear(2, 2), {}),
-    "fresh checkpoint": lambda: fresh_checkpoint(),
-    "step count": lambda: step_count(),
     "statistics": lambda: statistics(),
-    "finalized weights": lambda: finalized_weights(),
     "finalize for Core ML": lambda: finalized("coreml"),
     "supported modules": lambda: len(api().MagnitudePruner.supported_modules()) > 0,
     # The simulator and the pruner.
@@ -312,6 +250,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "finalize for None": lambda: finalized(None),
     "calibrate": lambda: pruner().calibration_mode(),
     "training mode": lambda: pruner().training_mode(),
+    **STATES,
 }
 
 

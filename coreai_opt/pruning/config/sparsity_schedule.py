@@ -1,9 +1,13 @@
 """How much is pruned at which training step. Schedules are functions of the step, and keep no state."""
 
 import bisect
+import functools
+import inspect
 import math
+import warnings
 from abc import abstractmethod
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -23,16 +27,49 @@ class SparsityScheduleBase(RegisteredConfig):
     """Base of the schedules. Registered under a key, a schedule can be named as ``{"type": key, ...}``."""
 
     @abstractmethod
-    def compute_sparsity(
-        self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
-    ) -> float:
+    def compute_sparsity(self, step_count: int, target_sparsity: float) -> float:
         """The sparsity at a step.
 
         Args:
             step_count: steps done.
             target_sparsity: the sparsity to reach.
-            prev_sparsity: the sparsity before, which stays between two updates.
         """
+
+    def _sparsity_after(self, step_count: int, target_sparsity: float, previous: float | None) -> float:
+        """What :meth:`compute_sparsity` gives at a step, in whichever form a subclass has defined it.
+
+        Args:
+            step_count: steps done.
+            target_sparsity: the sparsity to reach.
+            previous: the sparsity before, which definitions in the form of 0.3.0 take as a third argument.
+                None to find it, from the first step on.
+        """
+        third = _third_argument(type(self).compute_sparsity)
+        if third is None:
+            return self.compute_sparsity(step_count, target_sparsity)
+        warnings.warn(
+            f"{type(self).__name__}.compute_sparsity takes the sparsity before as a third argument, "
+            f"{third!r}. That form is deprecated: define compute_sparsity(self, step_count, target_sparsity)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        compute: Any = self.compute_sparsity
+        if previous is not None:
+            return float(compute(step_count, target_sparsity, previous))
+        sparsity = target_sparsity
+        for step in range(step_count + 1):
+            sparsity = float(compute(step, target_sparsity, sparsity))
+        return sparsity
+
+
+@functools.cache
+def _third_argument(compute_sparsity: Callable[..., float]) -> str | None:
+    """The name of a third argument that a definition requires besides ``self``; None if it requires none."""
+    parameters = list(inspect.signature(compute_sparsity).parameters.values())
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if len(parameters) != 4 or parameters[3].kind not in positional:
+        return None
+    return parameters[3].name if parameters[3].default is inspect.Parameter.empty else None
 
 
 @SparsityScheduleBase.register("constant")
@@ -41,9 +78,7 @@ class ConstantSparsitySchedule(SparsityScheduleBase):
 
     begin_step: int = Field(default=0, ge=0)
 
-    def compute_sparsity(
-        self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
-    ) -> float:
+    def compute_sparsity(self, step_count: int, target_sparsity: float) -> float:
         """See the base."""
         return target_sparsity if step_count >= self.begin_step else 0.0
 
@@ -53,7 +88,7 @@ class _Ramp(SparsityScheduleBase):
 
     Both ends count: the last step is ``begin_step + total_iters - 1``. With an ``update_frequency`` of f, the
     sparsity changes at every f-th step only, and reaches the target at the last of those. In between it is
-    the one before.
+    that of the last such step.
     """
 
     begin_step: int = Field(default=0, ge=0)
@@ -65,28 +100,15 @@ class _Ramp(SparsityScheduleBase):
         """The sparsity at ``progress``, which goes from 0 to 1."""
         raise NotImplementedError
 
-    def compute_sparsity(
-        self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
-    ) -> float:
-        """See the base.
-
-        Raises:
-            ValueError: the step is between two updates, and ``prev_sparsity`` is not given.
-        """
+    def compute_sparsity(self, step_count: int, target_sparsity: float) -> float:
+        """See the base."""
         elapsed = step_count - self.begin_step
         if elapsed < 0:
             return self.initial_sparsity
         if elapsed >= self.total_iters:
             return target_sparsity
-        if elapsed % self.update_frequency:
-            if prev_sparsity is None:
-                raise ValueError(
-                    f"step {step_count} is between two updates (update_frequency={self.update_frequency}): "
-                    f"prev_sparsity must be given"
-                )
-            return prev_sparsity
-        last_update = (self.total_iters - 1) // self.update_frequency * self.update_frequency
-        return self._interpolate(elapsed / max(1, last_update), target_sparsity)
+        updates, last = elapsed // self.update_frequency, (self.total_iters - 1) // self.update_frequency
+        return self._interpolate(updates / max(1, last), target_sparsity)
 
 
 @SparsityScheduleBase.register("polynomial_decay")
@@ -156,9 +178,7 @@ class MultiStepSparsitySchedule(SparsityScheduleBase):
             raise ValueError(f"fractions must be in [0, 1], got {self.fractions}")
         return self
 
-    def compute_sparsity(
-        self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
-    ) -> float:
+    def compute_sparsity(self, step_count: int, target_sparsity: float) -> float:
         """See the base."""
         passed = bisect.bisect_right(self.milestones, step_count)
         return self.fractions[passed - 1] * target_sparsity if passed else self.initial_sparsity

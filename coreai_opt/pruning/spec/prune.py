@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +18,20 @@ if TYPE_CHECKING:
 
 __all__ = ["PruneImplBase"]
 
-# Key in the metadata that torch keeps beside a state_dict: tensors there are only those of the API.
-_METADATA = "pruning"
+# Key in a state_dict's metadata under which earlier versions of this package kept the step.
+_OLD_METADATA = "pruning"
 
 
 class PruneImplBase(CompressionSimulatorBase):
     """Base of the simulators of pruning. A subclass defines :meth:`compute_mask`.
 
     The mask is computed at the first forward, and again where the sparsity has changed since; in between it
-    stays, whatever the weight does.
+    stays, whatever the weight does. A mask that is loaded counts as computed, and the sparsity is the one
+    that the schedule has for the loaded step.
 
-    The buffer ``mask``, of the weight's shape and dtype, is 1 for what stays and 0 for what is pruned; before
-    the first forward it has shape (0,). Step and sparsity are kept in the metadata of the ``state_dict``,
-    which ``torch.save`` writes too.
+    The buffer ``mask``, of the weight's shape, is 1 for what stays and 0 for what is pruned; before the first
+    forward it has shape (0,). It follows the weight's device and dtype. The buffer ``step_count``, int64 of
+    shape (), counts the steps of :meth:`.MagnitudePruner.step`.
 
     Args:
         target_sparsity: fraction to prune, in [0, 1]; with a schedule, at its end.
@@ -43,6 +43,7 @@ class PruneImplBase(CompressionSimulatorBase):
     """
 
     mask: Tensor
+    step_count: Tensor
     schedule: SparsityScheduleBase | None = None
 
     def __init__(self, target_sparsity: float, pruning_scheme: PruningScheme, **kwargs: Any) -> None:
@@ -51,9 +52,14 @@ class PruneImplBase(CompressionSimulatorBase):
         self._sparsity = self._target_sparsity
         self._pruning_scheme = pruning_scheme
         self.schedule = None
-        self._step_count = 0
         self._stale = True
         self.register_buffer("mask", torch.empty(0))
+        self.register_buffer("step_count", torch.zeros((), dtype=torch.int64))
+        # What the host knows of step_count: the tensor, its version, and its value.
+        self._known_steps: tuple[Tensor, int, int]
+        self._know_steps(0)
+        # Whether the last state that was loaded had no step_count.
+        self.lacked_step_count = False
 
     @classmethod
     def with_args(cls, **kwargs: Any) -> PartialConstructor[PruneImplBase]:
@@ -95,13 +101,31 @@ class PruneImplBase(CompressionSimulatorBase):
         """Whether the next forward computes the mask."""
         return self._stale
 
-    @property
-    def step_count(self) -> int:
-        """The step of the last :meth:`update_sparsity`, 0 before."""
-        return self._step_count
+    def steps(self) -> int:
+        """The value of ``step_count``. The host waits for it only where others have written it."""
+        count, known = self.step_count, self._known_steps
+        if count is not known[0] or _version_of(count) != known[1]:
+            self._know_steps(int(count))
+        return self._known_steps[2]
+
+    def set_steps(self, steps: int) -> None:
+        """Set ``step_count`` and the sparsity of that step, and take the mask that is there for its own.
+
+        Raises:
+            ValueError: the schedule gives a sparsity outside [0, 1]; nothing changes.
+        """
+        self._sparsity = self._sparsity_at(steps, None)
+        with torch.no_grad():
+            self.step_count.fill_(steps)
+        self._know_steps(steps)
+        self._stale = self.mask.numel() == 0
+
+    def count_step(self) -> None:
+        """Note that ``step_count`` has been raised by one."""
+        self._know_steps(self._known_steps[2] + 1)
 
     def update_sparsity(self, step_count: int) -> None:
-        """Set the sparsity that the schedule has for a step.
+        """Set the sparsity that the schedule has for a step. The buffer ``step_count`` stays.
 
         Raises:
             RuntimeError: there is no schedule.
@@ -111,32 +135,40 @@ class PruneImplBase(CompressionSimulatorBase):
             raise RuntimeError(
                 f"Tensor {self.tensor_fqn!r} has no sparsity schedule: set the attribute 'schedule' first"
             )
-        sparsity = _checked_sparsity(
-            self.schedule.compute_sparsity(step_count, self._target_sparsity, self._sparsity),
-            f"the sparsity of {type(self.schedule).__name__} at step {step_count}",
-        )
-        self._step_count = step_count
+        self.set_sparsity(self._sparsity_at(step_count, self._sparsity))
+
+    def sparsity_after(self, steps: int) -> float:
+        """The sparsity that the schedule has for a step that follows the present one; nothing changes.
+
+        Raises:
+            ValueError: it is outside [0, 1].
+        """
+        return self._sparsity_at(steps, self._sparsity)
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Set the fraction that the mask prunes; if it is another one, the mask is computed anew."""
         self._stale |= sparsity != self._sparsity
         self._sparsity = sparsity
 
-    def restore_step(self, step_count: int, sparsity: float | None = None) -> None:
-        """Set step and sparsity, and take the mask that is there for theirs.
+    def _sparsity_at(self, steps: int, previous: float | None) -> float:
+        if self.schedule is None:
+            return self._target_sparsity
+        return _checked_sparsity(
+            self.schedule._sparsity_after(steps, self._target_sparsity, previous),
+            f"the sparsity of {type(self.schedule).__name__} at step {steps}",
+        )
 
-        Args:
-            step_count: steps done.
-            sparsity: the sparsity then. None to find it by the schedule, from the first step on.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What ``to`` and the like call: the buffers move, and the host keeps what it knows."""
+        count, version, steps = self._known_steps
+        is_known = self.step_count is count and _version_of(count) == version
+        result = super()._apply(fn, recurse)
+        if is_known:
+            self._know_steps(steps)
+        return result
 
-        Raises:
-            ValueError: ``sparsity`` is outside [0, 1].
-        """
-        if sparsity is not None:
-            self._sparsity = _checked_sparsity(sparsity, "sparsity")
-        elif self.schedule is not None:
-            self._sparsity = self._target_sparsity
-            for step in range(step_count + 1):
-                self.update_sparsity(step)
-        self._step_count = step_count
-        self._stale = self.mask.numel() == 0
+    def _know_steps(self, steps: int) -> None:
+        self._known_steps = (self.step_count, _version_of(self.step_count), steps)
 
     def forward(self, weight: Tensor) -> Tensor:
         """``weight`` with the pruned elements zero; the gradient of those is zero, too.
@@ -149,6 +181,8 @@ class PruneImplBase(CompressionSimulatorBase):
         """
         if self._stale:
             self.set_mask(self.mask_for(weight))
+        elif self.mask.dtype != weight.dtype or self.mask.device != weight.device:
+            self.mask = self.mask.to(device=weight.device, dtype=weight.dtype)
         if self.mask.shape != weight.shape:
             raise RuntimeError(
                 f"Tensor {self.tensor_fqn!r}: the mask has shape {tuple(self.mask.shape)}, "
@@ -185,39 +219,22 @@ class PruneImplBase(CompressionSimulatorBase):
         """What ``print`` shows."""
         return f"sparsity={self._sparsity:g}, target={self._target_sparsity:g}, {self._pruning_scheme!r}"
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:
-            metadata[_METADATA] = {
-                "step_count": self._step_count,
-                "sparsity": self._sparsity,
-                "stale": self._stale,
-            }
-
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         mask = state_dict.get(f"{prefix}mask")
         if mask is not None and self.mask.numel() == 0:
             self.mask = torch.empty_like(mask, device=self.mask.device)
+        self.lacked_step_count = mask is not None and f"{prefix}step_count" not in state_dict
+        if self.lacked_step_count:
+            # Saved by 0.3.0, which kept no step, or by this package when it kept the step in the metadata.
+            steps = local_metadata.get(_OLD_METADATA, {}).get("step_count", self.steps())
+            state_dict[f"{prefix}step_count"] = torch.tensor(steps)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if mask is None:
-            return
-        kept = local_metadata.get(_METADATA)
-        if kept is None:
-            self._stale = mask.numel() == 0
-            if self.schedule is not None:
-                warnings.warn(
-                    f"Tensor {self.tensor_fqn!r}: the state_dict has a mask, but no step of the schedule, "
-                    f"which stays at {self._step_count}. MagnitudePruner.load_state_dict sets it.",
-                    UserWarning,
-                    stacklevel=2,
-                )
-            return
-        self._step_count = kept["step_count"]
-        self._sparsity = kept["sparsity"]
-        self._stale = kept["stale"]
+        if mask is not None:
+            self._know_steps(int(self.step_count))
+            self._sparsity = self._sparsity_at(self.steps(), None)
+            self._stale = self.mask.numel() == 0
 
 
 @PruneImplBase.register("default")
@@ -235,6 +252,11 @@ class _MagnitudePruneImpl(PruneImplBase):
         if not isinstance(pruning_scheme, PruningScheme):
             raise TypeError(f"pruning_scheme must be a PruningScheme, got {pruning_scheme!r}")
         return pruning_scheme.magnitude_mask(weight, _checked_sparsity(sparsity, "sparsity"))
+
+
+def _version_of(tensor: Tensor) -> int:
+    # Tensors of inference mode count no versions; nobody may write to them outside of it.
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _checked_sparsity(sparsity: float, what: str) -> float:

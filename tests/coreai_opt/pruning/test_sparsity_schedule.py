@@ -4,12 +4,17 @@ import itertools
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
+from torch import nn
 
+from coreai_opt.pruning import MagnitudePruner
 from coreai_opt.pruning.config import (
     ConstantSparsitySchedule,
     CosineSparsitySchedule,
     ExponentialSparsitySchedule,
+    MagnitudePrunerConfig,
+    ModuleMagnitudePrunerConfig,
     MultiStepSparsitySchedule,
     PolynomialDecaySchedule,
     SparsityScheduleBase,
@@ -19,12 +24,8 @@ RAMPS = [PolynomialDecaySchedule, ExponentialSparsitySchedule, CosineSparsitySch
 
 
 def values(schedule, target, steps):
-    """The sparsity at each step, each update knowing the one before."""
-    found, previous = [], None
-    for step in range(steps):
-        previous = schedule.compute_sparsity(step, target, previous)
-        found.append(previous)
-    return found
+    """The sparsity at each step."""
+    return [schedule.compute_sparsity(step, target) for step in range(steps)]
 
 
 def test_registry():
@@ -48,6 +49,13 @@ def test_registry():
 )
 def test_a_dump_gives_the_same_schedule(schedule):
     assert SparsityScheduleBase.maybe_build_from_dict(schedule.model_dump()) == schedule
+    assert type(schedule).model_validate(schedule.model_dump()) == schedule
+    assert type(schedule).model_validate_json(schedule.model_dump_json()) == schedule
+
+
+def test_a_dump_of_another_schedule_is_refused():
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        PolynomialDecaySchedule.model_validate(CosineSparsitySchedule(total_iters=3).model_dump())
 
 
 def test_constant():
@@ -107,11 +115,56 @@ def test_ramps_go_one_way_from_end_to_end(ramp, begin, initial, total, frequency
         assert found[begin + last] == pytest.approx(0.6, abs=1e-12)
 
 
-def test_between_updates_the_last_sparsity_is_needed():
-    schedule = PolynomialDecaySchedule(total_iters=9, update_frequency=4)
-    assert schedule.compute_sparsity(3, 0.5, 0.123) == 0.123
-    with pytest.raises(ValueError, match=r"step 3 is between two updates.*prev_sparsity"):
-        schedule.compute_sparsity(3, 0.5)
+def test_between_updates_the_sparsity_is_that_of_the_last_update():
+    schedule = PolynomialDecaySchedule(begin_step=2, total_iters=9, update_frequency=4, initial_sparsity=0.1)
+    found = [round(each, 6) for each in values(schedule, 0.8, 14)]
+    assert found == [0.1] * 6 + [0.7125] * 4 + [0.8] * 4
+    with pytest.raises(TypeError, match="positional arguments"):
+        schedule.compute_sparsity(3, 0.8, 0.1)
+
+
+class Steepening(SparsityScheduleBase):
+    """A schedule in the form of 0.3.0, which grows by a tenth of what is left at each step."""
+
+    def compute_sparsity(self, step_count, target_sparsity, prev_sparsity):
+        return 0.0 if step_count == 0 else prev_sparsity + (target_sparsity - prev_sparsity) / 10
+
+
+class WithDefault(SparsityScheduleBase):
+    def compute_sparsity(self, step_count, target_sparsity, prev_sparsity=None):
+        return 0.25 if prev_sparsity is None else 1.0
+
+
+def prepared(schedule):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16))
+    config = ModuleMagnitudePrunerConfig(sparsity_schedule=schedule)
+    pruner = MagnitudePruner(model, MagnitudePrunerConfig(global_config=config))
+    pruner.prepare((torch.zeros(1, 16),))
+    return model, pruner
+
+
+def test_schedules_with_three_arguments_work_and_warn():
+    with pytest.warns(DeprecationWarning, match=r"Steepening\.compute_sparsity takes.*'prev_sparsity'"):
+        model, pruner = prepared(Steepening())
+    expected = 0.0
+    for _ in range(3):
+        expected += (0.5 - expected) / 10
+        with pytest.warns(DeprecationWarning, match="Steepening"):
+            pruner.step()
+        assert model[0].parametrizations.weight[0].sparsity == expected
+    with pytest.warns(DeprecationWarning, match="Steepening"):
+        resumed, _ = prepared(Steepening())
+    with pytest.warns(DeprecationWarning, match="Steepening"):
+        resumed.load_state_dict(model.state_dict())
+    assert resumed[0].parametrizations.weight[0].sparsity == expected
+
+
+def test_a_third_argument_with_a_default_is_left_out(recwarn):
+    model, pruner = prepared(WithDefault())
+    pruner.step()
+    assert model[0].parametrizations.weight[0].sparsity == 0.25
+    assert not [each for each in recwarn if each.category is DeprecationWarning]
 
 
 @pytest.mark.parametrize(
