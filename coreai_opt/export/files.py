@@ -1,0 +1,125 @@
+"""What writers of all kinds of files get and give, and files that are there whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+__all__ = ["Job", "SavedModel", "flat_outputs", "relative_difference", "size_of", "written"]
+
+
+@dataclass
+class Job:
+    """A finalized model that is to be written.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        args: the positional arguments of an example forward.
+        input_names: names of the tensors among the arguments, in their order.
+        output_names: names of the tensors that the forward returns.
+        dynamic_shapes: for :func:`torch.export.export`.
+        half: store float32 as float16.
+        options: of one kind of file.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    input_names: list[str]
+    output_names: list[str]
+    dynamic_shapes: Any
+    half: bool
+    options: dict[str, Any]
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [each for each in pytree.tree_leaves(self.args) if isinstance(each, Tensor)]
+
+    def require_tensors(self) -> None:
+        """ValueError unless all arguments are tensors."""
+        for each in self.args:
+            if not isinstance(each, Tensor):
+                raise ValueError(
+                    f"example_inputs: inputs of this kind of file are tensors; got {type(each).__name__}. "
+                    f"Wrap the model in a module whose forward takes tensors alone"
+                )
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What :func:`coreai_opt.export.save` has written.
+
+    Attributes:
+        path: where it is.
+        size: bytes.
+        difference: of its outputs from those of the compressed model, relative to these, both as the root of
+            the sum of squares; None if it was not run.
+        checked: how it was checked, or why it was not.
+    """
+
+    path: Path
+    size: int
+    difference: float | None
+    checked: str
+
+
+def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Root of the sum of squared differences, divided by that of the expected values.
+
+    Raises:
+        ValueError: there are other numbers of tensors, or other shapes.
+    """
+    shapes = [[tuple(each.shape) for each in tensors] for tensors in (found, expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the written model returns shapes {shapes[0]}, the compressed model {shapes[1]}")
+    pairs = list(zip(found, expected, strict=True))
+    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    return (error / size) ** 0.5 if size else error**0.5
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    return path.stat().st_size
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A path of the same suffix beside ``path``, which takes its place at the end of the block.
+
+    If the block raises, nothing is left of it, and what was at ``path`` stays. A name with dots in front of
+    it, in the same folder, so that renaming is one step.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        temporary = folder / path.name
+        yield temporary
+        replaced = folder / f"replaced{path.suffix}"
+        if path.exists() and (path.is_dir() or temporary.is_dir()):  # only a file is replaced in one step
+            os.replace(path, replaced)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, path)
+            raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def flat_outputs(result: Any) -> list[Tensor]:
+    """The tensors in what a forward returns."""
+    return [each for each in pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]

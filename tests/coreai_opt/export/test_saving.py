@@ -1,0 +1,275 @@
+"""coreai_opt.export.save: from a compressed model to a file that was run."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from coreai_opt.export import SavedModel, save
+from coreai_opt.export.files import relative_difference
+from coreai_opt.quantization.spec import DynamicQParamsCalculator, PerBlockGranularity, PerChannelGranularity
+from tests.coreai_opt.export.models import cnn, example, mlp, output, palettizer, pruner, quantizer
+
+CHANNELS = PerChannelGranularity(axis=0)
+BLOCKS_8 = PerBlockGranularity(axis=1, block_size=8)
+NEEDED = {".aimodel": "coreai_torch", ".mlpackage": "coremltools", ".onnx": "onnxscript", ".pt2": "torch"}
+SUFFIXES = list(NEEDED)
+
+
+@pytest.fixture
+def suffix(request):
+    pytest.importorskip(NEEDED[request.param], reason=f"needs the extra for {request.param}")
+    return request.param
+
+
+MODELS = {
+    "plain": (mlp, lambda model: None),
+    "int8 weights": (mlp, lambda model: quantizer(model, {"granularity": CHANNELS})),
+    "int8 activations": (mlp, lambda model: quantizer(model, {"granularity": CHANNELS}, {})),
+    "int4 in blocks": (cnn, lambda model: quantizer(model, {"dtype": "int4", "granularity": BLOCKS_8})),
+    "clipping": (mlp, lambda model: quantizer(model, None, {"qscheme": "symmetric_with_clipping"})),
+    "palettes": (mlp, lambda model: palettizer(model, n_bits=4)),
+    "pruned": (mlp, lambda model: pruner(model)),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES, indirect=True)
+@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.filterwarnings("ignore:.*takes them for pruned ones")
+def test_models(case, suffix, tmp_path):
+    make, prepare = MODELS[case]
+    model = make()
+    prepare(model)
+    before, keys = output(model), list(model.state_dict())
+    path = tmp_path / f"model{suffix}"
+    saved = save(model, path, example(model), progress=False)
+    assert isinstance(saved, SavedModel)
+    assert saved.path == path
+    assert saved.size > 1000
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+    if suffix == ".mlpackage":
+        assert saved.difference is None or saved.difference < 1e-3
+    else:
+        assert saved.difference <= 1e-6
+    assert list(model.state_dict()) == keys
+    assert torch.equal(output(model), before)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES, indirect=True)
+def test_in_graph_mode(suffix, tmp_path):
+    model = mlp()
+    inputs = example(model)
+    graph = quantizer(model, {"granularity": CHANNELS}, {}, mode="graph")._model.eval()
+    saved = save(graph, tmp_path / f"model{suffix}", inputs, progress=False)
+    assert saved.difference is None or saved.difference <= 1e-6
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".mlpackage", ".onnx"], indirect=True)
+def test_compressed_files_are_smaller(suffix, tmp_path):
+    torch.manual_seed(0)
+
+    def size(prepare):
+        model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 64)).eval()
+        prepare(model)
+        return save(model, tmp_path / f"model{suffix}", example(model), progress=False).size
+
+    plain = size(lambda model: None)
+    assert size(lambda model: quantizer(model, {"granularity": CHANNELS})) < 0.35 * plain
+    assert size(lambda model: quantizer(model, {"dtype": "int4", "granularity": CHANNELS})) < 0.25 * plain
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".mlpackage"], indirect=True)
+def test_half(suffix, tmp_path):
+    model = mlp()
+    path = tmp_path / f"model{suffix}"
+    plain = save(model, path, example(model), progress=False)
+    half = save(model, path, example(model), half=True, progress=False)
+    assert half.size < plain.size
+    assert half.difference is None or 0 < half.difference < 5e-3
+
+
+class Convolution(nn.Module):
+    """Has "lut" in the name of a layer, and two inputs and outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = nn.Linear(64, 32)
+
+    def forward(self, image, scale):
+        y = self.convolution(image) * scale
+        return y, {"sum": y.sum(-1)}
+
+
+def test_names_that_confuse_the_converter(tmp_path):
+    pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    from coreai_opt.palettization import KMeansPalettizer
+
+    model = Convolution().eval()
+    inputs = (torch.randn(4, 64), torch.randn(4, 32))
+    KMeansPalettizer(model).prepare(inputs)
+    saved = save(model, tmp_path / "model.aimodel", inputs, progress=False)
+    assert saved.difference <= 1e-6
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".onnx", ".mlpackage"], indirect=True)
+def test_names_of_inputs_and_outputs(suffix, tmp_path):
+    inputs = (torch.randn(4, 64), torch.randn(4, 32))
+
+    class First(Convolution):
+        def forward(self, image, scale):
+            return super().forward(image, scale)[0]
+
+    path = tmp_path / f"model{suffix}"
+    save(First().eval(), path, inputs, output_names=["y"], progress=False)
+    if suffix == ".onnx":
+        import onnx
+
+        graph = onnx.load(path).graph
+        assert [each.name for each in graph.input] == ["image", "scale"]
+        assert [each.name for each in graph.output] == ["y"]
+    elif suffix == ".mlpackage":
+        import coremltools
+
+        spec = coremltools.models.MLModel(str(path), skip_model_load=True).get_spec()
+        assert [each.name for each in spec.description.input] == ["image", "scale"]
+        assert [each.name for each in spec.description.output] == ["y"]
+    with pytest.raises(ValueError, match="input_names must hold 2 different names"):
+        save(First(), path, inputs, input_names=["a"], progress=False)
+
+
+def test_onnx_holds_integers(tmp_path):
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    import onnx
+
+    model = mlp()
+    quantizer(model, {"dtype": "int4", "granularity": CHANNELS}, {})
+    save(model, tmp_path / "model.onnx", example(model), progress=False)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    types = {onnx.TensorProto.DataType.Name(each.data_type): list(each.dims) for each in graph.initializer}
+    assert "INT4" in types
+    operators = [node.op_type for node in graph.node]
+    assert (operators.count("QuantizeLinear"), operators.count("DequantizeLinear")) == (4, 6)
+    assert not any(node.metadata_props for node in graph.node)
+
+
+BAD = {
+    "no module": (lambda: (3, "m.pt2", ()), TypeError, "model must be"),
+    "no tuple": (lambda: (mlp(), "m.pt2", torch.zeros(4, 64)), TypeError, "example_inputs must be a tuple"),
+    "suffix": (lambda: (mlp(), "m.bin", (torch.zeros(4, 64),)), ValueError, "path must end in .aimodel"),
+    "no folder": (lambda: (mlp(), "none/m.pt2", (torch.zeros(4, 64),)), FileNotFoundError, "no folder"),
+    "wrong inputs": (lambda: (mlp(), "m.pt2", (torch.zeros(4, 63),)), ValueError, "example_inputs"),
+    "too few inputs": (lambda: (mlp(), "m.pt2", ()), ValueError, "example_inputs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case, tmp_path):
+    arguments, error, message = BAD[case]
+    model, name, inputs = arguments()
+    with pytest.raises(error, match=message):
+        save(model, tmp_path / name, inputs, progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        save(mlp(), tmp_path / "m.pt2", (torch.zeros(4, 64),), progress=False)
+
+
+REFUSED = {
+    "arguments that are no tensors": (
+        ".aimodel", lambda model: setattr(model, "forward", lambda x, n: x), {"inputs": (torch.zeros(2), 3)},
+        ValueError, "example_inputs: inputs of this kind of file are tensors; got int",
+    ),
+    "options": (".pt2", lambda model: None, {"opset": 3}, ValueError, "no options"),
+    "options of Core AI": (".aimodel", lambda model: None, {"opset": 3}, ValueError, "no options"),
+    "opset": (
+        ".onnx", lambda model: quantizer(model, {"dtype": "int4"}), {"opset": 20}, ValueError, "opset",
+    ),
+    "minimum": (
+        ".onnx", lambda model: quantizer(model, {"qformulation": "minval"}), {}, ValueError, "minval",
+    ),
+    "dynamic": (
+        ".onnx", lambda model: quantizer(model, None, {"qparam_calculator_cls": DynamicQParamsCalculator}),
+        {}, NotImplementedError, "dynamically",
+    ),
+    "float4": (
+        ".onnx",
+        lambda model: quantizer(
+            model, {"dtype": "float4_e2m1fn", "granularity": PerBlockGranularity(axis=1, block_size=32)}
+        ),
+        {}, ValueError, "float4",
+    ),
+    "no such system": (
+        ".mlpackage", lambda model: None, {"minimum_deployment_target": "iOS3"}, ValueError, "must be one of",
+    ),
+    "4 bits on an older system": (
+        ".mlpackage", lambda model: quantizer(model, {"dtype": "int4"}),
+        {"minimum_deployment_target": "iOS17"}, ValueError, "4-bit integers, which needs iOS18",
+    ),
+    "activations on an older system": (
+        ".mlpackage", lambda model: quantizer(model, None, {}), {"minimum_deployment_target": "iOS16"},
+        ValueError, "quantized activation, which needs iOS17",
+    ),
+    "what would be stored as plain weights": (
+        ".mlpackage", lambda model: palettizer(model, n_bits=4), {"minimum_deployment_target": "iOS15"},
+        ValueError, "compressed weight, which needs iOS16",
+    ),
+    "finalized for Core AI": (
+        ".mlpackage", lambda model: palettizer(model, n_bits=4).finalize(), {}, ValueError, "for Core AI",
+    ),
+    "another result": (".pt2", lambda model: None, {"tolerance": -1.0}, ValueError, "something else"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_written_leaves_the_old_file(case, tmp_path):
+    suffix, prepare, options, error, message = REFUSED[case]
+    pytest.importorskip(NEEDED[suffix], reason=f"needs the extra for {suffix}")
+    pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    model = mlp()
+    prepare(model)
+    path = tmp_path / f"model{suffix}"
+    path.write_text("old")
+    with pytest.raises(error, match=message):
+        save(model, path, options.pop("inputs", example(model)), progress=False, **options)
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_small_values_of_pruned_weights_are_told(tmp_path):
+    pytest.importorskip("coremltools", reason="needs the extra coreml")
+    model = mlp()
+    pruner(model, sparsity=0.0)
+    with pytest.warns(UserWarning, match="stores zeros"):
+        save(model, tmp_path / "model.mlpackage", example(model), progress=False)
+
+
+def test_a_folder_takes_the_place_of_a_file_and_of_a_folder(tmp_path):
+    pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    model, path = mlp(), tmp_path / "model.aimodel"
+    path.write_text("old")
+    for _ in range(2):
+        save(model, path, example(model), progress=False)
+        assert path.is_dir()
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_is_finalized_for_core_ai_can_be_saved(tmp_path):
+    pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    model = mlp()
+    palettizer(model, n_bits=4).finalize()
+    assert save(model, tmp_path / "model.aimodel", example(model), progress=False).difference <= 1e-6
+
+
+def test_differences():
+    a = [torch.tensor([3.0, 4.0])]
+    assert relative_difference(a, a) == 0
+    assert relative_difference([torch.tensor([3.0, 4.5])], a) == pytest.approx(0.1)
+    assert relative_difference([torch.zeros(2)], [torch.zeros(2)]) == 0
+    with pytest.raises(ValueError, match="shapes"):
+        relative_difference([torch.zeros(3)], a)
