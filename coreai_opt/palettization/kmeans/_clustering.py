@@ -30,7 +30,7 @@ def channel_scale(weight: Tensor) -> Tensor:
 def cluster(
     simulator: "_KMeansFakePalettize", weight: Tensor, blocks: Blocks, scale: Tensor | None
 ) -> Clusters:
-    """Cluster a weight as the simulator's specification says.
+    """Cluster a weight, masked already, as the simulator's specification says.
 
     Raises:
         TypeError: the weight is not floating point.
@@ -48,11 +48,10 @@ def cluster(
                 f"{name} has shape {tuple(weight.shape)}, but its sensitivities have {tuple(weights.shape)}"
             )
         weights = weights.to(weight.device, torch.float32)
-    masked = simulator.masked(weight)
     if scale is not None:
-        masked = masked / scale.reshape(-1, *[1] * (weight.dim() - 1))
+        weight = weight / scale.reshape(-1, *[1] * (weight.dim() - 1))
     try:
-        return _clusters(simulator, masked, blocks, weights)
+        return _clusters(simulator, weight, blocks, weights)
     except ValueError as error:
         raise ValueError(f"{name} cannot be clustered: {error}") from error
 

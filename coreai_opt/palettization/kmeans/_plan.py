@@ -64,7 +64,9 @@ def _check(simulator: _KMeansFakePalettize, weight: Tensor) -> None:
         RuntimeError: it is pruned, and the values that are kept cannot be stored as vectors.
     """
     try:
-        simulator.detect_sparsity(weight)
+        # What is stored of a pruned weight need not divide its channels.
+        if simulator.cluster_dim > 1:
+            simulator.detect_sparsity(weight)
     except ValueError as error:
         raise RuntimeError(str(error)) from error
     simulator.blocks(weight)

@@ -1,19 +1,23 @@
 """k-means of blocks: of whole ones, and of the values that pruning has left in them."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import coreai_kernels
 from coreai_opt.palettization.config import VectorKMeansConfig
+from coreai_opt.palettization.kmeans._sparsity import counts_of
 
 if TYPE_CHECKING:
     from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["Clusters", "Settings", "cluster_kept", "padded"]
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Clusters(NamedTuple):
@@ -57,7 +61,7 @@ class Settings(NamedTuple):
         if self.cluster_dim > 1:
             centroids = self._vectors(weight, count, block_size, weights)
         else:
-            weight = self._as_searched(weight)
+            weight = self.searched(weight)
             centroids = coreai_kernels.kmeans_1d(
                 weight, count, block_size=block_size, weights=weights, decimals=self.decimals
             )
@@ -65,14 +69,11 @@ class Settings(NamedTuple):
         centroids = padded(centroids, self.entries)
         return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
 
-    def scalars(self, values: Tensor, entries: int, weights: Tensor | None) -> Tensor:
-        """The palette of some scalars, ``(1, entries, 1)``."""
+    def scalars(self, values: Tensor, weights: Tensor | None, entries: int) -> Tensor:
+        """Palettes of scalars ``(blocks, n)``, those of no weight left out: ``(blocks, entries, 1)``."""
+        count = values.shape[1]
         centroids = coreai_kernels.kmeans_1d(
-            self._as_searched(values),
-            min(entries, values.numel()),
-            block_size=(values.numel(),),
-            weights=weights,
-            decimals=self.decimals,
+            values, min(entries, count), block_size=(1, count), weights=weights, decimals=self.decimals
         )
         return padded(centroids, entries)
 
@@ -80,9 +81,10 @@ class Settings(NamedTuple):
         """The values that are assigned: each belongs to the cluster that it was rounded into."""
         if self.decimals is None:
             return weight
-        return torch.round(self._as_searched(weight).to(torch.float32), decimals=self.decimals)
+        return weight.to(torch.float32).round_(decimals=self.decimals)
 
-    def _as_searched(self, weight: Tensor) -> Tensor:
+    def searched(self, weight: Tensor) -> Tensor:
+        """The values that are clustered."""
         return weight if self.decimals is None else weight.to(torch.float16)
 
     def _vectors(
@@ -120,25 +122,51 @@ def cluster_kept(
         mass: weights of the squared errors, ``(blocks, n, 1)``; None for equal ones.
         reserving: blocks whose entry 0 is the value zero, bool ``(blocks,)``; None for none of them.
     """
-    first = torch.zeros(len(values), dtype=torch.int64) if reserving is None else reserving.long().cpu()
-
-    def palette(block: int) -> Tensor:
-        inside = kept[block]
-        if not bool(inside.any()):
-            return values.new_zeros((1, settings.entries, 1), dtype=torch.float32)
-        weights = None if mass is None else mass[block, :, 0][inside]
-        return settings.scalars(values[block][inside], settings.entries - int(first[block]), weights)
-
-    # The operator shares out blocks among threads, but here blocks differ in their numbers of values.
-    with ThreadPoolExecutor(min(len(values), torch.get_num_threads())) as pool:
-        found = list(pool.map(palette, range(len(values))))
+    values = settings.searched(values)
+    counts = counts_of(kept)
+    rows = _compacted(values, kept, counts)
+    # Blocks that keep fewer values have the same shape: what has no mass is left out.
+    masses = None
+    if mass is not None:
+        masses = _compacted(mass[:, :, 0], kept, counts)
+        for block, count in enumerate(counts):
+            if not bool(masses[block].any()):
+                masses[block, :count] = 1
+    elif min(counts) < max(counts):
+        masses = rows.new_zeros(rows.shape, dtype=torch.float32)
+        for block, count in enumerate(counts):
+            masses[block, :count] = 1
+    reserves = [False] * len(rows) if reserving is None else reserving.tolist()
+    found = torch.zeros(len(rows), settings.entries, 1, device=values.device)
+    for reserved in set(reserves) if rows.shape[1] else ():
+        its = [block for block, each in enumerate(reserves) if each == reserved]
+        chosen = slice(None) if len(its) == len(rows) else its
+        its_masses = None if masses is None else masses[chosen]
+        palettes = settings.scalars(rows[chosen], its_masses, settings.entries - reserved)
+        found[chosen] = padded(palettes, settings.entries)
     # Without the entry for zero; instead the last one twice, of which the second is never nearest.
-    free = torch.cat([padded(each, settings.entries) for each in found])
-    offset = first.to(values.device)[:, None]
-    labels = coreai_kernels.palettize(settings.rounded(values), free, block_size=(1, values.shape[1]))
-    shifted = torch.cat([torch.zeros_like(free[:, :1]), free[:, :-1]], 1)
-    centroids = torch.where(offset[:, :, None] > 0, shifted, free)
-    return Clusters(centroids, (labels + offset.to(torch.uint8)) * kept)
+    labels = coreai_kernels.palettize(settings.rounded(values), found, block_size=(1, values.shape[1]))
+    if reserving is not None:
+        labels += reserving[:, None]
+        shifted = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], 1)
+        found = torch.where(reserving[:, None, None], shifted, found)
+    return Clusters(found, labels.mul_(kept.view(torch.uint8)))
+
+
+def _compacted(values: Tensor, kept: Tensor, counts: list[int]) -> Tensor:
+    """The values that are kept in each row, and zeros behind them where it keeps fewer than another."""
+    found = values.new_zeros(len(values), max(counts))
+    if values.device.type != "cpu":
+        for row, inside, count, out in zip(values, kept, counts, found, strict=True):
+            out[:count] = row[inside]
+        return found
+    # In a fraction of the time that torch takes.
+    bits, out_bits = (
+        each.view(_BITS[values.element_size()]).numpy() for each in (values.contiguous(), found)
+    )
+    for row, inside, count, out in zip(bits, kept.numpy(), counts, out_bits, strict=True):
+        np.compress(inside, row, out=out[:count])
+    return found
 
 
 def padded(centroids: Tensor, entries: int) -> Tensor:
@@ -158,6 +186,7 @@ def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:
     if not simulator.enable_fast_kmeans_mode:
         return None
     decimals = simulator.rounding_precision
-    largest = weight.abs().amax().item()
+    lowest, highest = weight.aminmax()
+    largest = max(-lowest.item(), highest.item())
     fits = 2**simulator.n_bits * 10.0**-decimals <= largest <= torch.finfo(torch.float16).max
     return decimals if fits else None

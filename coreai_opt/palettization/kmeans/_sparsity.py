@@ -2,12 +2,13 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coreai_opt.palettization.kmeans._blocks import Blocks
 
-__all__ = ["DENSE", "Sparsity", "find_sparsity", "gathered", "scattered"]
+__all__ = ["DENSE", "Sparsity", "counts_of", "find_sparsity", "gathered", "scattered"]
 
 
 class Sparsity(NamedTuple):
@@ -41,14 +42,16 @@ def find_sparsity(weight: Tensor, threshold: float, blocks: Blocks, cluster_dim:
             weight is not finite.
     """
     mask = weight != 0
-    zeros = mask.numel() - int(mask.sum())
+    zeros = mask.numel() - sum(counts_of(mask.reshape(1, -1)))
     if zeros == 0 or zeros < threshold * mask.numel():
         return DENSE
     grouped = blocks.grid[0] == blocks.count
     if cluster_dim == 1:
-        counts = blocks.vectors(mask).sum((1, 2))
-        reserving = counts < counts.max()
-        return Sparsity(mask, reserving=reserving if grouped and bool(reserving.any()) else None)
+        if not grouped or blocks.count == 1:
+            return Sparsity(mask)
+        counts = counts_of(mask.reshape(blocks.count, -1))
+        reserving = torch.tensor([count < max(counts) for count in counts], device=weight.device)
+        return Sparsity(mask, reserving=reserving if min(counts) < max(counts) else None)
     if not grouped:
         raise ValueError(
             f"of a pruned weight, vectors (cluster_dim {cluster_dim}) lie in the whole weight or in "
@@ -61,6 +64,14 @@ def find_sparsity(weight: Tensor, threshold: float, blocks: Blocks, cluster_dim:
         return DENSE
     positions = stored.reshape(-1).nonzero()[:, 0].to(torch.int32)
     return Sparsity(stored.reshape(weight.shape), positions=positions.reshape(blocks.count, -1))
+
+
+def counts_of(rows: Tensor) -> list[int]:
+    """How many are true in each row of a bool matrix. Waits for the device."""
+    if rows.device.type != "cpu":
+        return rows.sum(1).tolist()  # type: ignore[no-any-return]
+    # In a fraction of the time that torch takes.
+    return [int(np.count_nonzero(row)) for row in rows.numpy()]
 
 
 def _stored(groups: Tensor, dim: int) -> Tensor:

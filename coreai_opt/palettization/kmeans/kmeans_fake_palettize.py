@@ -104,11 +104,14 @@ class _KMeansFakePalettize(PaletteState):
             TypeError: ``tensor`` is not floating point.
             ValueError: it has values that are not finite, or the sensitivities have another shape.
         """
+        known = self._sparsity_detected
         self.detect_sparsity(tensor)
         if self._centroids_initialized:
             return
         with torch.no_grad():
-            self._cluster(tensor.detach())
+            weight = tensor.detach()
+            # Zeros that were found here are zeros.
+            self._cluster(self.masked(weight) if known or self._stored_positions is not None else weight)
             # Observes the palettes, so that the state holds their scales from the start.
             self.palettes()
         self._training_strategy.on_palette_computed(self)
@@ -128,7 +131,7 @@ class _KMeansFakePalettize(PaletteState):
         self.refresh_indices(weight)
         block_size = self.point_blocks(weight).block_size
         values = coreai_kernels.lookup(self.index_rows(), self.palettes(), block_size=block_size)
-        return self.restored(values, weight)
+        return self.restored(values, weight, overwrite=True)
 
     def refresh_indices(self, weight: Tensor) -> None:
         """Assign the values of ``weight`` to the palettes anew if the stored indices are out of date."""
@@ -228,10 +231,9 @@ class _KMeansFakePalettize(PaletteState):
         return ", ".join(parts)
 
     def _cluster(self, weight: Tensor) -> None:
+        """Find the palettes of a weight that is masked already."""
         blocks = self._grid(weight.shape)
-        scale = None
-        if self.enable_per_channel_scale:
-            scale = _clustering.channel_scale(self.masked(weight))
+        scale = _clustering.channel_scale(weight) if self.enable_per_channel_scale else None
         found = _clustering.cluster(self, weight, blocks, scale)
         self._blocks, self.per_channel_scale = blocks, scale
         self.indices = found.indices
