@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from benchmarks import block_mask, lookup, nm_mask, palettize, soft_palettize, topk_mask
 from benchmarks.cases import Case, Sweep
 from benchmarks.harness import Bench, Operation
-from benchmarks.operators import on_device
+from benchmarks.ops import block_mask, lookup, nm_mask, palettize, soft_palettize, topk_mask
+from benchmarks.ops.operators import on_device
 
 __all__ = ["operator_benches"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from benchmarks.apple import Apple
 from benchmarks.cases import Case, Sweep
 from benchmarks.harness import NATIVE, Bench, Local
-from benchmarks.operators import REFERENCE_UP_TO
+from benchmarks.ops.operators import REFERENCE_UP_TO
 from benchmarks.pruning import PRUNING, SPARSITIES, Pruning
 from benchmarks.simulator import add_apple
 from coreai_kernels import use_backend

@@ -12,8 +12,8 @@ import torch
 from benchmarks.apple import Apple, AppleError
 from benchmarks.cases import GRANULARITIES, INT_FORMATS, Case, Sweep, make_input
 from benchmarks.harness import MULTIPLY, NATIVE, Bench, Contender, Local, add_if_supported
-from benchmarks.observe_and_fake_quantize import floor_bytes
-from benchmarks.operators import MASK_BYTES, REFERENCE_UP_TO
+from benchmarks.ops.observe_and_fake_quantize import floor_bytes
+from benchmarks.ops.operators import MASK_BYTES, REFERENCE_UP_TO
 from benchmarks.simulation import FORWARD, TRAINING, Simulation
 from coreai_kernels import use_backend
 

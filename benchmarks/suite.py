@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from benchmarks import (
+from benchmarks import memory, pruning_suite, simulator
+from benchmarks.apple import Apple
+from benchmarks.cases import Case, Sweep
+from benchmarks.facts import machine_facts
+from benchmarks.harness import Effort, Operation, Result, add_compiled, keep_freed_memory, measure
+from benchmarks.ops import (
     apply_mask,
     bits,
     block_mask,
@@ -21,22 +26,15 @@ from benchmarks import (
     kmeans_1d,
     learnable_range,
     lookup,
-    memory,
     nm_mask,
     observe_and_fake_quantize,
     observe_range,
     palettize,
-    pruning_suite,
     quantize,
     sampled_mask,
-    simulator,
     soft_palettize,
     topk_mask,
 )
-from benchmarks.apple import Apple
-from benchmarks.cases import Case, Sweep
-from benchmarks.facts import machine_facts
-from benchmarks.harness import Effort, Operation, Result, add_compiled, keep_freed_memory, measure
 from benchmarks.pruning import PRUNING
 from benchmarks.report import Report
 from benchmarks.simulation import TRAINING, Simulation

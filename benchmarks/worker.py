@@ -15,10 +15,10 @@ import torch
 from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.clustering_run import cluster
+from benchmarks.models.training_step import TrainingStep
 from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
 from benchmarks.timing import seconds_per_call, settle_allocator
-from benchmarks.training_step import TrainingStep
 from benchmarks.vector_clustering_run import cluster_vectors
 
 __all__ = ["main"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import training
-from benchmarks.models import MANY, MODELS, ONE, build
-from benchmarks.training_plot import save_plot
-from benchmarks.training_report import APPLE, OURS, Result, TrainingReport, print_report, targets
-from benchmarks.training_step import CONFIGS, FLOAT, INT4, TrainingStep
+from benchmarks.models import training
+from benchmarks.models.training_plot import save_plot
+from benchmarks.models.training_report import APPLE, OURS, Result, TrainingReport, print_report, targets
+from benchmarks.models.training_step import CONFIGS, FLOAT, INT4, TrainingStep
+from benchmarks.models.zoo import MANY, MODELS, ONE, build
 
 
 def result(ours: float, apple: float, model: str = "mlp", config: str = INT4) -> Result:

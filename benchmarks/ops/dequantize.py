@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from benchmarks.cases import DTYPES, Case, Sweep, make_input
 from benchmarks.harness import Bench
-from benchmarks.operators import bench_of, qparams_of, value_range
-from benchmarks.quantize import COMBINATIONS, QUICK_COMBINATIONS
+from benchmarks.ops.operators import bench_of, qparams_of, value_range
+from benchmarks.ops.quantize import COMBINATIONS, QUICK_COMBINATIONS
 from coreai_kernels.ops.library import implementation
 
 __all__ = ["build", "cases"]

@@ -1,4 +1,4 @@
-"""Small networks of the usual kinds; `benchmarks.models` gives them their tasks."""
+"""Small networks of the usual kinds; `benchmarks.models.zoo` gives them their tasks."""
 
 import torch
 import torch.nn.functional as F

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cases import GRANULARITIES, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
+from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, value_range
 
 __all__ = ["build", "cases"]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import geometric_mean
-from benchmarks.models import MANY, ONE
+from benchmarks.models.zoo import MANY, ONE
 
 __all__ = ["APPLE", "OURS", "Result", "TrainingReport", "print_report", "targets"]
 

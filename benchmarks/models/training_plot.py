@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from benchmarks.training_report import APPLE, OURS, TrainingReport
+from benchmarks.models.training_report import APPLE, OURS, TrainingReport
 
 __all__ = ["save_plot"]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
+from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, value_range
 from coreai_kernels.ops.library import implementation
 
 __all__ = ["build", "cases", "gradient_and_mask"]

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import Bench
-from benchmarks.lookup import COMBINATIONS, QUICK_COMBINATIONS
-from benchmarks.operators import bench_of
+from benchmarks.ops.lookup import COMBINATIONS, QUICK_COMBINATIONS
+from benchmarks.ops.operators import bench_of
 
 __all__ = ["build", "cases"]
 

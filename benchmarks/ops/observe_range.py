@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.cases import GRANULARITIES, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.operators import bench_of
+from benchmarks.ops.operators import bench_of
 
 __all__ = ["build", "cases"]
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.operators import bench_of
+from benchmarks.ops.operators import bench_of
 from coreai_kernels import topk_mask
 
 __all__ = ["build", "cases"]

@@ -8,7 +8,7 @@ import coreai_kernels
 from benchmarks import nncf
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import NATIVE, Bench
-from benchmarks.operators import REFERENCE_UP_TO
+from benchmarks.ops.operators import REFERENCE_UP_TO
 
 __all__ = ["build", "cases"]
 

@@ -7,9 +7,9 @@ for symmetric blocks. The floor is the other operator's, which reads and writes 
 from collections.abc import Iterator
 
 from benchmarks.cases import Case, Sweep
-from benchmarks.fake_quantize_backward import gradient_and_mask
 from benchmarks.harness import Bench
-from benchmarks.operators import bench_of
+from benchmarks.ops.fake_quantize_backward import gradient_and_mask
+from benchmarks.ops.operators import bench_of
 from coreai_kernels.ops.library import implementation
 
 __all__ = ["build", "cases"]

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cases import Case, Sweep
 from benchmarks.harness import Bench
-from benchmarks.operators import bench_of
+from benchmarks.ops.operators import bench_of
 
 __all__ = ["build", "cases"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import build
+from benchmarks.models.zoo import build
 from benchmarks.timing import seconds_per_call
 
 __all__ = ["CONFIGS", "FLOAT", "INT4", "TrainingStep"]
@@ -25,7 +25,7 @@ class TrainingStep:
     """Forward, backward and optimizer, always on the same batch.
 
     Args:
-        model: a name out of `benchmarks.models`.
+        model: a name out of `benchmarks.models.zoo`.
         config: ``float``; ``int8``, the default config, which quantizes inputs, outputs and weights; or
             ``int4 weights``, in blocks of 32.
     """

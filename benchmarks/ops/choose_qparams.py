@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import Bench
-from benchmarks.operators import bench_of, value_range
+from benchmarks.ops.operators import bench_of, value_range
 from coreai_kernels import Scheme
 
 __all__ = ["build", "cases"]

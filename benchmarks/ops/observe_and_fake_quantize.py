@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.cases import DTYPES, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.operators import MASK_BYTES, bench_of, qparams_of, value_range
+from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, value_range
 from coreai_kernels import RangeUpdate, Scheme
 from coreai_kernels.ops.observe_and_fake_quantize import packed
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference

@@ -7,7 +7,7 @@ import torch
 import coreai_kernels
 from benchmarks.cases import DTYPES, Case, Sweep
 from benchmarks.harness import Bench
-from benchmarks.operators import bench_of
+from benchmarks.ops.operators import bench_of
 
 __all__ = ["COMBINATIONS", "QUICK_COMBINATIONS", "build", "cases", "palette_of"]
 

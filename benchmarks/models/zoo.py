@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.networks import (
+from benchmarks.models.networks import (
     Autoencoder,
     Convolutions,
     Encoder,

@@ -1,0 +1,1 @@
+"""Whole models: what compression adds to a training step."""

@@ -1,0 +1,173 @@
+"""Training steps of whole models, quantized against float: ``python -m benchmarks.training``."""
+
+import argparse
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from benchmarks.apple import Apple
+from benchmarks.facts import machine_facts
+from benchmarks.models.training_report import APPLE, OURS, Result, TrainingReport, print_report
+from benchmarks.models.training_step import CONFIGS, FLOAT, INT4, TrainingStep
+from benchmarks.models.zoo import MANY, MODELS, ONE
+from benchmarks.timing import settle_allocator
+
+__all__ = ["Options", "main", "run"]
+
+# The models of the comparison; the others are there for the sake of the tests.
+_MODELS = tuple(name for name in MODELS if name not in ("convolutions", "shared"))
+_WIDTH_OF_A_FILE = 140
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        models: names out of `benchmarks.models.zoo`.
+        configs: names out of `benchmarks.models.training_step.CONFIGS`.
+        threads: numbers of threads, one after the other.
+        rounds: turns that the contenders take.
+        sample_seconds: least time of a turn.
+        cpu_time: count what the process uses of the processors instead of the time that passes.
+        apple: folder with Apple's package, or None.
+        command: what the user typed.
+    """
+
+    models: tuple[str, ...]
+    configs: tuple[str, ...]
+    threads: tuple[int, ...] = (1,)
+    rounds: int = 9
+    sample_seconds: float = 0.1
+    cpu_time: bool = False
+    apple: Path | None = None
+    command: str = ""
+
+
+def run(options: Options) -> TrainingReport:
+    """Measure: for each model, all contenders take turns, the float step of either process among them."""
+    start = time.perf_counter()
+    threads_before = torch.get_num_threads()
+    settle_allocator()
+    apple = Apple(options.apple) if options.apple is not None else None
+    results = []
+    try:
+        cases = [(model, threads) for threads in options.threads for model in options.models]
+        with tqdm(cases, unit="model", disable=None) as progress:
+            for model, threads in progress:
+                progress.set_description(f"{model}, {threads} thread(s)")
+                torch.set_num_threads(threads)
+                results += _measure(model, threads, options, apple)
+    finally:
+        torch.set_num_threads(threads_before)
+        if apple is not None:
+            apple.close()
+    machine = machine_facts() | {"clock": "processors" if options.cpu_time else "elapsed"}
+    return TrainingReport(machine, options.command, time.perf_counter() - start, results)
+
+
+def _measure(model: str, threads: int, options: Options, apple: Apple | None) -> list[Result]:
+    # Of the layers that are compared by their number, the weights matter.
+    wanted = [config for config in options.configs if config == INT4 or model not in (MANY, ONE)]
+    configs = (FLOAT, *wanted)
+    steps = {config: TrainingStep(model, config) for config in configs}
+    digests = {config: step.digest() for config, step in steps.items()}
+    samplers: dict[tuple[str, str], Callable[[int], float]] = {
+        (OURS, config): lambda calls, step=step: step.seconds(calls, options.cpu_time)  # type: ignore[misc]
+        for config, step in steps.items()
+    }
+    same = dict.fromkeys(configs, True)
+    if apple is not None:
+        for config in configs:
+            prepared = apple.prepare_training(model, config, threads)
+            same[config] = prepared["digest"] == digests[config]
+            samplers[APPLE, config] = lambda calls, config=config: apple.sample_training(  # type: ignore[misc]
+                config, calls, options.cpu_time
+            )
+    calls = {who: _calls(sampler, options.sample_seconds) for who, sampler in samplers.items()}
+    times: dict[tuple[str, str], list[float]] = {who: [] for who in samplers}
+    for _ in range(options.rounds):
+        for who, sampler in samplers.items():
+            times[who].append(sampler(calls[who]))
+    if apple is not None:
+        apple.release()
+    whose = tuple(dict.fromkeys(package for package, _ in samplers))
+    return [
+        Result(
+            model=model,
+            config=config,
+            threads=threads,
+            simulators=steps[config].simulators,
+            float_seconds={package: statistics.median(times[package, FLOAT]) for package in whose},
+            seconds={package: statistics.median(times[package, config]) for package in whose},
+            overhead={package: _overhead(times[package, config], times[package, FLOAT]) for package in whose},
+            same_losses=same[config] if apple is not None else None,
+        )
+        for config in wanted
+    ]
+
+
+def _calls(sampler: Callable[[int], float], seconds: float) -> int:
+    sampler(1)
+    return max(1, math.ceil(seconds / sampler(1)))
+
+
+def _overhead(quantized: Sequence[float], plain: Sequence[float]) -> float:
+    """Median of the differences within a round: what slows a whole round cancels."""
+    return statistics.median(one - other for one, other in zip(quantized, plain, strict=True))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=(*MODELS, MANY, ONE), default=(*_MODELS, MANY, ONE), metavar="NAME")
+    add("--configs", nargs="+", choices=CONFIGS, default=CONFIGS)
+    add("--threads", nargs="+", type=int, default=(1, 2))
+    add("--rounds", type=int, default=9)
+    add("--apple", type=Path, metavar="PATH", help="folder with Apple's package (default: .oracle if there)")
+    add("--without-apple", action="store_true")
+    add("--cpu-time", action="store_true", help="on a busy machine: time of the processors, not of the clock")
+    add("--quick", action="store_true", help="three short rounds on one thread")
+    add("--json", type=Path, metavar="OUT", help="write all figures")
+    add("--plot", type=Path, metavar="OUT.png", help="draw them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(argv)
+    apple = arguments.apple or (Path(".oracle") if Path(".oracle").is_dir() else None)
+    options = Options(
+        models=tuple(arguments.models),
+        configs=tuple(arguments.configs),
+        threads=(1,) if arguments.quick else tuple(arguments.threads),
+        rounds=3 if arguments.quick else arguments.rounds,
+        sample_seconds=0.02 if arguments.quick else 0.1,
+        cpu_time=arguments.cpu_time,
+        apple=None if arguments.without_apple else apple,
+        command=shlex.join(["python", "-m", "benchmarks.training", *argv]),
+    )
+    report = run(options)
+    console = Console()
+    print_report(report, console if console.is_terminal else Console(width=_WIDTH_OF_A_FILE))
+    if arguments.json:
+        report.save(arguments.json)
+    if arguments.plot:
+        from benchmarks.models.training_plot import save_plot
+
+        save_plot(report, arguments.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

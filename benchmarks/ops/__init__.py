@@ -1,0 +1,1 @@
+"""One file an operation: its cases, contenders and floor."""
