@@ -12,18 +12,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 NATIVE := $(VENV)/.native-done
 WITHOUT := build/without-native
+FAST_TESTS := $(addprefix tests/kernels/test_,backends.py operators.py straight_through.py columns.py) \
+	$(addprefix tests/coreai_opt/,test_fake_quantize.py test_fast_path.py test_spec.py test_import.py) \
+	$(addprefix tests/coreai_opt/,quantizer pruning/test_prune_simulator.py palettization/test_fake_palettize.py)
 ORACLE := .oracle/.coreai-opt-0.4.0
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-without-native lint bench build doctor gpu-check clean distclean
+.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo       compressed training on real data: tables and demo/report.png'
 	@echo 'make test       all tests          PYTEST_FLAGS="-k name" selects'
+	@echo 'make test-fast  the part of them for every few minutes'
 	@echo 'make test-without-native   the tests that an installation without a compiler has to pass'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
@@ -38,6 +42,10 @@ demo: $(NATIVE)
 
 test: $(NATIVE) $(ORACLE)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# What most changes break, in little more than a minute.
+test-fast: $(NATIVE)
+	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(FAST_TESTS)
 
 # A wheel built without a compiler, installed into a folder of its own, and the tests beside it: everything on the
 # reference, then fake quantizers on Triton's interpreter.

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import timeit
 import warnings
 
 import pytest
@@ -147,9 +146,15 @@ def test_missing_backend_is_warned_of_once(no_native):
 
 
 @pytest.mark.parametrize("ask", [backends.forced, lambda: backends.require("reference")])
-def test_asking_costs_next_to_nothing(ask):
-    # 30 ns here; the limit only catches an import, a lock or a look-up that found its way in.
-    assert min(timeit.repeat(ask, number=10_000, repeat=5)) / 10_000 < 1e-6
+def test_asking_calls_nothing_else(ask):
+    # No import, lock or look-up may find its way into what every operator's call asks.
+    called = []
+    sys.setprofile(lambda frame, event, arg: called.append(event) if event in ("call", "c_call") else None)
+    try:
+        ask()
+    finally:
+        sys.setprofile(None)
+    assert len(called) <= 3  # the lambda, the function, and the end of the profile
 
 
 def test_fullgraph_compilation_follows_the_choice():
