@@ -36,6 +36,7 @@ _SUBPACKAGES = (
     "common",
     "config",
     "controllers",
+    "coreai_utils",
     "inspection",
     "palettization",
     "pruning",

@@ -1,0 +1,64 @@
+"""Which elements of a program's weights stay."""
+
+import torch
+from torch import Tensor
+
+import coreai_kernels
+from coreai_kernels.ops.nm_mask import LARGEST_GROUP
+from coreai_opt.coreai_utils._program import Unsuitable
+
+__all__ = ["block_mask", "magnitude_mask", "nm_mask"]
+
+
+def magnitude_mask(values: Tensor, sparsity: float) -> Tensor:
+    """Whether each element is larger in magnitude than the quantile of the magnitudes at ``sparsity``."""
+    return _above_quantile(values.abs(), sparsity)
+
+
+def block_mask(values: Tensor, sparsity: float, block_size: int, axis: int) -> Tensor:
+    """The same for blocks of slices along ``axis``, by their L2 norm; the last block may be cut short."""
+    channels = values.shape[axis]
+    if axis > 1 or block_size > channels / 2:
+        raise Unsuitable(f"blocks of {block_size} along axis {axis} of {channels} channels")
+    moved = values.movedim(axis, 0)
+    padded = torch.cat([moved, moved.new_zeros(-channels % block_size, *moved.shape[1:])])
+    norms = padded.reshape(-1, block_size, *moved.shape[1:]).float().pow(2).sum(1).sqrt()
+    # A block counts as often as it has elements: the fraction is one of elements, even if the last is cut.
+    of_elements = norms.repeat_interleave(block_size, 0)[:channels]
+    return _above_quantile(of_elements, sparsity).movedim(0, axis)
+
+
+def nm_mask(values: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """Whether each element is not among the ``n`` smallest of ``m`` neighbours along ``axis``."""
+    channels = values.shape[axis]
+    if axis > 1 or m > channels / 2:
+        raise Unsuitable(f"{n}:{m} sparsity along axis {axis} of {channels} channels")
+    moved = values.movedim(axis, -1)
+    padded = torch.nn.functional.pad(moved, (0, -channels % m))
+    if 0 < n < m <= LARGEST_GROUP:
+        # Of equal magnitudes the kernel keeps the first; here the first goes, as in a stable sort.
+        kept = coreai_kernels.nm_mask(padded.flip(-1).contiguous(), m - n, m).flip(-1) != 0
+    else:
+        groups = padded.unflatten(-1, (-1, m))
+        smallest = groups.abs().argsort(dim=-1, stable=True)[..., :n]
+        kept = torch.ones_like(groups, dtype=torch.bool).scatter(-1, smallest, False).flatten(-2)
+    return kept[..., :channels].movedim(-1, axis)
+
+
+def _above_quantile(magnitudes: Tensor, sparsity: float) -> Tensor:
+    """Whether each value lies above the quantile, interpolated between neighbours.
+
+    The neighbours are found by selection: nothing is sorted.
+    """
+    if sparsity <= 0:
+        return torch.ones_like(magnitudes, dtype=torch.bool)
+    if sparsity >= 1:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    flat = magnitudes.reshape(-1)
+    # As numpy has it for a percentage.
+    below = int(100 * sparsity / 100 * (flat.numel() - 1))
+    # No value lies between the two neighbours, so that what is above the lower one is above the quantile.
+    kept = coreai_kernels.topk_mask(flat, flat.numel() - below - 1)
+    rest = torch.addcmul(flat, flat, kept, value=-1)
+    _, lower = coreai_kernels.observe_range(rest, block_size=(flat.numel(),))
+    return magnitudes > lower
