@@ -7,7 +7,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from coreai_opt import _environment
+from coreai_opt import _environment, _plugins
 from coreai_opt.common import (
     CompressionType,
     CoreMLExportError,
@@ -61,3 +61,7 @@ def __getattr__(name: str) -> ModuleType | str:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_SUBPACKAGES, "__fused_version__"})
+
+
+# The last statement: plugins find everything public in place.
+_plugins.load_plugins()

@@ -18,10 +18,8 @@ from coreai_opt.quantization.spec.granularity import (
 )
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 from coreai_opt.quantization.spec.qparams_calculator import (
-    MovingAverageQParamsCalculator,
     QParamsCalculatorBase,
     StatelessQParamsCalculatorBase,
-    StaticQParamsCalculator,
 )
 from coreai_opt.quantization.spec.qscheme import QuantizationScheme
 from coreai_opt.quantization.spec.range_calculator import RangeCalculatorBase
@@ -276,10 +274,12 @@ class QuantizationSpec(CompressionSpec):
 def default_weight_quantization_spec() -> QuantizationSpec:
     """8-bit integers, symmetric, per output channel (axis 0)."""
     return QuantizationSpec(
-        granularity=PerChannelGranularity(axis=0), qparam_calculator_cls=StaticQParamsCalculator
+        # By their keys: a plugin may have registered other classes.
+        granularity=PerChannelGranularity(axis=0),
+        qparam_calculator_cls="static",  # type: ignore[arg-type]
     )
 
 
 def default_activation_quantization_spec() -> QuantizationSpec:
     """8-bit integers, symmetric, per tensor, from a moving average of the ranges."""
-    return QuantizationSpec(qparam_calculator_cls=MovingAverageQParamsCalculator)
+    return QuantizationSpec(qparam_calculator_cls="moving_average")  # type: ignore[arg-type]
