@@ -5,6 +5,7 @@ The mark is a buffer that no ``state_dict`` holds. Steps are in the metadata tha
 """
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -121,16 +122,37 @@ def load_prepared(
 
     Args:
         model: has its simulators.
-        state_dict: the state of a model prepared with the same configuration.
+        state_dict: the state of a model prepared with the same configuration. Of several names of a shared
+            tensor it may have one alone.
         uninitialized: the names of the simulators of the model that have no state.
 
     Raises:
         RuntimeError: names or shapes do not fit, or the state leaves simulators without what they need.
         TypeError: ``state_dict`` is no mapping.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a mapping of names to tensors; got {type(state_dict).__name__}")
+    state_dict = _with_all_names(model, state_dict)
     with _without_values(_own_tensors(model)):
         _load(model, state_dict, uninitialized)
     _load(model, state_dict, uninitialized)
+
+
+def _with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``state_dict`` with all the names of the model's shared tensors of which it has one."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names_of.setdefault(id(tensor), []).append(name)
+    missing = {}
+    for names in names_of.values():
+        present = [name for name in names if name in state_dict]
+        if present:
+            missing.update({name: state_dict[present[0]] for name in names if name not in state_dict})
+    if not missing:
+        return state_dict
+    result: Any = OrderedDict(state_dict) | missing
+    result._metadata = getattr(state_dict, "_metadata", OrderedDict())
+    return result  # type: ignore[no-any-return]
 
 
 def _load(

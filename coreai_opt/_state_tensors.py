@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,7 @@ __all__ = [
     "StateUse",
     "check_example_inputs",
     "configured_targets",
+    "put_on_places",
     "record_state_uses",
     "side_effects_undone",
 ]
@@ -215,3 +217,18 @@ def _places(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]
             if tensor is not None:
                 found.setdefault(id(tensor), []).append((name, attribute))
     return found
+
+
+def put_on_places(simulator: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
+    """Register one parametrization for a tensor, in all the modules that share it.
+
+    Args:
+        simulator: the parametrization.
+        places: the modules, and what they call the tensor. The first one owns it.
+    """
+    for index, (module, attribute) in enumerate(places):
+        parametrize.register_parametrization(module, attribute, simulator, unsafe=True)
+        if index:
+            # transformers saves no tensor twice, and asks modules which of their names stand for others:
+            # here all that begin with this module's.
+            module.parametrizations[attribute]._tied_weights_keys = {"": ""}  # type: ignore[index, union-attr]

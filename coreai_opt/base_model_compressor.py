@@ -10,7 +10,12 @@ from torch.nn.utils import parametrize
 
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import training_flags
-from coreai_opt._state_tensors import StateTarget, configured_targets, record_state_uses
+from coreai_opt._state_tensors import (
+    StateTarget,
+    configured_targets,
+    put_on_places,
+    record_state_uses,
+)
 from coreai_opt._utils.config_utils import plain_data, qualified_name
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
@@ -220,8 +225,7 @@ class EagerCompressionComponentBuilderMixin:
     def _insert(target: StateTarget, simulator: CompressionSimulatorBase) -> None:
         """Put ``simulator`` on the tensor; on all places of a shared one."""
         simulator.tensor_fqn = target.fqn
-        for module, attribute in target.places:
-            parametrize.register_parametrization(module, attribute, simulator, unsafe=True)
+        put_on_places(simulator, target.places)
 
     @classmethod
     def _inserted(cls, model: nn.Module) -> Iterator[tuple[nn.Module, str, CompressionSimulatorBase]]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from coreai_opt._state_tensors import put_on_places
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
@@ -115,7 +115,7 @@ def insert(simulators: Simulators) -> None:
     for state, simulator in simulators.states:
         for place in state.places:
             simulator.train(place.module.training)
-            parametrize.register_parametrization(place.module, place.name, simulator, unsafe=True)
+        put_on_places(simulator, [(place.module, place.name) for place in state.places])
 
 
 def install_forwards(model: nn.Module, plan: Plan) -> None:
