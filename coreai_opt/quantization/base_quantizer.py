@@ -56,9 +56,14 @@ class _BaseQuantizer(_BaseModelCompressor):
             RuntimeError: the model is not prepared.
         """
         model = self._require_prepared(model, "calibration_mode")
-        with self._leaving_simulation_on(model), training_flags(model, False):
-            set_flags(simulators_of(model), observe=True, simulate=False, simulate_weights=True)
-            yield
+        try:
+            with self._leaving_simulation_on(model), training_flags(model, False):
+                set_flags(simulators_of(model), observe=True, simulate=False, simulate_weights=True)
+                yield
+        finally:
+            if self._trained is not None:
+                # Within training_mode(), which goes on.
+                self._apply_schedule(self._trained)
 
     @contextmanager
     def training_mode(self, model: nn.Module | None = None) -> Iterator[None]:
@@ -105,6 +110,11 @@ class _BaseQuantizer(_BaseModelCompressor):
         super().step()
         self._apply_schedule(self._trained, changes_only=True)
 
+    def _set_steps(self, steps: int) -> None:
+        super()._set_steps(steps)
+        if self._trained is not None:
+            self._apply_schedule(self._trained)
+
     @staticmethod
     @contextmanager
     def _leaving_simulation_on(model: nn.Module) -> Iterator[None]:
@@ -129,6 +139,12 @@ class _BaseQuantizer(_BaseModelCompressor):
 
     def _has_schedule(self) -> bool:
         return any(each.qat_schedule is not None for each in self._module_configs())
+
+    def _require_no_schedule(self) -> None:
+        if self._has_schedule():
+            raise RuntimeError(
+                "quantizers follow the qat_schedule of the configuration: they cannot be switched by hand"
+            )
 
     def _schedule_changes(self) -> bool:
         """Whether a schedule switches something at this step."""
@@ -159,6 +175,7 @@ class _BaseQuantizer(_BaseModelCompressor):
 
         Raises:
             ValueError: ``module`` is not part of the model.
+            RuntimeError: the configuration has a ``qat_schedule``, which switches them.
         """
         for simulator in self._simulators_in(module):
             simulator.enable_observer()
@@ -179,6 +196,7 @@ class _BaseQuantizer(_BaseModelCompressor):
             simulator.disable_fake_quant()
 
     def _simulators_in(self, module: Any) -> Iterator[FakeQuantizeImplBase]:
+        self._require_no_schedule()
         if module is None:
             return simulators_of(self._model)
         if not any(module is each for each in self._model.modules()):

@@ -200,10 +200,7 @@ class Quantizer(_BaseQuantizer):
     def _simulators_in(self, module: Any) -> Iterator[FakeQuantizeImplBase]:
         if not isinstance(self._model, GraphModule):
             return super()._simulators_in(module)
-        if self._has_schedule():
-            raise RuntimeError(
-                "quantizers follow the qat_schedule of the configuration: they cannot be switched by hand"
-            )
+        self._require_no_schedule()
         return simulators_of(self._model) if module is None else quantizers_in(self._model, module)
 
     def _require_prepared(self, model: nn.Module | None, action: str) -> nn.Module:

@@ -225,8 +225,9 @@ class PruneImplBase(CompressionSimulatorBase):
         mask = state_dict.get(f"{prefix}mask")
         if mask is not None and self.mask.numel() == 0:
             self.mask = torch.empty_like(mask, device=self.mask.device)
-        self.lacked_step_count = mask is not None and f"{prefix}step_count" not in state_dict
-        if self.lacked_step_count:
+        if mask is not None:
+            self.lacked_step_count = f"{prefix}step_count" not in state_dict
+        if mask is not None and self.lacked_step_count:
             # Saved by 0.3.0, which kept no step, or by this package when it kept the step in the metadata.
             steps = local_metadata.get(_OLD_METADATA, {}).get("step_count", self.steps())
             state_dict[f"{prefix}step_count"] = torch.tensor(steps)
