@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import MODELS, Batch, Task, build
+from benchmarks.models.zoo import MODELS, Batch, Task, build
 from coreai_opt import ExportBackend
 from coreai_opt.quantization import Quantizer
 from coreai_opt.quantization.spec import QuantizationGranularity

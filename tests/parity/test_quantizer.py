@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.models import MODELS
+from benchmarks.models.zoo import MODELS
 from coreai_kernels import use_backend
 
 from .conftest import Oracle
