@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import coreai_kernels
 from coreai_opt.controllers.core.api import CompressionStage, State
@@ -20,12 +19,14 @@ from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.inputs import example_inputs
 from coreai_opt.controllers.core.layers import CONVOLUTIONS, channel_axis_of
 from coreai_opt.controllers.core.masks import bake, install, original
+from coreai_opt.controllers.core.scopes import matching, modules_in_scope
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.levels import LevelScheduler
 from coreai_opt.controllers.schedules.params import ScheduleParams
-from coreai_opt.controllers.structures.channels import Cluster, Consumer, find_clusters
+from coreai_opt.controllers.structures.channels import Channels, Cluster, Span, find_channels
 from coreai_opt.controllers.structures.flops import CostModel
-from coreai_opt.controllers.structures.shrink import shrink
+from coreai_opt.controllers.structures.shrink import mask_of, shrink
+from coreai_opt.controllers.structures.verify import mask_axis, masked_tensors, removable
 
 __all__ = ["FilterMask", "FilterPruningBuilder", "FilterPruningConfig", "FilterPruningController"]
 
@@ -121,22 +122,32 @@ class FilterMask(nn.Module):
         axis: where they lie.
         dims: of the parameter.
         device: of the mask.
+        outputs: of the layer, several for each channel where a depthwise convolution multiplies them.
     """
 
     mask: Tensor
 
-    def __init__(self, channels: int, axis: int, dims: int, device: torch.device) -> None:
+    def __init__(
+        self, channels: int, axis: int, dims: int, device: torch.device, outputs: int | None = None
+    ) -> None:
         super().__init__()
         self._view = [-1 if index == axis else 1 for index in range(dims)]
+        self._times = 1 if outputs is None else outputs // channels
         self.register_buffer("mask", torch.ones(channels, device=device))
+
+    def entries_of(self, outputs: Tensor) -> Tensor:
+        """The mask of the layer's outputs, for the parameter's channels."""
+        return outputs[:: self._times]
 
     def forward(self, tensor: Tensor) -> Tensor:
         """The masked parameter."""
         return tensor * self.mask.reshape(self._view).to(tensor.dtype)
 
 
-def _tensors_of(layer: nn.Module) -> list[str]:
-    return ["weight"] if getattr(layer, "bias", None) is None else ["weight", "bias"]
+def pruned_layers(channels: Channels) -> dict[str, tuple[Span, ...]]:
+    """The layers that lose filters, or parameters for each, and the spans of these."""
+    both = {**channels.producers, **channels.followers}
+    return {name: spans for name, spans in both.items() if any(span.cluster is not None for span in spans)}
 
 
 def _filter_mask(layer: nn.Module, tensor: str) -> FilterMask:
@@ -155,19 +166,23 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         self,
         target_model: nn.Module,
         config: FilterPruningConfig,
-        clusters: Sequence[Cluster],
-        consumers: Sequence[Consumer],
+        channels: Channels,
         costs: CostModel,
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__(target_model)
         self.config = config
-        self.clusters = tuple(clusters)
-        self._consumers = tuple(consumers)
+        self.clusters = tuple(channels.clusters)
+        self._channels = channels
         self._costs = costs
         self._level = config.pruning_init
         self._frozen = False
-        self._kept = [cluster.size for cluster in clusters]
+        self._kept = [cluster.size for cluster in self.clusters]
+        # Units are multiples of a number that makes the filters multiples of 8.
+        self._multiples = [
+            max(1, MULTIPLE * cluster.size // channels.producers[cluster.producers[0]][0].entries)
+            for cluster in self.clusters
+        ]
         params = config.params
         self._by_flops = params.pruning_flops_target is not None
         target = params.pruning_flops_target if self._by_flops else params.pruning_target
@@ -175,9 +190,8 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         # Kept apart from the model, whose parametrizations another algorithm's strip may remove.
         self._masks = {
             (layer, tensor): _filter_mask(target_model.get_submodule(layer), tensor)
-            for cluster in clusters
-            for layer in (*cluster.producers, *cluster.followers)
-            for tensor in _tensors_of(target_model.get_submodule(layer))
+            for layer in pruned_layers(channels)
+            for tensor in masked_tensors(target_model.get_submodule(layer))
         }
         scheduler_class = LevelScheduler.resolve(params.schedule)
         self._scheduler = scheduler_class(self, config.pruning_init, self._target, params, steps_per_epoch)
@@ -190,7 +204,8 @@ class FilterPruningController(BaseCompressionAlgorithmController):
     @property
     def maximal_compression_rate(self) -> float:
         """What pruning to the least number of filters saves."""
-        return self._rate_of([min(MULTIPLE, cluster.size) for cluster in self.clusters])
+        least = zip(self._multiples, self.clusters, strict=True)
+        return self._rate_of([min(multiple, cluster.size) for multiple, cluster in least])
 
     def _rate_of(self, kept: Sequence[int]) -> float:
         if self._by_flops:
@@ -224,19 +239,20 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         # In all clusters together, how many of each are kept is known only after the ranking: on the host.
         ranking = self._ranking(importances) if self.config.params.all_weights else None
         self._kept = self._kept_for(level, ranking)
-        for cluster, importance, kept in zip(self.clusters, importances, self._kept, strict=True):
-            mask = coreai_kernels.topk_mask(importance, kept)
-            for layer in (*cluster.producers, *cluster.followers):
-                for tensor in ("weight", "bias"):
-                    if (layer, tensor) in self._masks:
-                        self._masks[layer, tensor].mask.copy_(mask)
+        masks = [
+            coreai_kernels.topk_mask(importance, kept)
+            for importance, kept in zip(importances, self._kept, strict=True)
+        ]
+        for (name, _), link in self._masks.items():
+            link.mask.copy_(link.entries_of(mask_of(pruned_layers(self._channels)[name], masks)))
 
     def _importance(self, cluster: Cluster) -> Tensor:
         """Of each channel: the sum over the cluster's convolutions."""
         total: Tensor | None = None
         for name in cluster.producers:
             layer = self._model.get_submodule(name)
-            filters = original(layer).detach().float().movedim(channel_axis_of(layer), 0).flatten(1)
+            weight = original(layer).detach().float().movedim(channel_axis_of(layer), 0)
+            filters = weight.reshape(cluster.size, -1)
             if self.config.params.filter_importance == "geometric_median":
                 own = torch.cdist(filters, filters).sum(1)
             else:
@@ -278,8 +294,8 @@ class FilterPruningController(BaseCompressionAlgorithmController):
             for number in ranking[: int(amount)]:
                 wanted[number] -= 1
         return [
-            min(size, max(MULTIPLE, MULTIPLE * math.ceil(each / MULTIPLE - _TOLERANCE)))
-            for size, each in zip(sizes, wanted, strict=True)
+            min(size, max(multiple, multiple * math.ceil(each / multiple - _TOLERANCE)))
+            for size, each, multiple in zip(sizes, wanted, self._multiples, strict=True)
         ]
 
     def masks(self) -> dict[str, Tensor]:
@@ -300,9 +316,10 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         sizes = [cluster.size for cluster in self.clusters]
         full_flops, full_parameters = self._costs.costs(sizes)
         layers = [
-            LayerPruning(name, cluster.size, cluster.size - kept, number)
+            LayerPruning(name, filters, filters - filters // cluster.size * kept, number)
             for number, (cluster, kept) in enumerate(zip(self.clusters, self._kept, strict=True))
             for name in cluster.producers
+            for filters in (self._channels.producers[name][0].entries,)
         ]
         own = FilterPruningStatistics(
             pruning_level=self._level,
@@ -320,9 +337,9 @@ class FilterPruningController(BaseCompressionAlgorithmController):
     def strip_model(self, model: nn.Module) -> None:
         """Remove the pruned filters, and what only they feed."""
         masks = self.masks()
-        kept = [masks[cluster.producers[0]].nonzero().squeeze(1) for cluster in self.clusters]
+        kept = [masks[each.producers[0]].reshape(each.size, -1)[:, 0] for each in self.clusters]
         bake(model, (FilterMask,))
-        shrink(model, self.clusters, self._consumers, kept)
+        shrink(model, self._channels, kept)
 
     def _get_algorithm_state(self) -> State:
         return {"level": float(self._level), "frozen": self._frozen, "kept": list(self._kept)}
@@ -340,46 +357,70 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
 
     def check(self, model: nn.Module) -> None:
         """See the base. Follows the channels through the model, too."""
-        chosen = self.layers(model, CONVOLUTIONS)
+        self.layers(model, CONVOLUTIONS)
         self._inputs = example_inputs(self.context, model)
-        clusters, consumers = find_clusters(model, *self._inputs)
-        params = self.config.params
-        numbers = [
-            number
-            for number, cluster in enumerate(clusters)
-            if all(name in chosen for name in cluster.producers)
-            and (params.prune_first_conv or not cluster.reads_input)
-            and (params.prune_downsample_convs or not cluster.strided)
-            and not any(_is_bare_norm(model.get_submodule(name)) for name in cluster.followers)
-        ]
+        channels = find_channels(model, *self._inputs)
+        if self._loaded is not None and "clusters" in self._loaded:
+            saved = [set(each) for each in self._loaded["clusters"]]
+            numbers = [n for n, each in enumerate(channels.clusters) if set(each.producers) in saved]
+        else:
+            numbers = self._choose(model, channels)
         if not numbers:
+            left = "; ".join(f"{each.name}: {each.reason}" for each in self.left_whole[:5])
             raise ValueError(
                 "filter_pruning finds no filters to prune: channels that reach the model's output, or an "
                 "operation that mixes them, stay; so do those that read the input (prune_first_conv) and "
-                "those of convolutions with strides (prune_downsample_convs)"
+                f"those of convolutions with strides (prune_downsample_convs). {left}".rstrip(". ")
             )
-        renumbered: dict[int | None, int] = {old: new for new, old in enumerate(numbers)}
-        self._clusters = [clusters[number] for number in numbers]
-        self._consumers = [
-            Consumer(
-                each.name,
-                tuple((renumbered.get(c), size, repeat) for c, size, repeat in each.segments),
-            )
-            for each in consumers
-        ]
-        self._costs = CostModel(model, self._clusters, self._consumers, *self._inputs)
+        self._channels = channels.only(numbers)
+        self._costs = CostModel(model, self._channels, *self._inputs)
+
+    def _choose(self, model: nn.Module, channels: Channels) -> list[int]:
+        """The clusters that the configuration wants pruned, and that can be; says which cannot."""
+        params, scope = self.config.params, modules_in_scope(model, self.config)
+        ignored = matching(self.config.ignored_scopes, model, "ignored_scopes", self.config.validate_scopes)
+        ran = {*channels.producers, *channels.followers}
+        for name in self.layers(model, CONVOLUTIONS):
+            if name in channels.whole:
+                self.leave_whole(name, channels.whole[name])
+            elif name not in ran and name not in {run.layer for run in channels.runs}:
+                self.leave_whole(name, "its forward does not run")
+        numbers = []
+        for number, cluster in enumerate(channels.clusters):
+            outside = [name for name in cluster.producers if name not in scope]
+            outside += [
+                name
+                for name in cluster.followers
+                if name in ignored
+                or (name not in scope and isinstance(model.get_submodule(name), CONVOLUTIONS))
+            ]
+            if outside:
+                for name in (name for name in cluster.producers if name in scope):
+                    self.leave_whole(name, f"{outside[0]!r}, which is not in scope, has the same channels")
+            elif (params.prune_first_conv or not cluster.reads_input) and (
+                params.prune_downsample_convs or not cluster.strided
+            ):
+                numbers.append(number)
+        good, bad = removable(model, channels.only(numbers), *self._inputs)
+        for index, reason in bad.items():
+            for name in channels.clusters[numbers[index]].producers:
+                self.leave_whole(name, reason)
+        return [numbers[index] for index in good]
+
+    def _get_state(self) -> State:
+        return {"clusters": [list(cluster.producers) for cluster in self._channels.clusters]}
 
     def _apply_to(self, model: nn.Module) -> None:
-        if not hasattr(self, "_clusters"):
+        if not hasattr(self, "_channels"):
             self.check(model)
-        for cluster in self._clusters:
-            for name in (*cluster.producers, *cluster.followers):
-                layer = model.get_submodule(name)
-                for tensor in _tensors_of(layer):
-                    parameter = getattr(layer, tensor)
-                    axis = channel_axis_of(layer) if parameter.dim() > 1 else 0
-                    mask = FilterMask(cluster.size, axis, parameter.dim(), parameter.device)
-                    install(layer, mask, name=tensor)
+        for name, spans in pruned_layers(self._channels).items():
+            layer = model.get_submodule(name)
+            for attribute in masked_tensors(layer):
+                tensor = getattr(layer, attribute)
+                axis = mask_axis(layer, tensor)
+                outputs = sum(span.entries for span in spans)
+                mask = FilterMask(tensor.shape[axis], axis, tensor.dim(), tensor.device, outputs)
+                install(layer, mask, name=attribute)
 
     def _initialize(self, model: nn.Module) -> None:
         """Mask to the initial level: algorithms that are built in later see masked weights."""
@@ -391,8 +432,7 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
         return FilterPruningController(
             model,
             self.config,
-            self._clusters,
-            self._consumers,
+            self._channels,
             self._costs,
             self.context.init_args.steps_per_epoch,
         )
@@ -400,8 +440,3 @@ class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
     def build_controller(self, model: nn.Module) -> FilterPruningController:
         """See the base."""
         return getattr(self, "_controller", None) or self._make_controller(model)
-
-
-def _is_bare_norm(layer: nn.Module) -> bool:
-    """A batch norm without parameters, which turns zeros into something else."""
-    return isinstance(layer, _BatchNorm) and not layer.affine

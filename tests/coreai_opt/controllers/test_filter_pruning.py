@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coreai_opt.controllers import CompressionStage, create_compressed_model
 from coreai_opt.controllers.schedules.curves import biased_exponential
-from coreai_opt.controllers.structures.channels import find_clusters
+from coreai_opt.controllers.structures.channels import find_channels
 
 from .support import check_compiles, check_no_waits, configured, make_model
 
@@ -58,15 +58,14 @@ def created(level: float, **params: Any) -> tuple[Any, Any]:
 
 
 def test_dependent_layers_are_found() -> None:
-    clusters, consumers = find_clusters(residual(), (torch.randn(2, 3, 8, 8),), {})
-    found = {tuple(each.producers): each for each in clusters}
+    channels = find_channels(residual(), (torch.randn(2, 3, 8, 8),), {})
+    found = {tuple(each.producers): each for each in channels.clusters}
     assert set(found) == {("stem", "contract"), ("expand",), ("left",), ("right",)}
     assert found["stem", "contract"].followers == ["stem_norm"]
     assert found["stem", "contract"].reads_input
     assert found["expand",].followers == ["expand_norm", "depthwise"]
     assert found["left",].strided
-    head = next(each for each in consumers if each.name == "head")
-    assert [(size, repeat) for _, size, repeat in head.segments] == [(24, 9), (24, 64)]
+    assert [span.entries for span in channels.consumers["head"]] == [24 * 9, 24 * 64]
 
 
 @pytest.mark.parametrize("importance", ["L1", "L2", "geometric_median"])
@@ -145,7 +144,7 @@ def test_channels_that_reach_the_output_or_mix_stay() -> None:
             y = F.softmax(self.a(x), dim=1)
             return self.c(torch.sigmoid(self.b(y)))
 
-    clusters, _ = find_clusters(Mixing(), (torch.randn(1, 16, 4, 4),), {})
+    clusters = find_channels(Mixing(), (torch.randn(1, 16, 4, 4),), {}).clusters
     assert clusters == []
     config = {"input_info": {"sample_size": [1, 16, 4, 4]}, "compression": pruning(0.5)}
     with pytest.raises(ValueError, match="finds no filters to prune"):
@@ -161,7 +160,7 @@ def test_a_gate_that_multiplies_may_be_pruned_with_what_it_gates() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.body(x) * torch.sigmoid(self.gate(x)))
 
-    clusters, _ = find_clusters(Gated(), (torch.randn(1, 3, 4, 4),), {})
+    clusters = find_channels(Gated(), (torch.randn(1, 3, 4, 4),), {}).clusters
     assert [each.producers for each in clusters] == [["body", "gate"]]
 
 
@@ -230,6 +229,6 @@ def test_compiles() -> None:
 def test_the_model_is_unchanged_by_the_search() -> None:
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    find_clusters(model, (torch.randn(2, 1, 8, 8),), {})
+    find_channels(model, (torch.randn(2, 1, 8, 8),), {})
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert model.training
