@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from coreai_opt.common import ExportBackend
-from coreai_opt.export import coreai_file, coreml_file, onnx, torch_file
+from coreai_opt.export import coreai_file, coreml_file, onnx, safetensors_file, torch_file
 from coreai_opt.export.files import Job, SavedModel, flat_outputs, relative_difference, size_of, written
 from coreai_opt.export.lowering import finalized_for, is_finalized_for_core_ai, lowered_to_onnx
 
@@ -60,6 +60,9 @@ _KINDS = {
         torch_file.write,
         torch_file.run,
     ),
+    ".safetensors": _Kind(
+        lambda model: model, safetensors_file.check, safetensors_file.write, safetensors_file.run
+    ),
 }
 
 
@@ -78,9 +81,9 @@ def save(
 ) -> SavedModel:
     """Write a compressed model to a file, and check it by running it.
 
-    The suffix says what is written: ``.aimodel`` for Core AI, ``.mlpackage`` for Core ML, ``.onnx``, or
-    ``.pt2`` for :func:`torch.export.load`. The file is there whole or not at all: if anything fails, what was
-    at ``path`` before stays.
+    The suffix says what is written: ``.aimodel`` for Core AI, ``.mlpackage`` for Core ML, ``.onnx``, ``.pt2``
+    for :func:`torch.export.load`, or ``.safetensors`` for :func:`load_checkpoint`. The file is there whole or
+    not at all: if anything fails, what was at ``path`` before stays.
 
     Args:
         model: prepared by compressors, or finalized, or neither; it is copied, and stays as it is.
@@ -94,7 +97,7 @@ def save(
             of the sum of squares.
         progress: show a bar.
         **options: ``minimum_deployment_target`` (``"iOS18"``) and ``compute_units`` for ``.mlpackage``,
-            ``opset`` for ``.onnx``.
+            ``opset`` for ``.onnx``, ``ignore`` (names of modules to store dense) for ``.safetensors``.
 
     Raises:
         TypeError: ``model`` is no module, or ``example_inputs`` no tuple.

@@ -1,0 +1,239 @@
+"""Checkpoints that serving stacks read: quantized weights in safetensors, and a configuration."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.utils import parametrize
+
+from coreai_opt.export.compressed_tensors import stored
+from coreai_opt.export.parametrized import Place, places_of
+from coreai_opt.quantization._export import activations_of
+from coreai_opt.quantization._export_checks import check_observed
+from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+
+__all__ = ["CONFIG_KEY", "METHOD", "save_checkpoint", "stored_state"]
+
+CONFIG_KEY = "quantization_config"
+"""Where the configuration is: in ``config.json`` of a folder, and in the header of a single file."""
+
+METHOD = "compressed-tensors"
+"""What the configuration calls the formats."""
+_INPUT = "linear_quantize_input"
+_WEIGHTS_FILE = "model.safetensors"
+
+
+@torch.no_grad()
+def stored_state(model: nn.Module, ignore: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint of the model holds, and its configuration. The model stays as it is.
+
+    Args:
+        model: prepared by a quantizer in eager mode, or by other compressors, whose weights are stored dense.
+        ignore: names of modules whose quantized weights are stored dense, too.
+
+    Raises:
+        ValueError: compressed-tensors cannot hold a tensor's quantization, or a name is unknown.
+        NotImplementedError: parameters depend on the input.
+        RuntimeError: a quantizer has observed nothing.
+    """
+    if isinstance(model, GraphModule):
+        raise ValueError("model must be prepared in eager mode, execution_mode='eager', to be a checkpoint")
+    ignored = set(ignore)
+    unknown = ignored - {name for name, _ in model.named_modules()}
+    if unknown:
+        raise ValueError(f"ignore: the model has no modules {sorted(unknown)}")
+    simulators = [name for name, module in model.named_modules() if isinstance(module, FakeQuantizeImplBase)]
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if ".parametrizations." not in f".{name}"
+        and not any(name.startswith(f"{each}.") for each in simulators)
+    }
+    weights = [
+        place
+        for place in places_of(model, FakeQuantizeImplBase)
+        if is_weight(place.simulator) and place.module_name not in ignored
+    ]
+    inputs = _inputs(model, weights, ignored)
+    groups: dict[str, dict[str, Any]] = {}
+    check_observed([(place.name, place.simulator) for place in weights])
+    quantized = {place.name for place in weights}
+    for module_name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute in module.parametrizations:  # type: ignore[union-attr]
+                name = f"{module_name}.{attribute}".lstrip(".")
+                if name not in quantized:
+                    state[name] = _evaluated(module, attribute)
+    for place in weights:
+        _check_place(place, weights)
+        layer = stored(affine_weight(place.simulator, place.value()), place.name, place.module_name in inputs)
+        tensors, arguments = inputs.get(place.module_name, ({}, None))
+        for key, tensor in {**layer.tensors, **tensors}.items():
+            state[f"{place.module_name}.{key}".lstrip(".")] = tensor
+        group = {
+            "weights": layer.arguments,
+            "input_activations": arguments,
+            "output_activations": None,
+            "format": layer.format,
+        }
+        groups.setdefault(json.dumps(group, sort_keys=True), {**group, "targets": []})["targets"].append(
+            place.module_name
+        )
+    return _without_ties(state), _configuration(list(groups.values()))
+
+
+def _evaluated(module: nn.Module, attribute: str) -> Tensor:
+    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+    was_training = chain.training
+    chain.eval()
+    try:
+        return getattr(module, attribute).detach()  # type: ignore[no-any-return]
+    finally:
+        chain.train(was_training)
+
+
+def _check_place(place: Place, weights: list[Place]) -> None:
+    if not isinstance(place.module, nn.Linear | nn.Embedding) or place.attribute != "weight":
+        raise ValueError(
+            f"{place.name!r} belongs to a {type(place.module).__bases__[0].__name__}; compressed-tensors "
+            f"holds the weights of Linear and Embedding. ignore=[{place.module_name!r}] stores it dense"
+        )
+    owners = [each.module_name for each in weights if each.simulator is place.simulator]
+    if len(owners) > 1:
+        raise ValueError(
+            f"{place.name!r} is shared by the modules {owners}; a checkpoint holds shared weights once, "
+            f"which compressed-tensors cannot express. ignore={owners} stores it dense"
+        )
+
+
+def _inputs(
+    model: nn.Module, weights: list[Place], ignored: set[str]
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """For each layer with quantized inputs, tensors and configuration of these."""
+    layers = {place.module_name for place in weights if isinstance(place.module, nn.Linear)}
+    found = {}
+    for module, child, name in activations_of(model):
+        owner = name.rpartition(".")[0]
+        if owner in ignored:
+            continue
+        simulator = getattr(module, child)
+        check_observed([(name, simulator)])
+        record = quantized_activation(simulator, torch.float32)
+        is_float8 = record.dtype == torch.float8_e4m3fn and record.scale.dtype == torch.float32
+        if child != _INPUT or owner not in layers or record.axis is not None or record.minval is not None:
+            raise ValueError(
+                f"the activation {name!r} cannot be stored: compressed-tensors holds parameters per tensor "
+                f"of the inputs of quantized Linear layers, with zero points"
+            )
+        if record.dtype not in (torch.int8, torch.uint8) and not is_float8:
+            raise ValueError(
+                f"the activation {name!r} has the dtype {record.dtype}: use int8 or float8_e4m3fn"
+            )
+        tensors = {"input_scale": record.scale.reshape(1)}
+        symmetric = True
+        if record.zero_point is not None:
+            shift = 128 if record.dtype == torch.uint8 else 0
+            zero_point = (record.zero_point.to(torch.int16) - shift).to(torch.int8).reshape(1)
+            symmetric = not zero_point.any()
+            if not symmetric:
+                tensors["input_zero_point"] = zero_point
+        arguments = {
+            "num_bits": 8,
+            "type": "float" if is_float8 else "int",
+            "symmetric": symmetric,
+            "strategy": "tensor",
+            "dynamic": False,
+        }
+        found[owner] = (tensors, arguments)
+    return found
+
+
+def _without_ties(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Shared tensors once, under their first names, as safetensors wants it."""
+    seen: set[tuple[Any, ...]] = set()
+    result = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        result[name] = tensor.detach().contiguous()
+    return result
+
+
+def _configuration(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    formats = {group["format"] for group in groups}
+    return {
+        "quant_method": METHOD,
+        "quantization_status": "compressed",
+        "format": formats.pop() if len(formats) == 1 else ("mixed-precision" if formats else "dense"),
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
+        "ignore": [],
+        "kv_cache_scheme": None,
+    }
+
+
+def save_checkpoint(model: nn.Module, folder: str | Path, *, ignore: Iterable[str] = ()) -> Path:
+    """Write a transformers model as a folder that ``from_pretrained`` and serving stacks load.
+
+    Quantized weights of Linear and Embedding layers are stored in the formats of the package
+    compressed-tensors; all others dense, with their compressed values. The folder is there whole or not at
+    all. The model stays as it is.
+
+    Args:
+        model: a model of transformers, prepared by a :class:`.Quantizer` in eager mode; or a plain one.
+        folder: where to write; it must be empty or not there.
+        ignore: names of modules whose quantized weights are stored dense.
+
+    Raises:
+        TypeError: the model has no configuration of transformers.
+        ValueError: compressed-tensors cannot hold a tensor's quantization.
+        FileExistsError, NotADirectoryError: ``folder`` has files in it, or is a file.
+        OSError: ``folder`` cannot be written.
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "save_pretrained"):
+        raise TypeError(
+            f"model must be a model of transformers, with a config; got {type(model).__name__}. "
+            f"coreai_opt.export.save(model, 'x.safetensors', ...) writes others"
+        )
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder: {folder} is a file")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"folder: {folder} has files in it")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f"folder: there is no folder {folder.parent}")
+    state, quantization = stored_state(model, ignore)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        save_file(state, temporary / _WEIGHTS_FILE, metadata={"format": "pt"})
+        saved_config: Any = copy.deepcopy(config)
+        if quantization["config_groups"]:
+            saved_config.quantization_config = quantization
+        saved_config.save_pretrained(temporary)
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

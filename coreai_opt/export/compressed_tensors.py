@@ -1,0 +1,278 @@
+"""Quantized weights as the package compressed-tensors stores them, and back.
+
+The weight of a layer becomes several tensors, whose names and contents follow from a *format*:
+
+================================ =====================================================================
+``pack-quantized``               integers of 1 to 8 bits in the bits of int32 words, along the last axis
+``int-quantized``                integers, one a byte
+``float-quantized``              float8 (e4m3)
+``mxfp4-pack-quantized``         float4 (e2m1), two a byte; scales are exponents of two, for blocks of 32
+``mxfp8-quantized``              float8 (e4m3); scales likewise
+================================ =====================================================================
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from coreai_opt.export.records import Affine
+
+__all__ = ["FORMATS", "Stored", "decoded", "pack_words", "parameters_of", "stored", "unpack_words"]
+
+_PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+_NAIVE = "naive-quantized"
+_MXFP4, _MXFP8 = "mxfp4-pack-quantized", "mxfp8-quantized"
+FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, _MXFP4, _MXFP8)
+# What a layer has beside its scales; elsewhere "weight".
+_NAMES = {_PACKED: ["weight_packed", "weight_shape"], _MXFP4: ["weight_packed"]}
+_WORD = 32
+_MX_GROUP = 32
+_FLOAT4 = torch.float4_e2m1fn_x2
+_FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A layer's weight in a checkpoint.
+
+    Attributes:
+        tensors: by name within the layer.
+        format: which format they are in.
+        arguments: how the weight is quantized, as the checkpoint's configuration says it.
+    """
+
+    tensors: dict[str, Tensor]
+    format: str
+    arguments: dict[str, Any]
+
+
+def stored(record: Affine, name: str, with_activations: bool) -> Stored:
+    """A quantized weight as a checkpoint holds it.
+
+    Args:
+        record: the quantized weight, a matrix.
+        name: its qualified name, for messages.
+        with_activations: whether the layer's inputs are quantized, too.
+
+    Raises:
+        ValueError: there is no format for it.
+    """
+    if record.minval is not None:
+        raise ValueError(
+            f"{name!r} has the formulation 'minval'; compressed-tensors has zero points: use 'zp'"
+        )
+    if record.values.dim() != 2:
+        raise ValueError(
+            f"{name!r} has shape {tuple(record.values.shape)}; compressed-tensors holds the matrices of "
+            f"linear layers and embeddings"
+        )
+    shape = _logical_shape(record)
+    arguments = {"num_bits": 8, "type": "float", "symmetric": True, **_strategy(record, shape, name)}
+    if record.dtype == _FLOAT4:
+        return _mxfp4(record, arguments, name)
+    if record.dtype.is_floating_point:
+        return _float8(record, arguments, name)
+    return _integers(record, arguments, with_activations, name)
+
+
+def _logical_shape(record: Affine) -> tuple[int, int]:
+    rows, columns = record.values.shape
+    return (rows, 2 * columns) if record.dtype == _FLOAT4 else (rows, columns)
+
+
+def _strategy(record: Affine, shape: tuple[int, int], name: str) -> dict[str, Any]:
+    rows, columns = record.scale.shape
+    if (rows, columns) == (1, 1):
+        return {"strategy": "tensor"}
+    if (rows, columns) == (shape[0], 1):
+        return {"strategy": "channel"}
+    if rows == shape[0]:
+        return {"strategy": "group", "group_size": shape[1] // columns}
+    if record.dtype.is_floating_point:
+        return {"strategy": "block", "block_structure": [shape[0] // rows, shape[1] // columns]}
+    raise ValueError(
+        f"{name!r} has {rows} x {columns} blocks; compressed-tensors has integers per tensor, per output "
+        f"channel (axis 0), and in groups along the inputs (axis 1) of each channel"
+    )
+
+
+def _mxfp4(record: Affine, arguments: dict[str, Any], name: str) -> Stored:
+    if arguments.get("group_size") != _MX_GROUP or record.scale.dtype != torch.float8_e8m0fnu:
+        raise ValueError(
+            f"{name!r} has float4 in other blocks than groups of {_MX_GROUP} along axis 1 with power-of-two "
+            f"scales: use PerBlockGranularity(axis=1, block_size={_MX_GROUP})"
+        )
+    tensors = {"weight_packed": record.values, "weight_scale": record.scale.view(torch.uint8)}
+    return Stored(tensors, _MXFP4, {**arguments, "num_bits": 4, "scale_dtype": "torch.uint8"})
+
+
+def _float8(record: Affine, arguments: dict[str, Any], name: str) -> Stored:
+    if record.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name!r} has the dtype {record.dtype}; of float8, compressed-tensors has e4m3")
+    if record.scale.dtype != torch.float8_e8m0fnu:
+        tensors = {"weight": record.values, "weight_scale": _scale_of(record)}
+        return Stored(tensors, _FLOAT, arguments)
+    if arguments.get("group_size") != _MX_GROUP:
+        raise ValueError(
+            f"{name!r} has float8 with power-of-two scales in other blocks than groups of {_MX_GROUP} along "
+            f"axis 1: use PerBlockGranularity(axis=1, block_size={_MX_GROUP})"
+        )
+    tensors = {"weight": record.values, "weight_scale": record.scale.view(torch.uint8)}
+    return Stored(tensors, _MXFP8, {**arguments, "scale_dtype": "torch.uint8"})
+
+
+def _integers(record: Affine, arguments: dict[str, Any], with_activations: bool, name: str) -> Stored:
+    label = str(record.dtype).removeprefix("torch.")
+    bits = int(label.rpartition("int")[2])
+    # Integers are signed there: both the values and the zero point of unsigned ones move down.
+    shift = 1 << (bits - 1) if label.startswith("uint") else 0
+    values, zero_point = ((each.to(torch.int16) - shift).to(torch.int8) for each in _values(record))
+    symmetric = not zero_point.any()
+    arguments = {**arguments, "num_bits": bits, "type": "int", "symmetric": symmetric}
+    # Loaders do not agree on packed zero points: where bytes do, those of 8 bits are not packed.
+    if with_activations or (bits == 8 and not symmetric):
+        if bits != 8:
+            raise ValueError(
+                f"{name!r} has {bits} bits, and its inputs are quantized: compressed-tensors has weights of "
+                f"8 bits then"
+            )
+        tensors = {"weight": values, "weight_scale": _scale_of(record)}
+        return Stored(
+            tensors | ({} if symmetric else {"weight_zero_point": _flat(zero_point)}), _INT, arguments
+        )
+    if not symmetric and arguments["strategy"] == "tensor":
+        # Zero points are packed for channels and groups alone: a scale a channel says the same.
+        count = values.shape[0]
+        arguments["strategy"] = "channel"
+        zero_point, scale = zero_point.expand(count, 1), record.scale.expand(count, 1).contiguous()
+    else:
+        scale = _scale_of(record)
+    tensors = {
+        "weight_packed": pack_words(values, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor(values.shape),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = pack_words(zero_point.T, bits).T.contiguous()
+    return Stored(tensors, _PACKED, arguments)
+
+
+def _values(record: Affine) -> tuple[Tensor, Tensor]:
+    assert record.zero_point is not None
+    return record.values, record.zero_point
+
+
+def _scale_of(record: Affine) -> Tensor:
+    return _flat(record.scale)
+
+
+def _flat(grid: Tensor) -> Tensor:
+    return grid.reshape(1) if grid.numel() == 1 else grid
+
+
+def pack_words(values: Tensor, bits: int) -> Tensor:
+    """Signed integers in the bits of int32 words, row by row, the first one in the lowest bits.
+
+    Args:
+        values: int8 ``[rows, columns]``.
+        bits: of each of them, 1 to 8.
+
+    Returns:
+        int32 ``[rows, ceil(columns * bits / 32)]``.
+    """
+    rows, columns = values.shape
+    codes = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    padding = -columns % _WORD
+    codes = torch.nn.functional.pad(codes, (0, padding))
+    if bits in (1, 2, 4, 8):
+        per_byte = 8 // bits
+        parts = codes.reshape(rows, -1, per_byte)
+        packed = parts[..., 0].clone()
+        for position in range(1, per_byte):
+            packed |= parts[..., position] << (bits * position)
+    else:
+        packed = _bytes_of_bits(codes.reshape(rows, -1), bits)
+    words = math.ceil(columns * bits / _WORD)
+    return packed.contiguous().view(torch.int32)[:, :words].contiguous()
+
+
+def _bytes_of_bits(codes: Tensor, bits: int) -> Tensor:
+    single = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
+    octets = single.reshape(codes.shape[0], -1, 8).to(torch.uint8)
+    weights = 1 << torch.arange(8, device=codes.device)
+    return (octets * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The integers that :func:`pack_words` has packed: int8 ``[rows, columns]``."""
+    octets = packed.contiguous().view(torch.uint8)
+    single = (octets.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1
+    flat = single.reshape(packed.shape[0], -1)
+    codes = flat[:, : columns * bits].reshape(packed.shape[0], columns, bits)
+    values = (codes.to(torch.int16) << torch.arange(bits, device=packed.device)).sum(-1)
+    return (values - (1 << (bits - 1))).to(torch.int8)
+
+
+def decoded(tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any], name: str) -> Tensor:
+    """The dense weight of a layer in a checkpoint, in the dtype of its scales (powers of two: bfloat16).
+
+    Args:
+        tensors: by name within the layer.
+        fmt: their format.
+        arguments: how the weight is quantized.
+        name: the layer's qualified name, for messages.
+
+    Raises:
+        ValueError: the format is unknown, or a tensor is missing.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"{name!r} is stored in the format {fmt!r}; known are {', '.join(FORMATS)}")
+    needed = ["weight_scale", *_NAMES.get(fmt, ["weight"])]
+    missing = [key for key in needed if key not in tensors]
+    if missing:
+        raise ValueError(f"{name!r} is stored in the format {fmt!r}, but {missing} are missing")
+    scale, zero_point = parameters_of(tensors, fmt, arguments)
+    if fmt == _PACKED:
+        columns = int(tensors["weight_shape"][1])
+        values = unpack_words(tensors["weight_packed"], int(arguments["num_bits"]), columns)
+    elif fmt == _MXFP4:
+        values = _unpacked_float4(tensors["weight_packed"])
+    else:
+        values = tensors["weight"]
+    grid = scale.reshape(1, 1) if scale.numel() == 1 else scale
+    values = values.to(scale.dtype)
+    if zero_point is not None:
+        values = values - _spread(zero_point.reshape(grid.shape).to(scale.dtype), values.shape)
+    return values * _spread(grid, values.shape)
+
+
+def parameters_of(
+    tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The scales of a layer's weight in a checkpoint, and its zero points; see :func:`decoded`."""
+    scale = tensors["weight_scale"]
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu).to(torch.bfloat16)
+    zero_point = tensors.get("weight_zero_point")
+    if zero_point is not None and fmt == _PACKED:
+        rows = int(tensors["weight_shape"][0])
+        zero_point = unpack_words(zero_point.T, int(arguments["num_bits"]), rows).T
+    return scale, zero_point
+
+
+def _unpacked_float4(packed: Tensor) -> Tensor:
+    codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+    magnitudes = torch.tensor(_FLOAT4_VALUES, device=packed.device)[(codes & 7).long()]
+    return torch.where(codes >= 8, -magnitudes, magnitudes)
+
+
+def _spread(grid: Tensor, shape: torch.Size) -> Tensor:
+    """The value of each element's block."""
+    for axis in range(2):
+        if grid.shape[axis] not in (1, shape[axis]):
+            grid = grid.repeat_interleave(math.ceil(shape[axis] / grid.shape[axis]), axis)
+            grid = grid.narrow(axis, 0, shape[axis])
+    return grid

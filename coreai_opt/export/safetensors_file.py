@@ -1,0 +1,41 @@
+"""Quantized weights in one ``.safetensors`` file, in the formats of compressed-tensors."""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from coreai_opt.common import ExportBackend
+from coreai_opt.export.checkpoint_loading import read_dense
+from coreai_opt.export.checkpoints import CONFIG_KEY, stored_state
+from coreai_opt.export.files import Job, flat_outputs
+from coreai_opt.export.lowering import finalized_for
+
+__all__ = ["check", "run", "write"]
+
+_OPTIONS = ("ignore",)
+
+
+def check(job: Job) -> None:
+    """ValueError for unknown options."""
+    unknown = sorted(set(job.options) - set(_OPTIONS)) + ["half"] * job.half
+    if unknown:
+        raise ValueError(f"there are no options {unknown} for .safetensors; there is 'ignore'")
+
+
+def write(job: Job, path: Path) -> None:
+    """Write the prepared model's tensors, and in the header the configuration."""
+    state, config = stored_state(job.model, job.options.get("ignore", ()))
+    save_file(state, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
+
+
+@torch.no_grad()
+def run(job: Job, path: Path) -> list[Tensor]:
+    """What the model computes with the weights in the file."""
+    model = finalized_for(copy.deepcopy(job.model), ExportBackend.Torch)
+    for name, weight in read_dense(model, path).items():
+        model.get_parameter(name).copy_(weight)
+    return flat_outputs(model.eval()(*job.args))

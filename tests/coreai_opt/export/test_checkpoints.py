@@ -1,0 +1,230 @@
+"""Checkpoints with quantized weights: transformers loads them, and training goes on from them."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from coreai_opt.export import load_checkpoint, load_quantization, save, save_checkpoint
+from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
+from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
+from tests.coreai_opt.export.models import cnn, example, mlp, output, pruner, quantizer
+
+CHANNELS = PerChannelGranularity(axis=0)
+GROUPS = PerBlockGranularity(axis=1, block_size=32)
+IDS = torch.arange(12).reshape(1, 12)
+
+
+def llama(seed=0, tied=False):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def prepared(weight, activation=None, **kwargs):
+    model = llama(**kwargs)
+    inputs = None if activation is None else {0: QuantizationSpec(**activation)}
+    config = QuantizerConfig(
+        global_config=None,
+        module_type_configs={
+            nn.Linear: ModuleQuantizerConfig(
+                op_state_spec={"weight": QuantizationSpec(**weight)},
+                op_input_spec=inputs,
+                op_output_spec=None,
+            )
+        },
+        execution_mode="eager",
+    )
+    return Quantizer(model, config).prepare((IDS,))
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(IDS).logits
+
+
+CASES = {
+    "int4 in groups": ({"dtype": "int4", "granularity": GROUPS}, None, "pack-quantized"),
+    "int8 per channel": ({"granularity": CHANNELS}, None, "pack-quantized"),
+    "int8 asymmetric": ({"qscheme": "asymmetric", "granularity": CHANNELS}, None, "int-quantized"),
+    "int8 weights and inputs": ({"granularity": CHANNELS}, {}, "int-quantized"),
+    "asymmetric inputs": (
+        {"granularity": CHANNELS}, {"dtype": "uint8", "qscheme": "asymmetric"}, "int-quantized",
+    ),
+    "float8": ({"dtype": "float8_e4m3fn", "granularity": CHANNELS}, None, "float-quantized"),
+    "float8 weights and inputs": (
+        {"dtype": "float8_e4m3fn"}, {"dtype": "float8_e4m3fn"}, "float-quantized",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_there_and_back(case, tmp_path):
+    """transformers computes what the prepared model does; so does a model that loads it and is prepared."""
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from transformers import AutoModelForCausalLM
+
+    weight, activation, fmt = CASES[case]
+    model = prepared(weight, activation)
+    expected, keys = logits(model), list(model.state_dict())
+    folder = save_checkpoint(model, tmp_path / "checkpoint")
+    assert list(model.state_dict()) == keys
+    assert torch.equal(logits(model), expected)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["format"] == fmt
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(theirs), expected)
+
+    ours = llama(seed=1)
+    loaded = load_checkpoint(ours, folder)
+    if activation is None:
+        assert torch.equal(logits(ours), expected)
+    again = Quantizer(ours, loaded).prepare((IDS,))
+    load_quantization(again, folder)
+    assert torch.equal(logits(again), expected)
+    second = save_checkpoint(again, tmp_path / "again")
+    assert (second / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["mxfp4", "mxfp8"])
+def test_powers_of_two(case, tmp_path):
+    pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
+    from transformers import AutoModelForCausalLM
+
+    dtypes = {"mxfp4": "float4_e2m1fn", "mxfp8": "float8_e4m3fn"}
+    model = prepared({"dtype": dtypes[case], "scale_dtype": "float8_e8m0fnu", "granularity": GROUPS})
+    folder = save_checkpoint(model, tmp_path / "checkpoint")
+    ours = llama(seed=1)
+    load_checkpoint(ours, folder)
+    assert torch.equal(logits(ours), logits(model))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert (logits(theirs) - logits(model)).abs().max() < 0.02  # and decompresses the weights
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(theirs.get_parameter(name).float(), ours.get_parameter(name))
+
+
+def test_files_are_smaller(tmp_path):
+    def size(weight):
+        name = str(weight.get("dtype"))
+        folder = save_checkpoint(prepared(weight), tmp_path / name)
+        return (folder / "model.safetensors").stat().st_size
+
+    dense = sum(each.numel() * 4 for each in llama().parameters())
+    embedding = 64 * 64 * 4
+    assert size({"dtype": "int8", "granularity": CHANNELS}) < 0.35 * (dense - embedding) + embedding
+    assert size({"dtype": "int4", "granularity": GROUPS}) < 0.25 * (dense - embedding) + embedding
+
+
+def test_shared_weights_are_refused_unless_they_are_ignored(tmp_path):
+    model = llama(tied=True)
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(
+            op_state_spec={"weight": QuantizationSpec(granularity=CHANNELS)},
+            op_input_spec=None,
+            op_output_spec=None,
+        ),
+        execution_mode="eager",
+    )
+    model = Quantizer(model, config).prepare((IDS,))
+    with pytest.raises(ValueError, match=r"shared by the modules .*ignore="):
+        save_checkpoint(model, tmp_path / "checkpoint")
+    assert not any(tmp_path.iterdir())
+    ignored = ["model.embed_tokens", "lm_head"]
+    norms = [name for name, module in model.named_modules() if "norm" in name and hasattr(module, "weight")]
+    save_checkpoint(model, tmp_path / "checkpoint", ignore=[*ignored, *norms])
+    with safe_open(tmp_path / "checkpoint" / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    assert "model.embed_tokens.weight" in names
+    assert "model.layers.0.mlp.up_proj.weight_packed" in names
+
+
+def test_a_single_file(tmp_path):
+    model = mlp()
+    quantizer(model, {"dtype": "int4", "granularity": GROUPS})
+    expected = output(model)
+    path = tmp_path / "model.safetensors"
+    saved = save(model, path, example(model), progress=False)
+    assert saved.difference == 0
+    with safe_open(path, framework="pt") as file:
+        assert "0.weight_packed" in set(file.keys())
+        assert json.loads(file.metadata()["quantization_config"])["format"] == "pack-quantized"
+    other = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    load_checkpoint(other, path)
+    assert torch.equal(output(other), expected)
+
+
+def test_other_compressions_are_stored_dense(tmp_path):
+    model = mlp()
+    pruner(model)
+    expected = output(model)
+    path = tmp_path / "model.safetensors"
+    save(model, path, example(model), progress=False)
+    other = mlp()
+    assert load_checkpoint(other, path).module_name_configs == {}
+    assert torch.equal(output(other), expected)
+
+
+REFUSED = {
+    "a convolution": (cnn, {}, None, "Linear and Embedding"),
+    "outputs": (mlp, {}, {}, "linear_quantize_output_0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_stored_is_refused(case, tmp_path):
+    make, weight, activation, message = REFUSED[case]
+    model = make()
+    quantizer(model, weight, activation)
+    with pytest.raises(ValueError, match=message):
+        save(model, tmp_path / "model.safetensors", example(model), progress=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_arguments(tmp_path):
+    with pytest.raises(TypeError, match="transformers"):
+        save_checkpoint(mlp(), tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="folder"):
+        save_checkpoint(llama(), tmp_path / "file")
+    with pytest.raises(FileExistsError, match="folder"):
+        save_checkpoint(llama(), tmp_path)
+    with pytest.raises(ValueError, match=r"ignore.*'nothing'"):
+        save_checkpoint(llama(), tmp_path / "new", ignore=["nothing"])
+    with pytest.raises(FileNotFoundError, match="path"):
+        load_checkpoint(mlp(), tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_checkpoint(mlp(), tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_checkpoints_that_do_not_fit_change_nothing(tmp_path):
+    model = mlp()
+    quantizer(model, {"granularity": CHANNELS})
+    path = tmp_path / "model.safetensors"
+    save(model, path, example(model), progress=False)
+    other = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"of another shape \['2\.bias"):
+        load_checkpoint(other, path)
+    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
+    with pytest.raises(ValueError, match="before prepare"):
+        load_checkpoint(model, path)
+    per_tensor = mlp()
+    quantizer(per_tensor, {})
+    with pytest.raises(RuntimeError, match="32 scales, the simulator 1"):
+        load_quantization(per_tensor, path)
+    with pytest.raises(RuntimeError, match="no simulator here"):
+        load_quantization(mlp(), path)
