@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ class Blocks:
             )
         return cls(tuple(shape), block_size, cluster_dim)
 
-    @cached_property
+    @property
     def grid(self) -> tuple[int, ...]:
         """How many blocks there are along each axis."""
         return tuple(size // block for size, block in zip(self.shape, self.block_size, strict=True))

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
-__all__ = ["Placed", "placed_simulators", "refresh_before_saving"]
+__all__ = ["Placed", "keep_up_to_date", "placed_simulators"]
 
 
 class Placed(NamedTuple):
@@ -39,12 +39,26 @@ def placed_simulators(model: nn.Module) -> Iterator[Placed]:
                     yield Placed(simulator, chain, ".".join(filter(None, path)))
 
 
-def refresh_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
+def keep_up_to_date(chain: Any) -> None:
+    """Have the simulators among some parametrizations look at their weight around saving and loading."""
+    chain.register_state_dict_pre_hook(_refresh_before_saving)
+    chain.register_load_state_dict_post_hook(_detect_after_loading)
+
+
+def _refresh_before_saving(chain: Any, prefix: str, keep_vars: bool) -> None:
     """Bring the indices up to date with the weight before they go into a ``state_dict``."""
     for simulator in chain:
         if isinstance(simulator, _KMeansFakePalettize):
             with torch.no_grad():
                 simulator.refresh_indices(_input_of(simulator, chain))
+
+
+def _detect_after_loading(chain: Any, incompatible_keys: Any) -> None:
+    """Find the zeros of the loaded weight here, so that no compiled forward has to wait for the device."""
+    for simulator in () if chain.original.is_meta else chain:
+        if isinstance(simulator, _KMeansFakePalettize) and simulator.sparsity_detection_threshold is not None:
+            with torch.no_grad():
+                simulator.detect_sparsity(_input_of(simulator, chain))
 
 
 def _input_of(simulator: nn.Module, chain: Any) -> Tensor:

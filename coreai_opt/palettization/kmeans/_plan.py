@@ -1,7 +1,7 @@
 """What is palettized in a model: for each weight that can be, a simulator."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -37,8 +37,20 @@ class Planned(NamedTuple):
         return ".".join(filter(None, (path, "parametrizations", attribute, "original")))
 
 
-def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple[Any, ...]) -> list[Planned]:
-    """The weights that ``config`` names and that their specifications fit; of the others the log warns."""
+def plan(
+    model: nn.Module,
+    config: KMeansPalettizerConfig,
+    example_inputs: tuple[Any, ...],
+    state_dict: Mapping[str, Any] | None = None,
+) -> list[Planned]:
+    """The weights that ``config`` names and that their specifications fit; of the others the log warns.
+
+    Args:
+        model: the model.
+        config: its configuration.
+        example_inputs: for one forward.
+        state_dict: of a prepared model, if its weights will take the place of those that there are.
+    """
     uses = record_state_uses(model, example_inputs, OP_TYPES)
     functions = {id(tensor): _FUNCTIONS.get(use.op_type) for use in uses for tensor in use.tensors}
     planned = []
@@ -46,12 +58,15 @@ def plan(model: nn.Module, config: KMeansPalettizerConfig, example_inputs: tuple
         tensor = target.tensor
         module_config = cast(ModuleKMeansPalettizerConfig, target.config)
         simulator = _build(target, module_config, functions.get(id(tensor)))
+        found = Planned(target, simulator, module_config.pat_schedule)
+        loaded = None if state_dict is None else state_dict.get(found.original_name)
+        fits = isinstance(loaded, Tensor) and loaded.shape == tensor.shape
         try:
-            _check(simulator, tensor)
+            _check(simulator, cast(Tensor, loaded) if fits else tensor)
         except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
             logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
             continue
-        planned.append(Planned(target, simulator, module_config.pat_schedule))
+        planned.append(found)
     if not planned:
         logger.warning("Nothing is palettized: the configuration names no weight that an operation reads")
     return planned

@@ -75,12 +75,6 @@ class _KMeansFakePalettize(PaletteState):
         self.palette_spacing = 1.0
         self._training_strategy = (training_strategy_spec or DefaultTrainingSpec()).build_strategy()
         self._sensitivities = _clustering.checked_sensitivities(sensitivities)
-        self._frozen = False
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether training is over: the values are fixed."""
-        return self._frozen
 
     @property
     def sensitivities(self) -> Tensor | None:
@@ -201,16 +195,6 @@ class _KMeansFakePalettize(PaletteState):
     def step(self, weight: Tensor, step: int) -> None:
         """A training step is over: let the training strategy do what it does between steps."""
         self._training_strategy.on_step(self, weight, step)
-
-    def freeze(self, weight: Tensor) -> None:
-        """Fix the palettized values of ``weight``, whatever the training strategy was."""
-        if self.is_on():
-            self.ensure_initialized(weight)
-            self.refresh_indices(weight)
-        self._training_strategy = DefaultTrainingSpec().build_strategy()
-        if isinstance(self.centroids, torch.nn.Parameter):
-            self.register_buffer("centroids", self._parameters.pop("centroids").detach())  # type: ignore[union-attr]
-        self._frozen = True
 
     def train(self, mode: bool = True) -> "_KMeansFakePalettize":
         """Switch between training and evaluation; after training the indices are out of date."""

@@ -1,6 +1,6 @@
 """The compressor that palettizes a model's weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from coreai_opt import _prepared_models
+from coreai_opt._restoring import undone_on_failure
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
 from coreai_opt.palettization.kmeans._export import finalize_palettes
-from coreai_opt.palettization.kmeans._placed import placed_simulators, refresh_before_saving
+from coreai_opt.palettization.kmeans._placed import keep_up_to_date, placed_simulators
 from coreai_opt.palettization.kmeans._plan import plan
 from coreai_opt.palettization.kmeans._sensitivities import (
     CalibrationHelper,
@@ -61,6 +63,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         example_inputs: tuple[Any, ...],
         sensitivity_path: str | Path | None = None,
         num_workers: int = 1,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """Cluster the weights that the configuration names, and return the model with palettized weights.
 
@@ -70,34 +73,52 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             example_inputs: positional arguments for one forward, which shows what reads which weight.
             sensitivity_path: a file of sensitivities, as :meth:`save_sensitivities` writes it.
             num_workers: how many weights are clustered at a time.
+            state_dict: the state of a model that was prepared with the same configuration. It is loaded
+                strictly, the weights as well, and nothing is clustered.
 
         Raises:
-            RuntimeError: the model is prepared already; or a pruned weight cannot be stored as vectors.
+            RuntimeError: the model is prepared already, also by a pruner; or a pruned weight cannot be stored
+                as vectors; or ``state_dict`` does not fit the prepared model, or lacks palettes.
             TypeError: an argument has the wrong type.
             ValueError: ``num_workers`` is not positive; a weight is not finite; sensitivities are negative,
                 not finite, or have another shape than their weight.
             FileNotFoundError: there is no file of sensitivities. After any error the model is as it was.
         """
         self._require_unprepared()
+        if _prepared_models.is_prepared(self._model, CompressionType.PRUNING):
+            raise RuntimeError(
+                "prepare: the model is prepared by a MagnitudePruner. Finalize that first, for "
+                "ExportBackend.Torch; specifications with a sparsity_detection_threshold then keep the zeros"
+            )
         if not isinstance(num_workers, int):
             raise TypeError(f"num_workers must be an int; got {type(num_workers).__name__}")
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1; got {num_workers}")
+        if state_dict is not None and not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
         sensitivities = None if sensitivity_path is None else load_sensitivities(sensitivity_path)
-        planned = plan(self._model, self._config, example_inputs)
+        planned = plan(self._model, self._config, example_inputs, state_dict)
         if sensitivities is not None:
             for each in planned:
                 shape = each.target.tensor.shape
                 each.simulator.sensitivities = sensitivity_of(each.original_name, shape, sensitivities)
-        _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers)
-        for each in planned:
-            self._insert(each.target, each.simulator)
-            for module, attribute in each.target.places:
-                chain: Any = module.parametrizations[attribute]  # type: ignore[index]
-                chain.register_state_dict_pre_hook(refresh_before_saving)
-            if each.schedule is not None:
-                self._start_steps[each.target.fqn] = each.schedule.enable_fake_palettize
-        self._mark_prepared(self._model)
+        if state_dict is None:
+            _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers)
+        with undone_on_failure(self._model):
+            for each in planned:
+                self._insert(each.target, each.simulator)
+                for module, attribute in each.target.places:
+                    keep_up_to_date(module.parametrizations[attribute])  # type: ignore[index]
+            if state_dict is not None:
+                self._load_prepared_state_dict(self._model, state_dict)
+                for each in planned:
+                    each.simulator.enable_fake_palett()
+        self._start_steps = {
+            each.target.fqn: each.schedule.enable_fake_palettize
+            for each in planned
+            if each.schedule is not None
+        }
+        self._mark_prepared(self._model, state_dict)
         return self._model
 
     @contextmanager

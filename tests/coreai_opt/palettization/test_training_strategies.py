@@ -196,19 +196,6 @@ def test_evaluation_assigns_anew_after_training(simulator, weight, strategy):
 
 @pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_frozen_values_stay(simulator, weight, fields, strategy):
-    module = simulator(**fields, training_strategy_spec=strategy)
-    module(weight)
-    module.freeze(weight)
-    values = module(weight)
-    assert module.is_frozen
-    assert not list(module.parameters())
-    assert torch.equal(module(2 * weight), values)
-    assert torch.equal(module.eval()(weight), values)
-
-
-@pytest.mark.parametrize("fields", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 def test_training_compiles(simulator, weight, gradient, fields, strategy):
     torch._dynamo.reset()
     results = []
