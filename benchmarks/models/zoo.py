@@ -21,7 +21,7 @@ from benchmarks.models.networks import (
     Shared,
 )
 
-__all__ = ["MANY", "MODELS", "ONE", "Task", "build"]
+__all__ = ["MANY", "MODELS", "ONE", "Batch", "Task", "build"]
 
 Batch = tuple[tuple[Tensor, ...], Tensor]
 

@@ -12,37 +12,13 @@ from coreai_opt.quantization import ExecutionMode, InvalidExecutionModeError, Qu
 from coreai_opt.quantization.config import KVCacheQuantConfig, OpQuantizerConfig, QATSchedule
 
 from .quantizer_configs import ASYMMETRIC, eager, module, schedule
+from .quantizer_models import Model, X, prepared, switched
 from .quantizer_runs import places, simulators
+from .quantizer_states import STATES
 from .runner import captured_log
 from .snapshots import Raised, freeze
 
 __all__ = ["CALLS", "call"]
-
-X = torch.ones(3, 4)
-
-
-class Model(nn.Module):
-    """Runs another number of additions when asked to, or fails."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.dropout = nn.Linear(4, 4), nn.Dropout(0.5)
-
-    def forward(
-        self, x: Tensor, additions: int = 2, fail: bool = False, scale: Tensor | None = None
-    ) -> Tensor:
-        x = self.layer(x)
-        for _ in range(additions):
-            x = x + x
-        if fail:
-            raise KeyError("fail")
-        return x if scale is None else x * scale
-
-
-def prepared(config: QuantizerConfig | None = None, model: nn.Module | None = None) -> Quantizer:
-    quantizer = Quantizer(model or Model(), config or eager())
-    quantizer.model = quantizer.prepare((X,))  # type: ignore[attr-defined]
-    return quantizer
 
 
 def kept(model: nn.Module, *inputs: Any) -> Any:
@@ -54,13 +30,6 @@ def kept(model: nn.Module, *inputs: Any) -> Any:
         same = keys == list(model.state_dict()) and modes == [child.training for child in model.modules()]
         return {"raised": Raised.of(error), "untouched": same, "then": places(prepared(model=Model()).model)}
     return places(model)
-
-
-def switched(quantizer: Quantizer) -> tuple[tuple[bool, bool], ...]:
-    return tuple(
-        (bool(each.observer_enabled), bool(each.fake_quant_enabled))
-        for each in simulators(quantizer.model).values()
-    )
 
 
 def within(context: str, action: Callable[[Quantizer], Any], config: QuantizerConfig | None = None) -> Any:
@@ -267,6 +236,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "schedule negative": lambda: QATSchedule(enable_observer=-1),
     "schedule off when on": lambda: QATSchedule(enable_fake_quant=2, disable_observer=2).disable_observer,
     "schedule changed": lambda: setattr(QATSchedule(), "enable_observer", 3),
+    **STATES,
 }
 
 

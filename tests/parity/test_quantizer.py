@@ -22,6 +22,7 @@ RUNS_INTENDED = {("shared", "schedule"): "Schedules reach what the model itself 
 INTENDED = {
     "config type by public name": "Configurations refuse and find more",
     "operation dropout": "prepare leaves no trace",
+    "calibration in training": "Training goes on after a calibration within it",
     "config a dict": "Errors by kind",
     "config of a module": "Errors by kind",
     "model None": "Errors by kind",
