@@ -41,6 +41,7 @@ _SUBPACKAGES = (
     "palettization",
     "pruning",
     "quantization",
+    "search",
 )
 
 _environment.warn_of_name_clash()

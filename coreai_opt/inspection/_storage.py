@@ -13,7 +13,7 @@ from coreai_opt.quantization.spec import QuantizationFormulation, QuantizationSc
 from coreai_opt.quantization.spec._numbers import bits_of
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["dense_bits", "simulated_bits"]
+__all__ = ["dense_bits", "is_off", "simulated_bits"]
 
 
 def dense_bits(tensor: Tensor) -> int:
@@ -29,7 +29,7 @@ def simulated_bits(original: Tensor, simulators: Sequence[CompressionSimulatorBa
     """
     value_bits, extra_bits, kept = float(original.element_size() * 8), 0, original.numel()
     for simulator in simulators:
-        if _is_off(simulator):
+        if is_off(simulator):
             continue
         if isinstance(simulator, PruneImplBase):
             kept = _kept(simulator, original)
@@ -49,7 +49,7 @@ def simulated_bits(original: Tensor, simulators: Sequence[CompressionSimulatorBa
     return min(dense, sparse) + extra_bits
 
 
-def _is_off(simulator: CompressionSimulatorBase) -> bool:
+def is_off(simulator: CompressionSimulatorBase) -> bool:
     """Whether the simulator gave up on its tensor, which passes as it is."""
     disabled = getattr(simulator, "is_disabled", None)
     return bool(disabled() if callable(disabled) else disabled)

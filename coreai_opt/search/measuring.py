@@ -1,0 +1,134 @@
+"""What each candidate does to the outputs of a model, one layer at a time."""
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from coreai_opt.inspection._storage import is_off
+from coreai_opt.inspection.bits_per_weight import stored_tensors
+from coreai_opt.search.candidates import Candidate, configurations, prepared
+
+__all__ = ["Measurement", "Metric", "Outputs", "Prober", "damage_of"]
+
+# The model's outputs for one sample: its floating-point tensors.
+Outputs = list[Tensor]
+Metric = Literal["mse", "kl"] | Callable[[Any, Any], float]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One candidate in one layer, all other layers as they were.
+
+    Attributes:
+        layer: the module's name.
+        candidate: the candidate's name.
+        damage: how far the outputs move, by the metric; less is better.
+        bits: what the layer's weight takes, with scales and palettes.
+    """
+
+    layer: str
+    candidate: str
+    damage: float
+    bits: int
+
+
+def damage_of(metric: Metric, found: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The mean of the metric over samples.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    values = [_damage(metric, *pair) for pair in zip(found, expected, strict=True)]
+    mean = math.fsum(values) / len(values)
+    if not math.isfinite(mean):
+        raise ValueError(f"the metric must give finite numbers; it gave {mean}")
+    return mean
+
+
+def _damage(metric: Metric, found: Any, expected: Any) -> float:
+    if callable(metric):
+        return float(metric(found, expected))
+    pairs = list(zip(_floating(found), _floating(expected), strict=True))
+    if metric == "mse":
+        errors = [(a.double() - b.double()).square().mean() for a, b in pairs]
+        powers = [b.double().square().mean() for _, b in pairs]
+        return float(torch.stack(errors).sum() / torch.stack(powers).sum().clamp(min=1e-30))
+    logs = [(a.double().log_softmax(-1), b.double().log_softmax(-1)) for a, b in pairs]
+    return float(torch.stack([(b.exp() * (b - a)).sum(-1).mean() for a, b in logs]).sum())
+
+
+def _floating(outputs: Any) -> Outputs:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+class Prober:
+    """Runs a model with some of its weights replaced by compressed ones; the model is left as it was.
+
+    Args:
+        model: the float model, in evaluation mode while it runs.
+        samples: positional arguments, one tuple a forward.
+        metric: see :func:`coreai_opt.search.search`.
+        patterns: regular expressions of the layers to compress; None for all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Sequence[tuple[Any, ...]],
+        metric: Metric,
+        patterns: Sequence[str] | None,
+    ) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.samples = samples
+        self.metric = metric
+        self.patterns = patterns
+        self.modules = dict(self.model.named_modules())
+        self.expected = self._run()
+
+    def _run(self) -> list[Any]:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return [self.model(*sample) for sample in self.samples]
+
+    def compressed(self, candidate: Candidate) -> dict[str, tuple[Tensor, int]]:
+        """The compressed weight of each layer that the candidate fits, and the bits that it takes."""
+        everything = prepared(self.model, configurations({".*": candidate}), self.samples[0]).eval()
+        found: dict[str, tuple[Tensor, int]] = {}
+        modules = dict(everything.named_modules())
+        for stored in stored_tensors(everything):
+            simulators = [each for each in stored.simulators if not is_off(each)]
+            if stored.name == "weight" and simulators and self._is_wanted(stored.module_name):
+                with torch.no_grad():
+                    weight = modules[stored.module_name].weight.detach().clone()  # type: ignore[union-attr, operator]
+                found[stored.module_name] = (weight, stored.bits)
+        return found
+
+    def _is_wanted(self, layer: str) -> bool:
+        return self.patterns is None or any(re.fullmatch(pattern, layer) for pattern in self.patterns)
+
+    def damage(self, weights: Mapping[str, Tensor]) -> float:
+        """The damage with the weights of these layers replaced."""
+        with self._replaced(weights):
+            return damage_of(self.metric, self._run(), self.expected)
+
+    @contextmanager
+    def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        kept = []
+        try:
+            with torch.no_grad():
+                for layer, weight in weights.items():
+                    parameter: Any = self.modules[layer].weight
+                    kept.append((parameter, parameter.detach().clone()))
+                    parameter.copy_(weight)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, original in kept:
+                    parameter.copy_(original)

@@ -1,0 +1,183 @@
+"""The search itself."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from coreai_opt.inspection.bits_per_weight import StoredTensor, stored_tensors
+from coreai_opt.search.assigning import greedy, optimal, options_of, pareto_front
+from coreai_opt.search.candidates import Candidate, checked_candidates
+from coreai_opt.search.measuring import Measurement, Metric, Prober
+from coreai_opt.search.progress import Ledger, fingerprint
+from coreai_opt.search.result import SearchResult
+
+__all__ = ["search"]
+
+
+def search(
+    model: nn.Module,
+    samples: Iterable[Any],
+    *,
+    bits_per_weight: float | None = None,
+    size_bytes: int | None = None,
+    candidates: Iterable[Candidate] | None = None,
+    metric: Metric = "mse",
+    method: Literal["optimal", "greedy"] = "optimal",
+    layers: Sequence[str] | None = None,
+    state_path: str | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Choose a candidate for each layer so that the model fits a budget and its outputs move least.
+
+    Each candidate is tried in each layer alone, with one forward a sample. The damages of layers are taken to
+    add up; the assignment with the least sum is found by dynamic programming. It is then measured as a whole,
+    and so is each candidate everywhere; if one of these fits the budget and does less damage, it is returned.
+    The same arguments give the same result.
+
+    Args:
+        model: a float model; it is copied, and stays as it is.
+        samples: tensors, or tuples of positional arguments, one a forward; a batch is one sample.
+        bits_per_weight: budget for the average of all parameters and buffers, uncompressed ones included.
+        size_bytes: the budget as a size; one of the two must be given.
+        candidates: what layers may be compressed to; None for :func:`default_candidates`.
+        metric: ``"mse"``, the squared error of all floating-point outputs relative to their power; ``"kl"``,
+            the Kullback-Leibler divergence of the softmax over the last axis; or a function of the outputs
+            and the float model's outputs that gives a number, less for better.
+        method: ``"optimal"``, or ``"greedy"``: candidates from the least harmful on, until the budget is met.
+        layers: regular expressions of the names of layers to compress; None for all that a candidate fits.
+        state_path: a file that keeps measurements: a search that was ended goes on from there.
+        progress: show a bar.
+
+    Raises:
+        TypeError: ``model`` is no module, or a candidate none.
+        ValueError: no budget, or two; no samples; an unknown metric or method; no layer to compress; the
+            state belongs to another search; or nothing fits the budget: the message says what does.
+    """
+    _check(model, bits_per_weight, size_bytes, metric, method)
+    batches = [each if isinstance(each, tuple) else (each,) for each in samples]
+    if not batches:
+        raise ValueError("samples must hold at least one sample")
+    chosen_candidates = checked_candidates(candidates)
+    prober = Prober(model, batches, metric, layers)
+    ledger = Ledger(state_path, fingerprint(model, [batches, layers], chosen_candidates, metric))
+    measurements = _measure(prober, chosen_candidates, ledger, progress)
+    stored = list(stored_tensors(prober.model))
+    sizes = _LayerSizes(stored, {each.layer for each in measurements})
+    if not sizes.layers:
+        raise ValueError("no candidate fits any layer: there is nothing to choose")
+    budget = sizes.budget(bits_per_weight, size_bytes)
+    options = options_of(measurements, sizes.layers)
+    found = (optimal if method == "optimal" else greedy)(options, budget)
+    if found is None:
+        least = sizes.bits_per_weight(min(bits for bits, _ in pareto_front(options)))
+        raise ValueError(f"nothing fits the budget: the smallest choice takes {least:.4g} bits per weight")
+    return _result(prober, chosen_candidates, measurements, sizes, budget, found, method, options)
+
+
+def _check(model: Any, bits_per_weight: Any, size_bytes: Any, metric: Any, method: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
+    if (bits_per_weight is None) == (size_bytes is None):
+        raise ValueError(
+            f"one of bits_per_weight and size_bytes must be given; got {bits_per_weight!r} and {size_bytes!r}"
+        )
+    budget = bits_per_weight if size_bytes is None else size_bytes
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
+        raise ValueError(f"the budget must be a positive number; got {budget!r}")
+    if not callable(metric) and metric not in ("mse", "kl"):
+        raise ValueError(f"metric must be 'mse', 'kl' or a function; got {metric!r}")
+    if method not in ("optimal", "greedy"):
+        raise ValueError(f"method must be 'optimal' or 'greedy'; got {method!r}")
+
+
+class _LayerSizes:
+    """The bits of the layers that are searched, and of all else."""
+
+    def __init__(self, stored: Sequence[StoredTensor], searched: set[str]) -> None:
+        self.layers = {
+            each.module_name: each.bits
+            for each in stored
+            if each.name == "weight" and each.module_name in searched
+        }
+        self.elements = sum(each.elements for each in stored)
+        self.rest = sum(each.bits for each in stored) - sum(self.layers.values())
+
+    def budget(self, bits_per_weight: float | None, size_bytes: int | None) -> int:
+        """Bits for the layers that are searched."""
+        total = size_bytes * 8 if size_bytes is not None else (bits_per_weight or 0) * self.elements
+        return math.floor(total) - self.rest
+
+    def bits_per_weight(self, bits: int) -> float:
+        """Of the whole model, with so many bits for the layers that are searched."""
+        return (bits + self.rest) / self.elements
+
+
+def _measure(
+    prober: Prober, candidates: Sequence[Candidate], ledger: Ledger, progress: bool
+) -> tuple[Measurement, ...]:
+    ordered: list[Measurement] = []
+    for number, candidate in enumerate(candidates, 1):
+        known = ledger.layers.get(candidate.name)
+        if known is not None and all((layer, candidate.name) in ledger.found for layer in known):
+            ordered += [ledger.found[layer, candidate.name] for layer in known]
+            continue
+        compressed = prober.compressed(candidate)
+        ledger.layers[candidate.name] = {layer: bits for layer, (_, bits) in compressed.items()}
+        title = f"{candidate.name} ({number} of {len(candidates)})"
+        for layer, (weight, bits) in tqdm(compressed.items(), desc=title, disable=not progress, leave=False):
+            if (layer, candidate.name) not in ledger.found:
+                damage = prober.damage({layer: weight})
+                ledger.add(Measurement(layer, candidate.name, damage, bits))
+            ordered.append(ledger.found[layer, candidate.name])
+    return tuple(ordered)
+
+
+def _result(
+    prober: Prober,
+    candidates: Sequence[Candidate],
+    measurements: tuple[Measurement, ...],
+    sizes: _LayerSizes,
+    budget: int,
+    found: Mapping[str, str | None],
+    method: str,
+    options: Any,
+) -> SearchResult:
+    """Measure the assignment as a whole, and each candidate everywhere; return the best that fits."""
+    bits = {(each.layer, each.candidate): each.bits for each in measurements}
+    weights: dict[str, Tensor] = {}
+    uniform: dict[str, tuple[float, float]] = {}
+    contenders: list[tuple[float, str, dict[str, str | None]]] = []
+    for candidate in candidates:
+        compressed = prober.compressed(candidate)
+        if not compressed:
+            continue
+        everywhere: dict[str, str | None] = {
+            layer: candidate.name if layer in compressed else None for layer in sizes.layers
+        }
+        damage = prober.damage({layer: weight for layer, (weight, _) in compressed.items()})
+        total = _total(everywhere, bits, sizes)
+        uniform[candidate.name] = (sizes.bits_per_weight(total), damage)
+        if total <= budget:
+            contenders.append((damage, "uniform", everywhere))
+        weights.update(
+            {layer: weight for layer, (weight, _) in compressed.items() if found[layer] == candidate.name}
+        )
+    contenders.insert(0, (prober.damage(weights), method, dict(found)))
+    damage, how, chosen = min(contenders, key=lambda each: each[0])
+    by_name = {candidate.name: candidate for candidate in candidates}
+    return SearchResult(
+        choice={layer: None if name is None else by_name[name] for layer, name in chosen.items()},
+        bits_per_weight=sizes.bits_per_weight(_total(chosen, bits, sizes)),
+        damage=damage,
+        measurements=measurements,
+        front=tuple((sizes.bits_per_weight(total), damage) for total, damage in pareto_front(options)),
+        uniform=uniform,
+        method=how,
+    )
+
+
+def _total(chosen: Mapping[str, str | None], bits: Mapping[tuple[str, str], int], sizes: _LayerSizes) -> int:
+    return sum(sizes.layers[layer] if name is None else bits[layer, name] for layer, name in chosen.items())

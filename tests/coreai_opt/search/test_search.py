@@ -1,0 +1,263 @@
+"""What a search returns, that it goes on where it was ended, and what it refuses."""
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coreai_opt.inspection import bits_per_weight
+from coreai_opt.palettization import PalettizationSpec
+from coreai_opt.pruning import PruningSpec
+from coreai_opt.quantization import QuantizationSpec
+from coreai_opt.quantization.spec import PerBlockGranularity
+from coreai_opt.search import Candidate, search, searching
+from coreai_opt.search.assigning import Option, greedy, optimal, pareto_front
+
+INT8 = Candidate("int8", QuantizationSpec(dtype="int8"))
+INT4 = Candidate("int4", QuantizationSpec(dtype="int4"))
+TWO = Candidate("palette 2", PalettizationSpec(n_bits=2))
+HALF = Candidate("sparse", PruningSpec(target_sparsity=0.5))
+X = torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach(), expected.detach()
+    return float(((found - expected).double() ** 2).mean() / (expected.double() ** 2).mean())
+
+
+def test_the_choice_fits_and_does_what_the_result_says():
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = search(net, [X], bits_per_weight=6.0, candidates=[INT8, INT4, TWO, HALF], progress=False)
+    assert result.bits_per_weight <= 6.0
+    prepared = result.prepare(net, (X,)).eval()
+    assert bits_per_weight(prepared).bpw == result.bits_per_weight
+    assert relative_error(prepared(X), net(X)) == pytest.approx(result.damage, rel=1e-4)
+    # Never worse than one candidate everywhere that fits.
+    assert all(result.damage <= damage for bits, damage in result.uniform.values() if bits <= 6.0)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not any(hasattr(module, "parametrizations") for module in net.modules())
+
+
+def test_all_kinds_share_a_model():
+    choice = {"0": INT8, "2": TWO, "4": HALF}
+    result = searching.search(
+        model(), [X], bits_per_weight=31.0, candidates=[INT8, TWO, HALF], progress=False
+    )
+    mixed = type(result)(**{**vars(result), "choice": choice})
+    assert list(mixed.configs()) == ["pruning", "palettization", "quantization"]
+    net = model()
+    prepared = mixed.prepare(net, (X,)).eval()
+    assert prepared[2].weight.unique().numel() == 4
+    assert (prepared[4].weight == 0).sum() == 256
+    assert not torch.equal(prepared[0].weight, net[0].weight)
+
+
+def test_the_same_arguments_give_the_same_result():
+    first, second = (
+        search(model(), [X, X * 2], bits_per_weight=5.0, metric="kl", progress=False).as_dict()
+        for _ in range(2)
+    )
+    assert first == second
+
+
+def test_a_metric_of_ones_own_and_batches_of_several_arguments():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            return {"out": self.a(x) + 100 * self.b(y)}
+
+    seen = []
+
+    def metric(found: Any, expected: Any) -> float:
+        seen.append(found["out"].shape)
+        return float((found["out"] - expected["out"]).abs().max())
+
+    torch.manual_seed(0)
+    samples = [(torch.randn(4, 8), torch.randn(4, 8))] * 2
+    result = search(
+        Two(), samples, bits_per_weight=9.5, candidates=[INT8, TWO], metric=metric, progress=False
+    )
+    assert set(seen) == {torch.Size([4, 8])}
+    # What matters a hundred times as much keeps more bits.
+    bits = {row["layer"]: row["bits"] for row in result.rows() if row["chosen"]}
+    assert bits["a"] < bits["b"]
+
+
+def test_a_search_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    state = str(tmp_path / "state.json")
+    arguments: dict[str, Any] = {"bits_per_weight": 6.0, "candidates": [INT8, INT4], "progress": False}
+    expected = search(model(), [X], **arguments)
+    calls = []
+    damage = searching.Prober.damage
+
+    def ends_at_the_fourth(self: Any, weights: Any) -> float:
+        calls.append(list(weights))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return damage(self, weights)
+
+    monkeypatch.setattr(searching.Prober, "damage", ends_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        search(model(), [X], state_path=state, **arguments)
+    assert len(json.loads(Path(state).read_text())["measurements"]) == 3
+    resumed = search(model(), [X], state_path=state, **arguments)
+    assert resumed.as_dict() == expected.as_dict()
+    # Two were left, then the choice, and each candidate everywhere.
+    assert [len(each) for each in calls[4:]] == [1, 1, 1, 3, 3, 3]
+    with pytest.raises(ValueError, match="belongs to a search with another"):
+        search(model(), [X * 2], state_path=state, **arguments)
+    Path(state).write_text("{}")
+    with pytest.raises(ValueError, match="holds no state"):
+        search(model(), [X], state_path=state, **arguments)
+
+
+def test_layers_that_a_candidate_does_not_fit_stay(caplog: pytest.LogCaptureFixture):
+    blocks = Candidate(
+        "blocks", QuantizationSpec(dtype="int4", granularity=PerBlockGranularity(axis=1, block_size=64))
+    )
+    result = search(model(), [X], bits_per_weight=16.0, candidates=[blocks], progress=False)
+    assert {row["layer"] for row in result.rows()} == {"2", "4"}
+    assert result.prepare(model(), (X,))[0].weight.shape == (64, 32)
+
+
+def test_only_named_layers_are_searched():
+    result = search(model(), [X], bits_per_weight=31.0, candidates=[INT8], layers=["[24]"], progress=False)
+    assert list(result.choice) == ["2", "4"]
+
+
+def test_reports(tmp_path: Path):
+    result = search(model(), [X], bits_per_weight=6.0, candidates=[INT8, INT4, TWO], progress=False)
+    result.to_csv(tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert len(rows) == 9
+    assert {row["layer"] for row in rows if row["chosen"] == "True"} == {
+        layer for layer, candidate in result.choice.items() if candidate
+    }
+    result.plot(tmp_path / "front.svg")
+    drawing = (tmp_path / "front.svg").read_text()
+    assert drawing.startswith("<svg")
+    assert drawing.count("<circle") == 4
+    assert "whole model" in result.table()
+    json.dumps(result.as_dict())
+    damages = [damage for _, damage in result.front]
+    assert damages == sorted(damages, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({}, ValueError, "one of bits_per_weight and size_bytes"),
+        ({"bits_per_weight": 4, "size_bytes": 4}, ValueError, "one of bits_per_weight and size_bytes"),
+        ({"bits_per_weight": -1}, ValueError, "the budget must be a positive number"),
+        ({"bits_per_weight": 1.5}, ValueError, "nothing fits the budget: the smallest choice takes 4"),
+        ({"size_bytes": 100}, ValueError, "nothing fits the budget"),
+        ({"bits_per_weight": 4, "metric": "psnr"}, ValueError, "metric must be"),
+        ({"bits_per_weight": 4, "method": "best"}, ValueError, "method must be"),
+        ({"bits_per_weight": 4, "candidates": []}, ValueError, "at least one"),
+        ({"bits_per_weight": 4, "candidates": [INT8, INT8]}, ValueError, "a name of its own"),
+        ({"bits_per_weight": 4, "candidates": ["int8"]}, TypeError, "must be Candidate objects; got str"),
+        ({"bits_per_weight": 9, "layers": ["nothing"]}, ValueError, "no candidate fits any layer"),
+        ({"bits_per_weight": 9, "metric": lambda a, b: float("nan")}, ValueError, "finite"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], words: str):
+    with pytest.raises(error, match=words):
+        search(model(), [X], **{"candidates": [INT8, INT4], "progress": False, **arguments})
+
+
+def test_bad_candidates_and_samples():
+    with pytest.raises(TypeError, match="spec must be a QuantizationSpec"):
+        Candidate("x", 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="at least one sample"):
+        search(model(), [], bits_per_weight=8)
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
+        search("model", [X], bits_per_weight=8)  # type: ignore[arg-type]
+
+
+def random_options(seed: int) -> dict[str, list[Option]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(high: int) -> int:
+        return int(torch.randint(1, high, (1,), generator=generator))
+
+    return {
+        f"layer{i}": [
+            Option(None, 0.0, 100 + number(50)),
+            *(Option(f"c{j}", float(number(90)), number(100)) for j in range(3)),
+        ]
+        for i in range(5)
+    }
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_optimum_is_that_of_all_assignments(seed: int):
+    options = random_options(seed)
+    every = [
+        (sum(option.bits for option in each), sum(option.damage for option in each))
+        for each in itertools.product(*options.values())
+    ]
+    for budget in (120, 200, 300, 500):
+        fitting = [damage for bits, damage in every if bits <= budget]
+        found = optimal(options, budget)
+        if not fitting:
+            assert found is None
+            continue
+        assert found is not None
+        picked = [next(o for o in options[layer] if o.candidate == name) for layer, name in found.items()]
+        assert sum(option.bits for option in picked) <= budget
+        assert sum(option.damage for option in picked) == min(fitting)
+    front = pareto_front(options)
+    assert front[-1][1] == 0.0
+    assert all(min(d for b, d in every if b <= bits) == damage for bits, damage in front)
+
+
+def test_greedy_takes_the_least_harmful_first():
+    options = {
+        "a": [Option(None, 0, 320), Option("8", 1, 80), Option("4", 5, 40)],
+        "b": [Option(None, 0, 320), Option("8", 2, 80), Option("4", 3, 40)],
+    }
+    assert greedy(options, 640) == {"a": None, "b": None}
+    assert greedy(options, 400) == {"a": "8", "b": None}
+    assert greedy(options, 160) == {"a": "8", "b": "8"}
+    assert greedy(options, 120) == {"a": "8", "b": "4"}
+    assert greedy(options, 80) == {"a": "4", "b": "4"}
+    assert greedy(options, 79) is None
+
+
+def test_many_layers_keep_to_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    options = {
+        str(i): [Option(None, 0.0, 32000)]
+        + [
+            Option(
+                str(j),
+                float(torch.rand(1, generator=generator)),
+                4000 + int(torch.randint(0, 3000, (1,), generator=generator)),
+            )
+            for j in range(6)
+        ]
+        for i in range(120)
+    }
+    found = optimal(options, 120 * 6000)
+    assert found is not None
+    picked = [next(o for o in options[layer] if o.candidate == name) for layer, name in found.items()]
+    assert sum(option.bits for option in picked) <= 120 * 6000
+    least = sum(
+        min(option.damage for option in choices[1:] if option.bits <= 6000 or option.damage)
+        for choices in options.values()
+    )
+    assert sum(option.damage for option in picked) <= least * 1.5
