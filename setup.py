@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -38,6 +39,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+FORMATS = ROOT / "kernels/coreai_kernels/formats.py"
 REPORT = "_build_report.json"
 CUDA_LIBRARY = "_C_cuda.so"
 AUTOGRAD_LIBRARY = "_C_autograd.so"
@@ -130,10 +132,15 @@ class Builder:
         # GCC takes its own AVX-512 intrinsics for reads of uninitialised variables (its bug 105593).
         self.quiet = [] if "clang" in version else ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
         directory.mkdir(parents=True, exist_ok=True)
+        self.generated = directory / "include"
+        write_formats(self.generated / "common/formats.h")
+
+    def own_includes(self) -> list[str]:
+        return [f"-I{CSRC}", f"-I{self.generated}"]
 
     def includes(self) -> list[str]:
         systems = (str(self.torch.root / "include"), sysconfig.get_path("include"))
-        return [f"-I{CSRC}", *(flag for path in systems for flag in ("-isystem", path))]
+        return [*self.own_includes(), *(flag for path in systems for flag in ("-isystem", path))]
 
     def build(self, jobs: list[Job], link: list[str], output: Path, *libraries: str) -> None:
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -160,6 +167,15 @@ class Builder:
         _run(command, f"compile {job.source.relative_to(ROOT)}")
         os.replace(partial, target)
         return target
+
+
+def write_formats(path: Path) -> None:
+    """Write the header of number formats from the table in ``formats.py``; not if it is there already."""
+    header = runpy.run_path(str(FORMATS))["native_header"]()
+    if path.exists() and path.read_text() == header:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(header)
 
 
 def _digest(parts: list[str]) -> str:
@@ -292,7 +308,7 @@ def build_cuda(builder: Builder, output: Path) -> str:
         archs += codes
     if not archs:
         raise BuildError(f"nvcc knows none of {wanted}", "set TORCH_CUDA_ARCH_LIST to architectures it knows")
-    command = [nvcc, "-ccbin", builder.cxx[0], *NVCC_FLAGS, *targets, f"-I{CSRC}"]
+    command = [nvcc, "-ccbin", builder.cxx[0], *NVCC_FLAGS, *targets, *builder.own_includes()]
     command += ["-isystem", str(builder.torch.root / "include")]
     builder.build([Job(source, command) for source in sources], [nvcc, "-shared"], output)
     return " ".join(archs)

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = [
+    "BLOCK_SCALED",
     "DTYPES",
     "FORMATS",
     "GRANULARITIES",
     "INT_FORMATS",
+    "OTHER_INT_FORMATS",
     "Case",
     "Combinations",
     "NumberFormat",
@@ -27,24 +29,33 @@ __all__ = [
 
 
 class NumberFormat(NamedTuple):
-    """A quantized format: name in specs, name in the engine, range, and whether scales are powers of two."""
+    """A quantized format: name in specs, name in the engine, range, storage, and dtype of rounded scales."""
 
     spec_dtype: str
     kernel_format: str
     quant_min: float
     quant_max: float
     storage: torch.dtype
-    power_of_two_scale: bool = False
+    scale_dtype: str | None = None
 
 
 FORMATS = {
+    "int3": NumberFormat("int3", "INT", -4, 3, torch.int8),
     "int4": NumberFormat("int4", "INT", -8, 7, torch.int8),
+    "int5": NumberFormat("int5", "INT", -16, 15, torch.int8),
+    "int6": NumberFormat("int6", "INT", -32, 31, torch.int8),
+    "int7": NumberFormat("int7", "INT", -64, 63, torch.int8),
     "int8": NumberFormat("int8", "INT", -128, 127, torch.int8),
+    "mxint8": NumberFormat("int8", "INT", -128, 127, torch.int8, "float8_e8m0fnu"),
     "fp8 e4m3": NumberFormat("float8_e4m3fn", "E4M3", -448, 448, torch.float8_e4m3fn),
     "fp8 e5m2": NumberFormat("float8_e5m2", "E5M2", -57344, 57344, torch.float8_e5m2),
-    "fp4 e2m1": NumberFormat("float4_e2m1fn", "E2M1", -6, 6, torch.float8_e4m3fn, power_of_two_scale=True),
+    "fp4 e2m1": NumberFormat("float4_e2m1fn", "E2M1", -6, 6, torch.float8_e4m3fn, "float8_e8m0fnu"),
 }
 INT_FORMATS = ("int4", "int8")
+# One operation measures them: kernels know integers by their range alone.
+OTHER_INT_FORMATS = ("int3", "int5", "int6", "int7")
+# Formats that are made for blocks, with theirs.
+BLOCK_SCALED = (("fp4 e2m1", "block 32"), ("mxint8", "block 32"))
 GRANULARITIES = ("tensor", "channel 0", "channel 1", "block 32")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -86,13 +97,14 @@ class Case:
     @property
     def block_size(self) -> tuple[int, int]:
         n = self.size
-        blocks = {"tensor": (n, n), "channel 0": (1, n), "channel 1": (n, 1), "block 32": (1, 32)}
-        return blocks[self.granularity]
+        if self.granularity.startswith("block "):
+            return 1, int(self.granularity.removeprefix("block "))
+        return {"tensor": (n, n), "channel 0": (1, n), "channel 1": (n, 1)}[self.granularity]
 
     @property
     def row_wise(self) -> bool:
         """Whether a block is a piece of a row: one read suffices to observe and to quantize it."""
-        return self.granularity in ("channel 0", "block 32")
+        return self.granularity == "channel 0" or self.granularity.startswith("block ")
 
 
 Combinations = Sequence[tuple[str, str]]

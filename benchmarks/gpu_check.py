@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 COMPILED_SIZES = (4096,)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Name: format, quant_min, quant_max, power-of-two scale.
+# Name: format, quant_min, quant_max, scale format.
 FORMATS = {
-    "int8": (0, -128.0, 127.0, False),
-    "int4": (0, -8.0, 7.0, False),
-    "fp8": (1, -448.0, 448.0, False),
-    "fp4": (3, -6.0, 6.0, True),
+    "int8": (0, -128.0, 127.0, 0),
+    "int4": (0, -8.0, 7.0, 0),
+    "fp8": (1, -448.0, 448.0, 0),
+    "fp4": (3, -6.0, 6.0, 1),
 }
 GRANULARITIES = ("tensor", "channel", "block32")
 
@@ -47,7 +47,7 @@ class Case:
     """One tensor with its parameters; each operation as ours, torch's own and the reference's."""
 
     def __init__(self, size: int, dtype: torch.dtype, format_name: str, granularity: str) -> None:
-        self.format, self.low, self.high, self.power_of_two = FORMATS[format_name]
+        self.format, self.low, self.high, self.scale_format = FORMATS[format_name]
         self.granularity = granularity
         self.block_size = list(blocks_of(granularity, size))
         self.grid = [size // block for block in self.block_size]
@@ -61,7 +61,6 @@ class Case:
 
     def ours(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.ops.library import implementation
-        from coreai_kernels.ops.observe_and_fake_quantize import packed
 
         forward = implementation("fake_quantize_forward")
         backward = implementation("fake_quantize_backward")
@@ -73,9 +72,8 @@ class Case:
         if operation == "backward":
             return lambda: backward(self.x, self.mask, [])
         scale = self.scale.clone()
-        *config, with_mask = self._step_config()
-        settings = packed(tuple(config))
-        return lambda: step(self.x, scale, zero_point, None, *running, True, settings, with_mask)
+        config = self._config().packed()
+        return lambda: step(self.x, scale, zero_point, None, *running, True, config, True)
 
     def reference(self, operation: str) -> Callable[[], Any]:
         from coreai_kernels.reference import fake_quantize, observe_and_fake_quantize
@@ -87,7 +85,8 @@ class Case:
             function = torch.compile(fake_quantize.backward, dynamic=False)
             return lambda: function(self.x, self.mask, [0, 1])
         function = torch.compile(observe_and_fake_quantize.observe_and_fake_quantize, dynamic=False)
-        return lambda: function(self.x, *self.running, *self._step_config())
+        config = self._config()
+        return lambda: function(self.x, *self.running, config, True)
 
     def torchs_own(self, operation: str) -> Callable[[], Any] | None:
         """ATen's fused integer operators; the step is the one that observes, too."""
@@ -121,21 +120,17 @@ class Case:
     def _element_config(self) -> tuple[Any, ...]:
         return self.block_size, self.format, self.low, self.high, True
 
-    def _step_config(self) -> tuple[Any, ...]:
-        moving_average, symmetric = 1, 0
-        return (
-            self.block_size,
-            symmetric,
-            self.format,
-            self.low,
-            self.high,
-            False,
-            moving_average,
-            0.01,
-            None,
-            None,
-            self.power_of_two,
-            True,
+    def _config(self) -> Any:
+        from coreai_kernels import QuantConfig, RangeUpdate, Scheme
+
+        return QuantConfig(
+            block_size=tuple(self.block_size),
+            scheme=int(Scheme.SYMMETRIC),
+            format=self.format,
+            quant_min=self.low,
+            quant_max=self.high,
+            update=int(RangeUpdate.MOVING_AVERAGE),
+            scale_format=self.scale_format,
         )
 
 

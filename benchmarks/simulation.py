@@ -23,8 +23,8 @@ def _granularity(name: str) -> Any:
 
     if name == "tensor":
         return PerTensorGranularity()
-    if name == "block 32":
-        return PerBlockGranularity(axis=1, block_size=32)
+    if name.startswith("block "):
+        return PerBlockGranularity(axis=1, block_size=int(name.removeprefix("block ")))
     return PerChannelGranularity(axis=int(name.removeprefix("channel ")))
 
 
@@ -43,6 +43,7 @@ class Simulation:
 
             spec = QuantizationSpec(
                 dtype=case.number_format.spec_dtype,  # type: ignore[arg-type]
+                scale_dtype=case.number_format.scale_dtype,  # type: ignore[arg-type]
                 granularity=_granularity(case.granularity),
                 qparam_calculator_cls=case.variant,  # type: ignore[arg-type]
             )

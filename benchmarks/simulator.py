@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.apple import Apple, AppleError
-from benchmarks.cases import GRANULARITIES, INT_FORMATS, Case, Sweep, make_input
+from benchmarks.cases import BLOCK_SCALED, GRANULARITIES, INT_FORMATS, Case, Sweep, make_input
 from benchmarks.harness import MULTIPLY, NATIVE, Bench, Contender, Local, add_if_supported
 from benchmarks.ops.observe_and_fake_quantize import floor_bytes
 from benchmarks.ops.operators import MASK_BYTES, REFERENCE_UP_TO
@@ -22,7 +22,7 @@ __all__ = ["Suite", "add_apple"]
 _FULL = [
     *((fmt, granularity) for fmt in INT_FORMATS for granularity in GRANULARITIES),
     *(("fp8 e4m3", granularity) for granularity in ("tensor", "channel 0", "block 32")),
-    ("fp4 e2m1", "block 32"),
+    *BLOCK_SCALED,
 ]
 _QUICK = [("int4", "block 32"), ("int8", "tensor"), ("int8", "channel 0"), ("fp8 e4m3", "channel 0")]
 _ACTIVATIONS = [("int8", "tensor")]

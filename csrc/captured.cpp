@@ -48,11 +48,11 @@ CapturedCall* simulation(AtenTensorHandle input, const AtenTensorHandle (&params
 }
 
 CapturedCall* step(AtenTensorHandle input, const AtenTensorHandle (&state)[5], bool has_running,
-                   AtenTensorHandle settings) {
-  const Tensor x(input), packed(settings);
+                   AtenTensorHandle packed_config) {
+  const Tensor x(input), packed(packed_config);
   const StepState its = {Tensor(state[0]), owned(state[1]), owned(state[2]), owned(state[3]), owned(state[4])};
-  const auto [block_size, step_settings] = unpacked(packed, x.dim(), has_running);
-  return capture<StepJob>(x, block_size, its, step_settings);
+  const auto config = QuantConfig::unpacked(packed, x.dim());
+  return capture<StepJob>(x, config.block_size, its, config, has_running);
 }
 
 }  // namespace

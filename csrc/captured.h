@@ -25,7 +25,7 @@ struct CaptureFunctions {
                               size_t axes, int64_t format, double quant_min, double quant_max);
   // Of coreai_kernels::observe_and_fake_quantize_.
   CapturedCall* (*step)(AtenTensorHandle input, const AtenTensorHandle (&state)[5], bool has_running,
-                        AtenTensorHandle settings);
+                        AtenTensorHandle packed_config);
 };
 
 const CaptureFunctions* capture_functions();

@@ -176,10 +176,10 @@ class AffineList {
 class StepList {
  public:
   StepList(Tensors scales, Tensors zero_points, Tensors minvals, Tensors running_mins, Tensors running_maxs,
-           Blocks block_sizes, const StepSettings& settings)
+           QuantConfig config, bool has_running)
       : scales_(std::move(scales)), zero_points_(std::move(zero_points)), minvals_(std::move(minvals)),
         running_mins_(std::move(running_mins)), running_maxs_(std::move(running_maxs)),
-        block_sizes_(std::move(block_sizes)), settings_(settings) {}
+        config_(std::move(config)), has_running_(has_running) {}
 
   std::tuple<Tensors, Tensor> run(const Tensors& inputs, bool with_mask) {
     check_length("scales", scales_, inputs, false);
@@ -188,7 +188,7 @@ class StepList {
     check_length("running_mins", running_mins_, inputs, true);
     check_length("running_maxs", running_maxs_, inputs, true);
     const Masks masks = empty_masks(inputs, with_mask);
-    Reader blocks("block_sizes", block_sizes_);
+    Reader blocks("block_sizes", config_.block_size);
     Jobs<StepJob> jobs;
     Tensors outputs;
     outputs.reserve(inputs.size());
@@ -197,7 +197,7 @@ class StepList {
       jobs.add(x, layouts_.of(x, blocks.take(x.shape.size())),
                         StepState{scales_[i], optional_at(zero_points_, i), optional_at(minvals_, i),
                                   optional_at(running_mins_, i), optional_at(running_maxs_, i)},
-                        settings_, masks.starts[i]);
+                        config_, has_running_, masks.starts[i]);
       outputs.push_back(std::move(x.output));
     }
     jobs.finish();
@@ -206,8 +206,8 @@ class StepList {
 
  private:
   Tensors scales_, zero_points_, minvals_, running_mins_, running_maxs_;
-  Blocks block_sizes_;
-  StepSettings settings_;
+  QuantConfig config_;
+  bool has_running_;
   Layouts layouts_;
 };
 

@@ -3,10 +3,7 @@
 // layout, which tensors of one shape share, is the caller's, who keeps it and the operand's output.
 #pragma once
 
-#include <cmath>
-#include <tuple>
-
-#include "tensors.h"
+#include "quant_config.h"
 
 namespace coreai {
 namespace {
@@ -17,8 +14,12 @@ class FakeQuantizeJob {
   FakeQuantizeJob(const Operand& x, const cpu::Layout& layout, const Tensor& scale, const Optional& zero_point,
                   const Optional& minval, int64_t format, double quant_min, double quant_max, uint8_t* mask)
       : values_(layout, scale, zero_point, minval, format, quant_min, quant_max),
-        job_{&layout.geometry, element_of("input", x.output), x.data, x.output.mutable_data_ptr(), mask,
-             values_.affine} {}
+        job_{.geometry = &layout.geometry,
+             .element = element_of("input", x.output),
+             .input = x.data,
+             .output = x.output.mutable_data_ptr(),
+             .mask = mask,
+             .affine = values_.affine} {}
   FakeQuantizeJob(const FakeQuantizeJob&) = delete;
 
   int64_t numel() const { return job_.geometry->numel; }
@@ -85,32 +86,6 @@ class MaskedGradientJob {
   void* target_;
 };
 
-struct StepSettings {
-  bool has_running;
-  int64_t scheme, format;
-  double quant_min, quant_max;
-  bool use_minval;
-  int64_t update;
-  double averaging_constant;
-  std::optional<double> range_min, range_max;
-  bool power_of_two;
-};
-
-// Block size and settings as ops/observe_and_fake_quantize.py packs them: numbers, and then the block's extents.
-inline std::tuple<Blocks, StepSettings> unpacked(const Tensor& settings, int64_t axes, bool has_running) {
-  constexpr int64_t kNumbers = 10;
-  STD_TORCH_CHECK(settings.is_cpu() && settings.scalar_type() == ScalarType::Double && settings.is_contiguous() &&
-                      settings.numel() == kNumbers + axes,
-                  "settings must be ", kNumbers, " numbers and an extent for each axis, float64 on the CPU");
-  const auto* value = static_cast<const double*>(settings.const_data_ptr());
-  const auto integer = [&](int i) { return static_cast<int64_t>(value[i]); };
-  const auto bound = [&](int i) { return std::isnan(value[i]) ? std::nullopt : std::optional<double>(value[i]); };
-  Blocks block_size(static_cast<size_t>(axes));
-  for (size_t i = 0; i < block_size.size(); ++i) block_size[i] = static_cast<int64_t>(value[kNumbers + i]);
-  return {block_size, StepSettings{has_running, integer(0), integer(1), value[2], value[3], value[4] != 0.0, integer(5),
-                                   value[6], bound(7), bound(8), value[9] != 0.0}};
-}
-
 struct StepState {
   Tensor scale;
   Optional zero_point, minval, running_min, running_max;
@@ -119,11 +94,13 @@ struct StepState {
 // The whole step of a fake quantizer. Not float64.
 class StepJob {
  public:
-  StepJob(const Operand& x, const cpu::Layout& layout, StepState state, const StepSettings& settings, uint8_t* mask)
-      : state_(with_parameters(std::move(state), settings, layout)),
+  // `has_running`: whether the running range holds one already.
+  StepJob(const Operand& x, const cpu::Layout& layout, StepState state, const QuantConfig& config, bool has_running,
+          uint8_t* mask)
+      : state_(with_parameters(std::move(state), config, layout)),
         scale_(checked("scale", state_.scale, ScalarType::Float, layout), layout.block_index, false),
-        low_("running_min", state_.running_min, x.output.scalar_type(), layout, settings.has_running),
-        high_("running_max", state_.running_max, x.output.scalar_type(), layout, settings.has_running) {
+        low_("running_min", state_.running_min, x.output.scalar_type(), layout, has_running),
+        high_("running_max", state_.running_max, x.output.scalar_type(), layout, has_running) {
     if (state_.zero_point) {
       zero_point_.emplace(checked("zero_point", *state_.zero_point, ScalarType::Int, layout), layout.block_index, false);
     }
@@ -132,27 +109,41 @@ class StepJob {
     }
     const ScalarType type = x.output.scalar_type();
     const Element element = element_of("input", x.output);
-    const auto format = static_cast<Format>(settings.format);
-    const bool by_zero_point = format == Format::kInt && !settings.use_minval;
-    const bool by_minval = format == Format::kInt && settings.use_minval;
-    const cpu::Affine affine = {format,
-                                static_cast<float>(settings.quant_min),
-                                static_cast<float>(settings.quant_max),
-                                scale_.data(),
-                                by_zero_point ? data_or_null(zero_point_) : nullptr,
-                                by_minval ? data_or_null(minval_) : nullptr,
-                                by_minval ? static_cast<float>(settings.quant_min) : 0.0f};
-    job_ = {{&layout.geometry, element, x.data, x.output.mutable_data_ptr(), mask, affine},
-            {static_cast<Scheme>(settings.scheme), format, settings.quant_min, settings.quant_max,
-             settings.power_of_two, element},
-            {static_cast<RangeUpdate>(settings.update), settings.has_running && low_.data() && high_.data(),
-             static_cast<float>(settings.averaging_constant), static_cast<float>(1.0 - settings.averaging_constant),
-             settings.range_min.has_value(), settings.range_max.has_value(),
-             rounded_to(settings.range_min.value_or(0), type), rounded_to(settings.range_max.value_or(0), type)},
-            {scale_.data(), data_or_null(zero_point_), data_or_null(minval_)},
-            low_.data(),
-            high_.data(),
-            low_.element()};
+    const cpu::Affine affine = {
+        .format = config.format,
+        .low = static_cast<float>(config.quant_min),
+        .high = static_cast<float>(config.quant_max),
+        .scale = scale_.data(),
+        .zero_point = config.uses_zero_point() ? data_or_null(zero_point_) : nullptr,
+        .offset = config.uses_minval() ? data_or_null(minval_) : nullptr,
+        .constant = config.uses_minval() ? static_cast<float>(config.quant_min) : 0.0f,
+    };
+    job_ = {
+        .quantize = {.geometry = &layout.geometry,
+                     .element = element,
+                     .input = x.data,
+                     .output = x.output.mutable_data_ptr(),
+                     .mask = mask,
+                     .affine = affine},
+        .rule = {.scheme = config.scheme,
+                 .format = config.format,
+                 .quant_min = config.quant_min,
+                 .quant_max = config.quant_max,
+                 .scale_format = config.scale_format,
+                 .rounding = element},
+        .update = {.update = config.update,
+                   .has_running = has_running && low_.data() && high_.data(),
+                   .constant = static_cast<float>(config.averaging_constant),
+                   .one_minus_constant = static_cast<float>(1.0 - config.averaging_constant),
+                   .fix_low = config.range_min.has_value(),
+                   .fix_high = config.range_max.has_value(),
+                   .low = rounded_to(config.range_min.value_or(0), type),
+                   .high = rounded_to(config.range_max.value_or(0), type)},
+        .out = {.scale = scale_.data(), .zero_point = data_or_null(zero_point_), .minval = data_or_null(minval_)},
+        .running_low = low_.data(),
+        .running_high = high_.data(),
+        .running = low_.element(),
+    };
   }
   StepJob(const StepJob&) = delete;
 
@@ -179,10 +170,10 @@ class StepJob {
 
  private:
   // The kernels read back what they choose: they get room where the caller keeps nothing.
-  static StepState with_parameters(StepState state, const StepSettings& settings, const cpu::Layout& layout) {
-    if (static_cast<Format>(settings.format) != Format::kInt) return state;
-    Optional& needed = settings.use_minval ? state.minval : state.zero_point;
-    const ScalarType type = settings.use_minval ? ScalarType::Float : ScalarType::Int;
+  static StepState with_parameters(StepState state, const QuantConfig& config, const cpu::Layout& layout) {
+    if (config.format != Format::kInt) return state;
+    Optional& needed = config.use_minval ? state.minval : state.zero_point;
+    const ScalarType type = config.use_minval ? ScalarType::Float : ScalarType::Int;
     if (!needed) needed = empty(one_axis(layout.geometry.blocks), type);
     return state;
   }

@@ -81,10 +81,14 @@ Element common_element(const Tensor& low, const Tensor& high) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const Tensor& max_val, int64_t scheme,
-                                                  int64_t format, double quant_min, double quant_max, bool power_of_two) {
+                                                  int64_t format, double quant_min, double quant_max, int64_t scale_format) {
   STD_TORCH_CHECK(min_val.numel() == max_val.numel(), "min_val and max_val must have one shape");
-  const cpu::QParamsRule rule = {static_cast<Scheme>(scheme), static_cast<Format>(format), quant_min, quant_max,
-                                 power_of_two, common_element(min_val, max_val)};
+  const cpu::QParamsRule rule = {.scheme = static_cast<Scheme>(scheme),
+                                 .format = static_cast<Format>(format),
+                                 .quant_min = quant_min,
+                                 .quant_max = quant_max,
+                                 .scale_format = static_cast<ScaleFormat>(scale_format),
+                                 .rounding = common_element(min_val, max_val)};
   const Tensor low = as_float32(min_val), high = as_float32(max_val);
   const Ints shape = to_ints(min_val.sizes());
   const Tensor scale = empty(shape, ScalarType::Float), zero_point = empty(shape, ScalarType::Int),
@@ -97,13 +101,13 @@ std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const T
   return {scale, zero_point, minval};
 }
 
-std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const Blocks& block_size,
-                                const StepSettings& settings, bool with_mask) {
+std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const QuantConfig& config,
+                                bool has_running, bool with_mask) {
   if (is_double(input)) {
     StepState narrow = state;
     narrow.running_min = to_float(state.running_min);
     narrow.running_max = to_float(state.running_max);
-    const auto [output, bits] = step(to_float(input), narrow, block_size, settings, with_mask);
+    const auto [output, bits] = step(to_float(input), narrow, config, has_running, with_mask);
     Optional kept_low = state.running_min, kept_high = state.running_max;
     if (kept_low) torch::stable::copy_(*kept_low, *narrow.running_min);
     if (kept_high) torch::stable::copy_(*kept_high, *narrow.running_max);
@@ -111,8 +115,8 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
   const Operand x(input, input.scalar_type());
-  const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  StepJob job(x, layout, state, settings, bytes_of(mask));
+  const auto layout = cpu::make_layout(x.shape, x.order, config.block_size);
+  StepJob job(x, layout, state, config, has_running, bytes_of(mask));
   job.run();
   job.write_back();
   return {x.output, mask};
@@ -121,15 +125,15 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
 std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const Tensor& scale,
                                                       const Optional& zero_point, const Optional& minval,
                                                       const Optional& running_min, const Optional& running_max,
-                                                      bool has_running, const Tensor& settings, bool with_mask) {
-  const auto [block_size, its] = unpacked(settings, input.dim(), has_running);
-  return step(input, {scale, zero_point, minval, running_min, running_max}, block_size, its, with_mask);
+                                                      bool has_running, const Tensor& config, bool with_mask) {
+  return step(input, {scale, zero_point, minval, running_min, running_max}, QuantConfig::unpacked(config, input.dim()),
+              has_running, with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
     const Tensor& input, const Optional& running_min, const Optional& running_max, const Blocks& block_size,
     int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
-    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, bool power_of_two,
+    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format,
     bool with_mask) {
   const Ints grid = grid_of(to_ints(input.sizes()), block_size);
   const Tensor scale = empty(grid, ScalarType::Float), zero_point = empty(grid, ScalarType::Int),
@@ -140,10 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_f
     torch::stable::copy_(low, *running_min);
     torch::stable::copy_(high, *running_max);
   }
-  const auto [output, mask] = step(input, {scale, zero_point, minval, low, high}, block_size,
-                                   {has_running, scheme, format, quant_min, quant_max, use_minval, update,
-                                    averaging_constant, range_min, range_max, power_of_two},
-                                   with_mask);
+  const auto config = QuantConfig::of(block_size, scheme, format, quant_min, quant_max, use_minval, update,
+                                      averaging_constant, range_min, range_max, scale_format);
+  const auto [output, mask] =
+      step(input, {scale, zero_point, minval, low, high}, config, has_running, with_mask);
   return {output, mask, scale, zero_point, minval, low, high};
 }
 

@@ -76,7 +76,8 @@ def make_tree(path: Path) -> Path:
     (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
     (path / "kernels/coreai_kernels/__init__.py").touch()
     (path / "kernels/coreai_kernels/ops/__init__.py").touch()
-    shutil.copy(ROOT / "kernels/coreai_kernels/native.py", path / "kernels/coreai_kernels/native.py")
+    for name in ("native.py", "formats.py"):
+        shutil.copy(ROOT / "kernels/coreai_kernels" / name, path / "kernels/coreai_kernels" / name)
     (path / "coreai_opt").mkdir()
     (path / "coreai_opt/__init__.py").touch()
     (path / "coreai_opt/py.typed").touch()

@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.cases import Case, Sweep, make_input
 from benchmarks.harness import Bench
-from benchmarks.ops.operators import bench_of, value_range
+from benchmarks.ops.operators import bench_of, scale_format_of, value_range
 from coreai_kernels import Scheme
 
 __all__ = ["build", "cases"]
@@ -24,7 +24,7 @@ def cases(sweep: Sweep) -> Iterator[Case]:
 def build(case: Case) -> Bench:
     low, high = torch.aminmax(make_input(case).view(case.size, -1, 32), dim=2)
     scheme = Scheme.ASYMMETRIC if case.variant == "asymmetric" else Scheme.SYMMETRIC
-    args = (low, high, int(scheme), *value_range(case), case.number_format.power_of_two_scale)
+    args = (low, high, int(scheme), *value_range(case), scale_format_of(case))
     result_bytes = low.numel() * 4
     floor = 2 * low.nbytes + 3 * result_bytes  # scale, zero point and minimum
     return bench_of(case, "choose_qparams", args, floor, result_bytes)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import GRANULARITIES, Case, Sweep, make_input
+from benchmarks.cases import BLOCK_SCALED, GRANULARITIES, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
 from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, value_range
 
@@ -15,7 +15,7 @@ _FULL = [
     *(("int8", granularity) for granularity in GRANULARITIES),
     ("fp8 e4m3", "channel 0"),
     ("fp8 e5m2", "channel 0"),
-    ("fp4 e2m1", "block 32"),
+    *BLOCK_SCALED,
 ]
 _QUICK = [("int8", "tensor"), ("int8", "block 32"), ("fp4 e2m1", "block 32")]
 

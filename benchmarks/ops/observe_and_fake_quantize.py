@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import DTYPES, Case, Sweep, make_input
+from benchmarks.cases import BLOCK_SCALED, DTYPES, OTHER_INT_FORMATS, Case, Sweep, make_input
 from benchmarks.harness import Bench, add_if_supported
-from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, value_range
-from coreai_kernels import RangeUpdate, Scheme
-from coreai_kernels.ops.observe_and_fake_quantize import packed
+from benchmarks.ops.operators import MASK_BYTES, bench_of, qparams_of, scale_format_of, value_range
+from coreai_kernels import QuantConfig, RangeUpdate, Scheme
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
 
 __all__ = ["build", "cases", "floor_bytes"]
@@ -20,7 +19,8 @@ _FULL = [
     ("int8", "channel 0"),
     ("int8", "channel 1"),
     ("fp8 e4m3", "channel 0"),
-    ("fp4 e2m1", "block 32"),
+    *((fmt, "channel 0") for fmt in OTHER_INT_FORMATS),
+    *BLOCK_SCALED,
 ]
 _QUICK = [("int4", "block 32"), ("int8", "tensor")]
 _AVERAGING_CONSTANT = 0.01
@@ -43,12 +43,17 @@ def build(case: Case) -> Bench:
     running_max = torch.full(scale.shape, 3.0, dtype=DTYPES[case.dtype])
     fmt, quant_min, quant_max = value_range(case)
     minval = None if zero_point is None else torch.zeros_like(scale)
-    config = (
-        *(case.block_size, int(Scheme.SYMMETRIC), fmt, quant_min, quant_max, False),
-        *(int(RangeUpdate.MOVING_AVERAGE), _AVERAGING_CONSTANT, None, None),
-        case.number_format.power_of_two_scale,
+    config = QuantConfig(
+        block_size=case.block_size,
+        scheme=int(Scheme.SYMMETRIC),
+        format=fmt,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        update=int(RangeUpdate.MOVING_AVERAGE),
+        averaging_constant=_AVERAGING_CONSTANT,
+        scale_format=scale_format_of(case),
     )
-    args = (x, scale, zero_point, minval, running_min, running_max, True, packed(config), True)
+    args = (x, scale, zero_point, minval, running_min, running_max, True, config.packed(), True)
     bench = bench_of(case, "observe_and_fake_quantize_", args, floor_bytes(case), x.nbytes)
     bench.compilable = lambda compiler: _compiled(compiler(reference), x, (running_min, running_max), config)
     if zero_point is not None and case.granularity != "block 32":
@@ -60,9 +65,9 @@ def _compiled(
     step: Callable[..., Any],
     x: torch.Tensor,
     running: tuple[torch.Tensor, torch.Tensor],
-    config: tuple[Any, ...],
+    config: QuantConfig,
 ) -> Callable[[], object]:
-    return lambda: step(x, *running, *config, True)
+    return lambda: step(x, *running, config, True)
 
 
 def _add_torch(bench: Bench, case: Case, x: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ import coreai_kernels
 from benchmarks.cases import Case
 from benchmarks.harness import NATIVE, Bench, Contender
 from coreai_kernels import Format, Scheme
+from coreai_kernels.formats import SCALE_FORMATS
 from coreai_kernels.ops.library import implementation
 
 __all__ = ["MASK_BYTES", "REFERENCE_UP_TO", "bench_of", "on_device", "qparams_of", "value_range"]
@@ -38,6 +39,12 @@ def value_range(case: Case) -> tuple[int, float, float]:
     return int(Format[fmt.kernel_format]), fmt.quant_min, fmt.quant_max
 
 
+def scale_format_of(case: Case) -> int:
+    """Format of the scales, as the operators take it."""
+    dtype = case.number_format.scale_dtype
+    return next(int(kind) for kind, facts in SCALE_FORMATS.items() if facts.dtype == dtype)
+
+
 def qparams_of(case: Case, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point that suit ``x``."""
     fmt = case.number_format
@@ -47,7 +54,7 @@ def qparams_of(case: Case, x: Tensor) -> tuple[Tensor, Tensor | None]:
         quant_min=fmt.quant_min,
         quant_max=fmt.quant_max,
         format=Format[fmt.kernel_format],
-        power_of_two_scale=fmt.power_of_two_scale,
+        scale_format=scale_format_of(case),
     )
     return scale, zero_point
 

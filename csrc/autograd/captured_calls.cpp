@@ -242,12 +242,12 @@ class CapturedCalls {
   }
 
   bool capture_step(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                    const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& settings) {
+                    const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& config) {
     return add("coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max}, [&] {
       return functions().step(handle_of(input),
                               {handle_of(scale), handle_of(zero_point), handle_of(minval), handle_of(running_min),
                                handle_of(running_max)},
-                              has_running, handle_of(settings));
+                              has_running, handle_of(config));
     });
   }
 

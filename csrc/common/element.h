@@ -14,28 +14,17 @@
 
 namespace coreai {
 
-template <Format kFormat>
-struct FormatFacts;
-template <>
-struct FormatFacts<Format::kE4M3> {
-  static constexpr int kMantissaBits = 3, kMinExponent = -6;
-  static constexpr float kMax = 448.0f;
-};
-template <>
-struct FormatFacts<Format::kE5M2> {
-  static constexpr int kMantissaBits = 2, kMinExponent = -14;
-  static constexpr float kMax = 57344.0f;
-};
-template <>
-struct FormatFacts<Format::kE2M1> {
-  static constexpr int kMantissaBits = 1, kMinExponent = 0;
-  static constexpr float kMax = 6.0f;
-};
-
 // Exponent of the largest quantized value: that of the format, of integers that of `quant_max`.
-COREAI_HD int largest_exponent(Format format, double quant_max) {
-  if (format == Format::kInt) return __builtin_ilogb(quant_max);
-  return format == Format::kE4M3 ? 8 : format == Format::kE5M2 ? 15 : 2;
+inline int largest_exponent(Format format, double quant_max) {
+  switch (format) {
+#define COREAI_CASE(name)  \
+  case Format::name:       \
+    return FormatFacts<Format::name>::kMaxExponent;
+    COREAI_FOR_EACH_FLOAT_FORMAT(COREAI_CASE)
+#undef COREAI_CASE
+    default:
+      return __builtin_ilogb(quant_max);
+  }
 }
 
 // Round to a 16-bit type and back: what storing an intermediate result in a tensor of that type does.
@@ -51,24 +40,20 @@ COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
   return S::select(S::unordered(x, x), x, kept);
 }
 
-// Round to nearest even at the format's last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa bits)
+// Of a floating-point format: round to nearest even at its last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa bits)
 // does it without a branch; e is clamped from below, so subnormals round at the format's own quantum.
 template <class S, Format kFormat>
 COREAI_HD typename S::F round_to_format(typename S::F x) {
-  if constexpr (kFormat == Format::kInt) {
-    return S::round(x);
-  } else {
-    using Facts = FormatFacts<kFormat>;
-    const auto bits = S::as_int(x);
-    const auto sign = S::iand(bits, S::iset(INT32_MIN));
-    const auto magnitude = S::as_float(S::iand(bits, S::iset(0x7fffffff)));
-    auto exponent = S::iand(bits, S::iset(0x7f800000));
-    exponent = S::imax(exponent, S::iset((127 + Facts::kMinExponent) << 23));
-    const auto magic = S::as_float(S::iadd(exponent, S::iset((23 - Facts::kMantissaBits) << 23)));
-    const auto rounded = S::sub(S::add(magnitude, magic), magic);
-    const auto with_sign = S::as_float(S::ior(S::as_int(rounded), sign));
-    return S::select(S::unordered(x, x), x, with_sign);
-  }
+  using Facts = FormatFacts<kFormat>;
+  const auto bits = S::as_int(x);
+  const auto sign = S::iand(bits, S::iset(INT32_MIN));
+  const auto magnitude = S::as_float(S::iand(bits, S::iset(0x7fffffff)));
+  auto exponent = S::iand(bits, S::iset(0x7f800000));
+  exponent = S::imax(exponent, S::iset((127 + Facts::kMinExponent) << 23));
+  const auto magic = S::as_float(S::iadd(exponent, S::iset((23 - Facts::kMantissaBits) << 23)));
+  const auto rounded = S::sub(S::add(magnitude, magic), magic);
+  const auto with_sign = S::as_float(S::ior(S::as_int(rounded), sign));
+  return S::select(S::unordered(x, x), x, with_sign);
 }
 
 // How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of

@@ -1,11 +1,12 @@
-// Codes shared with kernels/coreai_kernels/types.py.
+// Codes shared with kernels/coreai_kernels/types.py; those of the formats come from the table in formats.py.
 #pragma once
 
 #include <cstdint>
 
+#include "common/formats.h"  // made by setup.py
+
 namespace coreai {
 
-enum class Format : int { kInt = 0, kE4M3 = 1, kE5M2 = 2, kE2M1 = 3 };
 enum class Scheme : int { kSymmetric = 0, kSymmetricWithClipping = 1, kAsymmetric = 2 };
 enum class RangeUpdate : int { kLatest = 0, kMovingAverage = 1, kGlobalMinMax = 2 };
 

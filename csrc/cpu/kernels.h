@@ -64,7 +64,7 @@ struct QParamsRule {
   Scheme scheme;
   Format format;
   double quant_min, quant_max;
-  bool power_of_two;
+  ScaleFormat scale_format;
   Element rounding;
 };
 

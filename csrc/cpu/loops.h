@@ -101,12 +101,11 @@ void with_kind(Format format, bool has_offset, Body body) {
   switch (format) {
     case Format::kInt:
       return has_offset ? body(Kind<Format::kInt, true>{}) : body(Kind<Format::kInt>{});
-    case Format::kE4M3:
-      return body(Kind<Format::kE4M3>{});
-    case Format::kE5M2:
-      return body(Kind<Format::kE5M2>{});
-    case Format::kE2M1:
-      return body(Kind<Format::kE2M1>{});
+#define COREAI_CASE(name) \
+  case Format::name:      \
+    return body(Kind<Format::name>{});
+      COREAI_FOR_EACH_FLOAT_FORMAT(COREAI_CASE)
+#undef COREAI_CASE
   }
 }
 

@@ -10,11 +10,11 @@ namespace coreai::cpu::COREAI_LEVEL {
 namespace {
 
 constexpr PaletteKernels kPaletteKernels = {
-    best_split,
-    lookup,
-    palettize,
-    soft,
-    sum_by_index,
+    .best_split = best_split,
+    .lookup = lookup,
+    .palettize = palettize,
+    .soft = soft,
+    .sum_by_index = sum_by_index,
 };
 
 }  // namespace

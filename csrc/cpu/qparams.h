@@ -86,7 +86,7 @@ template <class = void>
 COREAI_HD F power_of_two_scale(F amax, int largest_exponent) {
   const I exponent = Simd::iand(Simd::template shr<23>(Simd::as_int(amax)), Simd::iset(0xff));
   const I biased = Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-largest_exponent))));
-  return Simd::max(Simd::set(0x1p-126f), Simd::as_float(Simd::template shl<23>(biased)));
+  return Simd::max(Simd::set(ScaleFacts<ScaleFormat::kE8M0>::kSmallest), Simd::as_float(Simd::template shl<23>(biased)));
 }
 
 // Quotients rounded to `rounding`, of which no more than 2^-23 counts. Rounding to bfloat16 changes at numbers of nine
@@ -106,9 +106,9 @@ COREAI_HD QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
   const auto rounded = [&](F x) { return round_to_element<Simd>(x, rule.rounding); };
   const F low = at_most_zero(range.low), high = at_least_zero(range.high);
   const F amax = Simd::add(nan_max(Simd::sub(Simd::set(-0.0f), low), high), Simd::set(0.0f));
-  const F smallest = Simd::set(0x1p-23f);
+  const F smallest = Simd::set(ScaleFacts<ScaleFormat::kFloat32>::kSmallest);
   const double width = rule.quant_max - rule.quant_min;
-  if (rule.power_of_two) {
+  if (rule.scale_format == ScaleFormat::kE8M0) {
     const F scale = power_of_two_scale(amax, largest_exponent(rule.format, rule.quant_max));
     const F minval = rule.format == Format::kInt ? Simd::sub(Simd::set(-0.0f), amax) : Simd::set(0.0f);
     return {scale, Simd::iset(0), minval};

@@ -10,8 +10,9 @@ namespace {
 constexpr int64_t kChunk = 256;
 
 // fp8 bits of values that the format can represent. NaN is the pattern of all ones.
-template <int kMantissaBits, int kMinExponent>
+template <Format kFormat>
 COREAI_HD I encode_fp8(F x) {
+  constexpr int kMantissaBits = FormatFacts<kFormat>::kMantissaBits, kMinExponent = FormatFacts<kFormat>::kMinExponent;
   const I bits = Simd::as_int(x), magnitude = Simd::iand(bits, Simd::iset(0x7fffffff));
   const I above = Simd::imax(Simd::iset(0), Simd::iadd(magnitude, Simd::iset(-((127 + kMinExponent) << 23))));
   const I normal = Simd::iadd(Simd::template shr<23 - kMantissaBits>(above), Simd::iset(1 << kMantissaBits));
@@ -28,8 +29,10 @@ COREAI_HD M at_least(F x, float bound) {
   return Simd::equal(Simd::max(Simd::set(bound), x), x);
 }
 
-template <int kMantissaBits, int kMinExponent, bool kHasInfinity>
+template <Format kFormat>
 COREAI_HD F decode_fp8(I code) {
+  constexpr int kMantissaBits = FormatFacts<kFormat>::kMantissaBits, kMinExponent = FormatFacts<kFormat>::kMinExponent;
+  constexpr bool kHasInfinity = FormatFacts<kFormat>::kHasInfinity;
   const I magnitude = Simd::iand(code, Simd::iset(0x7f));
   const F count = Simd::to_float(magnitude);
   const F subnormal = Simd::mul(count, Simd::set(__builtin_ldexpf(1.0f, kMinExponent - kMantissaBits)));
@@ -91,9 +94,9 @@ inline void store_as(Storage storage, void* out, int64_t at, const float* values
     case Storage::kUInt8:
       return store_codes(bytes, values, n, to_byte<>);
     case Storage::kE4M3:
-      return store_codes(bytes, values, n, encode_fp8<3, -6>);
+      return store_codes(bytes, values, n, encode_fp8<Format::kE4M3>);
     case Storage::kE5M2:
-      return store_codes(bytes, values, n, encode_fp8<2, -14>);
+      return store_codes(bytes, values, n, encode_fp8<Format::kE5M2>);
     case Storage::kFloat32:
       return store_floats(static_cast<float*>(out) + at, values, n);
     case Storage::kBFloat16:
@@ -116,9 +119,9 @@ inline void load_from(Storage storage, const void* in, int64_t at, float* values
     case Storage::kUInt8:
       return load_codes(values, bytes, n, [](I code) { return Simd::to_float(code); });
     case Storage::kE4M3:
-      return load_codes(values, bytes, n, decode_fp8<3, -6, false>);
+      return load_codes(values, bytes, n, decode_fp8<Format::kE4M3>);
     case Storage::kE5M2:
-      return load_codes(values, bytes, n, decode_fp8<2, -14, true>);
+      return load_codes(values, bytes, n, decode_fp8<Format::kE5M2>);
     case Storage::kFloat32:
       return load_floats(values, static_cast<const float*>(in) + at, n);
     case Storage::kBFloat16:

@@ -16,9 +16,21 @@ namespace coreai::cpu::COREAI_LEVEL {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    apply_mask,     block_norms,               fake_quantize, masked_gradient, observe_range,
-    choose_qparams, observe_and_fake_quantize, quantize,      dequantize,      nm_mask,
-    topk_split,     topk_write,                sampled_mask,  learnable_range, kPaletteKernels,
+    .apply_mask = apply_mask,
+    .block_norms = block_norms,
+    .fake_quantize = fake_quantize,
+    .masked_gradient = masked_gradient,
+    .observe_range = observe_range,
+    .choose_qparams = choose_qparams,
+    .observe_and_fake_quantize = observe_and_fake_quantize,
+    .quantize = quantize,
+    .dequantize = dequantize,
+    .nm_mask = nm_mask,
+    .topk_split = topk_split,
+    .topk_write = topk_write,
+    .sampled_mask = sampled_mask,
+    .learnable_range = learnable_range,
+    .palettes = kPaletteKernels,
 };
 
 }  // namespace coreai::cpu::COREAI_LEVEL

@@ -5,6 +5,7 @@ give the same bits. See :func:`use_backend` to choose one.
 """
 
 from coreai_kernels.backends import use_backend
+from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.ops.apply_mask import apply_mask
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
@@ -23,11 +24,14 @@ from coreai_kernels.ops.quantize import dequantize, quantize
 from coreai_kernels.ops.sampled_mask import sampled_mask
 from coreai_kernels.ops.soft_palettize import soft_centroids, soft_palettize
 from coreai_kernels.ops.topk_mask import topk_mask, topk_masks
-from coreai_kernels.types import Format, RangeUpdate, Scheme, grid_shape
+from coreai_kernels.quant_config import QuantConfig
+from coreai_kernels.types import RangeUpdate, Scheme, grid_shape
 
 __all__ = [
     "Format",
+    "QuantConfig",
     "RangeUpdate",
+    "ScaleFormat",
     "Scheme",
     "apply_mask",
     "block_mask",

@@ -1,54 +1,13 @@
-"""The vocabulary of the engine: number formats, range schemes, range updates.
+"""The vocabulary of the engine beside the formats: range schemes, range updates, grids of blocks.
 
 The integer values are part of the operator schemas and of the native code (``csrc/common/types.h``).
 """
 
-import math
 from enum import IntEnum
 
 import torch
 
-__all__ = ["Format", "RangeUpdate", "Scheme", "grid_shape", "largest_exponent"]
-
-
-class Format(IntEnum):
-    """The set of values that a quantized element can take.
-
-    ``INT`` is the integers of ``[quant_min, quant_max]``. The floating-point formats are those of the OCP
-    8-bit floating point (E4M3 without infinities, E5M2) and microscaling (E2M1) specifications.
-    """
-
-    INT = 0
-    E4M3 = 1
-    E5M2 = 2
-    E2M1 = 3
-
-    @property
-    def mantissa_bits(self) -> int:
-        """Stored mantissa bits. Not defined for ``INT``."""
-        return _FLOAT_FACTS[self][0]
-
-    @property
-    def min_exponent(self) -> int:
-        """Exponent of the smallest normal number. Not defined for ``INT``."""
-        return _FLOAT_FACTS[self][1]
-
-    @property
-    def max_exponent(self) -> int:
-        """Exponent of the largest finite number (``emax``). Not defined for ``INT``."""
-        return _FLOAT_FACTS[self][2]
-
-
-_FLOAT_FACTS = {Format.E4M3: (3, -6, 8), Format.E5M2: (2, -14, 15), Format.E2M1: (1, 0, 2)}
-
-
-def largest_exponent(format: int, quant_max: float) -> int:
-    """Exponent of the largest quantized value, which a power-of-two scale brings the largest element to.
-
-    That of the format if it is floating point, else of ``quant_max``: 6 for int8, up to 127.
-    """
-    fmt = Format(format)
-    return math.frexp(quant_max)[1] - 1 if fmt == Format.INT else fmt.max_exponent
+__all__ = ["RangeUpdate", "Scheme", "grid_shape"]
 
 
 class Scheme(IntEnum):

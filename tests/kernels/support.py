@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from coreai_kernels import Format, Scheme
+from coreai_kernels import Format, ScaleFormat, Scheme
 from coreai_kernels.types import grid_shape
 
 INTEGER_RANGES = [
@@ -109,10 +109,10 @@ class Case:
     def grid(self) -> tuple[int, ...]:
         return grid_shape(torch.Size(self.shape), self.block_size)
 
-    def takes_power_of_two(self, scheme: Scheme) -> bool:
-        """Whether the values can have power-of-two scales."""
+    def suited(self, scale_format: ScaleFormat, scheme: Scheme) -> ScaleFormat:
+        """The scale format, or FLOAT32 if the values cannot have it."""
         around_zero = scheme != Scheme.ASYMMETRIC and -self.quant_min >= self.quant_max
-        return self.format != Format.INT or around_zero
+        return scale_format if self.format != Format.INT or around_zero else ScaleFormat.FLOAT32
 
     @property
     def quant(self) -> dict[str, object]:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import Case, assert_same_bits, assert_same_memory_format, cases
 
 many = settings(max_examples=250, deadline=None)
@@ -62,11 +62,10 @@ def test_observe_range(case: Case) -> None:
 
 
 @many
-@given(cases(), st.sampled_from(list(Scheme)), st.booleans())
-def test_choose_qparams(case: Case, scheme: Scheme, power_of_two: bool) -> None:
-    power_of_two = power_of_two and case.takes_power_of_two(scheme)
+@given(cases(), st.sampled_from(list(Scheme)), st.sampled_from(list(ScaleFormat)))
+def test_choose_qparams(case: Case, scheme: Scheme, scale_format: ScaleFormat) -> None:
     low, high = case.tensor(), case.tensor(seed=1)
-    arguments = {"scheme": scheme, "power_of_two_scale": power_of_two}
+    arguments = {"scheme": scheme, "scale_format": case.suited(scale_format, scheme)}
     arguments |= {name: case.quant[name] for name in ("format", "quant_min", "quant_max")}
     with ck.use_backend("reference"):
         wanted = ck.choose_qparams(low, high, **arguments)
@@ -83,7 +82,7 @@ def test_choose_qparams(case: Case, scheme: Scheme, power_of_two: bool) -> None:
     st.sampled_from(list(Scheme)),
     st.sampled_from(list(RangeUpdate)),
     st.booleans(),
-    st.booleans(),
+    st.sampled_from(list(ScaleFormat)),
     st.sampled_from([(None, None), (-0.7, None), (None, 1.3), (-2.0, 0.3)]),
 )
 def test_observe_and_fake_quantize(
@@ -91,7 +90,7 @@ def test_observe_and_fake_quantize(
     scheme: Scheme,
     update: RangeUpdate,
     use_minval: bool,
-    power_of_two: bool,
+    scale_format: ScaleFormat,
     fixed: tuple[float | None, float | None],
 ) -> None:
     results = {}
@@ -120,7 +119,7 @@ def test_observe_and_fake_quantize(
                     has_running=step > 0,
                     averaging_constant=0.1,
                     use_minval=use_minval and is_int,
-                    power_of_two_scale=power_of_two and case.takes_power_of_two(scheme),
+                    scale_format=case.suited(scale_format, scheme),
                     range_min=fixed[0],
                     range_max=fixed[1],
                 )

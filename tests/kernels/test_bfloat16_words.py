@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import SPECIAL, assert_same_bits
 
 CASES = [
@@ -110,10 +110,12 @@ def test_every_largest_element(fmt: Format, low: int, high: int, zero_point: int
     step(x, x.shape[1], format=fmt, quant_min=low, quant_max=high, scheme=scheme)
 
 
-@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("scale_format", list(ScaleFormat), ids=lambda scale: scale.name)
 @pytest.mark.parametrize("block", [32, 40, 96])
 @pytest.mark.parametrize(("fmt", "low", "high", "zero_point"), CASES)
-def test_blocks(fmt: Format, low: int, high: int, zero_point: int, block: int, power_of_two: bool) -> None:
+def test_blocks(
+    fmt: Format, low: int, high: int, zero_point: int, block: int, scale_format: ScaleFormat
+) -> None:
     """Multiples of half a scale, many of them between two values; and blocks of special elements."""
     generator = torch.Generator().manual_seed(block)
     blocks = 16 * 20 + 5
@@ -126,7 +128,7 @@ def test_blocks(fmt: Format, low: int, high: int, zero_point: int, block: int, p
     x[100] *= 2.0**-110
     x[120, 1] = -(2.0**90)
     config = {"format": fmt, "quant_min": low, "quant_max": high, "scheme": Scheme.SYMMETRIC}
-    step(x.bfloat16(), block, **config, power_of_two_scale=power_of_two and -low >= high)
+    step(x.bfloat16(), block, **config, scale_format=scale_format if -low >= high else ScaleFormat.FLOAT32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import native_header
 from coreai_kernels.reference.topk_mask import topk_masks
 from tests.kernels.mask_support import CONTENTS, values_of
 from tests.kernels.support import DTYPES
@@ -26,6 +27,14 @@ CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3
 pytestmark = pytest.mark.skipif(not SOURCE.exists(), reason="needs the source tree")
 
 
+def includes(folder: Path) -> list[str]:
+    """Where the headers are: the project's, and the one that is made from the table of formats."""
+    header = folder / "include/common/formats.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(native_header())
+    return [f"-I{ROOT / 'csrc'}", f"-I{folder / 'include'}"]
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """Blocks of 64 threads that take turns, and few chunks: small tensors go all the ways of large ones."""
@@ -33,7 +42,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("emulation") / "select.so"
     command = [COMPILER, "-std=c++20", "-O1", "-shared", "-fPIC", "-DCOREAI_EMULATED_THREADS=64"]
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/kernels'}", "-o", str(library)]
+    command += [*includes(library.parent), f"-I{ROOT / 'tests/kernels'}", "-o", str(library)]
     command.append(str(ROOT / "tests/kernels/emulation/select.cpp"))
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -78,7 +87,7 @@ def test_compiled_by_nvcc(tmp_path: Path) -> None:
     command = [str(NVCC), "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
     command += [
         "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
-        f"-I{ROOT / 'csrc'}",
+        *includes(tmp_path),
         "-isystem",
         str(include),
     ]

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
-from coreai_kernels.ops.observe_and_fake_quantize import packed
+from coreai_kernels import Format, QuantConfig, RangeUpdate, Scheme
 from tests.kernels.support import assert_same_bits
 
 ops = torch.ops.coreai_kernels
@@ -25,7 +24,16 @@ def params(*grid: int) -> tuple[Tensor, Tensor]:
 
 
 BLOCKS, INT4 = [1, 4], (int(Format.INT), -8.0, 7.0)
-STEP = (BLOCKS, int(Scheme.ASYMMETRIC), *INT4, False, int(RangeUpdate.MOVING_AVERAGE), 0.1, None, None, False)
+CONFIG = QuantConfig(
+    block_size=tuple(BLOCKS),
+    scheme=int(Scheme.ASYMMETRIC),
+    format=INT4[0],
+    quant_min=INT4[1],
+    quant_max=INT4[2],
+    update=int(RangeUpdate.MOVING_AVERAGE),
+    averaging_constant=0.1,
+)
+STEP = CONFIG.arguments()
 
 SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize": lambda: (leaf(4, 8), *params(4, 2), None, BLOCKS, *INT4, True),
@@ -33,7 +41,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "fake_quantize_backward": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
     "fake_quantize_backward_": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
     "observe_range": lambda: (torch.randn(4, 8), BLOCKS),
-    "choose_qparams": lambda: (-torch.rand(4, 2), torch.rand(4, 2), 0, *INT4, False),
+    "choose_qparams": lambda: (-torch.rand(4, 2), torch.rand(4, 2), 0, *INT4, 0),
     "observe_and_fake_quantize": lambda: (leaf(4, 8), -torch.rand(4, 2), torch.rand(4, 2), *STEP, True),
     "observe_and_fake_quantize_": lambda: (
         torch.randn(4, 8),
@@ -42,7 +50,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
         -torch.rand(4, 2),
         torch.rand(4, 2),
         True,
-        packed(STEP),
+        CONFIG.packed(),
         True,
     ),
     "foreach_fake_quantize_forward": lambda: (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from coreai_kernels import Format, Scheme
+from coreai_kernels import Format, ScaleFormat, Scheme
 from coreai_kernels.triton import bits, fake_quantize, learnable_range, qparams, quantize
 from tests.kernels.aot_support import (
     ARCHITECTURES,
@@ -92,15 +92,18 @@ def _dequantize(stored: torch.dtype, dtype: torch.dtype, format: str) -> Variant
     )
 
 
-def _choose(dtype: torch.dtype, scheme: Scheme, format: str, power_of_two: bool = False) -> Variant:
+def _choose(
+    dtype: torch.dtype, scheme: Scheme, format: str, scale_format: ScaleFormat = ScaleFormat.FLOAT32
+) -> Variant:
     fmt, quant_min, quant_max = FORMATS[format]
 
     def run() -> Any:
         low = meta(4096, dtype=dtype)
-        return qparams.choose_qparams(low, low, scheme, fmt, quant_min, quant_max, power_of_two)
+        return qparams.choose_qparams(low, low, scheme, fmt, quant_min, quant_max, scale_format)
 
-    name = f"choose-{short(dtype)}-{scheme.name.lower()}-{format}{'_e8m0' * power_of_two}"
-    return Variant(name, run, ("choose",), wide_loads=False, wide_stores=False, divides=not power_of_two)
+    name = f"choose-{short(dtype)}-{scheme.name.lower()}-{format}-{scale_format.name.lower()}"
+    divides = scale_format != ScaleFormat.E8M0
+    return Variant(name, run, ("choose",), wide_loads=False, wide_stores=False, divides=divides)
 
 
 def _learned(blocks: str, dtype: torch.dtype, has_low: bool, **expected: Any) -> Variant:
@@ -154,7 +157,7 @@ VARIANTS = [
     _dequantize(torch.float8_e4m3fn, FP16, "e4m3"),
     _choose(FP32, Scheme.ASYMMETRIC, "uint8"),
     _choose(BF16, Scheme.SYMMETRIC, "int4"),
-    _choose(FP32, Scheme.SYMMETRIC, "e2m1", power_of_two=True),
+    _choose(FP32, Scheme.SYMMETRIC, "e2m1", ScaleFormat.E8M0),
     _learned("tensor", FP32, True),
     _learned("rows", BF16, False),
     _learned("columns", FP32, False),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme
 from coreai_kernels.triton import foreach, observe_and_fake_quantize, observe_range
 from tests.kernels.aot_support import (
     ARCHITECTURES,
@@ -50,16 +50,18 @@ def step(
             minval if is_int else None,
             *running,
             True,
-            list(block),
-            scheme,
-            fmt,
-            quant_min,
-            quant_max,
-            use_minval,
-            update,
-            0.01,
-            *bounds,
-            fmt == Format.E2M1,
+            QuantConfig(
+                block,
+                scheme,
+                fmt,
+                quant_min,
+                quant_max,
+                use_minval=use_minval,
+                update=update,
+                range_min=bounds[0],
+                range_max=bounds[1],
+                scale_format=ScaleFormat.E8M0 if fmt == Format.E2M1 else ScaleFormat.FLOAT32,
+            ),
             True,
         )
 
@@ -85,17 +87,15 @@ def foreach_step(
             [running] * 3,
             [running] * 3,
             True,
-            [*block] * 3,
-            ASYMMETRIC,
-            fmt,
-            quant_min,
-            quant_max,
-            False,
-            RangeUpdate.MOVING_AVERAGE,
-            0.01,
-            None,
-            None,
-            fmt == Format.E2M1,
+            QuantConfig(
+                (*block,) * 3,
+                ASYMMETRIC,
+                fmt,
+                quant_min,
+                quant_max,
+                update=RangeUpdate.MOVING_AVERAGE,
+                scale_format=ScaleFormat.E8M0 if fmt == Format.E2M1 else ScaleFormat.FLOAT32,
+            ),
             True,
         )
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
@@ -140,8 +140,8 @@ def test_choose_qparams(format: Format, scheme: Scheme, dtypes: tuple[torch.dtyp
     low, high = flat.tensor(dtypes[0]), flat.tensor(dtypes[1], seed=1)
     limits = {Format.INT: (-8.0, 7.0), Format.E4M3: (-448.0, 448.0), Format.E5M2: (-57344.0, 57344.0)}
     quant_min, quant_max = limits.get(format, (-6.0, 6.0))
-    powers_suit = format != Format.INT or scheme != Scheme.ASYMMETRIC
-    for power_of_two in (False, True) if powers_suit else (False,):
+    all_suit = format != Format.INT or scheme != Scheme.ASYMMETRIC
+    for scale_format in ScaleFormat if all_suit else (ScaleFormat.FLOAT32,):
         results = {}
         for backend in ("reference", "triton"):
             with ck.use_backend(backend):
@@ -152,7 +152,7 @@ def test_choose_qparams(format: Format, scheme: Scheme, dtypes: tuple[torch.dtyp
                     format=format,
                     quant_min=quant_min,
                     quant_max=quant_max,
-                    power_of_two_scale=power_of_two,
+                    scale_format=scale_format,
                 )
         for got, wanted, what in zip(*results.values(), ("scale", "zero point", "minimum"), strict=True):
             assert (got is None) == (wanted is None)

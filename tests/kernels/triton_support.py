@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from coreai_kernels.types import grid_shape
 from tests.kernels.support import SPECIAL, assert_same_bits, assert_same_memory_format
 
@@ -161,14 +161,15 @@ class Step:
 
 
 _INT4, _UINT8, _, _E4M3, _, _E2M1, _INT8, _ = KINDS
+_E8M0 = {"scale_format": ScaleFormat.E8M0}
 STEPS = [
     Step("int4_latest", _INT4, Scheme.SYMMETRIC, RangeUpdate.LATEST),
     Step("uint8_average", _UINT8, Scheme.ASYMMETRIC, RangeUpdate.MOVING_AVERAGE),
     Step("uint8_minval_global", _UINT8, Scheme.ASYMMETRIC, RangeUpdate.GLOBAL_MINMAX, True, range_min=-2.3),
     Step("int4_clipped_minval", _INT4, Scheme.SYMMETRIC_WITH_CLIPPING, RangeUpdate.MOVING_AVERAGE, True),
     Step("e4m3_fixed", _E4M3, Scheme.SYMMETRIC, RangeUpdate.GLOBAL_MINMAX, range_min=-1.7, range_max=1.1),
-    Step("e2m1_e8m0", _E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, more={"power_of_two_scale": True}),
-    Step("mxint8", _INT8, Scheme.SYMMETRIC, RangeUpdate.MOVING_AVERAGE, more={"power_of_two_scale": True}),
+    Step("e2m1_e8m0", _E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, more=_E8M0),
+    Step("mxint8", _INT8, Scheme.SYMMETRIC, RangeUpdate.MOVING_AVERAGE, more=_E8M0),
 ]
 
 
@@ -361,7 +362,7 @@ def _functional(x: Tensor, state: dict[str, Tensor], i: int, step: Step, layout:
         0.01,
         c["range_min"],
         c["range_max"],
-        c.get("power_of_two_scale", False),
+        int(c.get("scale_format", ScaleFormat.FLOAT32)),
         True,
     )
     names = ("output", "mask", "scale", "zero_point", "minval", "running_min", "running_max")

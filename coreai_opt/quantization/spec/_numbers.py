@@ -1,48 +1,62 @@
-"""Facts about the dtypes that quantization knows."""
+"""The table of number formats (``coreai_kernels.formats``) by torch's dtypes."""
 
 import re
 
 import torch
 
-from coreai_kernels import Format
+from coreai_kernels import Format, ScaleFormat
+from coreai_kernels.formats import NUMBER_FORMATS, SCALE_FORMATS, NumberFormat
 
-__all__ = ["bits_of", "format_of", "is_float_format", "storage_dtype_of"]
+__all__ = [
+    "FLOAT4",
+    "SCALE_DTYPES",
+    "SUPPORTED_DTYPES",
+    "bits_of",
+    "format_of",
+    "is_float_format",
+    "range_of",
+    "scale_format_of",
+    "storage_dtype_of",
+]
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
 
 FLOAT4 = torch.float4_e2m1fn_x2
 
-_FLOAT_FORMATS = {
-    torch.float8_e4m3fn: Format.E4M3,
-    torch.float8_e5m2: Format.E5M2,
-    FLOAT4: Format.E2M1,
+_NUMBER_FORMATS: dict[torch.dtype, NumberFormat] = {_dtype(name): row for name, row in NUMBER_FORMATS.items()}
+_SCALE_FORMATS = {_dtype(facts.dtype): kind for kind, facts in SCALE_FORMATS.items() if facts.dtype}
+
+SUPPORTED_DTYPES = tuple(_NUMBER_FORMATS)
+
+# Dtypes that scales can be rounded to, each with the dtypes whose values may have such scales.
+SCALE_DTYPES: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    dtype: tuple(map(_dtype, kind.facts.number_formats)) for dtype, kind in _SCALE_FORMATS.items()
 }
 
-INT_DTYPES = (
-    torch.int2,  # type: ignore[attr-defined]
-    torch.int3,  # type: ignore[attr-defined]
-    torch.int4,  # type: ignore[attr-defined]
-    torch.int5,  # type: ignore[attr-defined]
-    torch.int6,  # type: ignore[attr-defined]
-    torch.int7,  # type: ignore[attr-defined]
-    torch.int8,
-    torch.uint2,  # type: ignore[attr-defined]
-    torch.uint4,  # type: ignore[attr-defined]
-    torch.uint6,  # type: ignore[attr-defined]
-    torch.uint8,
-)
-FLOAT_DTYPES = tuple(_FLOAT_FORMATS)
 
-# Dtypes whose blocks can have power-of-two (e8m0) scales: those of the microscaling specification.
-POWER_OF_TWO_SCALE_DTYPES = (torch.int8, *sorted(FLOAT_DTYPES, key=str))
+def scale_format_of(dtype: torch.dtype | None) -> ScaleFormat:
+    """The engine's name for scales of ``dtype``; None is float32.
+
+    Raises:
+        KeyError: scales cannot be of that dtype.
+    """
+    return ScaleFormat.FLOAT32 if dtype is None else _SCALE_FORMATS[dtype]
 
 
 def format_of(dtype: torch.dtype) -> Format:
     """The engine's name for the values of ``dtype``."""
-    return _FLOAT_FORMATS.get(dtype, Format.INT)
+    row = _NUMBER_FORMATS.get(dtype)
+    return Format.INT if row is None else row.format
 
 
 def is_float_format(dtype: torch.dtype) -> bool:
     """Whether quantized values are floating-point numbers."""
-    return dtype in _FLOAT_FORMATS
+    return format_of(dtype) != Format.INT
 
 
 def bits_of(dtype: torch.dtype) -> int:
@@ -55,9 +69,24 @@ def bits_of(dtype: torch.dtype) -> int:
 
 def storage_dtype_of(dtype: torch.dtype) -> torch.dtype:
     """The dtype that holds quantized values of ``dtype`` one by one."""
-    if dtype == FLOAT4:
-        return torch.float8_e4m3fn
-    bits = bits_of(dtype)
-    if bits >= 8 or dtype.is_floating_point:
+    row = _NUMBER_FORMATS.get(dtype)
+    if row is not None:
+        return _dtype(row.storage)
+    if bits_of(dtype) >= 8 or dtype.is_floating_point:
         return dtype
     return torch.uint8 if str(dtype).startswith("torch.uint") else torch.int8
+
+
+def range_of(dtype: torch.dtype, clipped: bool) -> tuple[int | float, int | float]:
+    """The smallest and the largest quantized value; ``clipped``: signed integers lose their smallest."""
+    row = _NUMBER_FORMATS.get(dtype)
+    if row is not None:
+        is_signed = row.format == Format.INT and row.quant_min < 0
+        return row.quant_min + (is_signed and clipped), row.quant_max
+    bits = bits_of(dtype)
+    if dtype.is_floating_point:
+        limits = torch.finfo(dtype)
+        return limits.min, limits.max
+    if str(dtype).startswith("torch.uint"):
+        return 0, 2**bits - 1
+    return -(2 ** (bits - 1)) + clipped, 2 ** (bits - 1) - 1

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from coreai_kernels import Format, RangeUpdate, grid_shape
-from coreai_kernels.ops.observe_and_fake_quantize import packed
+from coreai_kernels import Format, QuantConfig, RangeUpdate, grid_shape
 from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
 from coreai_opt.quantization.spec._generation import generation_of
 from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
@@ -54,7 +53,7 @@ _RANGE_UPDATES = {
 }
 
 
-Facts = tuple[int, float, float, bool, bool, bool, bool, tuple[Any, ...] | None]
+Facts = tuple[int, float, float, bool, bool, bool, bool, QuantConfig | None]
 
 
 class QuantizationPlan:
@@ -94,8 +93,8 @@ class QuantizationPlan:
         # Blocks without elements have no range; the observation says so.
         is_empty = 0 in self.block_size
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
-        self.step = None if is_empty or step is None else (self.block_size, *step)
-        self.packed_step = packed(self.step) if is_eager and self.step is not None else None
+        self.step = None if is_empty or step is None else step.with_block_size(self.block_size)
+        self.packed_step = self.step.packed() if is_eager and self.step is not None else None
         self.state: State = (None,) * 5
 
     def select(
@@ -246,7 +245,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
 
     Format and range of the quantized values, whether the formulation is the min-value one, whether the
     calculator keeps nothing, whether it keeps a running range, whether the forward is the built-in one, and
-    the configuration of the fused training step after the block size.
+    the configuration of the fused training step but for its block size.
     """
     fmt = _numbers.format_of(module.dtype)
     quant_min, quant_max = float(module.quant_min), float(module.quant_max)
@@ -254,20 +253,21 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
     update = _range_update_of(module)
     keeps_range = update is not None and update != RangeUpdate.LATEST
     calculator: Any = module.qparams_calculator
-    step: tuple[Any, ...] | None = None
+    step: QuantConfig | None = None
     if update is not None and _observes_for(calculator, module):
         low, high = calculator.float_range
-        step = (
-            int(calculator.qscheme.kernel_scheme),
-            int(fmt),
-            quant_min,
-            quant_max,
-            uses_minval,
-            int(update),
-            float(getattr(calculator, "averaging_constant", 0.0)),
-            low,
-            high,
-            calculator.has_power_of_two_scale,
+        step = QuantConfig(
+            block_size=(),
+            scheme=int(calculator.qscheme.kernel_scheme),
+            format=int(fmt),
+            quant_min=quant_min,
+            quant_max=quant_max,
+            use_minval=uses_minval,
+            update=int(update),
+            averaging_constant=float(getattr(calculator, "averaging_constant", 0.0)),
+            range_min=low,
+            range_max=high,
+            scale_format=int(calculator.scale_format),
         )
     # Plain integers: torch.compile takes these as constants, and refuses enumerations.
     flags = (uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_kernels import ScaleFormat
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _numbers
@@ -92,9 +93,9 @@ class QParamsCalculatorBase(ClassRegistryMixin, HasGeneration):
         return self.range_calculator.quantization_target
 
     @property
-    def has_power_of_two_scale(self) -> bool:
-        """Whether scales are powers of two."""
-        return self.scale_dtype == torch.float8_e8m0fnu
+    def scale_format(self) -> ScaleFormat:
+        """The engine's name for what scales are rounded to."""
+        return _numbers.scale_format_of(self.scale_dtype)
 
     def _is_initialized(self) -> bool:
         return False
@@ -134,7 +135,7 @@ class QParamsCalculatorBase(ClassRegistryMixin, HasGeneration):
             quant_min=self.quant_min,
             quant_max=self.quant_max,
             format=_numbers.format_of(self.dtype),
-            power_of_two_scale=self.has_power_of_two_scale,
+            scale_format=self.scale_format,
         )
 
     @abstractmethod

@@ -49,7 +49,7 @@ class QuantizationSpec(CompressionSpec):
         KeyError: the ``type`` of a granularity is not registered.
     """
 
-    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = {*_numbers.INT_DTYPES, *_numbers.FLOAT_DTYPES}
+    SUPPORTED_DTYPES: ClassVar[set[torch.dtype]] = set(_numbers.SUPPORTED_DTYPES)
     _DTYPE_ALIASES: ClassVar[dict[str, torch.dtype]] = {
         "float4_e2m1fn": torch.float4_e2m1fn_x2,
         "float8_e4m3": torch.float8_e4m3fn,
@@ -166,12 +166,15 @@ class QuantizationSpec(CompressionSpec):
     @model_validator(mode="after")
     def validate_scale_dtype(self) -> "QuantizationSpec":
         """ValueError unless the scale's dtype suits ``dtype``."""
-        if self.scale_dtype not in (None, torch.float8_e8m0fnu):
-            raise ValueError(f"scale_dtype must be None or torch.float8_e8m0fnu; got {self.scale_dtype}")
-        if self.scale_dtype is not None and self.dtype not in _numbers.POWER_OF_TWO_SCALE_DTYPES:
+        if self.scale_dtype is None:
+            return self
+        allowed = _numbers.SCALE_DTYPES.get(self.scale_dtype)
+        if allowed is None:
+            names = " or ".join(map(str, _numbers.SCALE_DTYPES))
+            raise ValueError(f"scale_dtype must be None or {names}; got {self.scale_dtype}")
+        if self.dtype not in allowed:
             raise ValueError(
-                f"power-of-two scales (scale_dtype={self.scale_dtype}) are for the dtypes "
-                f"{list(_numbers.POWER_OF_TWO_SCALE_DTYPES)}; got dtype={self.dtype}"
+                f"scale_dtype={self.scale_dtype} is for the dtypes {list(allowed)}; got dtype={self.dtype}"
             )
         return self
 
@@ -230,16 +233,7 @@ class QuantizationSpec(CompressionSpec):
         cls, dtype: torch.dtype, qscheme: QuantizationScheme
     ) -> tuple[int | float, int | float]:
         """The smallest and the largest quantized value."""
-        if dtype == _numbers.FLOAT4:
-            return -6.0, 6.0
-        bits = _numbers.bits_of(dtype)
-        if dtype.is_floating_point:
-            limits = torch.finfo(dtype)
-            return limits.min, limits.max
-        if str(dtype).startswith("torch.uint"):
-            return 0, 2**bits - 1
-        clipped = qscheme == QuantizationScheme.SYMMETRIC_WITH_CLIPPING
-        return -(2 ** (bits - 1)) + clipped, 2 ** (bits - 1) - 1
+        return _numbers.range_of(dtype, qscheme == QuantizationScheme.SYMMETRIC_WITH_CLIPPING)
 
     @computed_field(repr=False)  # type: ignore[prop-decorator]
     @cached_property

@@ -6,7 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from coreai_kernels.types import Format, Scheme, grid_shape
+from coreai_kernels.formats import Format, ScaleFormat
+from coreai_kernels.types import Scheme, grid_shape
 
 __all__ = [
     "INPUT_DTYPES",
@@ -17,7 +18,7 @@ __all__ = [
     "check_num_clusters",
     "check_num_keep",
     "check_params",
-    "check_power_of_two_scale",
+    "check_scale_format",
     "check_range",
     "check_vectors",
 ]
@@ -104,9 +105,7 @@ def check_range(fmt: Format, quant_min: float, quant_max: float) -> None:
     if not quant_min < quant_max:
         raise ValueError(f"quant_min must be below quant_max; got [{quant_min}, {quant_max}]")
     if fmt != Format.INT:
-        largest = (2.0 - 2.0**-fmt.mantissa_bits) * 2.0**fmt.max_exponent
-        if fmt == Format.E4M3:  # its last mantissa pattern is NaN
-            largest = 448.0
+        largest = fmt.facts.largest
         if max(-quant_min, quant_max) > largest:
             raise ValueError(
                 f"[quant_min, quant_max] must lie in [-{largest}, {largest}] for {fmt.name}; "
@@ -114,11 +113,18 @@ def check_range(fmt: Format, quant_min: float, quant_max: float) -> None:
             )
 
 
-def check_power_of_two_scale(fmt: Format, scheme: int, quant_min: float, quant_max: float) -> None:
-    """ValueError unless values of the format can have power-of-two scales: integers around zero only."""
-    if fmt == Format.INT and (scheme == Scheme.ASYMMETRIC or -quant_min < quant_max or quant_max < 1):
+def check_scale_format(
+    scale_format: int, fmt: Format, scheme: int, quant_min: float, quant_max: float
+) -> None:
+    """ValueError unless the values can have such scales, which of integers only those around zero can."""
+    kind = ScaleFormat(scale_format)
+    if kind == ScaleFormat.FLOAT32 or fmt != Format.INT:
+        return
+    if not kind.facts.of_integers:
+        raise ValueError(f"scale_format {kind.name} needs a floating-point format; got {fmt.name}")
+    if scheme == Scheme.ASYMMETRIC or -quant_min < quant_max or quant_max < 1:
         raise ValueError(
-            "power_of_two_scale needs a symmetric scheme and quant_min <= -quant_max for integers; "
+            f"scale_format {kind.name} needs a symmetric scheme and quant_min <= -quant_max for integers; "
             f"got {Scheme(scheme).name} and [{quant_min}, {quant_max}]"
         )
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from coreai_kernels import backends, native
+from coreai_kernels.formats import Format
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import fake_quantize as reference
 from coreai_kernels.reference.layout import memory_order
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format
 
 __all__ = [
     "apply",

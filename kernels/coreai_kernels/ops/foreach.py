@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as step_op
 from coreai_kernels.ops.library import define, implementation
+from coreai_kernels.quant_config import QuantConfig, taking_config
 from coreai_kernels.reference import foreach as reference
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format, RangeUpdate
+from coreai_kernels.types import RangeUpdate
 
 __all__ = [
     "apply",
@@ -68,15 +70,16 @@ define(
     fake=lambda *args: None,
     triton=triton.get("foreach_fake_quantize_backward_"),
 )
+_triton_step = triton.get("foreach_observe_and_fake_quantize_")
 define(
     "foreach_observe_and_fake_quantize_",
     "(Tensor[] inputs, Tensor(a!)[] scales, Tensor(b!)[] zero_points, Tensor(c!)[] minvals, "
     "Tensor(d!)[] running_mins, Tensor(e!)[] running_maxs, bool has_running, "
-    + step_op.CONFIG.replace("int[] block_size", "int[] block_sizes")
-    + ") -> (Tensor[], Tensor)",
-    reference=reference.observe_and_fake_quantize_,
+    + QuantConfig.SCHEMA.replace("block_size", "block_sizes")
+    + ", bool with_mask) -> (Tensor[], Tensor)",
+    reference=taking_config(reference.observe_and_fake_quantize_),
     fake=_fake_forward,
-    triton=triton.get("foreach_observe_and_fake_quantize_"),
+    triton=taking_config(_triton_step) if _triton_step else None,
 )
 
 
@@ -206,19 +209,19 @@ def apply_step(
     states: Sequence[Row],
     has_running: bool,
     block_sizes: Sequence[tuple[int, ...]],
-    config: tuple[Any, ...],
+    config: QuantConfig,
 ) -> list[Tensor]:
     """:func:`foreach_observe_and_fake_quantize` without the checks. All keep the same kinds of state.
 
-    ``config`` holds the operator's arguments from ``scheme`` to ``power_of_two_scale``, in order.
+    ``config`` is what they have in common: its block size is not used.
     """
 
     def one(i: int) -> Tensor:
-        return step_op.apply(inputs[i], states[i], has_running, (block_sizes[i], *config))
+        return step_op.apply(inputs[i], states[i], has_running, config.with_block_size(block_sizes[i]))
 
     def several(indices: list[int]) -> Sequence[Tensor]:
         rows, blocks = [states[i] for i in indices], [block_sizes[i] for i in indices]
-        args = (has_running, list(chain.from_iterable(blocks)), *config)
+        args = (has_running, list(chain.from_iterable(blocks)), *config.arguments()[1:])
         return _call("foreach_observe_and_fake_quantize_", [inputs[i] for i in indices], rows, args)
 
     return _shared_out(inputs, states, one, several)
@@ -293,7 +296,7 @@ def foreach_observe_and_fake_quantize(
     averaging_constant: float = 0.01,
     range_min: float | None = None,
     range_max: float | None = None,
-    power_of_two_scale: bool = False,
+    scale_format: int = ScaleFormat.FLOAT32,
 ) -> list[Tensor]:
     """:func:`coreai_kernels.observe_and_fake_quantize` of each tensor, in one launch.
 
@@ -317,18 +320,19 @@ def foreach_observe_and_fake_quantize(
     identities = [id(value) for row in states for value in row if value is not None]
     if len(set(identities)) < len(identities):
         raise ValueError("each tensor needs a state of its own; one of the given states is there twice")
-    config = (
-        scheme,
-        format,
-        quant_min,
-        quant_max,
-        use_minval,
-        update,
-        averaging_constant,
-        range_min,
-        range_max,
-        power_of_two_scale,
+    config = QuantConfig(
+        block_size=(),
+        scheme=scheme,
+        format=format,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        use_minval=use_minval,
+        update=update,
+        averaging_constant=averaging_constant,
+        range_min=range_min,
+        range_max=range_max,
+        scale_format=scale_format,
     )
     for x, row, block_size in zip(inputs, states, block_sizes, strict=True):
-        step_op.check(x, row, (block_size, *config))
+        step_op.check(x, row, config.with_block_size(block_size))
     return apply_step(inputs, states, has_running, block_sizes, config)

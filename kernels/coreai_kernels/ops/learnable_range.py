@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import Format
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import learnable_range as reference
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format
 
 __all__ = ["learnable_range"]
 

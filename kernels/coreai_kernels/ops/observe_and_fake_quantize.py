@@ -1,30 +1,21 @@
 """``observe_and_fake_quantize``: the whole training step of a fake quantizer in one operator."""
 
-import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from coreai_kernels import backends
+from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.ops import checks, fake_quantize
 from coreai_kernels.ops.library import define, implementation
-from coreai_kernels.reference.observe_and_fake_quantize import constant_like
+from coreai_kernels.quant_config import QuantConfig, taking_config, taking_packed_config
+from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
-from coreai_kernels.reference.qparams import update_range
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format, RangeUpdate, grid_shape
+from coreai_kernels.types import RangeUpdate, grid_shape
 
-__all__ = ["CONFIG", "apply", "check", "is_plain", "observe_and_fake_quantize", "packed"]
-
-CONFIG = (
-    "int[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
-    "int update, float averaging_constant, float? range_min, float? range_max, bool power_of_two_scale, "
-    "bool with_mask"
-)
+__all__ = ["apply", "check", "is_plain", "observe_and_fake_quantize"]
 
 _STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
 
@@ -54,73 +45,39 @@ def _reference_in_place(
     running_min: Tensor | None,
     running_max: Tensor | None,
     has_running: bool,
-    *config: Any,
+    config: QuantConfig,
+    with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     state = (scale, zero_point, minval, running_min, running_max)
     running = (running_min, running_max) if has_running else (None, None)
-    output, mask, *new = reference(input, *running, *config)
+    output, mask, *new = reference(input, *running, config, with_mask)
     for old, value in zip(state, new, strict=True):
         if old is not None:
             old.copy_(value)
     return output, mask
 
 
-# How many of the configuration's entries are numbers; the rest are the block's extents.
-_NUMBERS = 10
-
-
-def packed(config: tuple[Any, ...]) -> Tensor:
-    """The configuration as the in-place operator takes it: numbers, then the block's extents, in float64.
-
-    Each argument of an operator costs its caller a fraction of a microsecond; a tensor no more than a number.
-    """
-    block_size, *numbers = config
-    values = [math.nan if value is None else float(value) for value in numbers]
-    # By way of numpy: no mode that is active here, a fake tensor's for one, is to get hold of it.
-    return torch.from_numpy(np.array([*values, *block_size], dtype=np.float64))
-
-
-def _unpacked(settings: Tensor) -> tuple[Any, ...]:
-    values = settings.tolist()
-    scheme, format, low, high, use_minval, update, constant, *bounds, power_of_two = values[:_NUMBERS]
-    return (
-        [int(extent) for extent in values[_NUMBERS:]],
-        *(int(scheme), int(format), low, high, bool(use_minval), int(update), constant),
-        *(None if math.isnan(bound) else bound for bound in bounds),
-        bool(power_of_two),
-    )
-
-
-def _unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, which takes the configuration's entries, as one that takes them packed."""
-
-    @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        *state, settings, with_mask = args
-        return function(*state, *_unpacked(settings), with_mask)
-
-    return call
-
-
+_triton = triton.get("observe_and_fake_quantize")
 _triton_in_place = triton.get("observe_and_fake_quantize_")
 
 # In place: eager mode's, see `fake_quantize.straight_through` for its gradient.
 define(
     "observe_and_fake_quantize_",
     "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
-    "Tensor(e!)? running_max, bool has_running, Tensor settings, bool with_mask) -> (Tensor, Tensor)",
-    reference=_unpacking(_reference_in_place),
+    "Tensor(e!)? running_max, bool has_running, Tensor config, bool with_mask) -> (Tensor, Tensor)",
+    reference=taking_packed_config(_reference_in_place),
     fake=_fake_in_place,
-    triton=_unpacking(_triton_in_place) if _triton_in_place else None,
+    triton=taking_packed_config(_triton_in_place) if _triton_in_place else None,
 )
 # Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
 define(
     "observe_and_fake_quantize",
-    f"(Tensor input, Tensor? running_min, Tensor? running_max, {CONFIG}) -> "
+    f"(Tensor input, Tensor? running_min, Tensor? running_max, {QuantConfig.SCHEMA}, "
+    "bool with_mask) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference,
+    reference=taking_config(reference),
     fake=_fake,
-    triton=triton.get("observe_and_fake_quantize"),
+    triton=taking_config(_triton) if _triton else None,
 )
 
 
@@ -146,7 +103,7 @@ def observe_and_fake_quantize(
     averaging_constant: float = 0.01,
     range_min: float | None = None,
     range_max: float | None = None,
-    power_of_two_scale: bool = False,
+    scale_format: int = ScaleFormat.FLOAT32,
 ) -> Tensor:
     """Observe ``input``, update the running range, choose parameters and fake-quantize with them.
 
@@ -173,7 +130,7 @@ def observe_and_fake_quantize(
         averaging_constant: ``c`` above.
         range_min: a fixed lower bound, at most 0, in place of the batch's minimum.
         range_max: a fixed upper bound, at least 0.
-        power_of_two_scale: e8m0 scales, floor mode; integers need a symmetric range.
+        scale_format: a :class:`coreai_kernels.ScaleFormat`; but for FLOAT32, integers need a symmetric range.
 
     Returns:
         Tensor of the input's shape, dtype and memory format.
@@ -184,49 +141,48 @@ def observe_and_fake_quantize(
         TypeError: ``input`` is not floating point.
     """
     state = (scale, zero_point, minval, running_min, running_max)
-    config = (
-        block_size,
-        scheme,
-        format,
-        quant_min,
-        quant_max,
-        use_minval,
-        update,
-        averaging_constant,
-        range_min,
-        range_max,
-        power_of_two_scale,
+    config = QuantConfig(
+        block_size=block_size,
+        scheme=scheme,
+        format=format,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        use_minval=use_minval,
+        update=update,
+        averaging_constant=averaging_constant,
+        range_min=range_min,
+        range_max=range_max,
+        scale_format=scale_format,
     )
     check(input, state, config)
     return apply(input, state, has_running, config)
 
 
-def check(input: Tensor, state: tuple[Tensor | None, ...], config: tuple[Any, ...]) -> None:
+def check(input: Tensor, state: tuple[Tensor | None, ...], config: QuantConfig) -> None:
     """Raise what :func:`observe_and_fake_quantize` raises for bad arguments, given as to :func:`apply`."""
-    block_size, scheme, format, quant_min, quant_max, _, update, _, *fixed_range, power_of_two = config
-    range_min, range_max = fixed_range
+    fmt = Format(config.format)
     checks.check_float_input("input", input)
-    checks.check_range(Format(format), quant_min, quant_max)
-    grid = checks.check_blocks("block_size", input, block_size)
+    checks.check_range(fmt, config.quant_min, config.quant_max)
+    checks.check_scale_format(config.scale_format, fmt, config.scheme, config.quant_min, config.quant_max)
+    grid = checks.check_blocks("block_size", input, config.block_size)
     for name, value in zip(_STATE, state, strict=True):
         if value is not None and value.shape != grid:
             raise ValueError(
                 f"{name} must have one value per block, shape {grid}; got shape {tuple(value.shape)}"
             )
-    if update != RangeUpdate.LATEST and any(value is None for value in state[3:]):
-        raise ValueError(f"update={RangeUpdate(update).name} needs running_min and running_max")
-    if (range_min is not None and range_min > 0) or (range_max is not None and range_max < 0):
-        raise ValueError(f"the fixed range must contain 0; got [{range_min}, {range_max}]")
-    if power_of_two:
-        checks.check_power_of_two_scale(Format(format), scheme, quant_min, quant_max)
+    if config.update != RangeUpdate.LATEST and any(value is None for value in state[3:]):
+        raise ValueError(f"update={RangeUpdate(config.update).name} needs running_min and running_max")
+    low, high = config.range_min, config.range_max
+    if (low is not None and low > 0) or (high is not None and high < 0):
+        raise ValueError(f"the fixed range must contain 0; got [{low}, {high}]")
 
 
 def apply(
     input: Tensor,
     state: tuple[Tensor | None, ...],
     has_running: bool,
-    config: tuple[Any, ...],
-    settings: Tensor | None = None,
+    config: QuantConfig,
+    packed_config: Tensor | None = None,
 ) -> Tensor:
     """:func:`observe_and_fake_quantize` without the argument checks, for callers that have made them.
 
@@ -234,21 +190,21 @@ def apply(
         input: the tensor.
         state: scale, zero point, minimum, running minimum, running maximum.
         has_running: whether the running range holds one already.
-        config: the functional operator's arguments from ``block_size`` to ``power_of_two_scale``, in order.
-        settings: what :func:`packed` makes of them, for callers that keep it.
+        config: the settings.
+        packed_config: the same packed, for callers that keep it.
     """
     if not is_plain(input, state):
         return _with_converted_state(input, state, has_running, config)
     if not torch.compiler.is_compiling():
-        args = (*state, has_running, packed(config) if settings is None else settings)
+        args = (*state, has_running, config.packed() if packed_config is None else packed_config)
         return fake_quantize.straight_through(input, implementation("observe_and_fake_quantize_"), args)
     if backends.forced() == "reference":
         # Traced as it stands, with the configuration's entries as constants.
-        return fake_quantize.straight_through(input, _reference_in_place, (*state, has_running, *config))
+        return fake_quantize.straight_through(input, _reference_in_place, (*state, has_running, config))
     running = state[3:] if has_running else (None, None)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
     output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
-        input, *running, *config, needs_grad
+        input, *running, *config.arguments(), needs_grad
     )
     for old, value in zip(state, new, strict=True):
         if old is not None:
@@ -268,32 +224,24 @@ def is_plain(input: Tensor, state: tuple[Tensor | None, ...]) -> bool:
 
 
 def _with_converted_state(
-    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: tuple[Any, ...]
+    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: QuantConfig
 ) -> Tensor:
     """The step for state of other dtypes than the kernels keep, in one more pass over the input."""
-    block_size, scheme, format, quant_min, quant_max, use_minval, update, constant, *rest = config
-    range_min, range_max, power_of_two_scale = rest
-    low, high = implementation("observe_range")(input.detach(), block_size)
-    low, high = low.clamp(max=0.0) + 0.0, high.clamp(min=0.0) + 0.0
-    low = low if range_min is None else constant_like(low, range_min)
-    high = high if range_max is None else constant_like(high, range_max)
-    running_min, running_max = state[3:]
-    if has_running and update != RangeUpdate.LATEST and running_min is not None and running_max is not None:
-        low, high = update_range(low, high, running_min, running_max, update, constant)
-    new = implementation("choose_qparams")(
-        low, high, scheme, format, quant_min, quant_max, power_of_two_scale
+    low, high = implementation("observe_range")(input.detach(), config.block_size)
+    running_min, running_max = state[3:] if has_running else (None, None)
+    low, high = next_range(low, high, running_min, running_max, config)
+    scale, zero_point, minval = implementation("choose_qparams")(
+        low, high, config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format
     )
-    for old, value in zip(state, (*new, low, high), strict=True):
+    for old, value in zip(state, (scale, zero_point, minval, low, high), strict=True):
         if old is not None:
             old.copy_(value)
-    is_int = format == Format.INT
     return fake_quantize.apply(
         input,
-        new[0],
-        new[1] if is_int and not use_minval else None,
-        new[2] if is_int and use_minval else None,
-        block_size,
-        format,
-        quant_min,
-        quant_max,
+        scale,
+        *config.parameters(zero_point, minval),
+        config.block_size,
+        config.format,
+        config.quant_min,
+        config.quant_max,
     )

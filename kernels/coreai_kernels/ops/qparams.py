@@ -3,11 +3,12 @@
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference.qparams import choose_qparams as reference
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format, Scheme
+from coreai_kernels.types import Scheme
 
 __all__ = ["choose_qparams"]
 
@@ -20,7 +21,7 @@ def _fake(min_val: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
 define(
     "choose_qparams",
     "(Tensor min_val, Tensor max_val, int scheme, int format, float quant_min, float quant_max, "
-    "bool power_of_two_scale) -> (Tensor, Tensor, Tensor)",
+    "int scale_format) -> (Tensor, Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     triton=triton.get("choose_qparams"),
@@ -35,7 +36,7 @@ def choose_qparams(
     quant_min: float,
     quant_max: float,
     format: int = Format.INT,
-    power_of_two_scale: bool = False,
+    scale_format: int = ScaleFormat.FLOAT32,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Quantization parameters of a range. Not differentiable.
 
@@ -49,12 +50,10 @@ def choose_qparams(
     symmetric (both)  ``amax / ((quant_max - quant_min) / 2)``    ``(qmin + qmax + 1) // 2``    ``-amax``
     asymmetric        ``(hi - lo) / (quant_max - quant_min)``     ``clamp(qmin - rne(lo/s))``   ``lo``
     float formats     ``amax / quant_max``                        --                            --
-    power of two      ``2 ** (floor(log2(amax)) - emax)``         --                            --
     ================  ==========================================  ============================  =========
 
-    The power-of-two scale is e8m0 in floor mode (OCP microscaling specification 1.0, section 6.3), at least
-    ``2**-126``. ``emax`` is the exponent of the format's largest value, of integers that of ``quant_max``.
-    Integers then have zero point 0 and minimum ``-amax``.
+    Scales of other formats than FLOAT32 replace those of symmetric schemes: see
+    :class:`coreai_kernels.ScaleFormat`. Integers then have zero point 0 and minimum ``-amax``.
 
     Args:
         min_val: float32, bfloat16, float16 or float64 tensor.
@@ -63,14 +62,14 @@ def choose_qparams(
         quant_min: smallest quantized value; symmetric-with-clipping callers pass the raised one.
         quant_max: largest quantized value.
         format: a :class:`coreai_kernels.Format`.
-        power_of_two_scale: round the scale down to a power of two; integers need a symmetric range.
+        scale_format: a :class:`coreai_kernels.ScaleFormat`; but for FLOAT32, integers need a symmetric range.
 
     Returns:
         ``(scale, zero_point, minval)``: float32, int32 and float32, of the shape of ``min_val``. The last two
         are ``None`` for floating-point formats. A NaN bound gives a NaN scale and zero point ``-2**31``.
 
     Raises:
-        ValueError: shapes differ, the range is empty, or asymmetric integers shall have power-of-two scales.
+        ValueError: shapes differ, the range is empty, or the values cannot have such scales.
         TypeError: the bounds are not floating point.
     """
     fmt = Format(format)
@@ -81,9 +80,8 @@ def choose_qparams(
         raise ValueError(
             f"min_val and max_val must have one shape; got {tuple(min_val.shape)} and {tuple(max_val.shape)}"
         )
-    if power_of_two_scale:
-        checks.check_power_of_two_scale(fmt, scheme, quant_min, quant_max)
+    checks.check_scale_format(scale_format, fmt, scheme, quant_min, quant_max)
     scale, zero_point, minval = implementation("choose_qparams")(
-        min_val.detach(), max_val.detach(), Scheme(scheme), fmt, quant_min, quant_max, power_of_two_scale
+        min_val.detach(), max_val.detach(), Scheme(scheme), fmt, quant_min, quant_max, scale_format
     )
     return (scale, zero_point, minval) if fmt == Format.INT else (scale, None, None)

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import Format
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import fake_quantize as reference
 from coreai_kernels.triton import registry as triton
-from coreai_kernels.types import Format
 
 __all__ = ["STORAGE_DTYPES", "dequantize", "quantize"]
 

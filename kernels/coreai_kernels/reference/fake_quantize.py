@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from coreai_kernels.formats import Format
 from coreai_kernels.reference.bits import pack_mask, unpack_mask
 from coreai_kernels.reference.layout import from_memory_order, in_memory_order, memory_order, per_block
 from coreai_kernels.reference.rounding import round_to_format
-from coreai_kernels.types import Format
 
 __all__ = ["backward", "dequantize", "forward", "quantize"]
 

@@ -1,11 +1,11 @@
 """Operations on lists of tensors: what the same operation does to each."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference import fake_quantize
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize
 
@@ -108,19 +108,21 @@ def observe_and_fake_quantize_(
     running_mins: Sequence[Tensor],
     running_maxs: Sequence[Tensor],
     has_running: bool,
-    block_sizes: Sequence[int],
-    *config: Any,
+    config: QuantConfig,
+    with_mask: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """As :func:`fake_quantize_forward`, observing first; the states, some of them empty, are written."""
     columns = (scales, zero_points, minvals, running_mins, running_maxs)
     found = []
-    for i, (x, block_size) in enumerate(zip(inputs, split_block_sizes(inputs, block_sizes), strict=True)):
+    split = split_block_sizes(inputs, config.block_size)
+    for i, (x, block_size) in enumerate(zip(inputs, split, strict=True)):
         state = [column[i] if column else None for column in columns]
         low, high = state[3:] if has_running else (None, None)
-        output, mask, *new = observe_and_fake_quantize(x, low, high, block_size, *config)
+        output, mask, *new = observe_and_fake_quantize(
+            x, low, high, config.with_block_size(block_size), with_mask
+        )
         for old, value in zip(state, new, strict=True):
             if old is not None:
                 old.copy_(value)
         found.append((output, mask))
-    with_mask = bool(config[-1])
     return [output for output, _ in found], _joined(inputs, [mask for _, mask in found], with_mask)

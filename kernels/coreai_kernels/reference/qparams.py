@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from coreai_kernels.types import Format, RangeUpdate, Scheme, largest_exponent
+from coreai_kernels.formats import Format, ScaleFormat, largest_exponent
+from coreai_kernels.types import RangeUpdate, Scheme
 
 __all__ = ["choose_qparams", "update_range"]
 
-SMALLEST_SCALE = 2.0**-23
-SMALLEST_POWER_OF_TWO_SCALE = 2.0**-126
+SMALLEST_SCALE = ScaleFormat.FLOAT32.facts.smallest
 INT32_MIN = -(2**31)
 
 
@@ -50,7 +50,7 @@ def choose_qparams(
     format: int,
     quant_min: float,
     quant_max: float,
-    power_of_two_scale: bool,
+    scale_format: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scale (float32), zero point (int32) and minimum (float32), all of the shape of ``min_val``.
 
@@ -63,7 +63,7 @@ def choose_qparams(
     high = max_val.float().clamp(min=0.0) + 0.0
     amax = torch.maximum(-low, high) + 0.0
     fmt = Format(format)
-    if power_of_two_scale:
+    if scale_format == ScaleFormat.E8M0:
         scale = _power_of_two_scale(amax, largest_exponent(format, quant_max))
         minval = -amax if fmt == Format.INT else torch.zeros_like(scale)
         return scale, torch.zeros_like(scale, dtype=torch.int32), minval
@@ -93,4 +93,4 @@ def _power_of_two_scale(amax: Tensor, largest: int) -> Tensor:
     """e8m0 scale, floor mode (OCP microscaling specification 1.0, section 6.3)."""
     exponent = ((amax.view(torch.int32) >> 23) & 0xFF) - 127 - largest
     biased = exponent.clamp(-127, 128) + 127
-    return (biased << 23).view(torch.float32).clamp(min=SMALLEST_POWER_OF_TWO_SCALE)
+    return (biased << 23).view(torch.float32).clamp(min=ScaleFormat.E8M0.facts.smallest)

@@ -8,6 +8,8 @@ are used. On a GPU each is one instruction.
 import triton
 import triton.language as tl
 
+from coreai_kernels.formats import Format
+
 __all__ = [
     "INTERPRETED",
     "block_range",
@@ -28,6 +30,9 @@ _NAN_ALL = tl.constexpr(tl.PropagateNan.ALL)
 # 2**23: from here on float32 holds integers only.
 _ALL_INTEGERS = tl.constexpr(8388608.0)
 _SIGN = tl.constexpr(-0x80000000)
+# By number of the format; the integers have neither.
+_MANTISSA_BITS = tl.constexpr(tuple(fmt.facts.mantissa_bits if fmt else 0 for fmt in Format))
+_MIN_EXPONENT = tl.constexpr(tuple(fmt.facts.min_exponent if fmt else 0 for fmt in Format))
 
 
 @triton.jit
@@ -88,13 +93,7 @@ def round_to_grid(x, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
 
 @triton.jit
 def round_to_format(x, FORMAT: tl.constexpr):
-    if FORMAT == 1:
-        value = round_to_grid(x, 3, -6)
-    elif FORMAT == 2:
-        value = round_to_grid(x, 2, -14)
-    else:
-        value = round_to_grid(x, 1, 0)
-    return value
+    return round_to_grid(x, _MANTISSA_BITS[FORMAT], _MIN_EXPONENT[FORMAT])
 
 
 @triton.jit

@@ -14,13 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.foreach import mask_starts, split_block_sizes
 from coreai_kernels.triton import fake_quantize, observe_and_fake_quantize, tiles
 from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense, geometry_of
 from coreai_kernels.triton.observe_and_fake_quantize import held_plan, held_tile
-from coreai_kernels.triton.qparams import config_of, numbers_of, tl_dtype
+from coreai_kernels.triton.qparams import constants_of, numbers_of, tl_dtype
 from coreai_kernels.types import RangeUpdate, Scheme
 
 __all__ = [
@@ -70,7 +71,6 @@ def _held_list(
     GIVEN: tl.constexpr,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    USE_MINVAL: tl.constexpr,
     LEVELS: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
     RUN_UNIT: tl.constexpr,
@@ -123,7 +123,6 @@ def _held_list(
         OBSERVE,
         CONFIG,
         DTYPE,
-        USE_MINVAL,
         WIDTH_UNIT,
         RUN_UNIT,
         BLOCKS_UNIT,
@@ -263,8 +262,8 @@ def foreach_fake_quantize_forward(
     with_mask: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """See ``reference/foreach.py``."""
-    config = config_of(Scheme.SYMMETRIC, format, quant_max, False)
-    forward = _Forward(inputs, with_mask, OBSERVE=False, CONFIG=config, USE_MINVAL=bool(minvals))
+    config = QuantConfig((), Scheme.SYMMETRIC, format, quant_min, quant_max, use_minval=bool(minvals))
+    forward = _Forward(inputs, with_mask, OBSERVE=False, CONFIG=constants_of(config))
     for i, (x, block_size) in enumerate(zip(inputs, split_block_sizes(inputs, block_sizes), strict=True)):
         zero_point = zero_points[i] if zero_points else None
         minval = minvals[i] if minvals else None
@@ -283,7 +282,7 @@ def foreach_fake_quantize_forward(
                     with_mask,
                 )
             )
-    return forward.run(numbers_of(Scheme.SYMMETRIC, format, quant_min, quant_max))
+    return forward.run(numbers_of(config))
 
 
 def foreach_observe_and_fake_quantize_(
@@ -294,29 +293,21 @@ def foreach_observe_and_fake_quantize_(
     running_mins: Sequence[Tensor],
     running_maxs: Sequence[Tensor],
     has_running: bool,
-    block_sizes: Sequence[int],
-    *config: Any,
+    config: QuantConfig,
+    with_mask: bool,
 ) -> tuple[list[Tensor], Tensor]:
     """See ``reference/foreach.py``."""
-    scheme, format, quant_min, quant_max, use_minval, update, constant, low, high, power_of_two, mask = config
     columns = (scales, zero_points, minvals, running_mins, running_maxs)
-    forward = _Forward(
-        inputs,
-        mask,
-        OBSERVE=True,
-        CONFIG=config_of(scheme, format, quant_max, power_of_two, update),
-        USE_MINVAL=bool(use_minval),
-    )
-    for i, (x, block_size) in enumerate(zip(inputs, split_block_sizes(inputs, block_sizes), strict=True)):
+    forward = _Forward(inputs, with_mask, OBSERVE=True, CONFIG=constants_of(config))
+    split = split_block_sizes(inputs, config.block_size)
+    for i, (x, block_size) in enumerate(zip(inputs, split, strict=True)):
         row: tuple[Any, ...] = tuple(column[i] if column else None for column in columns)
-        old = row[3:] if has_running and update != RangeUpdate.LATEST else (None, None)
+        old = row[3:] if has_running and config.update != RangeUpdate.LATEST else (None, None)
         if not forward.take(x, row, old, block_size):
-            forward.append(
-                *observe_and_fake_quantize.observe_and_fake_quantize_(
-                    x, *row, has_running, list(block_size), *config
-                )
-            )
-    return forward.run(numbers_of(scheme, format, quant_min, quant_max, constant, low, high))
+            its_config = config.with_block_size(block_size)
+            step = observe_and_fake_quantize.observe_and_fake_quantize_
+            forward.append(*step(x, *row, has_running, its_config, with_mask))  # type: ignore[call-arg]
+    return forward.run(numbers_of(config))
 
 
 def foreach_fake_quantize_backward(

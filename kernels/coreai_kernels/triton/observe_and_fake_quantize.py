@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.formats import Format
+from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.triton import tiles
 from coreai_kernels.triton.elementwise import (
     block_range,
@@ -30,8 +32,8 @@ from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
 from coreai_kernels.triton.observe_range import observe, reduce_blocks
 from coreai_kernels.triton.one_block import quantize_one_block
-from coreai_kernels.triton.qparams import config_of, finish, numbers_of, tl_dtype
-from coreai_kernels.types import Format, RangeUpdate
+from coreai_kernels.triton.qparams import constants_of, finish, numbers_of, tl_dtype
+from coreai_kernels.types import RangeUpdate
 
 __all__ = ["held_plan", "held_tile", "observe_and_fake_quantize", "observe_and_fake_quantize_"]
 
@@ -61,7 +63,6 @@ def held_tile(
     OBSERVE: tl.constexpr,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    USE_MINVAL: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
     RUN_UNIT: tl.constexpr,
     BLOCKS_UNIT: tl.constexpr,
@@ -103,21 +104,21 @@ def held_tile(
         low, high = block_range(fp32(x), fp32(x), 2)
         low, high = block_range(low, high, 0)
         scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
-        if CONFIG[0] == 0 and USE_MINVAL:
+        if CONFIG.format == 0 and CONFIG.use_minval:
             zp = numbers[0]
             off = minval[None, :, None]
-        elif CONFIG[0] == 0:
+        elif CONFIG.format == 0:
             zp = zero_point.to(tl.float32)[None, :, None]
     else:
         scale = tl.load(state[2] + index, mask=exists, other=1.0)
-        if CONFIG[0] == 0 and USE_MINVAL:
+        if CONFIG.format == 0 and CONFIG.use_minval:
             zp = numbers[0]
             off = tl.load(state[4] + index, mask=exists, other=0.0)[None, :, None]
-        elif CONFIG[0] == 0 and state[3] is not None:
+        elif CONFIG.format == 0 and state[3] is not None:
             zp = tl.load(state[3] + index, mask=exists, other=0).to(tl.float32)[None, :, None]
     s = scale[None, :, None]
-    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG[0])
-    y = dequantize_value(q, s, zp, off, CONFIG[0])
+    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG.format)
+    y = dequantize_value(q, s, zp, off, CONFIG.format)
     tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
     if mask is not None:
         bits = inside_bits(tl.reshape(inside, (DEPTH, BLOCKS * RUN // 8, 8)))
@@ -151,7 +152,6 @@ def _held(
     numbers,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    USE_MINVAL: tl.constexpr,
     LEVELS: tl.constexpr,
     WIDTH_UNIT: tl.constexpr,
     RUN_UNIT: tl.constexpr,
@@ -181,7 +181,6 @@ def _held(
         True,
         CONFIG,
         DTYPE,
-        USE_MINVAL,
         WIDTH_UNIT,
         RUN_UNIT,
         BLOCKS_UNIT,
@@ -257,32 +256,21 @@ def _step(
     input: Tensor,
     old: tuple[Tensor | None, Tensor | None],
     new: State,
-    block_size: list[int],
-    scheme: int,
-    format: int,
-    quant_min: float,
-    quant_max: float,
-    use_minval: bool,
-    update: int,
-    averaging_constant: float,
-    range_min: float | None,
-    range_max: float | None,
-    power_of_two_scale: bool,
+    config: QuantConfig,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and mask; ``new`` (scale, zero point, minimum, new range; contiguous) is written."""
     source = dense(input)
     output = torch.empty_like(input) if source is input else source
     mask = empty_mask(source.numel(), with_mask, source)
-    geometry = geometry_of(source, block_size)
-    if update == RangeUpdate.LATEST:
+    geometry = geometry_of(source, config.block_size)
+    if config.update == RangeUpdate.LATEST:
         old = (None, None)
-    numbers = numbers_of(scheme, format, quant_min, quant_max, averaging_constant, range_min, range_max)
-    config = config_of(scheme, format, quant_max, power_of_two_scale, update)
+    numbers, constants = numbers_of(config), constants_of(config)
     dtype = tl_dtype(source.dtype)
     plan = held_plan(geometry, source.element_size(), with_mask)
     if plan is not None:
-        programs, arguments, constants, warps = plan
+        programs, arguments, shape, warps = plan
         launch(
             _held,
             programs,
@@ -293,20 +281,19 @@ def _step(
             *arguments,
             (*old, *new),
             numbers,
-            CONFIG=config,
+            CONFIG=constants,
             DTYPE=dtype,
-            USE_MINVAL=bool(use_minval),
             warps=warps,
-            **constants,
+            **shape,
         )
         return output, mask
-    new = _with_parameters(new, geometry, source, format, use_minval)
+    new = _with_parameters(new, geometry, source, config)
     state = (*old, *new)
     if geometry.blocks > 1:
-        observe(geometry, source, state, numbers, config)
+        observe(geometry, source, state, numbers, constants)
     else:
         keep = None if old[0] is None else torch.empty(2, dtype=old[0].dtype, device=source.device)
-        partials = reduce_blocks(geometry, source, state, numbers, config, keep)
+        partials = reduce_blocks(geometry, source, state, numbers, constants, keep)
         if partials is not None:
             kept = (None, None) if keep is None else (keep[:1], keep[1:])
             quantize_one_block(
@@ -316,11 +303,9 @@ def _step(
                 partials,
                 (*kept, *new),
                 numbers,
-                config,
-                use_minval,
+                constants,
             )
             return output, mask
-    is_int = format == Format.INT
     tiles.run(
         tiles.FAKE_QUANTIZE,
         geometry,
@@ -328,21 +313,21 @@ def _step(
         output,
         mask if with_mask else None,
         new[0],  # type: ignore[arg-type]
-        new[1] if is_int and not use_minval else None,
-        new[2] if is_int and use_minval else None,
-        format,
-        quant_min,
-        quant_max,
+        *config.parameters(new[1], new[2]),  # type: ignore[arg-type]
+        config.format,
+        config.quant_min,
+        config.quant_max,
     )
     return output, mask
 
 
-def _with_parameters(new: State, geometry: Geometry, like: Tensor, format: int, use_minval: bool) -> State:
+def _with_parameters(new: State, geometry: Geometry, like: Tensor, config: QuantConfig) -> State:
     """The state with room for the parameters that a later launch has to read."""
     scale, zero_point, minval, low, high = new
-    if format == Format.INT and not use_minval and zero_point is None:
+    is_int = config.format == Format.INT
+    if is_int and not config.use_minval and zero_point is None:
         zero_point = torch.empty(geometry.grid, dtype=torch.int32, device=like.device)
-    if format == Format.INT and use_minval and minval is None:
+    if is_int and config.use_minval and minval is None:
         minval = torch.empty(geometry.grid, dtype=torch.float32, device=like.device)
     return scale, zero_point, minval, low, high
 
@@ -351,17 +336,17 @@ def observe_and_fake_quantize(
     input: Tensor,
     running_min: Tensor | None,
     running_max: Tensor | None,
-    block_size: list[int],
-    *config: Any,
+    config: QuantConfig,
+    with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``reference/observe_and_fake_quantize.py``."""
-    grid = [size // block for size, block in zip(input.shape, block_size, strict=True)]
+    grid = [size // block for size, block in zip(input.shape, config.block_size, strict=True)]
     scale = torch.empty(grid, dtype=torch.float32, device=input.device)
     zero_point, minval = torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
     low = torch.empty(grid, dtype=input.dtype, device=input.device)
     high = torch.empty_like(low)
     old = (_contiguous(running_min), _contiguous(running_max))
-    output, mask = _step(input, old, (scale, zero_point, minval, low, high), block_size, *config)
+    output, mask = _step(input, old, (scale, zero_point, minval, low, high), config, with_mask)
     return output, mask, scale, zero_point, minval, low, high
 
 
@@ -373,14 +358,14 @@ def observe_and_fake_quantize_(
     running_min: Tensor | None,
     running_max: Tensor | None,
     has_running: bool,
-    block_size: list[int],
-    *config: Any,
+    config: QuantConfig,
+    with_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same with the state written in place."""
     given = (scale, zero_point, minval, running_min, running_max)
     new = tuple(_contiguous(value) for value in given)
     old = new[3:] if has_running else (None, None)
-    result = _step(input, old, new, block_size, *config)  # type: ignore[arg-type]
+    result = _step(input, old, new, config, with_mask)  # type: ignore[arg-type]
     for value, written in zip(given, new, strict=True):
         if value is not None and written is not value:
             value.copy_(written)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from torch import Tensor
 from coreai_kernels.triton.elementwise import block_range, fp32, wider_range
 from coreai_kernels.triton.launch import launch, multiprocessors
 from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
-from coreai_kernels.triton.qparams import finish, tl_dtype
+from coreai_kernels.triton.qparams import Constants, finish, tl_dtype
 from coreai_kernels.triton.tiles import unit_of
 
 __all__ = ["Partials", "finish_blocks", "observe", "observe_range", "reduce_blocks"]
@@ -269,7 +269,7 @@ def reduce_blocks(
     input: Tensor,
     state: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-    config: tuple[int, ...] | None,
+    constants: Constants | None,
     keep_old: Tensor | None = None,
 ) -> Partials | None:
     """Range of each block of a dense tensor, finished as :func:`coreai_kernels.triton.qparams.finish` says.
@@ -294,7 +294,7 @@ def reduce_blocks(
             tuple(step for _, step in block),
             state,
             numbers,
-            CONFIG=config,
+            CONFIG=constants,
             DTYPE=dtype,
             GRID_LEVELS=len(grid),
             BLOCK_LEVELS=len(block),
@@ -302,7 +302,7 @@ def reduce_blocks(
             warps=4,
         )
         return None
-    parts, programs, arguments, constants = _plan(geometry, input.element_size(), multiprocessors(input))
+    parts, programs, arguments, shape = _plan(geometry, input.element_size(), multiprocessors(input))
     partials = None
     if parts > 1:
         low, high = torch.empty(
@@ -319,10 +319,10 @@ def reduce_blocks(
         *arguments,
         (*state, keep_old if parts > 1 else None),
         numbers,
-        CONFIG=config,
+        CONFIG=constants,
         DTYPE=dtype,
         warps=4,
-        **constants,
+        **shape,
     )
     return partials
 
@@ -333,7 +333,7 @@ def finish_blocks(
     dtype: torch.dtype,
     state: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-    config: tuple[int, ...] | None,
+    constants: Constants | None,
 ) -> None:
     """Finish what :func:`reduce_blocks` left in parts."""
     parts = power_of_two(partials.parts)
@@ -348,7 +348,7 @@ def finish_blocks(
         geometry.blocks,
         state,
         numbers,
-        CONFIG=config,
+        CONFIG=constants,
         DTYPE=tl_dtype(dtype),
         PARTS=parts,
         BLOCKS=blocks,
@@ -361,12 +361,12 @@ def observe(
     input: Tensor,
     state: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...] = (),
-    config: tuple[int, ...] | None = None,
+    constants: Constants | None = None,
 ) -> None:
     """Range of each block of a dense tensor, and what follows from it, in one or two launches."""
-    partials = reduce_blocks(geometry, input, state, numbers, config)
+    partials = reduce_blocks(geometry, input, state, numbers, constants)
     if partials is not None:
-        finish_blocks(geometry, partials, input.dtype, state, numbers, config)
+        finish_blocks(geometry, partials, input.dtype, state, numbers, constants)
 
 
 def observe_range(input: Tensor, block_size: list[int]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from coreai_kernels.triton.elementwise import (
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import power_of_two
 from coreai_kernels.triton.observe_range import Partials
-from coreai_kernels.triton.qparams import finish, tl_dtype
+from coreai_kernels.triton.qparams import Constants, finish, tl_dtype
 
 __all__ = ["quantize_one_block"]
 
@@ -39,7 +39,6 @@ def _one_block(
     numbers,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    USE_MINVAL: tl.constexpr,
     PARTS: tl.constexpr,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -58,10 +57,10 @@ def _one_block(
     s = tl.sum(scale, 0)
     zp = 0.0
     off = 0.0
-    if CONFIG[0] == 0 and USE_MINVAL:
+    if CONFIG.format == 0 and CONFIG.use_minval:
         zp = numbers[0]
         off = tl.sum(minval, 0)
-    elif CONFIG[0] == 0:
+    elif CONFIG.format == 0:
         zp = tl.sum(zero_point.to(tl.float32), 0)
     group = tl.arange(0, TILE // 8)
     element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -70,8 +69,8 @@ def _one_block(
         left = numel.to(tl.int64) * UNIT - start
         valid = element < left
         x = fp32(tl.load(input + start + element, mask=valid, other=0.0))
-        q, inside = quantize_value(x, s, zp, off, numbers[0], numbers[1], CONFIG[0])
-        y = dequantize_value(q, s, zp, off, CONFIG[0])
+        q, inside = quantize_value(x, s, zp, off, numbers[0], numbers[1], CONFIG.format)
+        y = dequantize_value(q, s, zp, off, CONFIG.format)
         tl.store(output + start + element, narrow(y, DTYPE), mask=valid)
         if mask is not None:
             tl.store(mask + start // 8 + group, inside_bits(inside & valid), mask=group * 8 < left)
@@ -84,8 +83,7 @@ def quantize_one_block(
     partials: Partials,
     state: tuple[Tensor | None, ...],
     numbers: tuple[Any, ...],
-    config: tuple[int, ...],
-    use_minval: bool,
+    constants: Constants,
 ) -> None:
     """Finish the reduction of a dense tensor that is one block, and fake-quantize it.
 
@@ -96,8 +94,7 @@ def quantize_one_block(
         partials: what :func:`coreai_kernels.triton.observe_range.reduce_blocks` left.
         state: as :func:`coreai_kernels.triton.qparams.finish` has it; the old range must not be the new one.
         numbers: likewise.
-        config: likewise.
-        use_minval: min-value formulation.
+        constants: likewise.
     """
     numel = source.numel()
     unit = tiles.unit_of(numel)
@@ -117,9 +114,8 @@ def quantize_one_block(
         partials.parts,
         state,
         numbers,
-        CONFIG=config,
+        CONFIG=constants,
         DTYPE=tl_dtype(source.dtype),
-        USE_MINVAL=bool(use_minval),
         PARTS=power_of_two(partials.parts),
         UNIT=unit,
         TILE=tile,

@@ -1,18 +1,23 @@
 """``choose_qparams``, and the step from a batch's range to parameters that the observing kernels share."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.formats import Format, ScaleFormat, largest_exponent
+from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.triton.elementwise import fp32, narrow, round_half_even, round_to, wider_range
 from coreai_kernels.triton.launch import launch
-from coreai_kernels.types import Format, Scheme, largest_exponent
+from coreai_kernels.types import Scheme
 
-__all__ = ["choose_qparams", "config_of", "finish", "numbers_of", "tl_dtype"]
+__all__ = ["Constants", "choose_qparams", "constants_of", "finish", "numbers_of", "tl_dtype"]
 
-_SMALLEST_SCALE = tl.constexpr(2.0**-23)
-_SMALLEST_POWER_OF_TWO = tl.constexpr(2.0**-126)
+_SMALLEST_SCALE = tl.constexpr(ScaleFormat.FLOAT32.facts.smallest)
+_SMALLEST_E8M0 = tl.constexpr(ScaleFormat.E8M0.facts.smallest)
+_E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 _INT32_MIN = tl.constexpr(-(2**31))
 _NAN_ALL = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -33,16 +38,7 @@ def with_zero(low, high):
 
 
 @triton.jit
-def choose(
-    low,
-    high,
-    numbers,
-    FORMAT: tl.constexpr,
-    ASYMMETRIC: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    MAX_EXPONENT: tl.constexpr,
-    ROUND: tl.constexpr,
-):
+def choose(low, high, numbers, CONFIG: tl.constexpr, ROUND: tl.constexpr):
     """Scale, zero point (int32) and minimum of float32 ranges; the arithmetic rounds to ``ROUND``."""
     quant_min = numbers[0]
     quant_max = numbers[1]
@@ -51,13 +47,13 @@ def choose(
     amax = tl.maximum(-low, high, propagate_nan=_NAN_ALL)
     zero_point = tl.zeros_like(low).to(tl.int32)
     minval = tl.zeros_like(low)
-    if POWER_OF_TWO:
-        exponent = ((amax.to(tl.int32, bitcast=True) >> 23) & 0xFF) - (127 + MAX_EXPONENT)
+    if CONFIG.scale_format == _E8M0:
+        exponent = ((amax.to(tl.int32, bitcast=True) >> 23) & 0xFF) - (127 + CONFIG.largest_exponent)
         biased = tl.minimum(tl.maximum(exponent, -127), 128) + 127
-        scale = tl.maximum((biased << 23).to(tl.float32, bitcast=True), _SMALLEST_POWER_OF_TWO)
-        if FORMAT == 0:
+        scale = tl.maximum((biased << 23).to(tl.float32, bitcast=True), _SMALLEST_E8M0)
+        if CONFIG.format == 0:
             minval = amax * -1.0  # a minus sign would be 0 - amax, and lose that of zero
-    elif FORMAT == 0 and ASYMMETRIC:
+    elif CONFIG.format == 0 and CONFIG.asymmetric:
         scale = round_to(tl.math.div_rn(round_to(high - low, ROUND), divisor), ROUND)
         scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=_NAN_ALL)
         steps = round_half_even(round_to(tl.math.div_rn(low, scale), ROUND))
@@ -70,7 +66,7 @@ def choose(
     else:
         scale = round_to(tl.math.div_rn(amax, divisor), ROUND)
         scale = tl.maximum(scale, _SMALLEST_SCALE, propagate_nan=_NAN_ALL)
-        if FORMAT == 0:
+        if CONFIG.format == 0:
             zero_point = tl.zeros_like(zero_point) + numbers[3]
             minval = amax * -1.0
     return scale, zero_point, minval
@@ -125,7 +121,7 @@ def finish(low, high, index, valid, owned, state, numbers, CONFIG: tl.constexpr,
         owned: which of them this program has to store.
         state: pointers or None: old minimum and maximum; scale, zero point, minimum, new minimum and maximum.
         numbers: as :func:`numbers_of` makes them.
-        CONFIG: as :func:`config_of` makes it.
+        CONFIG: as :func:`constants_of` makes them.
         DTYPE: the input's dtype.
     """
     if CONFIG is None:
@@ -135,10 +131,8 @@ def finish(low, high, index, valid, owned, state, numbers, CONFIG: tl.constexpr,
         tl.store(state[5] + index, narrow(scale, DTYPE), mask=owned)
         tl.store(state[6] + index, narrow(zero_point, DTYPE), mask=owned)
     else:
-        low, high = next_range(low, high, state[0], state[1], index, valid, numbers, CONFIG[4], DTYPE)
-        scale, zero_point, minval = choose(
-            fp32(low), fp32(high), numbers, CONFIG[0], CONFIG[1], CONFIG[2], CONFIG[3], DTYPE
-        )
+        low, high = next_range(low, high, state[0], state[1], index, valid, numbers, CONFIG.update, DTYPE)
+        scale, zero_point, minval = choose(fp32(low), fp32(high), numbers, CONFIG, DTYPE)
         if state[2] is not None:
             tl.store(state[2] + index, scale, mask=owned)
         if state[3] is not None:
@@ -169,7 +163,7 @@ def _choose(
     valid = index < numel
     low = fp32(tl.load(min_val + index, mask=valid, other=0.0))
     high = fp32(tl.load(max_val + index, mask=valid, other=0.0))
-    scale, zero_point, minval = choose(low, high, numbers, CONFIG[0], CONFIG[1], CONFIG[2], CONFIG[3], DTYPE)
+    scale, zero_point, minval = choose(low, high, numbers, CONFIG, DTYPE)
     tl.store(scale_out + index, scale, mask=valid)
     tl.store(zero_point_out + index, zero_point, mask=valid)
     tl.store(minval_out + index, minval, mask=valid)
@@ -180,40 +174,49 @@ def tl_dtype(dtype: torch.dtype) -> tl.dtype:
     return _TL_DTYPES[dtype]
 
 
-def numbers_of(
-    scheme: int,
-    format: int,
-    quant_min: float,
-    quant_max: float,
-    averaging_constant: float = 0.0,
-    range_min: float | None = None,
-    range_max: float | None = None,
-) -> tuple[float | int | None, ...]:
+class Constants(NamedTuple):
+    """What a kernel is compiled for: codes of :class:`QuantConfig`'s kinds, and what follows from them."""
+
+    format: int
+    asymmetric: bool
+    use_minval: bool
+    scale_format: int
+    largest_exponent: int
+    update: int
+
+
+def constants_of(config: QuantConfig) -> Constants:
+    """The constants of a step."""
+    is_e8m0 = config.scale_format == ScaleFormat.E8M0
+    return Constants(
+        format=int(config.format),
+        asymmetric=config.scheme == Scheme.ASYMMETRIC,
+        use_minval=bool(config.use_minval),
+        scale_format=int(config.scale_format),
+        largest_exponent=largest_exponent(config.format, config.quant_max) if is_e8m0 else 0,
+        update=int(config.update),
+    )
+
+
+def numbers_of(config: QuantConfig) -> tuple[float | int | None, ...]:
     """Scalars of a step: bounds, divisor, symmetric zero point, shares of the average, fixed range."""
-    if format != Format.INT:
+    quant_min, quant_max = float(config.quant_min), float(config.quant_max)
+    if config.format != Format.INT:
         divisor = quant_max
-    elif scheme == Scheme.ASYMMETRIC:
+    elif config.scheme == Scheme.ASYMMETRIC:
         divisor = quant_max - quant_min
     else:
         divisor = (quant_max - quant_min) / 2
     return (
-        float(quant_min),
-        float(quant_max),
-        float(divisor),
+        quant_min,
+        quant_max,
+        divisor,
         int((quant_min + quant_max + 1) // 2),
-        float(averaging_constant),
-        1.0 - averaging_constant,
-        None if range_min is None else float(range_min),
-        None if range_max is None else float(range_max),
+        float(config.averaging_constant),
+        1.0 - config.averaging_constant,
+        None if config.range_min is None else float(config.range_min),
+        None if config.range_max is None else float(config.range_max),
     )
-
-
-def config_of(
-    scheme: int, format: int, quant_max: float, power_of_two_scale: bool, update: int = 0
-) -> tuple[int, ...]:
-    """Constants of a step: format, asymmetric, power of two, largest exponent if so, range update."""
-    largest = largest_exponent(format, quant_max) if power_of_two_scale else 0
-    return int(format), int(scheme == Scheme.ASYMMETRIC), int(power_of_two_scale), largest, int(update)
 
 
 def choose_qparams(
@@ -223,12 +226,13 @@ def choose_qparams(
     format: int,
     quant_min: float,
     quant_max: float,
-    power_of_two_scale: bool,
+    scale_format: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference/qparams.py``."""
     scale = torch.empty(min_val.shape, dtype=torch.float32, device=min_val.device)
     zero_point, minval = torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
     numel = scale.numel()
+    config = QuantConfig((), scheme, format, quant_min, quant_max, scale_format=scale_format)
     if numel:
         launch(
             _choose,
@@ -240,8 +244,8 @@ def choose_qparams(
             zero_point,
             minval,
             numel,
-            numbers_of(scheme, format, quant_min, quant_max),
-            CONFIG=config_of(scheme, format, quant_max, power_of_two_scale),
+            numbers_of(config),
+            CONFIG=constants_of(config),
             DTYPE=tl_dtype(torch.promote_types(min_val.dtype, max_val.dtype)),
             TILE=256,
             warps=4,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.formats import Format
 from coreai_kernels.triton.elementwise import (
     decode_fp8,
     dequantize_value,
@@ -24,7 +25,6 @@ from coreai_kernels.triton.elementwise import (
 )
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, grid_index, power_of_two
-from coreai_kernels.types import Format
 
 __all__ = ["DEQUANTIZE", "FAKE_QUANTIZE", "QUANTIZE", "as_stored", "run", "tile_elements", "unit_of"]
 
