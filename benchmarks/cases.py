@@ -46,6 +46,7 @@ FORMATS = {
     "int6": NumberFormat("int6", "INT", -32, 31, torch.int8),
     "int7": NumberFormat("int7", "INT", -64, 63, torch.int8),
     "int8": NumberFormat("int8", "INT", -128, 127, torch.int8),
+    "nvfp4": NumberFormat("float4_e2m1fn", "E2M1", -6, 6, torch.float8_e4m3fn, "float8_e4m3fn"),
     "mxint8": NumberFormat("int8", "INT", -128, 127, torch.int8, "float8_e8m0fnu"),
     "fp8 e4m3": NumberFormat("float8_e4m3fn", "E4M3", -448, 448, torch.float8_e4m3fn),
     "fp8 e5m2": NumberFormat("float8_e5m2", "E5M2", -57344, 57344, torch.float8_e5m2),
@@ -55,7 +56,7 @@ INT_FORMATS = ("int4", "int8")
 # One operation measures them: kernels know integers by their range alone.
 OTHER_INT_FORMATS = ("int3", "int5", "int6", "int7")
 # Formats that are made for blocks, with theirs.
-BLOCK_SCALED = (("fp4 e2m1", "block 32"), ("mxint8", "block 32"))
+BLOCK_SCALED = (("fp4 e2m1", "block 32"), ("nvfp4", "block 16"), ("mxint8", "block 32"))
 GRANULARITIES = ("tensor", "channel 0", "channel 1", "block 32")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

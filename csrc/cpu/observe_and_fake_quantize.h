@@ -10,8 +10,9 @@ namespace {
 // Elements handled between the two looks at them: what a first-level cache holds of float32.
 constexpr int64_t kCachedElements = 8192;
 
+// The range that the parameters of blocks follow from, after a batch; the running range is written.
 template <class = void>
-COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
+COREAI_HD Range next_range(const Observe& job, Range batch, int64_t block, int n) {
   Range old = batch;
   if (reads_running(job.update)) {
     old = {load_elements(job.running, job.running_low, block, n), load_elements(job.running, job.running_high, block, n)};
@@ -21,7 +22,26 @@ COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n
     store_elements(job.running, job.running_low, block, range.low, n);
     store_elements(job.running, job.running_high, block, range.high, n);
   }
-  store_qparams(choose_lanes(job.rule, range), job.out, block, n);
+  return range;
+}
+
+template <class = void>
+COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
+  store_qparams(choose_lanes(job.rule, next_range(job, batch, block, n)), job.out, block, n);
+}
+
+// Parameters of all blocks, whose ranges in this batch are given and become the next ones.
+inline void set_all_qparams(const Observe& job, float* low, float* high) {
+  const int64_t blocks = job.quantize.geometry->blocks;
+  share(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kWidth) {
+      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      const Range range = next_range(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);
+      Simd::store_n(low + i, range.low, n);
+      Simd::store_n(high + i, range.high, n);
+    }
+  });
+  choose_qparams(job.rule, low, high, blocks, job.out);
 }
 
 // Whether no element of the blocks is NaN or beyond 2^62: products with reciprocals of scales stay finite.
@@ -88,7 +108,9 @@ void observe_and_fake_quantize(const Observe& job) {
   const Geometry& g = *quantize.geometry;
   // Few long rows would leave threads idle.
   const bool enough_rows = g.columns >= 2 * threads() || g.numel < kParallelElements;
-  if (is_row_wise(g) && enough_rows) {
+  // Where the scale of a block depends on all blocks, they have to be observed first.
+  const bool each_by_itself = job.rule.scale_format != ScaleFormat::kE4M3;
+  if (is_row_wise(g) && enough_rows && each_by_itself) {
     with_type(quantize.element, [&](auto type) {
       using T = typename decltype(type)::type;
       with_kind(quantize.affine.format, quantize.affine.offset != nullptr,
@@ -99,14 +121,9 @@ void observe_and_fake_quantize(const Observe& job) {
   float* low = new float[static_cast<uint64_t>(2 * g.blocks)];
   float* high = low + g.blocks;
   observe_range({&g, quantize.element, quantize.input, low, high});
-  share(g.blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
-      set_qparams(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);
-    }
-  });
   FakeQuantize with_range = quantize;
   with_range.affine.finite = are_moderate(low, 2 * g.blocks);
+  set_all_qparams(job, low, high);
   delete[] low;
   fake_quantize_observed(with_range);
 }

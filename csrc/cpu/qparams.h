@@ -89,6 +89,39 @@ COREAI_HD F power_of_two_scale(F amax, int largest_exponent) {
   return Simd::max(Simd::set(ScaleFacts<ScaleFormat::kE8M0>::kSmallest), Simd::as_float(Simd::template shl<23>(biased)));
 }
 
+template <class = void>
+COREAI_HD F largest_magnitude(Range range) {
+  const F below = Simd::sub(Simd::set(-0.0f), at_most_zero(range.low));
+  return Simd::add(nan_max(below, at_least_zero(range.high)), Simd::set(0.0f));
+}
+
+// What the blocks with ranges from `low` to `high` share, if scales have two levels.
+inline float tensor_scale(const QParamsRule& rule, const float* low, const float* high, int64_t blocks) {
+  if (rule.scale_format != ScaleFormat::kE4M3) return 0.0f;
+  F lanes = Simd::set(0.0f);
+  for (int64_t i = 0; i < blocks; i += kWidth) {
+    const int n = static_cast<int>(smaller<int64_t>(kWidth, blocks - i));
+    lanes = nan_max(lanes, largest_magnitude({Simd::load_n(low + i, n), Simd::load_n(high + i, n)}));
+  }
+  alignas(64) float values[kWidth];
+  Simd::store(values, lanes);
+  float largest = 0.0f;
+  for (const float value : values) largest = value > largest || value != value ? value : largest;
+  const float scale = largest / (FormatFacts<Format::kE4M3>::kMax * static_cast<float>(rule.quant_max));
+  constexpr float kSmallest = ScaleFacts<ScaleFormat::kE4M3>::kSmallestOfTensor;
+  return scale < kSmallest ? kSmallest : scale;
+}
+
+// Not by products with reciprocals: rounding to e4m3 may change between any two quotients.
+template <class = void>
+COREAI_HD F two_level_scale(const QParamsRule& rule, F amax, float tensor_scale) {
+  const F of_block = Simd::div(Simd::div(amax, Simd::set(static_cast<float>(rule.quant_max))), Simd::set(tensor_scale));
+  const F smallest = Simd::set(ScaleFacts<ScaleFormat::kE4M3>::kSmallest);
+  const F largest = Simd::set(FormatFacts<Format::kE4M3>::kMax);
+  const F rounded = round_to_format<Simd, Format::kE4M3>(clamp_lanes<Simd>(of_block, smallest, largest));
+  return Simd::mul(rounded, Simd::set(tensor_scale));
+}
+
 // Quotients rounded to `rounding`, of which no more than 2^-23 counts. Rounding to bfloat16 changes at numbers of nine
 // bits: a corrected product is as good as the quotient, see Simd::quotient.
 template <class S>
@@ -102,16 +135,19 @@ COREAI_HD typename S::F rounded_quotient(typename S::F x, float divisor, Element
 }
 
 template <class = void>
-COREAI_HD QParamsLanes choose_lanes(const QParamsRule& rule, Range range) {
+COREAI_HD QParamsLanes choose_lanes(const QParamsRule& rule, Range range, float tensor_scale = 0.0f) {
   const auto rounded = [&](F x) { return round_to_element<Simd>(x, rule.rounding); };
   const F low = at_most_zero(range.low), high = at_least_zero(range.high);
-  const F amax = Simd::add(nan_max(Simd::sub(Simd::set(-0.0f), low), high), Simd::set(0.0f));
+  const F amax = largest_magnitude(range);
   const F smallest = Simd::set(ScaleFacts<ScaleFormat::kFloat32>::kSmallest);
   const double width = rule.quant_max - rule.quant_min;
   if (rule.scale_format == ScaleFormat::kE8M0) {
     const F scale = power_of_two_scale(amax, largest_exponent(rule.format, rule.quant_max));
     const F minval = rule.format == Format::kInt ? Simd::sub(Simd::set(-0.0f), amax) : Simd::set(0.0f);
     return {scale, Simd::iset(0), minval};
+  }
+  if (rule.scale_format == ScaleFormat::kE4M3) {
+    return {two_level_scale(rule, amax, tensor_scale), Simd::iset(0), Simd::set(0.0f)};
   }
   if (rule.format != Format::kInt) {
     const F scale = rounded_quotient<Simd>(amax, static_cast<float>(rule.quant_max), rule.rounding);
@@ -140,10 +176,12 @@ COREAI_HD void store_qparams(const QParamsLanes& lanes, const QParams& out, int6
 }
 
 void choose_qparams(const QParamsRule& rule, const float* low, const float* high, int64_t blocks, const QParams& out) {
+  const float of_tensor = tensor_scale(rule, low, high, blocks);
   share(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
       const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
-      store_qparams(choose_lanes(rule, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}), out, i, n);
+      const Range range = {Simd::load_n(low + i, n), Simd::load_n(high + i, n)};
+      store_qparams(choose_lanes(rule, range, of_tensor), out, i, n);
     }
   });
 }

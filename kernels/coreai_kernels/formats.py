@@ -49,11 +49,14 @@ class ScaleFormat(IntEnum):
     =======  ===================================================================================
     FLOAT32  any float32
     E8M0     ``2 ** (floor(log2(amax)) - emax)`` (OCP microscaling specification 1.0, section 6.3)
+    E4M3     ``e4m3((amax / quant_max) / t) * t``, with one float32 number ``t`` for the tensor, the
+             largest ``amax`` divided by ``448 * quant_max`` (NVIDIA's NVFP4)
     =======  ===================================================================================
     """
 
     FLOAT32 = 0
     E8M0 = 1
+    E4M3 = 2
 
     @property
     def facts(self) -> "ScaleFacts":
@@ -156,7 +159,9 @@ class ScaleFacts:
 
     Attributes:
         dtype: torch's name; None for float32, which specifications do not name.
-        smallest: smallest scale.
+        smallest: smallest scale of a block. Of ``E4M3`` in units of the tensor's scale, for which
+            ``smallest_of_tensor`` holds.
+        smallest_of_tensor: smallest scale of a tensor, 0 where there is none.
         number_formats: dtypes whose values may have such scales, in the order of messages.
         of_integers: whether the engine has such scales for integers, of a range around zero.
     """
@@ -165,6 +170,7 @@ class ScaleFacts:
     smallest: float
     number_formats: tuple[str, ...]
     of_integers: bool = True
+    smallest_of_tensor: float = 0.0
 
 
 _FLOATS = ("float4_e2m1fn_x2", "float8_e4m3fn", "float8_e5m2")
@@ -173,6 +179,8 @@ SCALE_FORMATS: Mapping[ScaleFormat, ScaleFacts] = {
     # float4 has no float32 scales in specifications; the engine does not mind.
     ScaleFormat.FLOAT32: ScaleFacts(None, 2.0**-23, tuple(NUMBER_FORMATS)),
     ScaleFormat.E8M0: ScaleFacts("float8_e8m0fnu", 2.0**-126, ("int8", *_FLOATS)),
+    # The smallest positive e4m3; and products of the two are no subnormal float32.
+    ScaleFormat.E4M3: ScaleFacts("float8_e4m3fn", 2.0**-9, ("float4_e2m1fn_x2",), False, 2.0**-117),
 }
 
 
@@ -219,6 +227,7 @@ def native_header() -> str:
             "template <>",
             f"struct ScaleFacts<ScaleFormat::{_constant(scale)}> {{",
             f"  static constexpr float kSmallest = {its.smallest.hex()}f;",
+            f"  static constexpr float kSmallestOfTensor = {its.smallest_of_tensor.hex()}f;",
             "};",
         ]
     return "\n".join([*lines, "", "}  // namespace coreai", ""])

@@ -112,7 +112,8 @@ class Case:
     def suited(self, scale_format: ScaleFormat, scheme: Scheme) -> ScaleFormat:
         """The scale format, or FLOAT32 if the values cannot have it."""
         around_zero = scheme != Scheme.ASYMMETRIC and -self.quant_min >= self.quant_max
-        return scale_format if self.format != Format.INT or around_zero else ScaleFormat.FLOAT32
+        can_be_integers = scale_format != ScaleFormat.E4M3 and around_zero
+        return scale_format if self.format != Format.INT or can_be_integers else ScaleFormat.FLOAT32
 
     @property
     def quant(self) -> dict[str, object]:

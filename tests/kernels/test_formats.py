@@ -41,6 +41,11 @@ def test_integer_rows(dtype: str) -> None:
     assert isinstance(getattr(torch, dtype), torch.dtype)
 
 
+def test_scales_of_blocks_are_e4m3_numbers() -> None:
+    smallest = torch.tensor([1], dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+    assert ScaleFormat.E4M3.facts.smallest == smallest
+
+
 @pytest.mark.parametrize(("quant_max", "exponent"), [(127, 6), (31, 4), (1, 0), (100, 6)])
 def test_largest_exponent_of_integers(quant_max: float, exponent: int) -> None:
     assert largest_exponent(Format.INT, quant_max) == exponent

@@ -10,7 +10,7 @@ from coreai_kernels import QuantConfig, RangeUpdate, ScaleFormat, Scheme
 CONFIGS = [
     QuantConfig((1, 32), int(Scheme.ASYMMETRIC), 0, -8.0, 7.0, use_minval=True, range_min=-1.5),
     QuantConfig((), 0, 3, -6.0, 6.0, update=int(RangeUpdate.GLOBAL_MINMAX), range_max=0.0),
-    QuantConfig((2, 3, 4), 0, 1, -448.0, 448.0, averaging_constant=0.1, scale_format=int(ScaleFormat.E8M0)),
+    QuantConfig((2, 3, 4), 0, 1, -448.0, 448.0, averaging_constant=0.1, scale_format=int(ScaleFormat.E4M3)),
 ]
 
 

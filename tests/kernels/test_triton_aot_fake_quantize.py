@@ -158,6 +158,7 @@ VARIANTS = [
     _choose(FP32, Scheme.ASYMMETRIC, "uint8"),
     _choose(BF16, Scheme.SYMMETRIC, "int4"),
     _choose(FP32, Scheme.SYMMETRIC, "e2m1", ScaleFormat.E8M0),
+    _choose(FP32, Scheme.SYMMETRIC, "e2m1", ScaleFormat.E4M3),
     _learned("tensor", FP32, True),
     _learned("rows", BF16, False),
     _learned("columns", FP32, False),

@@ -169,6 +169,13 @@ STEPS = [
     Step("int4_clipped_minval", _INT4, Scheme.SYMMETRIC_WITH_CLIPPING, RangeUpdate.MOVING_AVERAGE, True),
     Step("e4m3_fixed", _E4M3, Scheme.SYMMETRIC, RangeUpdate.GLOBAL_MINMAX, range_min=-1.7, range_max=1.1),
     Step("e2m1_e8m0", _E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, more=_E8M0),
+    Step(
+        "nvfp4",
+        _E2M1,
+        Scheme.SYMMETRIC,
+        RangeUpdate.MOVING_AVERAGE,
+        more={"scale_format": ScaleFormat.E4M3},
+    ),
     Step("mxint8", _INT8, Scheme.SYMMETRIC, RangeUpdate.MOVING_AVERAGE, more=_E8M0),
 ]
 

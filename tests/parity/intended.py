@@ -11,6 +11,7 @@ INTENDED: dict[str, str] = {
     "input bool": "Inputs that are not floating point are refused",
     "input integers": "Inputs that are not floating point are refused",
     "fp4_forward refuses *": "fp4_forward takes every floating-point dtype",
+    "extension *": "More number formats",
     "state of a stepped simulator into a fresh one": "A checkpoint loads into a fresh simulator",
 }
 

@@ -64,6 +64,8 @@ INVALID: dict[str, Callable[[], Any]] = {
     "scale_dtype e8m0 of int4, asymmetric": lambda: spec(
         dtype="int4", scale_dtype=torch.float8_e8m0fnu, qscheme="asymmetric"
     ),
+    "extension int5": lambda: spec(dtype="int5"),
+    "extension nvfp4": lambda: spec(dtype="float4_e2m1fn", scale_dtype="float8_e4m3fn"),
     "mxint8 asymmetric": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qscheme="asymmetric"),
     "mxint8 with clipping": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qscheme="symmetric_with_clipping"),
     "mxint8 minval": lambda: spec(scale_dtype=torch.float8_e8m0fnu, qformulation="minval"),

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.formats import Format, ScaleFormat, largest_exponent
+from coreai_kernels.reference.rounding import round_to_format
 from coreai_kernels.types import RangeUpdate, Scheme
 
-__all__ = ["choose_qparams", "update_range"]
+__all__ = ["choose_qparams", "tensor_scale", "update_range"]
 
 SMALLEST_SCALE = ScaleFormat.FLOAT32.facts.smallest
 INT32_MIN = -(2**31)
@@ -67,6 +68,9 @@ def choose_qparams(
         scale = _power_of_two_scale(amax, largest_exponent(format, quant_max))
         minval = -amax if fmt == Format.INT else torch.zeros_like(scale)
         return scale, torch.zeros_like(scale, dtype=torch.int32), minval
+    if scale_format == ScaleFormat.E4M3:
+        scale = _two_level_scale(amax, tensor_scale(min_val, max_val, quant_max), quant_max)
+        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
     if fmt != Format.INT:
         scale = rounded(_divide(amax, quant_max)).clamp(min=SMALLEST_SCALE)
         return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
@@ -94,3 +98,31 @@ def _power_of_two_scale(amax: Tensor, largest: int) -> Tensor:
     exponent = ((amax.view(torch.int32) >> 23) & 0xFF) - 127 - largest
     biased = exponent.clamp(-127, 128) + 127
     return (biased << 23).view(torch.float32).clamp(min=ScaleFormat.E8M0.facts.smallest)
+
+
+def tensor_scale(min_val: Tensor, max_val: Tensor, quant_max: float) -> Tensor:
+    """The scale, without axes, that the blocks of one tensor share in two-level scales; float32.
+
+    With it the block of the largest element has the largest e4m3 scale, 448.
+    """
+    high = torch.maximum(-min_val.float(), max_val.float()).clamp(min=0.0)
+    amax = high.amax() if high.numel() else high.new_zeros(())
+    largest = Format.E4M3.facts.largest * quant_max
+    return _divide(amax, largest).clamp(min=ScaleFormat.E4M3.facts.smallest_of_tensor)
+
+
+def _two_level_scale(amax: Tensor, of_tensor: Tensor, quant_max: float) -> Tensor:
+    """Scales of NVIDIA's NVFP4: an e4m3 number for each block times a float32 one for the tensor.
+
+    ::
+
+        tensor scale = largest amax / (448 * quant_max)
+        block scale  = e4m3((amax / quant_max) / tensor scale)
+
+    For e2m1 values ``quant_max`` is 6. The formulas are those of NVIDIA, "Pretraining Large Language Models
+    with NVFP4" (arXiv 2509.25149), where the reciprocal of the tensor's scale is the global encode scale.
+    Values are divided by the product, so a block's scale is no smaller than the smallest positive e4m3.
+    """
+    largest, smallest = Format.E4M3.facts.largest, ScaleFormat.E4M3.facts.smallest
+    of_block = (_divide(amax, quant_max) / of_tensor).clamp(smallest, largest)
+    return round_to_format(of_block, Format.E4M3) * of_tensor

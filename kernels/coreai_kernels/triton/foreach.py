@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.formats import ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.foreach import mask_starts, split_block_sizes
 from coreai_kernels.triton import fake_quantize, observe_and_fake_quantize, tiles
@@ -300,10 +301,12 @@ def foreach_observe_and_fake_quantize_(
     columns = (scales, zero_points, minvals, running_mins, running_maxs)
     forward = _Forward(inputs, with_mask, OBSERVE=True, CONFIG=constants_of(config))
     split = split_block_sizes(inputs, config.block_size)
+    # Scales of two levels need all blocks of a tensor at once.
+    each_alone = config.scale_format == ScaleFormat.E4M3
     for i, (x, block_size) in enumerate(zip(inputs, split, strict=True)):
         row: tuple[Any, ...] = tuple(column[i] if column else None for column in columns)
         old = row[3:] if has_running and config.update != RangeUpdate.LATEST else (None, None)
-        if not forward.take(x, row, old, block_size):
+        if each_alone or not forward.take(x, row, old, block_size):
             its_config = config.with_block_size(block_size)
             step = observe_and_fake_quantize.observe_and_fake_quantize_
             forward.append(*step(x, *row, has_running, its_config, with_mask))  # type: ignore[call-arg]

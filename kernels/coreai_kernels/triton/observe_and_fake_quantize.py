@@ -5,7 +5,7 @@ Three ways, by the size and place of the blocks:
 - a block that fits the registers of a program: one launch, one read (``_held``);
 - one large block, the whole tensor: two launches, a reduction and a quantization whose programs each finish
   the reduction for themselves (``one_block.py``), which saves the third;
-- other large or oddly shaped blocks: reduction, finish, quantization.
+- other large or oddly shaped blocks, and scales of two levels: reduction, finish, quantization.
 """
 
 import functools
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coreai_kernels.formats import Format
+from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
+from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.triton import tiles
 from coreai_kernels.triton.elementwise import (
     block_range,
@@ -30,9 +31,9 @@ from coreai_kernels.triton.elementwise import (
 from coreai_kernels.triton.fake_quantize import empty_mask
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
-from coreai_kernels.triton.observe_range import observe, reduce_blocks
+from coreai_kernels.triton.observe_range import observe, observe_range, reduce_blocks
 from coreai_kernels.triton.one_block import quantize_one_block
-from coreai_kernels.triton.qparams import constants_of, finish, numbers_of, tl_dtype
+from coreai_kernels.triton.qparams import choose_qparams, constants_of, finish, numbers_of, tl_dtype
 from coreai_kernels.types import RangeUpdate
 
 __all__ = ["held_plan", "held_tile", "observe_and_fake_quantize", "observe_and_fake_quantize_"]
@@ -268,7 +269,9 @@ def _step(
         old = (None, None)
     numbers, constants = numbers_of(config), constants_of(config)
     dtype = tl_dtype(source.dtype)
-    plan = held_plan(geometry, source.element_size(), with_mask)
+    # Where the scale of a block depends on all blocks, none can be finished by itself.
+    in_parts = config.scale_format == ScaleFormat.E4M3
+    plan = None if in_parts else held_plan(geometry, source.element_size(), with_mask)
     if plan is not None:
         programs, arguments, shape, warps = plan
         launch(
@@ -289,7 +292,9 @@ def _step(
         return output, mask
     new = _with_parameters(new, geometry, source, config)
     state = (*old, *new)
-    if geometry.blocks > 1:
+    if in_parts:
+        new = _choose_from_all(source, old, new, config)
+    elif geometry.blocks > 1:
         observe(geometry, source, state, numbers, constants)
     else:
         keep = None if old[0] is None else torch.empty(2, dtype=old[0].dtype, device=source.device)
@@ -319,6 +324,20 @@ def _step(
         config.quant_max,
     )
     return output, mask
+
+
+def _choose_from_all(
+    source: Tensor, old: tuple[Tensor | None, Tensor | None], new: State, config: QuantConfig
+) -> State:
+    """Observe all blocks, then choose; ``new`` is written."""
+    low, high = next_range(*observe_range(source, list(config.block_size)), *old, config)
+    chosen = choose_qparams(
+        low, high, config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format
+    )
+    for kept, value in zip(new, (*chosen, low, high), strict=True):
+        if kept is not None:
+            kept.copy_(value)
+    return new
 
 
 def _with_parameters(new: State, geometry: Geometry, like: Tensor, config: QuantConfig) -> State:

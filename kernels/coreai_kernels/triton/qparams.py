@@ -9,7 +9,15 @@ from torch import Tensor
 
 from coreai_kernels.formats import Format, ScaleFormat, largest_exponent
 from coreai_kernels.quant_config import QuantConfig
-from coreai_kernels.triton.elementwise import fp32, narrow, round_half_even, round_to, wider_range
+from coreai_kernels.reference.qparams import tensor_scale
+from coreai_kernels.triton.elementwise import (
+    fp32,
+    narrow,
+    round_half_even,
+    round_to,
+    round_to_format,
+    wider_range,
+)
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.types import Scheme
 
@@ -18,6 +26,10 @@ __all__ = ["Constants", "choose_qparams", "constants_of", "finish", "numbers_of"
 _SMALLEST_SCALE = tl.constexpr(ScaleFormat.FLOAT32.facts.smallest)
 _SMALLEST_E8M0 = tl.constexpr(ScaleFormat.E8M0.facts.smallest)
 _E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
+_E4M3 = tl.constexpr(int(ScaleFormat.E4M3))
+_SMALLEST_E4M3 = tl.constexpr(ScaleFormat.E4M3.facts.smallest)
+_LARGEST_E4M3 = tl.constexpr(Format.E4M3.facts.largest)
+_E4M3_VALUES = tl.constexpr(int(Format.E4M3))
 _INT32_MIN = tl.constexpr(-(2**31))
 _NAN_ALL = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -70,6 +82,17 @@ def choose(low, high, numbers, CONFIG: tl.constexpr, ROUND: tl.constexpr):
             zero_point = tl.zeros_like(zero_point) + numbers[3]
             minval = amax * -1.0
     return scale, zero_point, minval
+
+
+@triton.jit
+def two_level_scale(low, high, numbers, of_tensor):
+    """An e4m3 number times the scale of the tensor."""
+    low, high = with_zero(low, high)
+    amax = tl.maximum(-low, high, propagate_nan=_NAN_ALL)
+    of_block = tl.math.div_rn(tl.math.div_rn(amax, numbers[2]), of_tensor)
+    of_block = tl.maximum(of_block, _SMALLEST_E4M3, propagate_nan=_NAN_ALL)
+    of_block = tl.minimum(of_block, _LARGEST_E4M3, propagate_nan=_NAN_ALL)
+    return round_to_format(of_block, _E4M3_VALUES) * of_tensor
 
 
 @triton.jit
@@ -153,6 +176,7 @@ def _choose(
     scale_out,
     zero_point_out,
     minval_out,
+    tensor_scale,
     numel,
     numbers,
     CONFIG: tl.constexpr,
@@ -163,7 +187,12 @@ def _choose(
     valid = index < numel
     low = fp32(tl.load(min_val + index, mask=valid, other=0.0))
     high = fp32(tl.load(max_val + index, mask=valid, other=0.0))
-    scale, zero_point, minval = choose(low, high, numbers, CONFIG, DTYPE)
+    if CONFIG.scale_format == _E4M3:
+        scale = two_level_scale(low, high, numbers, tl.load(tensor_scale))
+        zero_point = tl.zeros_like(low).to(tl.int32)
+        minval = tl.zeros_like(low)
+    else:
+        scale, zero_point, minval = choose(low, high, numbers, CONFIG, DTYPE)
     tl.store(scale_out + index, scale, mask=valid)
     tl.store(zero_point_out + index, zero_point, mask=valid)
     tl.store(minval_out + index, minval, mask=valid)
@@ -233,6 +262,7 @@ def choose_qparams(
     zero_point, minval = torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
     numel = scale.numel()
     config = QuantConfig((), scheme, format, quant_min, quant_max, scale_format=scale_format)
+    of_tensor = tensor_scale(min_val, max_val, quant_max) if scale_format == ScaleFormat.E4M3 else None
     if numel:
         launch(
             _choose,
@@ -243,6 +273,7 @@ def choose_qparams(
             scale,
             zero_point,
             minval,
+            of_tensor,
             numel,
             numbers_of(config),
             CONFIG=constants_of(config),
