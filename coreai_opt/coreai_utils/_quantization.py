@@ -15,7 +15,7 @@ from coreai._compiler.ir import (
 from torch import Tensor
 
 import coreai_kernels
-from coreai_kernels import Format, Scheme, grid_shape
+from coreai_kernels import Format, ScaleFormat, Scheme, grid_shape
 from coreai_opt.coreai_utils._program import Builder
 from coreai_opt.coreai_utils.common import DType, QScheme
 
@@ -103,7 +103,7 @@ def quantize(
             quant_min=-largest,
             quant_max=largest,
             format=fmt,
-            power_of_two_scale=True,
+            scale_format=ScaleFormat.E8M0,
         )
     else:
         scale = (2 * amax + _EPSILON) / torch.full_like(amax, 2 * largest)
