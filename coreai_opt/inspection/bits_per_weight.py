@@ -1,6 +1,6 @@
 """How many bits a compressed model's parameters and buffers take."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,6 +9,13 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from coreai_opt._prepared_models import PREPARED_MARK
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.export.parametrized import FinalizedWeight
+from coreai_opt.inspection._finalized_storage import (
+    ACTIVATION_MODULES,
+    METADATA_PREFIX,
+    bits_with_metadata,
+    finalized_size,
+)
 from coreai_opt.inspection._storage import dense_bits, simulated_bits
 
 __all__ = ["BitsPerWeightResult", "bits_per_weight"]
@@ -65,7 +72,8 @@ def bits_per_weight(model: nn.Module) -> BitsPerWeightResult:
     Simulators of activations store nothing.
 
     Args:
-        model: a float model, or one prepared in eager mode by any compressors.
+        model: a float model, or one prepared in eager mode by any compressors, or finalized. For torch the
+            weights are dense again; for Core AI and Core ML they count as their converters store them.
 
     Raises:
         NotImplementedError: the model is an exported program or a graph, or has a parametrization, such as
@@ -99,12 +107,24 @@ def stored_tensors(model: nn.Module) -> Iterator[StoredTensor]:
         )
     seen: set[int] = set()
     for module_name, module in _walk(model):
-        for name, tensor, simulators in _own_tensors(module_name, module):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            bits = simulated_bits(tensor, simulators) if simulators else dense_bits(tensor)
-            yield StoredTensor(module_name, name, tensor.numel(), bits, simulators)
+        for name, tensor, chain in _own_tensors(module_name, module):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                elements, bits = _size(module, name, tensor, chain)
+                simulators = tuple(each for each in chain if isinstance(each, CompressionSimulatorBase))
+                yield StoredTensor(module_name, name, elements, bits, simulators)
+
+
+def _size(module: nn.Module, name: str, tensor: Tensor, chain: Sequence[nn.Module]) -> tuple[int, int]:
+    """Elements and bits of a tensor behind these parametrizations."""
+    finalized = [each for each in chain if isinstance(each, FinalizedWeight)]
+    if finalized:
+        return finalized_size(finalized)
+    simulators = [each for each in chain if isinstance(each, CompressionSimulatorBase)]
+    if simulators:
+        return tensor.numel(), simulated_bits(tensor, simulators)
+    with_metadata = bits_with_metadata(module, name, tensor)
+    return tensor.numel(), dense_bits(tensor) if with_metadata is None else with_metadata
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -113,7 +133,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[nn.Module] = set()
     while pending:
         name, module = pending.pop()
-        if module in seen or isinstance(module, CompressionSimulatorBase):
+        if module in seen or isinstance(module, (CompressionSimulatorBase, *ACTIVATION_MODULES)):
             continue
         seen.add(module)
         yield name, module
@@ -125,16 +145,14 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         pending.extend(reversed(children))
 
 
-def _own_tensors(
-    module_name: str, module: nn.Module
-) -> Iterator[tuple[str, Tensor, tuple[CompressionSimulatorBase, ...]]]:
+def _own_tensors(module_name: str, module: nn.Module) -> Iterator[tuple[str, Tensor, Sequence[nn.Module]]]:
     if is_parametrized(module):
         for name, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
-            yield name, _original(f"{module_name}.{name}".removeprefix("."), chain), _simulators(chain)
+            yield name, _original(f"{module_name}.{name}".removeprefix("."), chain), list(chain)
     for name, parameter in module.named_parameters(recurse=False):
         yield name, parameter, ()
     for name, buffer in module.named_buffers(recurse=False):
-        if name != PREPARED_MARK:
+        if name != PREPARED_MARK and not name.startswith(METADATA_PREFIX):
             yield name, buffer, ()
 
 
@@ -146,7 +164,3 @@ def _original(name: str, chain: ParametrizationList) -> Tensor:
             f"({', '.join(found for found, _ in chain.named_parameters(recurse=False))})"
         )
     return original  # type: ignore[no-any-return]
-
-
-def _simulators(chain: ParametrizationList) -> tuple[CompressionSimulatorBase, ...]:
-    return tuple(each for each in chain if isinstance(each, CompressionSimulatorBase))

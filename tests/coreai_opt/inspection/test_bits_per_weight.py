@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.inspection import bits_per_weight
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
 from coreai_opt.palettization import PalettizationSpec as Palettes
@@ -62,6 +63,8 @@ def palettized(spec: Palettes, dtype: torch.dtype = torch.float32) -> nn.Module:
         (Spec(dtype="int4", qscheme="asymmetric", granularity=BLOCKS), 18304),
         (Spec(dtype="int4", qformulation="minval", granularity=BLOCKS), 20544),
         (Spec(dtype="uint4", granularity=CHANNELS), 16960),
+        (Spec(dtype="int6"), 20608),
+        (Spec(dtype="int8", scale_dtype=torch.float8_e8m0fnu, granularity=BLOCKS), 26304),
         (Spec(dtype="float8_e4m3fn"), 25728),
         (Spec(dtype="float4_e2m1fn", granularity=BLOCKS), 16064),
     ],
@@ -145,6 +148,65 @@ def test_a_tensor_that_is_pruned_and_quantized():
         mask = PruneImplBase.get_class("default")(target_sparsity=0.75, pruning_scheme=Unstructured())
         parametrize.register_parametrization(layers[index], "weight", mask, unsafe=True)
     assert bits_per_weight(layers).total_bits == REST + 2560 + 640 * 8 + 48 * 32
+
+
+def finalized(
+    spec: Spec | Palettes | float, backend: ExportBackend, dtype: torch.dtype = torch.float32
+) -> int:
+    """The bits of a finalized model, checked against those of the prepared one."""
+    x = (torch.randn(4, 64, dtype=dtype),)
+    compressor: Any
+    if isinstance(spec, Spec):
+        compressor = Quantizer(model(dtype), weight_only(spec))
+    elif isinstance(spec, Palettes):
+        config = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+        compressor = KMeansPalettizer(model(dtype), KMeansPalettizerConfig(global_config=config))
+    else:
+        sparse = ModuleMagnitudePrunerConfig(op_state_spec={"weight": PruningSpec(target_sparsity=spec)})
+        compressor = MagnitudePruner(model(dtype), MagnitudePrunerConfig(global_config=sparse))
+    prepared = bits_per_weight(compressor.prepare(x))
+    found = bits_per_weight(compressor.finalize(backend=backend))
+    assert found.total_weights == prepared.total_weights == ELEMENTS
+    if backend != ExportBackend.Torch:
+        assert found.total_bits == prepared.total_bits
+        assert found.per_module_map == prepared.per_module_map
+    return found.total_bits
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(dtype="int8", granularity=CHANNELS),
+        Spec(dtype="int4", granularity=BLOCKS),
+        Spec(dtype="int4", qscheme="asymmetric", granularity=BLOCKS),
+        Spec(dtype="uint4", granularity=CHANNELS),
+        Palettes(n_bits=4),
+        Palettes(n_bits=2, granularity=GROUPS),
+        0.75,
+    ],
+)
+@pytest.mark.parametrize("backend", ExportBackend)
+def test_finalized_models(spec: Spec | Palettes | float, backend: ExportBackend):
+    # Apple's package loses the weights of models for Core AI, and counts those for Core ML densely.
+    bits = finalized(spec, backend)
+    assert (bits == 87104) == (backend == ExportBackend.Torch)
+
+
+def test_finalized_models_in_half_precision():
+    for spec in (Spec(dtype="int8", granularity=CHANNELS), Palettes(n_bits=4)):
+        finalized(spec, ExportBackend.CoreAI, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        Spec(dtype="float8_e4m3fn"),
+        Spec(dtype="float4_e2m1fn", granularity=BLOCKS),
+        Spec(dtype="int4", qformulation="minval", granularity=BLOCKS),
+    ],
+)
+def test_formats_for_core_ai(spec: Spec):
+    finalized(spec, ExportBackend.CoreAI)
 
 
 class Tied(nn.Module):
