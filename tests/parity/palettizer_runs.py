@@ -34,7 +34,9 @@ __all__ = [
     "build_model",
     "call",
     "continue_from",
+    "finalize",
     "prepare",
+    "restore",
     "run",
     "train",
 ]
@@ -276,15 +278,20 @@ def _draw(kind: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return values
 
 
-def prepare(case: Case) -> tuple[KMeansPalettizer, nn.Module, tuple[Tensor, ...]]:
-    """The case's model, prepared."""
-    model, inputs = build_model(case)
+def new_palettizer(case: Case, model: nn.Module) -> KMeansPalettizer:
+    """The palettizer that the case asks for."""
     spec = dict(case.spec)
     if "lut_qspec" in spec:
         spec["lut_qspec"] = QuantizationSpec(**spec["lut_qspec"])
     states = {"weight": PalettizationSpec(**spec), "in_proj_weight": PalettizationSpec(**spec)}
     module_config = ModuleKMeansPalettizerConfig(op_state_spec=states, **case.config)
-    palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=module_config))
+    return KMeansPalettizer(model, KMeansPalettizerConfig(global_config=module_config))
+
+
+def prepare(case: Case) -> tuple[KMeansPalettizer, nn.Module, tuple[Tensor, ...]]:
+    """The case's model, prepared."""
+    model, inputs = build_model(case)
+    palettizer = new_palettizer(case, model)
     with tempfile.TemporaryDirectory() as folder:
         path = None
         if case.sensitive:
@@ -362,6 +369,26 @@ def continue_from(case: Case, state: dict[str, Any]) -> Any:
     return freeze({"weights": palettized(model), "output": model.eval()(*inputs)})
 
 
+def restore(case: Case, state: dict[str, Any], without: tuple[str, ...] = ()) -> Any:
+    """The weights and the output of a model that is prepared with ``state``, whatever weights it had."""
+    model, inputs = build_model(case)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.ones_like(parameter))
+    state = {name: value.tensor() for name, value in state.items() if not name.endswith(without)}
+    new_palettizer(case, model).prepare(inputs, state_dict=state)
+    return freeze({"weights": palettized(model), "output": model.eval()(*inputs)})
+
+
+def finalize(case: Case) -> Any:
+    """The state of the finalized model, and its weights after another palettization."""
+    palettizer, model, inputs = prepare(case)
+    state = palettizer.finalize(backend=ExportBackend.Torch).state_dict()
+    before = {name: value.clone() for name, value in state.items()}
+    new_palettizer(case, model).prepare(inputs)
+    return freeze({"state": before, "again": palettized(model)})
+
+
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     """What the function returns, or the exception that it raises."""
     try:
@@ -382,6 +409,8 @@ def answer(job: dict[str, Any]) -> Any:
         "continued": {
             name: attempt(continue_from, CASES[name], state) for name, state in job["states"].items()
         },
+        "restored": {name: attempt(restore, CASES[name], state) for name, state in job["states"].items()},
+        "finalized": {name: attempt(finalize, case) for name, case in CASES.items()},
         "trained": {name: attempt(train, name) for name in TRAINED},
         "calls": {name: call(name) for name in CALLS},
     }

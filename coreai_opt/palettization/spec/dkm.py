@@ -66,7 +66,8 @@ class DKMTrainingSpec(TrainingStrategySpec):
         temperature: ``t`` in units of the palette's spacing, the median squared distance between an entry
             and its nearest neighbour when the palette is computed or loaded. Smaller is nearer to a hard
             assignment, with less gradient to the entries that are not nearest.
-        iterations: updates of the palette towards the soft means within each forward, as in the paper.
+        iterations: updates of the palette towards the soft means within each forward, as in the paper. In
+            these the zeros of a pruned weight count as values, unless palettes are of vectors.
     """
 
     _strategy_cls: ClassVar[type[TrainingStrategy]] = _DKMStrategy
