@@ -7,7 +7,8 @@ The steps, one function each in :func:`main`:
 1. train a network in float32;
 2. quantize its weights (int4 in blocks) and the inputs of its layers (int8): rounding alone;
 3. train on with the simulators in place, once on the fused kernels and once on plain torch. Both runs must
-   give the same losses and the same model, bit for bit, or the script fails;
+   give the same losses and the same model, bit for bit, or the script fails. Then once more in graph mode,
+   where a graph of the network is trained;
 4. prune the float network while it trains on: three quarters of each weight, and two of every four elements;
 5. replace its weights by palettes of 16 and of 4 values, alone and with training;
 6. pack the weights as a file would hold them, and time single steps.
@@ -20,6 +21,7 @@ import argparse
 import copy
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +64,10 @@ def size_of(name: str, model: nn.Module) -> Size:
 
 def step_on(backend: str, model: nn.Module, data: Digits) -> Callable[[], object]:
     """A function that does one training step of a copy of ``model``."""
-    model = copy.deepcopy(model).train()
+    with warnings.catch_warnings():
+        # torch 2.13 gives one where it copies a graph.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = data.train_images[:BATCH], data.train_labels[:BATCH]
 
@@ -115,6 +120,17 @@ def main() -> None:
     trained = {name: each.model for name, each in quantized.items()}
     require_identical(runs, trained)
 
+    in_graph = Quantization.of(model, data.train_images, BATCH, mode="graph")
+    runs["graph"] = train(
+        in_graph.model,
+        data,
+        "QAT graph",
+        epochs=epochs // 2,
+        learning_rate=5e-4,
+        seed=seed,
+        mode=in_graph.training,
+    )
+
     prunings = {}
     steps_to_come = epochs // 2 * (len(data.train_labels) // BATCH)
     for name, spec in PATTERNS.items():
@@ -128,13 +144,14 @@ def main() -> None:
             seed=seed,
             after_step=prunings[name].step,
         )
-    observing = {name: each.observing() for name, each in quantized.items()}
+    in_graph.quantizer.enable_observer()
+    observing = {**{name: each.observing() for name, each in quantized.items()}, "graph": in_graph.model}
     in_training = {"float32": model, **observing, **{name: each.model for name, each in prunings.items()}}
     pruned = {name: each.finished() for name, each in prunings.items()}
 
     palettes = compare_palettes(model, data, epochs=max(1, epochs // 8), learning_rate=5e-4, seed=seed)
 
-    models = {"float32": model, "rounded": rounded.model, **trained, **pruned}
+    models = {"float32": model, "rounded": rounded.model, **trained, "graph": in_graph.model, **pruned}
     steps = {name: step_on(BACKENDS.get(name, "auto"), in_training[name], data) for name in runs}
     seconds = median_seconds(steps, rounds=2 if arguments.quick else 25)
     peaks = {name: peak_bytes(step) for name, step in steps.items()}

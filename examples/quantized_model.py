@@ -39,11 +39,16 @@ def layer_config(weight_spec: QuantizationSpec) -> ModuleQuantizerConfig:
     )
 
 
-CONFIG = QuantizerConfig(
-    execution_mode="eager",
-    global_config=layer_config(BLOCKWISE_INT4),
-    module_name_configs={"stem": layer_config(CHANNELWISE_INT8)},
-)
+def configuration(mode: str) -> QuantizerConfig:
+    """The same for the model itself (``"eager"``) and for a graph of it (``"graph"``)."""
+    return QuantizerConfig(
+        execution_mode=mode,
+        global_config=layer_config(BLOCKWISE_INT4),
+        module_name_configs={"stem": layer_config(CHANNELWISE_INT8)},
+    )
+
+
+CONFIG = configuration("eager")
 
 
 @dataclass
@@ -54,10 +59,11 @@ class Quantization:
     quantizer: Quantizer
 
     @classmethod
-    def of(cls, model: nn.Module, images: Tensor, batch: int) -> "Quantization":
+    def of(cls, model: nn.Module, images: Tensor, batch: int, mode: str = "eager") -> "Quantization":
         """Quantize a copy of ``model``. The ranges of its activations are those of the ``images``."""
-        quantizer = Quantizer(copy.deepcopy(model), CONFIG)
-        model = quantizer.prepare((images[:batch],))
+        quantizer = Quantizer(copy.deepcopy(model), configuration(mode))
+        sizes = None if mode == "eager" else ({0: torch.export.Dim("batch")},)
+        model = quantizer.prepare((images[:batch],), dynamic_shapes=sizes)
         with quantizer.calibration_mode(), torch.no_grad():
             for part in images.split(batch):
                 model(part)
@@ -78,11 +84,16 @@ class Quantization:
         return copied.model
 
 
-def weight_simulators(model: nn.Module) -> Iterator[tuple[nn.Module, FakeQuantizeImplBase]]:
-    """Each layer with a quantized weight, and the simulator of that weight."""
+def weight_simulators(model: nn.Module) -> Iterator[tuple[Tensor, FakeQuantizeImplBase]]:
+    """Each quantized weight, as it is trained, and its simulator."""
+    if isinstance(model, torch.fx.GraphModule):
+        for node in model.graph.nodes:
+            simulator = getattr(model, str(node.target), None) if node.op == "call_module" else None
+            if simulator is not None and simulator.quantization_target is CompressionTargetTensor.WEIGHT:
+                yield model.get_parameter(node.args[0].target), simulator
     for module in model.modules():
         if parametrize.is_parametrized(module, "weight"):
-            yield module, module.parametrizations.weight[0]
+            yield module.parametrizations.weight.original, module.parametrizations.weight[0]
 
 
 def activation_simulators(model: nn.Module) -> Iterator[FakeQuantizeImplBase]:
@@ -116,8 +127,8 @@ def packed_size(model: nn.Module) -> Size:
     """
     weights = scales = 0
     rest = sum(p.nbytes for p in model.parameters())
-    for layer, simulator in weight_simulators(model):
-        original, simulated = layer.parametrizations.weight.original, layer.weight
+    for original, simulator in weight_simulators(model):
+        simulated = simulator(original)
         scale, zero_point, _ = simulator.calculate_qparams()
         values = {
             "block_size": simulator.get_block_size(original.shape),

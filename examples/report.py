@@ -22,6 +22,7 @@ TITLES = {
     "rounded": "rounded,\nno training",
     "fused": "QAT,\nfused",
     "reference": "QAT,\nreference",
+    "graph": "QAT,\ngraph",
     "sparse75": "pruned,\n75 %",
     "sparse24": "pruned,\n2:4",
 }
@@ -30,6 +31,7 @@ COLOURS = {
     "rounded": "#e69f00",
     "fused": "#0072b2",
     "reference": "#d55e00",
+    "graph": "#56b4e9",
     "sparse75": "#009e73",
     "sparse24": "#cc79a7",
 }

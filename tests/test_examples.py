@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str, str]
 def test_table_reports_every_model(runs):
     _, table, _ = runs[0]
     accuracies = _row(table, "test accuracy")
-    assert len(accuracies) == 6
+    assert len(accuracies) == 7
     assert all(re.fullmatch(r"\d+\.\d\d%", cell) for cell in accuracies)
     assert float(accuracies[0].rstrip("%")) > 20  # a few steps beat chance, 10 %
     assert accuracies[2] == accuracies[3]
@@ -63,15 +63,17 @@ def test_table_reports_every_model(runs):
 def test_table_counts_bytes_of_the_packed_model(runs):
     _, table, _ = runs[0]
     full, *packed = (int(cell.replace(",", "")) for cell in _row(table, "model size (bytes)"))
-    *packed, unstructured, two_of_four = packed
+    *packed, in_graph, unstructured, two_of_four = packed
     assert len(set(packed)) == 1
+    # A mean and its input share their scale.
+    assert in_graph == packed[0] - 4
     # int4 weights in blocks of 64: the two convolutions (the first in int8), the block, the classifier.
     int4 = 64 * 128 * 9 + 4 * 128 * 128 + 2 * 128 * 256 + 10 * 128
     weights = _row(table, "packed weights")
-    assert weights[:4] == ["–"] + [f"{int4 // 2 + 64 * 9:,}"] * 3
+    assert weights[:5] == ["–"] + [f"{int4 // 2 + 64 * 9:,}"] * 4
     # Of the same weights but the first layer's: float32 values of those that stay, and a bit for each.
-    assert weights[4:] == [f"{int4 // 4 * 4:,}", f"{int4 // 2 * 4:,}"]
-    assert _row(table, "their scales, or masks")[4:] == [f"{int4 // 8:,}"] * 2
+    assert weights[5:] == [f"{int4 // 4 * 4:,}", f"{int4 // 2 * 4:,}"]
+    assert _row(table, "their scales, or masks")[5:] == [f"{int4 // 8:,}"] * 2
     assert unstructured < two_of_four < full
     assert full / packed[0] > 6
 
@@ -80,9 +82,9 @@ def test_table_counts_bytes_of_the_packed_model(runs):
 def test_pruned_weights_are_zero(runs):
     _, table, _ = runs[0]
     zeros = _row(table, "weights that are zero")
-    assert zeros[:4] == ["–"] * 4
+    assert zeros[:5] == ["–"] * 5
     # All weights but 576 of 206,656 are pruned, to exactly three quarters and to exactly half.
-    assert zeros[4:] == ["74.8%", "49.9%"]
+    assert zeros[5:] == ["74.8%", "49.9%"]
 
 
 @pytest.mark.slow
@@ -100,7 +102,7 @@ def test_table_measures_steps(runs):
     _, table, _ = runs[0]
     times = _row(table, "median step time (ms)")
     assert times[1] == "–"
-    assert all(float(times[column]) > 0 for column in (0, 2, 3, 4, 5))
+    assert all(float(times[column]) > 0 for column in (0, 2, 3, 4, 5, 6))
     memory = _row(table, "peak memory of a step (MiB)")
     assert float(memory[0]) < float(memory[2]) < float(memory[3])
 
@@ -127,7 +129,7 @@ def test_two_runs_are_the_same(runs):
 @pytest.mark.slow
 def test_standard_error_holds_progress_only(runs):
     _, _, errors = runs[0]
-    assert all(title in errors for title in ("float32", "QAT fused", "QAT reference"))
+    assert all(title in errors for title in ("float32", "QAT fused", "QAT reference", "QAT graph"))
     assert "arning" not in errors
     assert "USDT" not in errors
 

@@ -4,6 +4,7 @@ Public names only: the same file runs on both packages.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,14 +19,16 @@ from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 from . import graph_networks as networks
 from .graph_calls import CALLS, call
-from .graph_probes import PROBES
+from .graph_probes import PROBES as NAMED_PROBES
+from .graph_random import SEEDS, random_probe
 from .quantizer_runs import quiet
 from .snapshots import Raised, freeze
 
-__all__ = ["CONFIGS", "MODELS", "RUNS", "answer", "places", "prepared", "run"]
+__all__ = ["CONFIGS", "MODELS", "PROBES", "RUNS", "answer", "places", "prepared", "run"]
 
 Draw = Callable[[torch.Generator], tuple[Tensor, ...]]
 STEPS, CALIBRATION_BATCHES = 5, 2
+PROBES = NAMED_PROBES | {f"random {seed}": partial(random_probe, seed) for seed in SEEDS}
 
 
 def floats(*shape: int) -> Draw:

@@ -6,8 +6,7 @@ import pytest
 
 from .conftest import Oracle
 from .graph_calls import CALLS, call
-from .graph_probes import PROBES
-from .graph_runs import RUNS, continue_from, prepared, run
+from .graph_runs import PROBES, RUNS, continue_from, prepared, run
 from .oracle import ROOT
 from .snapshots import differences
 

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from coreai_opt.quantization._graph.nodes import attribute_of, tensor_of
 from coreai_opt.quantization._graph.resolve import Place, Placement, Planned
 from coreai_opt.quantization.spec import QuantizationComponentFactory
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -71,9 +72,7 @@ def insert(model: GraphModule, quantizers: dict[Place, FakeQuantizeImplBase]) ->
     Of each node come its inputs first, in the order of its arguments, then its output. Buffers that the node
     writes into are not quantized.
     """
-    graph = model.graph
-    device = _device_of(model)
-    for node in list(graph.nodes):
+    for node in list(model.graph.nodes):
         producers = [_tensor_behind(model, each) for each in node.all_input_nodes]
         edges = {producer: Place(producer, node) for producer in producers}
         written = _written_buffer(model, node)
@@ -83,10 +82,10 @@ def insert(model: GraphModule, quantizers: dict[Place, FakeQuantizeImplBase]) ->
             if place in quantizers and producer is not written
         }
         if chosen:
-            _insert_inputs(model, node, chosen, quantizers, device)
+            _insert_inputs(model, node, chosen, quantizers)
         own = quantizers.get(Place(node))
         if own is not None:
-            behind = _insert_after(model, node, own, device)
+            behind = _insert_after(model, node, own)
             for user in list(node.users):
                 if user is not behind:
                     user.replace_input_with(node, behind)
@@ -97,7 +96,6 @@ def _insert_inputs(
     node: Node,
     chosen: dict[Node, FakeQuantizeImplBase],
     quantizers: dict[Place, FakeQuantizeImplBase],
-    device: torch.device,
 ) -> None:
     def replaced(argument: Node) -> Node:
         producer = _tensor_behind(model, argument)
@@ -107,7 +105,7 @@ def _insert_inputs(
         for user in argument.users:
             if user.op == "call_module" and _module_of(model, user) is quantizer:
                 return user
-        return _insert_after(model, argument, quantizer, device)
+        return _insert_after(model, argument, quantizer)
 
     node.args = tuple(map_arg(argument, replaced) for argument in node.args)
     node.kwargs = {name: map_arg(argument, replaced) for name, argument in node.kwargs.items()}
@@ -124,20 +122,24 @@ def _tensor_behind(model: GraphModule, node: Node) -> Node:
     return node
 
 
-def _insert_after(
-    model: GraphModule, node: Node, quantizer: FakeQuantizeImplBase, device: torch.device
-) -> Node:
+def _insert_after(model: GraphModule, node: Node, quantizer: FakeQuantizeImplBase) -> Node:
     number = 0
     while hasattr(model, f"{PREFIX}{number}"):
         number += 1
     name = f"{PREFIX}{number}"
-    model.add_module(name, quantizer.to(device))
+    model.add_module(name, quantizer.to(_device_of(model, node)))
     with model.graph.inserting_after(node):
         return model.graph.call_module(name, (node,))
 
 
-def _device_of(model: GraphModule) -> torch.device:
-    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+def _device_of(model: GraphModule, node: Node) -> torch.device:
+    """The device of the node's tensor."""
+    node = _tensor_behind(model, node)
+    tensor = attribute_of(model, node) if node.op == "get_attr" else tensor_of(node)
+    if isinstance(tensor, Tensor) and not tensor.is_meta:
+        return tensor.device
+    # A weight scaled for its batch norm.
+    return next(_device_of(model, each) for each in node.all_input_nodes)
 
 
 def _written_buffer(model: GraphModule, node: Node) -> Node | None:
