@@ -149,7 +149,6 @@ class Run:
         self.generator = torch.Generator().manual_seed(1)
         self.quantizer = Quantizer(make(), CONFIGS[config]())
         self.model: Any = self.quantizer.prepare(self.draw(self.generator), state_dict=state)
-        torch.manual_seed(2)  # Apple's prepare draws random numbers
 
     def forward(self) -> Tensor:
         """Everything that a batch gives, in one tensor."""
@@ -164,6 +163,7 @@ class Run:
         return output
 
     def step(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        torch.manual_seed(2)  # Apple's package draws random numbers where it prepares and switches modes
         output = self.forward()
         loss = (output - 0.1).square().mean()
         optimizer.zero_grad()
@@ -193,7 +193,7 @@ def _run(run: Run) -> Iterator[tuple[str, Any]]:
     with run.quantizer.calibration_mode():
         outputs = [run.forward() for _ in range(CALIBRATION_BATCHES)]
         yield "calibration", freeze({"outputs": outputs, "switches": run.switches()})
-    yield "calibrated", freeze({"state": dict(run.model.state_dict()), "evaluated": run.evaluate()})
+    yield "calibrated", {"state": freeze(dict(run.model.state_dict())), "evaluated": freeze(run.evaluate())}
     optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05, momentum=0.9)
     with run.quantizer.training_mode():
         for step in range(STEPS):
@@ -213,7 +213,8 @@ def continue_from(model: str, config: str, state: dict[str, Any]) -> dict[str, A
     with quiet(0):
         try:
             run = Run(model, config, {name: value.tensor() for name, value in state.items()})
-            loaded = freeze({"state": dict(run.model.state_dict()), "evaluated": run.evaluate()})
+            state_before = freeze(dict(run.model.state_dict()))
+            loaded = {"state": state_before, "evaluated": freeze(run.evaluate())}
             with run.quantizer.training_mode():
                 return loaded | {"step": run.step(torch.optim.SGD(run.model.parameters(), lr=0.05))}
         except Exception as error:  # noqa: BLE001 - compared

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from coreai_opt.quantization._graph.nodes import attribute_of
-
 __all__ = ["export_model"]
 
 
@@ -34,17 +32,7 @@ def export_model(
             graph_module: Any = program.module(check_guards=False)
     except Exception as error:
         raise RuntimeError(_explain(model, error, no_grad)) from error
-    _drop_unused_names(graph_module)
     return graph_module  # type: ignore[no-any-return]
-
-
-def _drop_unused_names(graph_module: GraphModule) -> None:
-    """Of a tensor with several names, keep the one that the graph reads."""
-    nodes = [node for node in graph_module.graph.nodes if node.op == "get_attr"]
-    used = {id(attribute_of(graph_module, node)) for node in nodes if node.users}
-    for node in nodes:
-        if not node.users and id(attribute_of(graph_module, node)) in used:
-            graph_module.graph.erase_node(node)
 
 
 def _explain(model: nn.Module, error: Exception, no_grad: bool) -> str:

@@ -26,6 +26,7 @@ from coreai_opt.quantization._graph.patterns import BATCH_NORM
 from coreai_opt.quantization._graph.reconcile import reconcile
 from coreai_opt.quantization._graph.resolve import Placement, resolve
 from coreai_opt.quantization.config import QuantizerConfig
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["place_quantizers", "prepare"]
 
@@ -70,8 +71,7 @@ def prepare(
     complete_axes(graph_module)
     keep_owners(graph_module, canonical_names(model))
     prepared = GraphModule(graph_module, graph)
-    prepared.graph.eliminate_dead_code()
-    prepared.recompile()
+    _drop_unused(prepared)
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
     _observe(prepared, example_inputs, model.training)
@@ -118,6 +118,18 @@ def _holders(model: nn.Module, graph_module: GraphModule) -> dict[Node, list[tup
             if isinstance(tensor, Tensor):
                 node.meta.setdefault("val", torch.empty_like(tensor, device="meta"))
     return found
+
+
+def _drop_unused(prepared: GraphModule) -> None:
+    """Take out what has no effect on outputs: nodes, and modules and quantizers that no node uses."""
+    prepared.graph.eliminate_dead_code()
+    prepared.delete_all_unused_submodules()
+    used = {id(quantizer) for _, quantizer in quantizer_nodes(prepared)}
+    # Of a shared one all names stay, as in Apple's package; torch leaves some where it is not used at all.
+    for name, module in list(prepared._modules.items()):
+        if isinstance(module, FakeQuantizeImplBase) and id(module) not in used:
+            delattr(prepared, name)
+    prepared.recompile()
 
 
 def _name_tensors(prepared: GraphModule) -> None:
