@@ -112,6 +112,8 @@ def assert_same_state(one, other):
             "qscheme": "asymmetric",
         },
         {"dtype": "float8_e4m3fn", "qparam_calculator_cls": "static"},
+        {"dtype": "int8", "scale_dtype": "float8_e8m0fnu", "qparam_calculator_cls": "moving_average"},
+        {"dtype": "float4_e2m1fn", "scale_dtype": "float8_e4m3fn", "qparam_calculator_cls": "moving_average"},
     ],
     ids=lambda fields: "-".join(fields.values()),
 )

@@ -23,7 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 def capture_step(module: "FakeQuantizeImplBase", plan: QuantizationPlan, tensor: Tensor) -> None:
     """Capture the training step on ``plan.state``, which the calculator's buffers are."""
     if is_plain(tensor, plan.state):
-        args = (*plan.state, plan.keeps_range, plan.packed_step)
+        args = (*plan.state, plan.keeps_range, plan.packed_config)
         _capture(module, "observe_and_fake_quantize_", tensor, args)
 
 

@@ -66,35 +66,35 @@ class QuantizationPlan:
         is_stateless: whether the calculator keeps nothing.
         keeps_range: whether it keeps a running range.
         is_built_in: whether the forward quantizes as the built-in class's does.
-        step: the configuration of the fused training step, None if the modules' methods do something else.
-        packed_step: the same as eager mode's operator takes it.
+        config: settings of the fused training step, None if the modules' methods do something else.
+        packed_config: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
     """
 
     __slots__ = (
         "block_size",
+        "config",
         "grid",
         "is_built_in",
         "is_stateless",
         "keeps_range",
-        "packed_step",
+        "packed_config",
         "state",
-        "step",
         "uses_minval",
         "values",
     )
 
     def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
         is_eager = not torch.compiler.is_compiling()
-        fmt, quant_min, quant_max, *flags, step = module.facts()
+        fmt, quant_min, quant_max, *flags, config = module.facts()
         self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
         self.block_size = module.get_block_size(shape)
         self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
         # Blocks without elements have no range; the observation says so.
         is_empty = 0 in self.block_size
         self.grid = () if is_empty else grid_shape(shape, self.block_size)
-        self.step = None if is_empty or step is None else step.with_block_size(self.block_size)
-        self.packed_step = self.step.packed() if is_eager and self.step is not None else None
+        self.config = None if is_empty or config is None else config.with_block_size(self.block_size)
+        self.packed_config = self.config.packed() if is_eager and self.config is not None else None
         self.state: State = (None,) * 5
 
     def select(
@@ -245,7 +245,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
 
     Format and range of the quantized values, whether the formulation is the min-value one, whether the
     calculator keeps nothing, whether it keeps a running range, whether the forward is the built-in one, and
-    the configuration of the fused training step but for its block size.
+    the settings of the fused training step but for its block size.
     """
     fmt = _numbers.format_of(module.dtype)
     quant_min, quant_max = float(module.quant_min), float(module.quant_max)
@@ -253,10 +253,10 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
     update = _range_update_of(module)
     keeps_range = update is not None and update != RangeUpdate.LATEST
     calculator: Any = module.qparams_calculator
-    step: QuantConfig | None = None
+    config: QuantConfig | None = None
     if update is not None and _observes_for(calculator, module):
         low, high = calculator.float_range
-        step = QuantConfig(
+        config = QuantConfig(
             block_size=(),
             scheme=int(calculator.qscheme.kernel_scheme),
             format=int(fmt),
@@ -271,7 +271,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
         )
     # Plain integers: torch.compile takes these as constants, and refuses enumerations.
     flags = (uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))
-    return int(fmt), quant_min, quant_max, *flags, step
+    return int(fmt), quant_min, quant_max, *flags, config
 
 
 def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:

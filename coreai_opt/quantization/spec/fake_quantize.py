@@ -239,10 +239,10 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         try:
             plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
-            if observes and flags.fake_quant and plan.step is not None:
+            if observes and flags.fake_quant and plan.config is not None:
                 state = state_for(plan, self._modules["qparams_calculator"], tensor)
                 if state is not None:
-                    output = training_step_op.apply(tensor, *state, plan.step, plan.packed_step)
+                    output = training_step_op.apply(tensor, *state, plan.config, plan.packed_config)
                     if state[0] is plan.state and not torch.compiler.is_compiling():
                         capture_step(self, plan, tensor)
                     return output
