@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from coreai_opt._state_tensors import check_example_inputs
 from coreai_opt.inspection._eager_mode import inspect_eager
-from coreai_opt.inspection._graph_mode import export_graph, inspect_graph, quantizable_nodes
+from coreai_opt.inspection._graph_mode import inspect_graph, quantizable_nodes
 from coreai_opt.inspection._text import summary_text
 from coreai_opt.inspection._tree import qualified_type
 from coreai_opt.inspection.types import ModelSummary, OpInfo
@@ -18,6 +18,7 @@ from coreai_opt.palettization import KMeansPalettizer
 from coreai_opt.palettization.kmeans._supported import OP_TYPES as PALETTIZED_FUNCTIONS
 from coreai_opt.quantization import Quantizer
 from coreai_opt.quantization._eager.operations import FUNCTIONS as QUANTIZED_FUNCTIONS
+from coreai_opt.quantization._graph.export import export_model
 from coreai_opt.quantization.config import ExecutionMode, InvalidExecutionModeError
 
 __all__ = ["ModelInspector"]
@@ -77,15 +78,14 @@ class ModelInspector:
             assert example_inputs is not None
             root = inspect_eager(model, example_inputs, _functions(compressor))
         else:
-            if not is_graph:
+            if isinstance(model, fx.GraphModule):
+                graph = model
+            else:
                 assert example_inputs is not None
-                graph = export_graph(model, tuple(example_inputs), dynamic_shapes, export_with_no_grad)
+                graph = export_model(model, tuple(example_inputs), dynamic_shapes, export_with_no_grad)
             root_type = fx.GraphModule if is_graph else type(model)
-            root = inspect_graph(
-                model if is_graph else graph,  # type: ignore[arg-type]
-                root_type,
-                quantizable_nodes if compressor is not None else lambda _: True,
-            )
+            listed = None if compressor is None else quantizable_nodes(graph)
+            root = inspect_graph(graph, root_type, listed)
         self._summary = ModelSummary(root, mode)
 
     @property
