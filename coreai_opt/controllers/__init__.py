@@ -2,6 +2,7 @@
 
 from coreai_opt.controllers.algorithms.const_sparsity import ConstSparsityController
 from coreai_opt.controllers.algorithms.filter_pruning import FilterPruningController
+from coreai_opt.controllers.algorithms.filter_pruning_builder import FilterPruningBuilder
 from coreai_opt.controllers.algorithms.knowledge_distillation import KnowledgeDistillationController
 from coreai_opt.controllers.algorithms.magnitude_sparsity import MagnitudeSparsityController
 from coreai_opt.controllers.algorithms.movement_sparsity import MovementSparsityController
@@ -26,12 +27,21 @@ from coreai_opt.controllers.core.composite import (
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig, ControllerConfig
 from coreai_opt.controllers.core.create import create_compressed_model, register_default_init_args
+from coreai_opt.controllers.core.plan import Plan
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.nncf1 import CompressionAlgorithm
 from coreai_opt.controllers.schedules.levels import LevelScheduler
+from coreai_opt.controllers.training.accuracy_aware import (
+    AdaptiveCompressionTraining,
+    EarlyExitTraining,
+    TrainingReport,
+    create_accuracy_aware_training_loop,
+)
+from coreai_opt.controllers.training.staged import StagedWorker
 
 __all__ = [
+    "AdaptiveCompressionTraining",
     "AlgorithmConfig",
     "AlgorithmStatistics",
     "BaseCompressionAlgorithmBuilder",
@@ -48,15 +58,21 @@ __all__ = [
     "CompressionStatistics",
     "ConstSparsityController",
     "ControllerConfig",
+    "EarlyExitTraining",
+    "FilterPruningBuilder",
     "FilterPruningController",
     "KnowledgeDistillationController",
     "LevelScheduler",
     "MagnitudeSparsityController",
     "MovementSparsityController",
     "PalettizationController",
+    "Plan",
     "QuantizationBuilder",
     "QuantizationController",
     "RBSparsityController",
+    "StagedWorker",
+    "TrainingReport",
+    "create_accuracy_aware_training_loop",
     "create_compressed_model",
     "register_default_init_args",
 ]

@@ -3,32 +3,27 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt.controllers.algorithms.filter_pruning_config import FilterPruningConfig
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import (
-    BaseCompressionAlgorithmBuilder,
     BaseCompressionAlgorithmController,
 )
-from coreai_opt.controllers.core.config import AlgorithmConfig
-from coreai_opt.controllers.core.inputs import example_inputs
-from coreai_opt.controllers.core.layers import CONVOLUTIONS, channel_axis_of
-from coreai_opt.controllers.core.masks import bake, install, original
-from coreai_opt.controllers.core.scopes import matching, modules_in_scope
+from coreai_opt.controllers.core.layers import channel_axis_of
+from coreai_opt.controllers.core.masks import bake, original
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.levels import LevelScheduler
-from coreai_opt.controllers.schedules.params import ScheduleParams
-from coreai_opt.controllers.structures.channels import Channels, Cluster, Span, find_channels
+from coreai_opt.controllers.structures.channels import Channels, Cluster, Span
 from coreai_opt.controllers.structures.flops import CostModel
 from coreai_opt.controllers.structures.shrink import mask_of, shrink
-from coreai_opt.controllers.structures.verify import mask_axis, masked_tensors, removable
+from coreai_opt.controllers.structures.verify import masked_tensors
 
-__all__ = ["FilterMask", "FilterPruningBuilder", "FilterPruningConfig", "FilterPruningController"]
+__all__ = ["FilterMask", "FilterPruningController", "FilterPruningStatistics", "pruned_layers"]
 
 MULTIPLE = 8
 """Kept filters are a multiple of this, rounded up: what matrix units like."""
@@ -58,60 +53,6 @@ class FilterPruningStatistics(AlgorithmStatistics):
     parameters: int
     full_parameters: int
     layers: list[LayerPruning] = field(default_factory=list)
-
-
-class FilterPruningParams(ScheduleParams):
-    """Parameters of filter pruning.
-
-    Fields:
-        schedule: ``exponential``, ``exponential_with_bias`` or ``baseline``.
-        pruning_target: share of the filters to prune.
-        pruning_flops_target: share of the FLOPs to save, instead.
-        num_init_steps, pruning_steps: epochs of warm-up, and of pruning.
-        filter_importance: norm of a filter, or its distance to all others of its layer.
-        all_weights: one ranking over all clusters, of importances relative to their cluster's norm.
-        prune_first_conv: prune what reads the model's input.
-        prune_downsample_convs: prune convolutions with strides.
-    """
-
-    schedule: Literal["exponential", "exponential_with_bias", "baseline"] = "exponential"
-    pruning_target: float = Field(default=0.5, ge=0, le=1)
-    pruning_flops_target: float | None = Field(default=None, ge=0, le=1)
-    num_init_steps: int = Field(default=0, ge=0)
-    pruning_steps: int = Field(default=100, ge=1)
-    filter_importance: Literal["L1", "L2", "geometric_median"] = "L2"
-    interlayer_ranking_type: Literal["unweighted_ranking"] = "unweighted_ranking"
-    all_weights: bool = False
-    prune_first_conv: bool = False
-    prune_downsample_convs: bool = False
-
-    @model_validator(mode="after")
-    def _one_target(self) -> "FilterPruningParams":
-        if self.pruning_flops_target is not None and "pruning_target" in self.model_fields_set:
-            raise ValueError("pruning_target and pruning_flops_target exclude each other: give one")
-        if self.all_weights and self.update_per_optimizer_step:
-            raise ValueError(
-                "update_per_optimizer_step excludes all_weights: a ranking over all layers waits for the "
-                "device, and a step must not"
-            )
-        return self
-
-    @property
-    def freeze_epoch(self) -> float:
-        """When warm-up and pruning are over."""
-        return self.num_init_steps + self.pruning_steps
-
-    def exponential_epochs(self) -> tuple[int, int]:
-        """From the end of the warm-up; the target is reached in the last epoch of pruning."""
-        return self.num_init_steps, self.pruning_steps - 1
-
-
-class FilterPruningConfig(AlgorithmConfig):
-    """Configuration of filter pruning."""
-
-    algorithm: Literal["filter_pruning"]
-    pruning_init: float = Field(default=0.0, ge=0, le=1)
-    params: FilterPruningParams = Field(default_factory=FilterPruningParams)
 
 
 class FilterMask(nn.Module):
@@ -178,6 +119,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         self._level = config.pruning_init
         self._frozen = False
         self._kept = [cluster.size for cluster in self.clusters]
+        self.coefficients: list[tuple[float, float]] | None = None
         # Units are multiples of a number that makes the filters multiples of 8.
         self._multiples = [
             max(1, MULTIPLE * cluster.size // channels.producers[cluster.producers[0]][0].entries)
@@ -262,10 +204,21 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         assert total is not None  # a cluster has a producer
         return total
 
+    @torch.no_grad()
+    def relative_importances(self) -> list[Tensor]:
+        """Importances of the filters of each cluster, relative to the cluster's norm."""
+        tiny = torch.finfo(torch.float32).tiny
+        found = [self._importance(cluster) for cluster in self.clusters]
+        return [each / torch.linalg.vector_norm(each).clamp(min=tiny) for each in found]
+
     def _ranking(self, importances: Sequence[Tensor]) -> list[int]:
         """The clusters of all filters, by ascending importance relative to the cluster's norm."""
         tiny = torch.finfo(torch.float32).tiny
-        relative = torch.cat([each / torch.linalg.vector_norm(each).clamp(min=tiny) for each in importances])
+        parts = [each / torch.linalg.vector_norm(each).clamp(min=tiny) for each in importances]
+        if self.coefficients is not None:
+            pairs = zip(parts, self.coefficients, strict=True)
+            parts = [part * factor + offset for part, (factor, offset) in pairs]
+        relative = torch.cat(parts)
         owners = [number for number, each in enumerate(importances) for _ in range(each.numel())]
         return [owners[index] for index in relative.argsort(stable=True).tolist()]
 
@@ -342,101 +295,15 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         shrink(model, self._channels, kept)
 
     def _get_algorithm_state(self) -> State:
-        return {"level": float(self._level), "frozen": self._frozen, "kept": list(self._kept)}
+        learned = None if self.coefficients is None else [list(pair) for pair in self.coefficients]
+        return {
+            "level": float(self._level),
+            "frozen": self._frozen,
+            "kept": list(self._kept),
+            "coefficients": learned,
+        }
 
     def _load_algorithm_state(self, state: State) -> None:
         self._level, self._frozen, self._kept = state["level"], state["frozen"], list(state["kept"])
-
-
-@BaseCompressionAlgorithmBuilder.register("filter_pruning")
-class FilterPruningBuilder(BaseCompressionAlgorithmBuilder):
-    """Masks the filters of convolutions, and what follows them."""
-
-    config_type = FilterPruningConfig
-    order = 10
-
-    def check(self, model: nn.Module) -> None:
-        """See the base. Follows the channels through the model, too."""
-        self.layers(model, CONVOLUTIONS)
-        self._inputs = example_inputs(self.context, model)
-        channels = find_channels(model, *self._inputs)
-        if self._loaded is not None and "clusters" in self._loaded:
-            saved = [set(each) for each in self._loaded["clusters"]]
-            numbers = [n for n, each in enumerate(channels.clusters) if set(each.producers) in saved]
-        else:
-            numbers = self._choose(model, channels)
-        if not numbers:
-            left = "; ".join(f"{each.name}: {each.reason}" for each in self.left_whole[:5])
-            raise ValueError(
-                "filter_pruning finds no filters to prune: channels that reach the model's output, or an "
-                "operation that mixes them, stay; so do those that read the input (prune_first_conv) and "
-                f"those of convolutions with strides (prune_downsample_convs). {left}".rstrip(". ")
-            )
-        self._channels = channels.only(numbers)
-        self._costs = CostModel(model, self._channels, *self._inputs)
-
-    def _choose(self, model: nn.Module, channels: Channels) -> list[int]:
-        """The clusters that the configuration wants pruned, and that can be; says which cannot."""
-        params, scope = self.config.params, modules_in_scope(model, self.config)
-        ignored = matching(self.config.ignored_scopes, model, "ignored_scopes", self.config.validate_scopes)
-        ran = {*channels.producers, *channels.followers}
-        for name in self.layers(model, CONVOLUTIONS):
-            if name in channels.whole:
-                self.leave_whole(name, channels.whole[name])
-            elif name not in ran and name not in {run.layer for run in channels.runs}:
-                self.leave_whole(name, "its forward does not run")
-        numbers = []
-        for number, cluster in enumerate(channels.clusters):
-            outside = [name for name in cluster.producers if name not in scope]
-            outside += [
-                name
-                for name in cluster.followers
-                if name in ignored
-                or (name not in scope and isinstance(model.get_submodule(name), CONVOLUTIONS))
-            ]
-            if outside:
-                for name in (name for name in cluster.producers if name in scope):
-                    self.leave_whole(name, f"{outside[0]!r}, which is not in scope, has the same channels")
-            elif (params.prune_first_conv or not cluster.reads_input) and (
-                params.prune_downsample_convs or not cluster.strided
-            ):
-                numbers.append(number)
-        good, bad = removable(model, channels.only(numbers), *self._inputs)
-        for index, reason in bad.items():
-            for name in channels.clusters[numbers[index]].producers:
-                self.leave_whole(name, reason)
-        return [numbers[index] for index in good]
-
-    def _get_state(self) -> State:
-        return {"clusters": [list(cluster.producers) for cluster in self._channels.clusters]}
-
-    def _apply_to(self, model: nn.Module) -> None:
-        if not hasattr(self, "_channels"):
-            self.check(model)
-        for name, spans in pruned_layers(self._channels).items():
-            layer = model.get_submodule(name)
-            for attribute in masked_tensors(layer):
-                tensor = getattr(layer, attribute)
-                axis = mask_axis(layer, tensor)
-                outputs = sum(span.entries for span in spans)
-                mask = FilterMask(tensor.shape[axis], axis, tensor.dim(), tensor.device, outputs)
-                install(layer, mask, name=attribute)
-
-    def _initialize(self, model: nn.Module) -> None:
-        """Mask to the initial level: algorithms that are built in later see masked weights."""
-        if self.config.pruning_init > 0:
-            self._controller = self._make_controller(model)
-            self._controller.set_level(self.config.pruning_init)
-
-    def _make_controller(self, model: nn.Module) -> FilterPruningController:
-        return FilterPruningController(
-            model,
-            self.config,
-            self._channels,
-            self._costs,
-            self.context.init_args.steps_per_epoch,
-        )
-
-    def build_controller(self, model: nn.Module) -> FilterPruningController:
-        """See the base."""
-        return getattr(self, "_controller", None) or self._make_controller(model)
+        learned = state.get("coefficients")
+        self.coefficients = None if learned is None else [(factor, offset) for factor, offset in learned]

@@ -15,6 +15,7 @@ from coreai_opt.controllers.algorithms.sparsity import (
     SparsityStatistics,
 )
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
+from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, keep_counts, original
 from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
@@ -111,6 +112,7 @@ class MagnitudeSparsityBuilder(BaseCompressionAlgorithmBuilder):
         """Mask to the initial level: algorithms that are built in later see masked weights."""
         if self.config.sparsity_init > 0:
             self.build_controller(model).set_level(self.config.sparsity_init)
+        adapt_batchnorm(model, self.context, self.config.initializer.samples)
 
     def build_controller(self, model: nn.Module) -> MagnitudeSparsityController:
         """See the base."""

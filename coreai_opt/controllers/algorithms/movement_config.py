@@ -25,8 +25,8 @@ class MovementSparsityParams(ConfigModel):
         enable_structured_masking: mask attention heads and feed-forward dimensions whole after warm-up.
     """
 
-    warmup_start_epoch: int = Field(ge=0)
-    warmup_end_epoch: int = Field(ge=1)
+    warmup_start_epoch: float = Field(ge=0)
+    warmup_end_epoch: float = Field(gt=0)
     importance_regularization_factor: float = Field(ge=0)
     init_importance_threshold: float = -1.0
     final_importance_threshold: float = 0.0

@@ -1,5 +1,6 @@
 """Movement sparsity: weights that training moves towards zero are masked (Sanh et al., arXiv 2005.07683)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -22,7 +23,7 @@ from coreai_opt.controllers.core.base import (
 from coreai_opt.controllers.core.inputs import example_inputs
 from coreai_opt.controllers.core.masks import bake, install, installed, kept_per_mask, original
 from coreai_opt.controllers.core.places import Places
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules import curves
 from coreai_opt.controllers.structures.shrink import shrink_units
@@ -87,6 +88,15 @@ class MovementScheduler(BaseCompressionScheduler):
             return float("-inf")
         first, last = self.params.init_importance_threshold, self.params.final_importance_threshold
         return curves.polynomial(self.progress_at(epoch, step), first, last, self.params.power)
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """The progress of the warm-up at the epochs' beginnings, and its end."""
+        start, end = self.params.warmup_start_epoch, self.params.warmup_end_epoch
+        changes: list[Change] = [
+            (epoch, 0, f"threshold {self.threshold_at(epoch):.4g}, progress", self.progress_at(epoch))
+            for epoch in range(math.ceil(start), min(math.ceil(end), epochs))
+        ]
+        return [*changes, *([(math.ceil(end), 0, "masks fixed", 1.0)] if end < epochs else [])]
 
     def step(self, next: int | None = None) -> None:
         """See the base."""

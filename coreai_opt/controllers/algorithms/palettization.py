@@ -17,7 +17,7 @@ from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
 from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.masks import bake, install, installed, original, value_before
 from coreai_opt.controllers.core.places import Places
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 from coreai_opt.palettization.spec import (
@@ -123,6 +123,11 @@ class PalettizationScheduler(BaseCompressionScheduler):
     def __init__(self, controller: "PalettizationController") -> None:
         super().__init__()
         self.controller = controller
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """The epoch from which weights are palettized."""
+        start = self.controller.config.params.palettization_start_epoch
+        return [(start, 0, "weights palettized", None)] if start < epochs else []
 
     def step(self, next: int | None = None) -> None:
         """See the base."""

@@ -18,7 +18,7 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.layers import INPUT, OUTPUT
 from coreai_opt.controllers.core.masks import bake, original
 from coreai_opt.controllers.core.places import Places
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -87,6 +87,16 @@ class StagedScheduler(BaseCompressionScheduler):
     def __init__(self, controller: "QuantizationController") -> None:
         super().__init__()
         self.controller = controller
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """The epochs from which weights and activations are quantized."""
+        params = self.controller.config.params
+        starts = {
+            "weights": params.weights_quant_start_epoch,
+            "activations": params.activations_quant_start_epoch,
+        }
+        parts = sorted(starts, key=lambda part: starts[part])
+        return [(starts[part], 0, f"{part} quantized", None) for part in parts if starts[part] < epochs]
 
     def epoch_step(self, next: int | None = None) -> None:
         """See the base. Where something is switched on, its ranges are initialised anew."""

@@ -1,5 +1,6 @@
 """Builds quantization into a model: what is quantized, with which simulators and ranges."""
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,13 @@ from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.controllers.algorithms import quantizers
 from coreai_opt.controllers.algorithms.learnable import LearnableRangeQuantize
+from coreai_opt.controllers.algorithms.precision import assign_bits, hessian_traces, multiplications
 from coreai_opt.controllers.algorithms.quantization import QuantizationController
-from coreai_opt.controllers.algorithms.quantization_config import QuantizationConfig, TensorConfig
+from coreai_opt.controllers.algorithms.quantization_config import (
+    PrecisionInitializer,
+    QuantizationConfig,
+    TensorConfig,
+)
 from coreai_opt.controllers.algorithms.quantization_plan import (
     Settings,
     Uses,
@@ -24,7 +30,7 @@ from coreai_opt.controllers.algorithms.ranges import ActivationRange, needs_fixe
 from coreai_opt.controllers.core.api import State
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
-from coreai_opt.controllers.core.inputs import batches, has_example, one_batch, require_loader
+from coreai_opt.controllers.core.inputs import batches, has_example, losses, one_batch, require_loader
 from coreai_opt.controllers.core.layers import WEIGHTED, channel_axis_of
 from coreai_opt.controllers.core.masks import install, original
 from coreai_opt.controllers.core.places import Places
@@ -32,6 +38,8 @@ from coreai_opt.controllers.core.scopes import modules_in_scope
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["QuantizationBuilder"]
+
+logger = logging.getLogger(__name__)
 
 Ranges = dict[str, tuple[Tensor, Tensor]]
 
@@ -56,10 +64,46 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             raise ValueError("learnable_ranges starts from ranges of data: num_init_samples must not be 0")
         if self.context.initialize and any(self.num_init_samples(name) for name in layers):
             require_loader(self.context)
+        precision = self.config.initializer.precision
+        if precision is not None and precision.type == "hawq":
+            bits = self._loaded["bits"] if self._loaded is not None else self._search_bits(model, precision)
+            self._bits: dict[str, int] = dict(bits)
+            self._settings.assign_bits(self._bits)
         if self.config.activations.unified_scale_ops is not None:
             self.leave_whole(
                 "unified_scale_ops", "each layer's input has a range of its own; equal tensors get equal ones"
             )
+
+    def _search_bits(self, model: nn.Module, precision: PrecisionInitializer) -> dict[str, int]:
+        """Bits by the Hessian of the task's loss, before anything is changed."""
+        layers = {
+            name: layer
+            for name, layer in self.layers(model).items()
+            if self._settings.tensor("weights", name) is not None
+        }
+        weights = {name: original(layer) for name, layer in layers.items()}
+        traces = hessian_traces(
+            model,
+            weights,
+            lambda: losses(self.context, model, precision.num_data_points),
+            precision.iter_number,
+            precision.tolerance,
+        )
+        sensitivities: dict[str, dict[int, float]] = {}
+        for name, layer in layers.items():
+            sensitivities[name] = {}
+            for bits in precision.bits:
+                self._settings.assign_bits({name: bits})
+                simulator = self._weight_simulator((name, "weight"), layer)
+                with torch.no_grad():
+                    error = (
+                        (simulator(weights[name].detach()) - weights[name].detach()).float().square().sum()
+                    )
+                sensitivities[name][bits] = max(traces[name], 0.0) * float(error)
+        costs = multiplications(model, layers, *one_batch(self.context, model))
+        chosen = assign_bits(sensitivities, costs, precision.compression_ratio)
+        logger.info("hawq: mean traces %s, bits %s", traces, chosen)
+        return chosen
 
     def num_init_samples(self, name: str) -> int:
         """See :class:`.quantization.RangeFinder`."""
@@ -300,4 +344,5 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             "signed": dict(self._signed),
             "weights": [list(key) for key in self._weights],
             "outputs": self._outputs,
+            "bits": dict(getattr(self, "_bits", {})),
         }

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
+from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormAdaptation, ConfigModel
 from coreai_opt.quantization.spec import (
     PerChannelGranularity,
     PerTensorGranularity,
@@ -58,12 +58,6 @@ class RangeInitializer(ConfigModel):
     target_quantizer_group: Group | None = None
 
 
-class BatchnormAdaptation(ConfigModel):
-    """On how many samples batch-norm statistics are found anew; 0 for not at all."""
-
-    num_bn_adaptation_samples: int = Field(default=2000, ge=0)
-
-
 class PrecisionInitializer(ConfigModel):
     """Bits of each layer.
 
@@ -73,6 +67,8 @@ class PrecisionInitializer(ConfigModel):
         bits: for ``hawq``: the widths to choose from.
         compression_ratio: for ``hawq``: bit operations of the model with 8 bits ÷ those of the chosen one, at
             least.
+        bitwidth_assignment_mode, dump_init_precision_data, eval_subset_ratio, warmup_iter_number: as in NNCF;
+            there is one way to assign bits here, that of a layer's weight to its input, too.
         num_data_points, iter_number, tolerance: for ``hawq``: samples of the Hessian, random vectors at most,
             and the relative change of a trace that ends the estimate.
     """
@@ -84,6 +80,10 @@ class PrecisionInitializer(ConfigModel):
     num_data_points: int = Field(default=100, ge=1)
     iter_number: int = Field(default=200, ge=1)
     tolerance: float = Field(default=1e-4, gt=0)
+    bitwidth_assignment_mode: Literal["strict", "liberal"] = "liberal"
+    dump_init_precision_data: bool = False
+    eval_subset_ratio: float = 1.0
+    warmup_iter_number: int = 20
 
     @model_validator(mode="after")
     def _fits_its_type(self) -> "PrecisionInitializer":

@@ -19,7 +19,7 @@ from coreai_opt.controllers.core.inputs import Batch
 from coreai_opt.controllers.core.places import Places
 from coreai_opt.controllers.core.scopes import matching
 
-__all__ = ["ATTENTION_WEIGHTS", "Uses", "WeightKey", "attention_weights", "named", "observe_uses", "Settings"]
+__all__ = ["ATTENTION_WEIGHTS", "Settings", "Uses", "WeightKey", "attention_weights", "named", "observe_uses"]
 
 ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 """Attributes of :class:`torch.nn.MultiheadAttention` that it uses as weights of linear layers."""
@@ -94,6 +94,12 @@ class Settings:
             )
             for each in config.range_initializers()
         ]
+
+    def assign_bits(self, bits: Mapping[str, int]) -> None:
+        """Give layers' weights and inputs these bits, whatever was said before."""
+        for name, each in bits.items():
+            for group in ("weights", "activations"):
+                self._overrides[group].append(({name}, {"bits": each}))
 
     def tensor(self, group: str, name: str) -> TensorConfig | None:
         """The settings of a layer's weight or input; None where it stays as it is."""

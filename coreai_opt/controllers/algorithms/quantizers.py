@@ -17,9 +17,9 @@ from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = [
     "OUTPUT",
-    "make_simulator",
     "floating",
     "inputs_of",
+    "make_simulator",
     "observe_over_ranks",
     "put_on_input",
     "put_on_outputs",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
-from coreai_opt.controllers.core.config import AlgorithmConfig
+from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormInitializer
 from coreai_opt.controllers.core.masks import kept_per_mask
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.levels import LevelScheduler
@@ -68,8 +68,8 @@ class SparsityParams(ScheduleParams):
 
     schedule: str = "polynomial"
     sparsity_target: float = Field(default=0.5, ge=0, le=1)
-    sparsity_target_epoch: int = Field(default=90, ge=0)
-    sparsity_freeze_epoch: int = Field(default=100, ge=0)
+    sparsity_target_epoch: float = Field(default=90, ge=0)
+    sparsity_freeze_epoch: float = Field(default=100, ge=0)
     sparsity_level_setting_mode: Literal["global", "local"] = "global"
     multistep_sparsity_levels: list[float] = Field(default_factory=lambda: [0.1, 0.5])
 
@@ -95,7 +95,7 @@ class SparsityParams(ScheduleParams):
         """See the base."""
         return self.sparsity_freeze_epoch
 
-    def exponential_epochs(self) -> tuple[int, int]:
+    def exponential_epochs(self) -> tuple[float, float]:
         """From epoch 0 to the target epoch."""
         return 0, self.sparsity_target_epoch
 
@@ -105,9 +105,16 @@ class SparsityParams(ScheduleParams):
 
 
 class SparsityConfig(AlgorithmConfig):
-    """Configuration of an algorithm that follows a sparsity level."""
+    """Configuration of an algorithm that follows a sparsity level.
+
+    Fields:
+        sparsity_init: level at the start.
+        initializer: ``{"batchnorm_adaptation": {"num_bn_adaptation_samples": ...}}``, if asked for.
+        params: of the schedule.
+    """
 
     sparsity_init: float = Field(default=0.0, ge=0, le=1)
+    initializer: BatchnormInitializer = Field(default_factory=BatchnormInitializer)
     params: Any = Field(default_factory=SparsityParams)
 
 

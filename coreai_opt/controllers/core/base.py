@@ -26,6 +26,7 @@ from coreai_opt.controllers.core.export import export_lowered_model, opset_of, s
 from coreai_opt.controllers.core.inputs import Batch, example_inputs
 from coreai_opt.controllers.core.layers import WEIGHTED
 from coreai_opt.controllers.core.losses import ZeroCompressionLoss
+from coreai_opt.controllers.core.plan import Plan, PlannedChange
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
 from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.state import check_plain, take
@@ -147,12 +148,13 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
             ImportError: onnx or onnxscript is not installed.
             OSError: the path cannot be written. No file is left half written.
         """
-        opset_of(save_format), split_arguments(model_args)  # raise before the work
+        opset = opset_of(save_format)
+        split_arguments(model_args)  # raises before the work
         example = self.example_inputs()
         lowered = copy_model(self._model).eval()
         self.lower_model(lowered)
         self.finish_lowering(lowered)
-        export_lowered_model(lowered, example, save_path, save_format, input_names, output_names, model_args)
+        export_lowered_model(lowered, example, save_path, opset, input_names, output_names, model_args)
 
     def distributed(self) -> None:
         """See :class:`CompressionAlgorithmController`."""
@@ -161,6 +163,28 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
 
     def observe_over_ranks(self) -> None:
         """Let what follows data follow those of all ranks."""
+
+    def plan(self, epochs: int, steps_per_epoch: int | None = None) -> Plan:
+        """What will change at which step of a run from the beginning, as far as time alone decides.
+
+        Args:
+            epochs: of the run.
+            steps_per_epoch: optimizer steps in an epoch; None for what the configuration or loader says.
+
+        Raises:
+            ValueError: ``epochs`` or ``steps_per_epoch`` is no positive number.
+        """
+        for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer; got {value!r}")
+        if steps_per_epoch is None:
+            steps_per_epoch = self.context.init_args.steps_per_epoch
+        return Plan(epochs, self._planned(epochs, steps_per_epoch))
+
+    def _planned(self, epochs: int, steps_per_epoch: int | None) -> list[PlannedChange]:
+        planned = getattr(self._scheduler, "planned", None)
+        changes = [] if planned is None else planned(epochs, steps_per_epoch)
+        return [PlannedChange(epoch, step, self.name, what, level) for epoch, step, what, level in changes]
 
     def example_inputs(self) -> Batch:
         """Arguments for one forward of the model, from the configuration or the registered loader.

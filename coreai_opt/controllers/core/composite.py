@@ -11,6 +11,7 @@ from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmController,
 )
 from coreai_opt.controllers.core.losses import CompositeCompressionLoss
+from coreai_opt.controllers.core.plan import PlannedChange
 from coreai_opt.controllers.core.schedulers import CompositeCompressionScheduler
 from coreai_opt.controllers.core.statistics import CompressionStatistics
 from coreai_opt.controllers.core.undo import undone_on_error
@@ -106,6 +107,10 @@ class CompositeCompressionAlgorithmController(BaseCompressionAlgorithmController
         """Let all algorithms follow the data of all ranks."""
         for child in self._children:
             child.observe_over_ranks()
+
+    def _planned(self, epochs: int, steps_per_epoch: int | None) -> list[PlannedChange]:
+        changes = [each for child in self._children for each in child._planned(epochs, steps_per_epoch)]
+        return sorted(changes, key=lambda each: (each.epoch, each.step))
 
     def disable_scheduler(self) -> None:
         """Disable the schedulers of all algorithms."""

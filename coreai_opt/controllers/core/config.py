@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +11,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-__all__ = ["AlgorithmConfig", "ConfigModel", "ControllerConfig", "InitArgs", "InputInfo"]
+__all__ = [
+    "AccuracyAwareConfig",
+    "AccuracyAwareParams",
+    "AlgorithmConfig",
+    "BatchnormAdaptation",
+    "BatchnormInitializer",
+    "ConfigModel",
+    "ControllerConfig",
+    "InitArgs",
+    "InputInfo",
+]
 
 Scopes = list[str]
 
@@ -55,6 +67,24 @@ class AlgorithmConfig(ConfigModel):
     @classmethod
     def _one_is_a_list(cls, scopes: Any) -> Any:
         return [scopes] if isinstance(scopes, str) else scopes
+
+
+class BatchnormAdaptation(ConfigModel):
+    """On how many samples batch-norm statistics are found anew; 0 for not at all."""
+
+    num_bn_adaptation_samples: int = Field(default=2000, ge=0)
+
+
+class BatchnormInitializer(ConfigModel):
+    """What is initialised from data by an algorithm that needs no ranges."""
+
+    batchnorm_adaptation: BatchnormAdaptation | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples that are asked for."""
+        asked = self.batchnorm_adaptation
+        return 0 if asked is None else asked.num_bn_adaptation_samples
 
 
 class InputInfo(ConfigModel):
@@ -127,20 +157,106 @@ class InitArgs(BaseModel):
             return None
 
 
+_TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/|,(?=\s*[}\]])', re.DOTALL)
+
+
+def without_comments(text: str) -> str:
+    """JSON without ``//`` and ``/* */`` comments, and without commas before a closing bracket."""
+    for _ in range(2):  # a comma may stand before a comment
+        text = _TOKENS.sub(lambda found: found[0] if found[0].startswith('"') else " ", text)
+    return text
+
+
+class AccuracyAwareParams(ConfigModel):
+    """See :mod:`coreai_opt.controllers.training.accuracy_aware`.
+
+    Fields:
+        maximal_relative_accuracy_degradation: what may be lost, in percent of the uncompressed accuracy.
+        maximal_absolute_accuracy_degradation: what may be lost, in the accuracy's own unit, instead.
+        maximal_total_epochs: when training ends in any case.
+        initial_training_phase_epochs: of training as the configuration says, before rates are searched.
+        patience_epochs: epochs at a rate until it counts as too high.
+        initial_compression_rate_step, compression_rate_step_reduction_factor, minimal_compression_rate_step:
+            of the search.
+        lr_reduction_factor: on the learning rate of an optimizer that is made after an epoch without success.
+    """
+
+    maximal_relative_accuracy_degradation: float | None = None
+    maximal_absolute_accuracy_degradation: float | None = None
+    maximal_total_epochs: int = Field(default=10000, ge=1)
+    initial_training_phase_epochs: int = Field(default=5, ge=0)
+    patience_epochs: int = Field(default=3, ge=1)
+    initial_compression_rate_step: float = Field(default=0.1, gt=0, lt=1)
+    compression_rate_step_reduction_factor: float = Field(default=0.5, gt=0, lt=1)
+    minimal_compression_rate_step: float = Field(default=0.025, gt=0, lt=1)
+    lr_reduction_factor: float = Field(default=0.5, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "AccuracyAwareParams":
+        given = (self.maximal_relative_accuracy_degradation, self.maximal_absolute_accuracy_degradation)
+        if all(each is not None for each in given):
+            raise ValueError(
+                "maximal_relative_accuracy_degradation and maximal_absolute_accuracy_degradation exclude "
+                "each other: give one"
+            )
+        return self
+
+    def least(self, uncompressed: float) -> float:
+        """The least accuracy that will do; without a budget, 99 % of the uncompressed model's."""
+        if self.maximal_absolute_accuracy_degradation is not None:
+            return uncompressed - self.maximal_absolute_accuracy_degradation
+        percent = self.maximal_relative_accuracy_degradation
+        return uncompressed - abs(uncompressed) * (1.0 if percent is None else percent) / 100
+
+
+class AccuracyAwareConfig(ConfigModel):
+    """Accuracy-aware training: which loop, and its parameters."""
+
+    mode: Literal["early_exit", "adaptive_compression_level"]
+    params: AccuracyAwareParams = Field(default_factory=AccuracyAwareParams)
+
+
 class ControllerConfig(ConfigModel):
     """A whole configuration.
+
+    Keys that are none of these, as training scripts have them in one file with the compression, are ignored
+    with one warning; misspelled ones are errors.
 
     Fields:
         input_info: the model's inputs.
         compression: one algorithm's configuration, or a list of them.
         compression_lr_multiplier: for all algorithms that give none.
+        accuracy_aware_training: see :func:`.create_accuracy_aware_training_loop`.
         target_device: accepted and recorded; the numbers do not depend on it.
+        disable_shape_matching: accepted; there is no graph whose shapes would be matched.
+        log_dir: accepted and recorded.
     """
 
     input_info: list[InputInfo] = Field(default_factory=list)
     compression: list[dict[str, Any]] = Field(default_factory=list)
     compression_lr_multiplier: float | None = Field(default=None, ge=0)
+    accuracy_aware_training: AccuracyAwareConfig | None = None
     target_device: Literal["ANY", "CPU", "CPU_SPR", "GPU", "NPU", "TRIAL", "VPU"] = "ANY"
+    disable_shape_matching: bool = False
+    log_dir: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ignore_foreign_keys(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        foreign = [
+            key
+            for key in data
+            if key not in cls.model_fields
+            and not difflib.get_close_matches(str(key), cls.model_fields, n=1, cutoff=0.8)
+        ]
+        if foreign:
+            warnings.warn(
+                f"the configuration has keys that are not those of compression, and are ignored: {foreign}",
+                stacklevel=2,
+            )
+        return {key: value for key, value in data.items() if key not in foreign}
 
     _init_args: InitArgs = PrivateAttr(default_factory=InitArgs)
 
@@ -166,7 +282,7 @@ class ControllerConfig(ConfigModel):
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ControllerConfig":
-        """Read a ``.json``, ``.yaml`` or ``.yml`` file.
+        """Read a ``.json``, ``.yaml`` or ``.yml`` file. JSON may have comments and trailing commas.
 
         Raises:
             ValueError: the name ends otherwise, or the file holds no mapping.
@@ -175,7 +291,7 @@ class ControllerConfig(ConfigModel):
         if path.suffix not in (".json", ".yaml", ".yml"):
             raise ValueError(f"a configuration file ends in .json, .yaml or .yml; got {str(path)!r}")
         text = path.read_text()
-        data = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        data = json.loads(without_comments(text)) if path.suffix == ".json" else yaml.safe_load(text)
         if not isinstance(data, dict):
             raise ValueError(f"{path} holds a {type(data).__name__}; a configuration is a mapping")
         return cls.from_dict(data)

@@ -28,3 +28,4 @@ class BuildContext:
         self.input_info = input_info or []
         self.initialize = initialize
         self.dummy_forward = dummy_forward
+        self.uncompressed_accuracy: float | None = None

@@ -73,6 +73,9 @@ def create_compressed_model(
         )
         builder.load_state(builder_state)
     training = model.training
+    evaluate = checked.init_args.model_eval_fn
+    if checked.accuracy_aware_training is not None and evaluate is not None and compression_state is None:
+        context.uncompressed_accuracy = float(evaluate(model, checked.init_args.val_loader))
     builder.apply_to(model)
     controller = builder.build_controller(model)
     if compression_state is not None:
@@ -118,7 +121,8 @@ def register_default_init_args(
         criterion: loss function of the task.
         criterion_fn: ``(outputs, target, criterion)`` to the loss.
         val_loader: validation data.
-        model_eval_fn: ``(model, val_loader)`` to a metric.
+        model_eval_fn: ``(model, val_loader)`` to a metric, the greater the better. It measures the
+            uncompressed model where the configuration has ``accuracy_aware_training``.
         device: where the batches go; None for the model's device.
 
     Returns:

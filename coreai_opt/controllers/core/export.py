@@ -1,6 +1,7 @@
 """Compressed models as ONNX files."""
 
 import importlib.util
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,8 @@ from coreai_opt.controllers.core.qdq import FIRST_OPSET_OF_4_BITS, needs_4_bits
 
 __all__ = ["export_lowered_model", "export_onnx", "opset_of", "split_arguments"]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_OPSET = 20
 """Unless there are 4-bit integers.
 
@@ -22,21 +25,27 @@ From 21 on, ONNX Runtime 1.31 fails to load signed 8-bit inputs, with three axes
 biases: its optimizer makes a QuantizeLinear with a wrong ``output_dtype``, an attribute that 20 lacks.
 """
 _OPSETS = range(18, 24)
+_OLDEST_NAMED = 10
 
 
 def opset_of(save_format: str | None) -> int | None:
     """The ONNX opset that a format names; None if it leaves that open.
 
+    One from 10 on that is older than what can be written gives the oldest that can, with a warning.
+
     Raises:
-        ValueError: it is neither ``onnx`` nor ``onnx_<opset>`` with an opset that can be written.
+        ValueError: it is neither ``onnx`` nor ``onnx_<opset>`` with such an opset.
     """
     if save_format in (None, "onnx"):
         return None
     match = re.fullmatch(r"onnx_(\d+)", save_format or "")
     if match and int(match[1]) in _OPSETS:
         return int(match[1])
+    if match and _OLDEST_NAMED <= int(match[1]) < _OPSETS[0]:
+        logger.warning("save_format %s: written with opset %d, the oldest there is", save_format, _OPSETS[0])
+        return _OPSETS[0]
     raise ValueError(
-        f"save_format must be 'onnx' or 'onnx_<opset>' with an opset from {_OPSETS[0]} to {_OPSETS[-1]}; "
+        f"save_format must be 'onnx' or 'onnx_<opset>' with an opset from {_OLDEST_NAMED} to {_OPSETS[-1]}; "
         f"got {save_format!r}"
     )
 
@@ -62,7 +71,7 @@ def export_lowered_model(
     model: nn.Module,
     example: Batch,
     save_path: str | Path,
-    save_format: str | None,
+    opset: int | None,
     input_names: list[str] | None,
     output_names: list[str] | None,
     model_args: tuple[Any, ...] | None,
@@ -74,16 +83,15 @@ def export_lowered_model(
         example: arguments of a forward. Positional ``model_args`` are added to them; those that are named
             replace them.
         save_path: where to.
-        save_format: ``"onnx"`` or ``"onnx_<opset>"``; None for the former.
+        opset: see :func:`opset_of`; None for the one that the model needs.
         input_names: names of the graph's inputs.
         output_names: names of the graph's outputs.
         model_args: positional arguments, followed by a dict of those that are named.
 
     Raises:
-        ValueError: the format's opset has no integers of the model's widths, or the arguments do not end in a
+        ValueError: the opset has no integers of the model's widths, or the arguments do not end in a
             dict.
     """
-    opset = opset_of(save_format)
     extra, kwargs = split_arguments(model_args)
     args, defaults = example
     if opset is None:

@@ -6,11 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.controllers.core.config import InputInfo
 from coreai_opt.controllers.core.context import BuildContext
 from coreai_opt.controllers.core.losses import device_of
 
-__all__ = ["Batch", "batch_size", "batches", "example_inputs", "has_example", "one_batch", "require_loader"]
+__all__ = [
+    "Batch",
+    "batch_size",
+    "batches",
+    "example_inputs",
+    "has_example",
+    "loss_after_training",
+    "losses",
+    "one_batch",
+    "require_loader",
+]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -110,6 +121,69 @@ def one_batch(context: BuildContext, model: nn.Module) -> Batch:
     for batch in batches(context, model, 1):
         return batch
     raise ValueError("the registered data loader gives no batch")
+
+
+def losses(context: BuildContext, model: nn.Module, num_samples: int) -> Iterator[Tensor]:
+    """The task's loss on batches of the registered loader, with a graph, until ``num_samples`` are reached.
+
+    Raises:
+        ValueError: no loader or no criterion is registered, or a batch has no target.
+    """
+    init = context.init_args
+    require_loader(context)
+    if init.criterion is None and init.criterion_fn is None:
+        raise ValueError(
+            "the loss of the task is needed: register its function with "
+            "register_default_init_args(config, loader, criterion=...)"
+        )
+    device = torch.device(init.device) if init.device else device_of(model)
+    seen = 0
+    for batch in init.batches():
+        if seen >= num_samples:
+            return
+        args, kwargs = _split(batch)
+        target = batch.get("labels") if isinstance(batch, Mapping) else batch[1] if len(batch) > 1 else None
+        if target is None:
+            raise ValueError("the loss of the task needs batches with targets: pairs, or dicts with 'labels'")
+        args = tuple(_moved(value, device) for value in args)
+        kwargs = {name: _moved(value, device) for name, value in kwargs.items()}
+        seen += batch_size((args, kwargs))
+        output, target = model(*args, **kwargs), _moved(target, device)
+        if init.criterion_fn is not None:
+            yield init.criterion_fn(output, target, init.criterion)
+        else:
+            yield init.criterion(output, target)
+
+
+def loss_after_training(context: BuildContext, model: nn.Module, steps: int, rate: float = 1e-2) -> float:
+    """The mean loss in evaluation mode after a few steps of SGD; the model keeps the changes.
+
+    Args:
+        context: has the data and the criterion.
+        model: is trained.
+        steps: of the optimizer.
+        rate: its learning rate.
+    """
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=rate, momentum=0.9)
+    everything = 2**62
+    done = 0
+    with torch.enable_grad(), training_flags(model, True):
+        while done < steps:
+            before = done
+            for loss in losses(context, model, everything):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                done += 1
+                if done >= steps:
+                    break
+            if done == before:
+                raise ValueError("the registered data loader gives no batch")
+        optimizer.zero_grad()
+    with torch.no_grad(), training_flags(model, False):
+        values = [float(loss) for loss in losses(context, model, everything)]
+    return sum(values) / max(len(values), 1)
 
 
 class _Called(BaseException):

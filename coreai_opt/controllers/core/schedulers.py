@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from coreai_opt.controllers.core.api import CompressionScheduler, State
 from coreai_opt.controllers.core.state import take
 
-__all__ = ["BaseCompressionScheduler", "CompositeCompressionScheduler", "StubScheduler"]
+__all__ = ["BaseCompressionScheduler", "Change", "CompositeCompressionScheduler", "StubScheduler"]
+
+
+Change = tuple[int, int, str, float | None]
+"""Epoch, step of the epoch, what changes, and the level from then on if there is one."""
 
 
 class BaseCompressionScheduler(CompressionScheduler):
@@ -54,6 +58,15 @@ class BaseCompressionScheduler(CompressionScheduler):
             _check_index("epoch", next)
         self._current_epoch = self._current_epoch + 1 if next is None else next
         self._step_in_epoch = -1
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """What changes when, in a run from the beginning: nothing.
+
+        Args:
+            epochs: of the run.
+            steps_per_epoch: optimizer steps in an epoch, where known.
+        """
+        return []
 
     def get_state(self) -> State:
         """The counters."""

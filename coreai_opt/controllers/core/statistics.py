@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 
-__all__ = ["AlgorithmStatistics", "CompressionStatistics", "LeftWhole"]
+__all__ = ["AlgorithmStatistics", "CompressionStatistics", "LeftWhole", "table_of"]
 
 _WIDTH = 100
 
@@ -52,6 +53,14 @@ class AlgorithmStatistics(ClassRegistryMixin):
             else:
                 scalars.add_row(entry.name.replace("_", " "), _shown(value))
         return _rendered(tables)
+
+
+def table_of(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in plain characters."""
+    table = Table(*columns, title=title, box=box.ASCII2)
+    for row in rows:
+        table.add_row(*row)
+    return _rendered([table])
 
 
 def _record_table(name: str, records: list[Any]) -> list[Table]:

@@ -1,11 +1,12 @@
 """Schedulers that give an algorithm its level as a function of steps and epochs."""
 
+import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Protocol
 
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.controllers.core.api import State
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.state import take
 from coreai_opt.controllers.schedules import curves
 from coreai_opt.controllers.schedules.params import ScheduleParams
@@ -99,6 +100,22 @@ class LevelScheduler(ClassRegistryMixin, BaseCompressionScheduler):
 
     def _freeze_epoch(self) -> float:
         return self.params.freeze_epoch
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """The levels at the epochs' beginnings, and at their last steps where they move by step."""
+        changes: list[Change] = []
+        last: float | None = None
+        steps = self._steps_per_epoch or steps_per_epoch or 1
+        for epoch in range(epochs):
+            if epoch >= self._freeze_epoch():
+                changes.append((epoch, 0, "frozen", None))
+                break
+            for step in sorted({0, steps - 1} if self._moves_by_step else {0}):
+                level = self.level_at(epoch, step)
+                if level != last:
+                    changes.append((epoch, step, "level", level))
+                    last = level
+        return changes
 
     def step(self, next: int | None = None) -> None:
         """See :class:`CompressionScheduler`."""
@@ -200,6 +217,13 @@ class AdaptiveScheduler(LevelScheduler):
     def level_at(self, epoch: int, step: int = 0) -> float:
         """The current level."""
         return self._level
+
+    def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
+        """The first level; when it rises, training decides."""
+        rising = (0, 0, f"rises by {self.STEP:g} when reached, up to {self.target:g}", self.initial)
+        frozen = self._freeze_epoch()
+        ends: list[Change] = [(math.ceil(frozen), 0, "frozen", None)] if frozen < epochs else []
+        return [rising, *ends]
 
     def epoch_step(self, next: int | None = None) -> None:
         """See :class:`CompressionScheduler`. Waits for the device, to see what was reached."""

@@ -44,7 +44,7 @@ class ScheduleParams(ConfigModel):
         """Epoch from which nothing changes any more."""
         raise NotImplementedError
 
-    def exponential_epochs(self) -> tuple[int, int]:
+    def exponential_epochs(self) -> tuple[float, float]:
         """First epoch of an exponential, and the number of epochs until its target."""
         raise NotImplementedError
 

@@ -148,7 +148,7 @@ def test_further_arguments(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"save_format": "onnx_9"}, ValueError, "opset from 18 to 23; got 'onnx_9'"),
+        ({"save_format": "onnx_9"}, ValueError, "opset from 10 to 23; got 'onnx_9'"),
         ({"save_format": "tf"}, ValueError, "'onnx' or 'onnx_<opset>'"),
         ({"model_args": (torch.ones(1),)}, ValueError, "last element is the dict"),
         ({"model_args": ()}, ValueError, "last element is the dict"),

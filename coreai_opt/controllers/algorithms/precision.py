@@ -1,0 +1,149 @@
+"""Bits of each layer by the traces of the loss's Hessian, HAWQ-v2 (Dong et al., arXiv 1911.03852).
+
+A layer whose weights the loss is curved in suffers from coarse quantization: its sensitivity to ``b`` bits is
+the mean of its Hessian's diagonal times the squared error of its weights in ``b`` bits. The bits are those of
+least total sensitivity with which the model has few enough bit operations.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from coreai_opt.base_model_compressor import training_flags
+
+__all__ = ["assign_bits", "hessian_traces", "multiplications"]
+
+logger = logging.getLogger(__name__)
+
+
+def hessian_traces(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    losses: Callable[[], Iterable[Tensor]],
+    iterations: int,
+    tolerance: float,
+) -> dict[str, float]:
+    """Mean of the diagonal of the Hessian for each weight, by Hutchinson's estimate.
+
+    ``v H v`` is averaged over vectors of random signs, until the sum over the weights changes by less than
+    ``tolerance``, relatively, or there were enough.
+
+    Args:
+        model: stays as it is; runs in evaluation mode.
+        weights: whose blocks of the Hessian are looked at.
+        losses: yields the loss of each batch, with a graph.
+        iterations: vectors at most.
+        tolerance: when to stop.
+    """
+    generator = torch.Generator().manual_seed(0)
+    needed = {name: weight.requires_grad for name, weight in weights.items()}
+    parameters = list(weights.values())
+    sums = [0.0] * len(parameters)
+    last = 0.0
+    done = 0
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with training_flags(model, False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for number in range(1, iterations + 1):
+                signs = [_signs(parameter, generator) for parameter in parameters]
+                counted, step = 0, [0.0] * len(parameters)
+                for loss in losses():
+                    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+                    product = sum(
+                        (gradient * sign).sum()
+                        for gradient, sign in zip(gradients, signs, strict=True)
+                        if gradient is not None
+                    )
+                    curved = torch.autograd.grad(product, parameters, allow_unused=True)  # type: ignore[arg-type]
+                    for index, (curve, sign) in enumerate(zip(curved, signs, strict=True)):
+                        step[index] += 0.0 if curve is None else float((curve * sign).sum())
+                    counted += 1
+                sums = [total + each / max(counted, 1) for total, each in zip(sums, step, strict=True)]
+                done, mean = number, sum(sums) / number
+                if number > 1 and abs(mean - last) <= tolerance * max(abs(last), 1e-12):
+                    break
+                last = mean
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(needed[name])
+    logger.info("the Hessian's traces are means over %d random vectors", done)
+    return {
+        name: total / done / weight.numel()
+        for (name, weight), total in zip(weights.items(), sums, strict=True)
+    }
+
+
+def _signs(parameter: Tensor, generator: torch.Generator) -> Tensor:
+    bits = torch.randint(2, parameter.shape, generator=generator)
+    return (bits * 2 - 1).to(parameter.device, parameter.dtype)
+
+
+@torch.no_grad()
+def multiplications(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, int]:
+    """Multiplications of each convolution and linear layer in one forward."""
+    counted = dict.fromkeys(layers, 0)
+
+    def count(name: str, layer: Any, given: Tensor, output: Tensor) -> None:
+        if isinstance(layer, nn.Linear):
+            counted[name] += output.numel() * layer.in_features
+        elif layer.transposed:
+            counted[name] += given.numel() * layer.weight[0].numel()
+        else:
+            counted[name] += output.numel() * layer.weight[0].numel()
+
+    handles = [
+        layer.register_forward_hook(lambda layer, args, out, name=name: count(name, layer, args[0], out))
+        for name, layer in layers.items()
+    ]
+    try:
+        with training_flags(model, False):
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counted
+
+
+def assign_bits(
+    sensitivities: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], ratio: float
+) -> dict[str, int]:
+    """Bits of each layer, weights and inputs alike.
+
+    From the most bits on, the layer whose next fewer bits cost least sensitivity for the bit operations that
+    they save gets them, until the model with 8 bits has ``ratio`` times the bit operations.
+
+    Args:
+        sensitivities: of each layer to each number of bits.
+        costs: multiplications of each layer.
+        ratio: bit operations with 8 bits ÷ those with the chosen ones, at least.
+
+    Raises:
+        ValueError: the fewest bits do not reach the ratio.
+    """
+    options: Sequence[int] = sorted(next(iter(sensitivities.values())), reverse=True)
+    bits = dict.fromkeys(sensitivities, options[0])
+    full = 64 * sum(costs.values())
+
+    def operations(chosen: Mapping[str, int]) -> int:
+        return sum(costs[name] * each**2 for name, each in chosen.items())
+
+    while full < ratio * operations(bits):
+        best: tuple[float, str, int] | None = None
+        for name, now in bits.items():
+            for fewer in (each for each in options if each < now):
+                saved = costs[name] * (now**2 - fewer**2)
+                lost = sensitivities[name][fewer] - sensitivities[name][now]
+                if saved and (best is None or lost / saved < best[0]):
+                    best = lost / saved, name, fewer
+        if best is None:
+            reached = full / max(operations(bits), 1)
+            raise ValueError(f"compression_ratio: {options} bits reach {reached:g}; {ratio:g} is asked for")
+        bits[best[1]] = best[2]
+    return bits

@@ -1,0 +1,1 @@
+"""Training loops that look at the accuracy, and optimizers for staged quantization."""
