@@ -202,6 +202,15 @@ def _() -> Any:
     return on_prepared(switched)
 
 
+@named("switch of the whole graph")
+def _() -> Any:
+    def switched(quantizer: Quantizer, model: Any) -> Any:
+        quantizer.disable_fake_quant(model)
+        return switches(model)
+
+    return on_prepared(switched)
+
+
 @named("a schedule by name")
 def _() -> Any:
     entry = ModuleQuantizerConfig(qat_schedule=QATSchedule(enable_fake_quant=1, disable_observer=2))

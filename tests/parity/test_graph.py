@@ -26,6 +26,7 @@ INTENDED = {
     "finalized twice": "Finalizing a graph leaves the prepared one as it is",
     "calibration of a copy": MODULES,
     "dropout of channels in evaluation": MODULES,
+    "switch of the whole graph": MODULES,
     "numbers of batch norms and dropouts": NUMBERS,
 }
 CONTINUED = tuple((name, "default") for name in ("residual", "transposed", "bert", "llama", "tied", "shared"))

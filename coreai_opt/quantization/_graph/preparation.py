@@ -1,6 +1,7 @@
 """From a model and a configuration to a graph module with quantizers that have seen example inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,10 +75,11 @@ def prepare(
     _drop_unused(prepared)
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
-    _observe(prepared, example_inputs, model.training)
-    prepared = _without_disabled(prepared)
-    if state_dict is not None:
-        _load(prepared, state_dict)
+    with _buffers_as_before_on_failure(model):
+        _observe(prepared, example_inputs, model.training)
+        _drop_disabled(prepared)
+        if state_dict is not None:
+            _load(prepared, state_dict)
     set_flags(simulators_of(prepared), observe=False, simulate=True)
     keep_metadata(model, prepared)
     # As attributes: copies of a graph module get those that are attached, and no buffers of their own.
@@ -139,6 +141,19 @@ def _name_tensors(prepared: GraphModule) -> None:
             quantizer.tensor_fqn = str(source.target)
 
 
+@contextmanager
+def _buffers_as_before_on_failure(model: nn.Module) -> Iterator[None]:
+    """If the block raises, what a forward wrote into the model's buffers is undone."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+        raise
+
+
 def _observe(prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool) -> None:
     set_flags(simulators_of(prepared), observe=True, simulate=False)
     prepared.eval()
@@ -147,7 +162,7 @@ def _observe(prepared: GraphModule, example_inputs: tuple[Any, ...], training: b
     prepared.train(training)
 
 
-def _without_disabled(prepared: GraphModule) -> GraphModule:
+def _drop_disabled(prepared: GraphModule) -> None:
     """Take out the quantizers whose blocks do not fit their tensor."""
     disabled = [node for node, quantizer in quantizer_nodes(prepared) if quantizer.is_disabled()]
     for node in disabled:
@@ -156,7 +171,6 @@ def _without_disabled(prepared: GraphModule) -> GraphModule:
         delattr(prepared, str(node.target))
     if disabled:
         prepared.recompile()
-    return prepared
 
 
 def _load(prepared: GraphModule, state_dict: Mapping[str, Tensor]) -> None:

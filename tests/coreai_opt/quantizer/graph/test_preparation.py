@@ -115,7 +115,7 @@ def test_a_checkpoint_continues_in_a_model_prepared_alike() -> None:
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
 def test_a_foreign_checkpoint_is_refused_and_leaves_the_model(change: str) -> None:
-    _, found = prepared(mlp(), x(2, 4))
+    _, found = prepared(nn.Sequential(*mlp(), nn.BatchNorm1d(3)), x(2, 4))
     state = {name: 2 * tensor for name, tensor in found.state_dict().items()}
     if change == "missing":
         del state["0.bias"]
@@ -123,11 +123,11 @@ def test_a_foreign_checkpoint_is_refused_and_leaves_the_model(change: str) -> No
         state["more"] = torch.ones(1)
     else:
         state["2.bias"] = torch.ones(7)
-    model = mlp()
-    before = model[0].weight.detach().clone()
+    model = nn.Sequential(*mlp(), nn.BatchNorm1d(3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="state_dict"):
         Quantizer(model).prepare((x(2, 4),), state_dict=state)
-    assert torch.equal(model[0].weight, before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_weights_that_blocks_do_not_divide_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
