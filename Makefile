@@ -39,6 +39,7 @@ help:
 demo: $(NATIVE)
 	$(BIN)/python examples/digits_qat.py $(DEMO_FLAGS)
 	$(BIN)/python examples/controllers/composed.py
+	$(BIN)/python examples/digits_files.py
 
 test: $(NATIVE) $(ORACLE)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS)

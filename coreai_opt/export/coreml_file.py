@@ -3,6 +3,8 @@
 import importlib
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,22 +126,38 @@ def write(job: Job, path: Path) -> None:
     ct = _coremltools()
     precision = ct.precision.FLOAT16 if job.half else ct.precision.FLOAT32
     units = job.options.get("compute_units")
-    with torch.no_grad():
+    with torch.no_grad(), _without_fused_attention():
         traced = torch.jit.trace(job.model, job.args, check_trace=False)
     inputs = [
         ct.TensorType(name=name, shape=tensor.shape)
         for name, tensor in zip(job.input_names, job.inputs, strict=True)
     ]
-    converted = ct.convert(
-        traced,
-        inputs=inputs,
-        outputs=[ct.TensorType(name=name) for name in job.output_names],
-        minimum_deployment_target=_target(job, ct),
-        compute_precision=precision,
-        skip_model_load=True,
-        **({} if units is None else {"compute_units": units}),
-    )
+    try:
+        converted = ct.convert(
+            traced,
+            inputs=inputs,
+            outputs=[ct.TensorType(name=name) for name in job.output_names],
+            minimum_deployment_target=_target(job, ct),
+            compute_precision=precision,
+            skip_model_load=True,
+            **({} if units is None else {"compute_units": units}),
+        )
+    except TypeError as error:
+        if "0-dimensional" in str(error):
+            error.add_note("coremltools 9.0 converts some operators with NumPy below 2.4 only")
+        raise
     converted.save(str(path))
+
+
+@contextmanager
+def _without_fused_attention() -> Iterator[None]:
+    """Attention in operators that the converter knows."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def run(job: Job, path: Path) -> list[Tensor] | None:

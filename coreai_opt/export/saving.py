@@ -75,7 +75,7 @@ def save(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     half: bool = False,
-    tolerance: float = 0.02,
+    tolerance: float = 0.05,
     progress: bool = True,
     **options: Any,
 ) -> SavedModel:
@@ -94,7 +94,7 @@ def save(
         dynamic_shapes: for :func:`torch.export.export`; not for ``.mlpackage``.
         half: store float32 as float16, and compute in it: ``.aimodel``, ``.mlpackage``.
         tolerance: the largest relative difference of outputs from those of the compressed model, in the root
-            of the sum of squares.
+            of the sum of squares. Quantized activations that are rounded the other way make up most of it.
         progress: show a bar.
         **options: ``minimum_deployment_target`` (``"iOS18"``) and ``compute_units`` for ``.mlpackage``,
             ``opset`` for ``.onnx``, ``ignore`` (names of modules to store dense) for ``.safetensors``.
@@ -109,8 +109,12 @@ def save(
     """
     kind, path = _checked(model, path, example_inputs)
     steps = tqdm(total=4, desc=f"{path.name}: finalizing", disable=not progress, leave=False)
-    with steps:
-        original = copy.deepcopy(model).eval()
+    with steps, warnings.catch_warnings():
+        # Of torch, about what the converters call in it.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        original = copy.deepcopy(model).eval().cpu()
+        example_inputs = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
         expected = _outputs(original, example_inputs)
         job = Job(
             kind.lower(original).eval(),
@@ -125,9 +129,7 @@ def save(
         kind.check(job)
         with written(path) as temporary:
             _advance(steps, f"{path.name}: converting")
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore", FutureWarning)
-                warnings.simplefilter("ignore", DeprecationWarning)
+            with torch.no_grad():
                 kind.write(job, temporary)
             _advance(steps, f"{path.name}: running")
             found = kind.run(job, temporary)

@@ -273,3 +273,28 @@ def test_differences():
     assert relative_difference([torch.zeros(2)], [torch.zeros(2)]) == 0
     with pytest.raises(ValueError, match="shapes"):
         relative_difference([torch.zeros(3)], a)
+
+
+class Residual(nn.Module):
+    """Operations in the model's own forward, one layer called twice, and attention."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(16, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.layer(self.layer(x).relu()) + x
+        return y + self.attention(y, y, y, need_weights=False)[0], torch.matmul(x, y.transpose(-1, -2))
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".onnx", ".pt2"], indirect=True)
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_operations_in_a_models_own_forward(mode, suffix, tmp_path):
+    from coreai_opt.quantization import Quantizer, QuantizerConfig
+
+    inputs = (torch.randn(2, 5, 16),)
+    model = Quantizer(Residual().eval(), QuantizerConfig(execution_mode=mode)).prepare(inputs)
+    saved = save(model, tmp_path / f"model{suffix}", inputs, progress=False)
+    assert saved.difference < 0.01
