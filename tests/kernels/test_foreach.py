@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import Case, assert_same_bits, assert_same_memory_format, cases
 
 State = dict[str, Tensor]
@@ -122,6 +122,7 @@ def test_fake_quantize(
     st.sampled_from(list(Scheme)),
     st.sampled_from(list(RangeUpdate)),
     st.booleans(),
+    st.sampled_from(list(ScaleFormat)),
     flags,
     flags,
 )
@@ -132,12 +133,14 @@ def test_step(
     scheme: Scheme,
     update: RangeUpdate,
     use_minval: bool,
+    scale_format: ScaleFormat,
     needs_grad: list[bool],
     used: list[bool],
 ) -> None:
     needs_grad, used = needs_grad[: len(chosen)], used[: len(chosen)]
     config: dict[str, Any] = {name: value for name, value in chosen[0].quant.items() if name != "block_size"}
     config |= {"scheme": scheme, "update": update, "averaging_constant": 0.1, "use_minval": use_minval}
+    config["scale_format"] = chosen[0].suited(scale_format, scheme)
     results = []
     with ck.use_backend(backend):
         for together in (False, True):
