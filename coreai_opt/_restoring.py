@@ -46,11 +46,19 @@ def side_effects_undone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """If the block raises, all modules have the class, attributes and submodules that they had before.
+    """If the block raises, all modules have the class, attributes, submodules and hooks that they had before.
 
     Values written into tensors stay.
     """
-    tables = ("_parameters", "_buffers", "_modules")
+    tables = (
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks",
+        "_forward_hooks_always_called",
+    )
     before = [
         (module, type(module), dict(module.__dict__), [dict(module.__dict__[table]) for table in tables])
         for module in model.modules()

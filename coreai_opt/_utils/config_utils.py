@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from coreai_opt._utils.registry_utils import registry_key
 
 __all__ = [
+    "CLASS_BEFORE",
     "ConfigLevel",
     "canonical_names",
     "did_you_mean",
     "full_match",
     "is_type_named",
     "matching_names",
+    "original_type",
     "plain_data",
     "qualified_name",
 ]
@@ -42,6 +45,16 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 def qualified_name(module_type: type) -> str:
     """The dotted name of a class, e.g. ``torch.nn.modules.linear.Linear``."""
     return f"{module_type.__module__}.{module_type.__qualname__}"
+
+
+# In the dict of a class that a compressor made for a module: the class that the module had.
+CLASS_BEFORE = "_coreai_opt_class_before"
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """The class of the module as its author knows it, without what torch or a compressor derived from it."""
+    cls: type[nn.Module] = type_before_parametrizations(module) if is_parametrized(module) else type(module)
+    return vars(cls).get(CLASS_BEFORE, cls)
 
 
 def is_type_named(module_type: type, name: str) -> bool:

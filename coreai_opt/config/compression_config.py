@@ -21,6 +21,7 @@ from coreai_opt._utils.config_utils import (
     full_match,
     is_type_named,
     matching_names,
+    original_type,
     plain_data,
     qualified_name,
 )
@@ -170,7 +171,7 @@ class CompressionConfig(Config, Generic[_T]):
             if full_match(pattern, name):
                 return config
         for key, config in reversed(self.module_type_configs.items()):
-            if is_type_named(type(module), str(key)):
+            if is_type_named(original_type(module), str(key)):
                 return config
         return self.global_config
 
@@ -200,7 +201,9 @@ class CompressionConfig(Config, Generic[_T]):
         for pattern, config in reversed(self.module_name_configs.items()):
             assign(ConfigLevel.MODULE_NAME, matching_names(pattern, names), config or self._disabled())
         for key, config in reversed(self.module_type_configs.items()):
-            of_type = {name for name, module in modules.items() if is_type_named(type(module), str(key))}
+            of_type = {
+                name for name, module in modules.items() if is_type_named(original_type(module), str(key))
+            }
             assign(ConfigLevel.MODULE_TYPE, of_type, config or self._disabled())
         assign(ConfigLevel.GLOBAL, set(modules), self.global_config or self._disabled())
         return result

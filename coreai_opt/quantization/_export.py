@@ -11,7 +11,6 @@ from coreai_opt.common import ExportBackend
 from coreai_opt.export import coreai, coreml, mapped
 from coreai_opt.export.parametrized import Place, places_of, replace_simulator
 from coreai_opt.export.torch import fold
-from coreai_opt.quantization._eager.interception import LeafForward, ReplacedForward, ScopeForward
 from coreai_opt.quantization._export_checks import Named, check_exportable
 from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
 from coreai_opt.quantization._export_utils import eager_activation_export_handler
@@ -42,7 +41,6 @@ def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Pat
         _to_core_ai(weights, activations, mmap_dir)
     else:
         _to_core_ml(model, weights, activations)
-    _remove_shortcuts(model)
 
 
 def _named(weights: list[Place], activations: list[tuple[nn.Module, str, str]]) -> Iterator[Named]:
@@ -119,12 +117,3 @@ def _to_core_ml(
     for module, child, _ in activations:
         setattr(module, child, pairs[getattr(module, child)].train(module.training))
     coreml.mark(model)
-
-
-def _remove_shortcuts(model: nn.Module) -> None:
-    """Take off the forwards that serve simulators of weights; those of activations stay."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        while isinstance(forward, ReplacedForward) and not isinstance(forward, LeafForward | ScopeForward):
-            forward.remove()
-            forward = module.__dict__.get("forward")

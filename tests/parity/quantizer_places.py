@@ -128,6 +128,10 @@ ask(
     "operation linear, weight of a child",
     lambda: (Function(lambda s, x: F.linear(x, s.a.weight), a=nn.Linear(4, 4)), (MATRIX,), eager()),
 )
+ask(
+    "operation linear, forward of a child",
+    lambda: (Function(lambda s, x: s.a.forward(x), a=nn.Linear(4, 4)), (MATRIX,), eager()),
+)
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "Linear": (lambda: nn.Linear(4, 6), MATRIX),

@@ -1,46 +1,73 @@
-"""Forwards that pass the tensors of their operations through simulators.
+"""Hooks that pass the tensors of a model's operations through simulators.
 
-A forward is replaced on the module itself (``module.forward``), so it is found wherever the module is called.
-A module of torch that calls a single operation gets a :class:`LeafForward`, which needs no interception: it
-simulates before and behind the forward. Others get a :class:`ScopeForward`: while it runs, torch reports each
-call of a function, and the calls are recognised by their order.
+Hooks are around the *call* of a module, and hold names and positions but no module: its forward stays the
+user's, who may replace, wrap, export or inspect it, and a copy or replica of the module works with its own
+simulators.
+
+A module of torch that calls a single operation gets a :class:`LeafHook`, which simulates before and behind
+the forward. Others get a :class:`ScopeHook`: while they run, torch reports each call of a function to a
+:class:`~torch.overrides.TorchFunctionMode`, and the calls are recognised by their order.
 """
 
-import copy
-import inspect
+import sys
 import threading
-import types
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from coreai_opt.config.spec.compression_simulator import is_simulating
-from coreai_opt.quantization._eager.call_sites import CallGroup, Site
+from coreai_opt.quantization._eager.call_sites import CallGroup
+from coreai_opt.quantization._eager.operations import as_method
 
-__all__ = ["WITH_SHORTCUT", "LeafForward", "ReplacedForward", "ScopeForward", "is_intercepting"]
-
-# The method by which torch.nn.parallel copies a module for a device.
-_REPLICATE = "_replicate_for_data_parallel"
+__all__ = ["WITH_SHORTCUT", "Hook", "LeafHook", "ScopeHook", "install", "is_intercepting", "remove_hooks"]
 
 # Modules whose forward takes a shortcut around their submodules unless functions are intercepted.
 WITH_SHORTCUT = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderLayer)
 
+_Groups = Mapping[Callable[..., Any], CallGroup]
+_NOTHING: _Groups = {}
+
 
 class _Frame:
-    """A forward in progress: how often it has called each operation."""
+    """A module's call in progress: how often it has called each operation.
 
-    __slots__ = ("counts", "groups", "module")
+    Attributes:
+        module: the module.
+        groups: the operations that are intercepted.
+        counts: their calls, by the slots of the groups.
+        caller: the Python frame of the call; None in compiled code.
+        outside: the call that this one is inside of.
+    """
+
+    __slots__ = ("caller", "counts", "groups", "module", "outside")
 
     def __init__(
-        self, module: nn.Module, groups: dict[Callable[..., Any], CallGroup], operations: int
+        self,
+        module: nn.Module,
+        groups: _Groups,
+        slots: int,
+        caller: FrameType | None,
+        outside: "_Frame | None",
     ) -> None:
         self.module = module
         self.groups = groups
-        self.counts = [0] * operations
+        self.counts = [0] * slots
+        self.caller = caller
+        self.outside = outside
+
+    def is_running(self) -> bool:
+        """Whether the call has not ended: torch calls no hook after a KeyboardInterrupt."""
+        if self.caller is None:
+            return True
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
 
 
 class _Interception(TorchFunctionMode):
@@ -54,9 +81,11 @@ class _Interception(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         frame = self.frame
+        if torch.compiler.is_compiling():
+            func, args = as_method(func, args)
         if frame is not None and not is_simulating():
             group = frame.groups.get(func)
-            if group is not None:
+            if group is not None and (torch.compiler.is_compiling() or frame.is_running()):
                 count = frame.counts[group.slot]
                 frame.counts[group.slot] = count + 1
                 if count < len(group.sites):
@@ -77,169 +106,156 @@ _active = _Active()
 
 def is_intercepting() -> bool:
     """Whether the current thread runs a forward that is intercepted."""
-    return _active.mode is not None
+    return _active_mode() is not None
 
 
-class ReplacedForward:
-    """Base of the forwards that are put on a module in place of its own.
-
-    Holds the module weakly: a model that is dropped is freed at once, not when cycles are collected.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
-        # A forward that somebody else put on the instance; else the class's is looked up at each call.
-        self._displaced: Callable[..., Any] | None = module.__dict__.get("forward")
-
-    @property
-    def module(self) -> nn.Module:
-        """The module whose forward this is."""
-        module = self._module()
-        if module is None:
-            raise ReferenceError("the module of this forward has been deleted")
-        return module
-
-    @property
-    def inner(self) -> Callable[..., Any]:
-        """The forward that this one replaces."""
-        return self._displaced or type(self.module).forward.__get__(self.module)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.inner)
-
-    @property
-    def __code__(self) -> types.CodeType:
-        # torch.export looks up where a model's forward is defined.
-        return self.inner.__code__
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": self.module}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._module = weakref.ref(state["_module"])
-
-    def install(self) -> None:
-        """Take the place of the module's forward."""
-        own = self.module.__dict__
-        own["forward"] = self
-        own[_REPLICATE] = self.replicate
-
-    def remove(self) -> None:
-        """Give it back."""
-        own = self.module.__dict__
-        own.pop("forward", None)
-        own.pop(_REPLICATE, None)
-        if self._displaced is not None:
-            own["forward"] = self._displaced
-            if isinstance(self._displaced, ReplacedForward):
-                own[_REPLICATE] = self._displaced.replicate
-
-    def replicate(self) -> nn.Module:
-        """What ``nn.DataParallel`` asks of the module: a replica, whose forward is the replica's."""
-        module = self.module
-        replica: nn.Module = getattr(type(module), _REPLICATE)(module)
-        own = replica.__dict__
-        del own["forward"]
-        forward = self.of_replica(replica)
-        if forward is not None:
-            own["forward"] = forward
-        return replica
-
-    def of_replica(self, replica: nn.Module) -> Callable[..., Any] | None:
-        """The forward for a replica of the module; None for that of its class."""
-        forward: Any = copy.copy(self)
-        forward._module = weakref.ref(replica)
-        forward._displaced = self._displaced_of(replica)
-        return forward  # type: ignore[no-any-return]
-
-    def _displaced_of(self, replica: nn.Module) -> Callable[..., Any] | None:
-        if isinstance(self._displaced, ReplacedForward):
-            return self._displaced.of_replica(replica)
-        return self._displaced
-
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._displaced is not None:
-            return self._displaced(*args, **kwargs)
-        return type(module).forward(module, *args, **kwargs)
-
-    def _run_unseen(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The module's forward, of whose calls the module outside does not count any."""
-        mode = None if torch.compiler.is_compiling() else _active.mode
-        if mode is None:
-            return self._run(module, args, kwargs)
-        outside, mode.frame = mode.frame, None
-        try:
-            return self._run(module, args, kwargs)
-        finally:
-            mode.frame = outside
+def _active_mode() -> _Interception | None:
+    mode = _active.mode
+    if mode is None or torch.compiler.is_compiling():
+        return mode
+    while mode.frame is not None and not mode.frame.is_running():
+        mode.frame = mode.frame.outside
+    if mode.frame is None:
+        _take_off_stack(mode)
+        return None
+    return mode
 
 
-class LeafForward(ReplacedForward):
-    """The forward of a module that calls one operation, on its first argument."""
-
-    def __init__(self, module: nn.Module, site: Site) -> None:
-        super().__init__(module)
-        self.input_name = site.inputs[0][2] if site.inputs else None
-        self.output_name = site.outputs[0][1] if site.outputs else None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward between the simulators."""
-        module = self.module
-        simulators: Any = module._modules
-        if self.input_name is not None:
-            if args:
-                args = (simulators[self.input_name](args[0]), *args[1:])
-            else:
-                kwargs["input"] = simulators[self.input_name](kwargs["input"])
-        result = self._run_unseen(module, args, kwargs)
-        return result if self.output_name is None else simulators[self.output_name](result)
+def _take_off_stack(mode: _Interception) -> None:
+    """End an interception that was left without its hooks, wherever torch's stack of modes has it."""
+    _active.mode = None
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = _pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for each in reversed(above):
+        _push_mode(each)
 
 
-class ScopeForward(ReplacedForward):
-    """The forward of any other module.
+def _enter(module: nn.Module, groups: _Groups, slots: int, opens: bool) -> None:
+    """Begin a frame. To be called by a hook's method, which torch calls; see :func:`_leave`.
 
     Args:
-        module: the module.
-        name: its name, for messages.
-        groups: the operations that are intercepted, by each function that performs them.
+        module: the module that is called.
+        groups: the operations that are intercepted.
+        slots: how many operations are counted.
+        opens: whether interception begins here unless it is active.
+    """
+    mode = _active_mode()
+    if mode is None:
+        if not opens:
+            return
+        mode = _active.mode = _Interception()
+        _push_mode(mode)
+    # This function, the method, a closure of nn.Module._call_impl, nn.Module._call_impl.
+    caller = None if torch.compiler.is_compiling() else sys._getframe(3)
+    mode.frame = _Frame(module, groups, slots, caller, mode.frame)
+
+
+def _leave(module: nn.Module) -> _Frame | None:
+    """End the frame that :func:`_enter` began for this call; the frame, unless an exception ends the call."""
+    mode = _active_mode()
+    frame = None if mode is None else mode.frame
+    if mode is None or frame is None or frame.module is not module:
+        return None
+    is_failing = False
+    if not torch.compiler.is_compiling() and frame.caller is not None:
+        # After an exception, torch calls hooks from nn.Module._call_impl itself.
+        caller = sys._getframe(2)
+        is_failing = caller is frame.caller
+        if not is_failing and caller.f_back is not frame.caller:
+            return None  # an earlier hook failed before the frame began; this one is of a call outside
+    mode.frame = frame.outside
+    if mode.frame is None:
+        _active.mode = None
+        _pop_mode()
+    return None if is_failing else frame
+
+
+class Hook:
+    """Base of the hooks: one object is a module's pre-hook (:meth:`before`) and hook (:meth:`after`)."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Hook":
+        return self  # names and positions only: true of a module's copy, too
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the forward gets in place of its arguments; None for the same."""
+        raise NotImplementedError
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """What the call returns in place of the forward's result; None for the same."""
+        raise NotImplementedError
+
+
+class LeafHook(Hook):
+    """Of a module that calls one operation, on its first argument.
+
+    Args:
+        input_name: the name of the argument's simulator in the module; None for none.
+        output_name: the same for the result.
     """
 
-    def __init__(self, module: nn.Module, name: str, groups: dict[Callable[..., Any], CallGroup]) -> None:
-        super().__init__(module)
+    def __init__(self, input_name: str | None, output_name: str | None) -> None:
+        self.input_name = input_name
+        self.output_name = output_name
+
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Simulate the argument. What is called from here on does not count for the module outside."""
+        _enter(module, _NOTHING, 0, opens=False)
+        if self.input_name is None:
+            return None
+        simulators: Any = module._modules
+        if args:
+            return (simulators[self.input_name](args[0]), *args[1:]), kwargs
+        if "input" in kwargs:
+            return args, {**kwargs, "input": simulators[self.input_name](kwargs["input"])}
+        return None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """Simulate the result."""
+        simulators: Any = module._modules
+        try:
+            if self.output_name is None or result is None:  # there is no result where the forward failed
+                return None
+            return simulators[self.output_name](result)
+        finally:
+            _leave(module)
+
+
+class ScopeHook(Hook):
+    """Of any other module.
+
+    Args:
+        name: the module's name, for messages.
+        groups: the operations that are intercepted, by each function that performs them.
+        intercepts: whether functions are intercepted although no operation is simulated.
+    """
+
+    def __init__(self, name: str, groups: _Groups, intercepts: bool = False) -> None:
         self.name = name
         self.groups = groups
         self.by_slot = sorted({group.slot: group for group in groups.values()}.values(), key=_slot)
-        self.intercepts = bool(groups) or isinstance(module, WITH_SHORTCUT)
+        self.intercepts = bool(groups) or intercepts
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward.
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Count operations from here on for this module."""
+        _enter(module, self.groups, len(self.by_slot), self.intercepts)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Count for the module outside again.
 
         Raises:
-            RuntimeError: it called an operation more or less often than in the forward that was traced.
+            RuntimeError: an operation was called more or less often than in the forward that was traced.
         """
-        if not self.intercepts:
-            return self._run_unseen(self.module, args, kwargs)
-        mode = _active.mode
-        if mode is not None:
-            return self._run_in(mode, args, kwargs)
-        mode = _active.mode = _Interception()
-        _push_mode(mode)
-        try:
-            return self._run_in(mode, args, kwargs)
-        finally:
-            _active.mode = None
-            _pop_mode()
-
-    def _run_in(self, mode: _Interception, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        outside = mode.frame
-        module = self.module
-        frame = mode.frame = _Frame(module, self.groups, len(self.by_slot))
-        try:
-            result = self._run(module, args, kwargs)
-        finally:
-            mode.frame = outside
+        frame = _leave(module)
+        if frame is None:
+            return
         for group, count in zip(self.by_slot, frame.counts, strict=True):
             if count != len(group.sites):
                 raise RuntimeError(
@@ -248,8 +264,32 @@ class ScopeForward(ReplacedForward):
                     f"order: prepare the model with example inputs that take this way, or leave "
                     f"{group.operation!r} out of the configuration of this module."
                 )
-        return result
 
 
 def _slot(group: CallGroup) -> int:
     return group.slot
+
+
+def install(hook: Hook, module: nn.Module) -> None:
+    """Put the hook on the module: next to the forward, inside of all hooks that are there."""
+    module.register_forward_pre_hook(hook.before, with_kwargs=True)
+    module.register_forward_hook(hook.after, prepend=True, always_call=True)
+
+
+# torch.compile traces the hooks as part of a model. Compiled by themselves, which happens behind a graph break,
+# they would not change torch's stack of modes.
+for _function in (_enter, _leave, LeafHook.before, LeafHook.after, ScopeHook.before, ScopeHook.after):
+    skip_code(_function.__code__)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take the hooks off all modules."""
+    for module in model.modules():
+        for hooks, *kinds in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_always_called),
+        ):
+            ours = [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Hook)]
+            for key in ours:
+                for table in (hooks, *kinds):
+                    del table[key]  # type: ignore[attr-defined]

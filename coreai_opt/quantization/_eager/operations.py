@@ -1,6 +1,7 @@
 """The operations whose tensors are simulated, and what their arguments are called."""
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "MODULES",
     "OPERATIONS",
     "argument_name",
+    "as_method",
     "function_name",
     "is_in_place",
 ]
@@ -43,6 +45,17 @@ OPERATIONS: dict[str, tuple[tuple[str, ...], tuple[Function, ...]]] = {
     "mul_": (_BINARY, (Tensor.mul_,)),
     "sub": (_BINARY, (torch.sub, Tensor.sub)),
     "sub_": (_BINARY, (Tensor.sub_,)),
+}
+
+# What torch.export in strict mode reports for an operator of Python, and the method that eager mode reports.
+_METHODS: dict[Function, Function] = {
+    operator.add: Tensor.add,
+    operator.iadd: Tensor.add_,
+    operator.sub: Tensor.sub,
+    operator.isub: Tensor.sub_,
+    operator.mul: Tensor.mul,
+    operator.imul: Tensor.mul_,
+    operator.matmul: Tensor.matmul,
 }
 
 FUNCTIONS: dict[Function, str] = {
@@ -74,6 +87,17 @@ MODULES: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose3d,
     nn.Embedding,
 )
+
+
+def as_method(function: Function, args: tuple[Any, ...]) -> tuple[Function, tuple[Any, ...]]:
+    """A call as eager mode reports it: the method of the tensor in place of an operator of Python."""
+    method = _METHODS.get(function)
+    if method is None or len(args) != 2:
+        return function, args
+    if isinstance(args[0], Tensor):
+        return method, args
+    # A number comes first. The method for `2 - x` is another than that for `x - 2`.
+    return (method, (args[1], args[0])) if method in (Tensor.add, Tensor.mul) else (function, args)
 
 
 def is_in_place(operation: str) -> bool:

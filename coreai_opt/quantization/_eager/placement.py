@@ -6,24 +6,27 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from coreai_opt._state_tensors import put_on_places
+from coreai_opt._utils.config_utils import original_type
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
 from coreai_opt.quantization._eager.interception import (
     WITH_SHORTCUT,
-    LeafForward,
-    ReplacedForward,
-    ScopeForward,
+    Hook,
+    LeafHook,
+    ScopeHook,
+    install,
 )
 from coreai_opt.quantization._eager.operations import LEAF_FORWARDS, OPERATIONS, is_in_place
-from coreai_opt.quantization._eager.resolution import CallPlan, Plan, StatePlan
+from coreai_opt.quantization._eager.resolution import CallPlan, PlacementPlan, StatePlan
 from coreai_opt.quantization._eager.trace import ModuleTrace, compressions_of
 from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["Simulators", "build", "insert", "install_forwards", "remove_forwards"]
+__all__ = ["Simulators", "build", "insert", "install_hooks"]
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Simulators:
         yield from (simulator for _, simulator in self.states)
 
 
-def build(plan: Plan) -> Simulators:
+def build(plan: PlacementPlan) -> Simulators:
     """The simulators that the plan asks for.
 
     Raises:
@@ -118,28 +121,33 @@ def insert(simulators: Simulators) -> None:
         put_on_places(simulator, [(place.module, place.name) for place in state.places])
 
 
-def install_forwards(model: nn.Module, plan: Plan) -> None:
-    """Replace the forwards of modules so that the simulators of activations that are there are used."""
-    simulated = {}
+def install_hooks(model: nn.Module, plan: PlacementPlan) -> None:
+    """Hook modules so that the simulators of activations that are there are used."""
+    hooks: dict[nn.Module, Hook] = {}
     for traced, calls in plan.calls:
         sites = {each.call.label: _site(traced.module, each) for each in calls}
         if any(sites.values()):
-            simulated[traced.module] = (traced, calls, sites)
-    if not simulated:
+            hooks[traced.module] = _leaf_hook(traced, sites) or ScopeHook(
+                traced.name, _groups(traced, calls, sites)
+            )
+    if not hooks:
         return
-    forwards: list[LeafForward | ScopeForward] = []
-    for traced, calls, sites in simulated.values():
-        leaf_site = _leaf_site(traced, sites)
-        if leaf_site is not None:
-            forwards.append(LeafForward(traced.module, leaf_site))
-        else:
-            forwards.append(ScopeForward(traced.module, traced.name, _groups(traced, calls, sites)))
-    intercepts = any(isinstance(each, ScopeForward) for each in forwards)
+    scopes = [hook for hook in hooks.values() if isinstance(hook, ScopeHook)]
+    counted = {group.operation for hook in scopes for group in hook.by_slot}
     for name, module in _modules_of_the_user(model):
-        if module not in simulated and (isinstance(module, WITH_SHORTCUT) or intercepts):
-            forwards.append(ScopeForward(module, name, {}))
-    for forward in forwards:
-        forward.install()
+        has_shortcut = isinstance(module, WITH_SHORTCUT)
+        if module not in hooks and (has_shortcut or (scopes and not _calls_none(module, counted, plan))):
+            hooks[module] = ScopeHook(name, {}, has_shortcut)
+    for module, hook in hooks.items():
+        install(hook, module)
+
+
+def _calls_none(module: nn.Module, operations: set[str], plan: PlacementPlan) -> bool:
+    """Whether the module's forward calls none of the operations, whatever the input and the mode are."""
+    if module not in plan.counts or not original_type(module).__module__.startswith("torch.nn."):
+        return False
+    # Batch norms count batches by add_, in training mode alone.
+    return not isinstance(module, _NormBase) and operations.isdisjoint(plan.counts[module])
 
 
 def _modules_of_the_user(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -151,7 +159,7 @@ def _modules_of_the_user(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for _, _, _, chain in compressions_of(model):
         ours.update(chain.modules())
     for name, module in model.named_modules():
-        has_forward = type(module).forward is not nn.Module.forward
+        has_forward = type(module).forward is not nn.Module.forward or "forward" in module.__dict__
         if has_forward and module not in ours and not isinstance(module, torch.jit.ScriptModule):
             yield name, module
 
@@ -167,8 +175,8 @@ def _site(module: nn.Module, plan: CallPlan) -> Site | None:
     return Site(tuple(inputs), tuple(outputs), is_in_place(plan.call.operation))
 
 
-def _leaf_site(traced: ModuleTrace, sites: dict[str, Site | None]) -> Site | None:
-    """The site of the one operation that the module calls; None if there may be more to its forward."""
+def _leaf_hook(traced: ModuleTrace, sites: dict[str, Site | None]) -> LeafHook | None:
+    """The hook of a module that calls one operation; None if there may be more to its forward."""
     module = traced.module
     operation = LEAF_FORWARDS.get(type(module).forward)
     if (
@@ -183,7 +191,9 @@ def _leaf_site(traced: ModuleTrace, sites: dict[str, Site | None]) -> Site | Non
     others = [each for label, each in sites.items() if label != operation and each is not None]
     if site is None or others or any(position for position, *_ in (*site.inputs, *site.outputs)):
         return None
-    return site
+    return LeafHook(
+        site.inputs[0][2] if site.inputs else None, site.outputs[0][1] if site.outputs else None
+    )
 
 
 def _groups(
@@ -200,10 +210,3 @@ def _groups(
             functions.append(call.function)
         groups.update(dict.fromkeys(functions, CallGroup(operation, slot, tuple(own))))
     return groups
-
-
-def remove_forwards(model: nn.Module) -> None:
-    """Give all modules their own forwards back."""
-    for module in model.modules():
-        while isinstance(forward := module.__dict__.get("forward"), ReplacedForward):
-            forward.remove()

@@ -9,13 +9,8 @@ from torch.nn.utils import parametrize
 
 from coreai_opt._restoring import side_effects_undone, training_flags, undone_on_failure
 from coreai_opt.config.spec import CompressionTargetTensor
-from coreai_opt.quantization._eager.placement import (
-    Simulators,
-    build,
-    insert,
-    install_forwards,
-    remove_forwards,
-)
+from coreai_opt.quantization._eager.interception import remove_hooks
+from coreai_opt.quantization._eager.placement import Simulators, build, insert, install_hooks
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
 from coreai_opt.quantization.config import QuantizerConfig
@@ -41,15 +36,15 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         plan = resolve(trace, configs)
         simulators = build(plan)
         insert(simulators)
-        install_forwards(model, plan)
+        install_hooks(model, plan)
         set_flags(simulators.all(), observe=True, simulate=False)
         with training_flags(model, False), torch.no_grad():
             model(*example_inputs)
             _observe_unread_states(simulators)
         set_flags(simulators.all(), observe=False, simulate=True)
         if _drop_disabled(simulators):
-            remove_forwards(model)
-            install_forwards(model, plan)
+            remove_hooks(model)
+            install_hooks(model, plan)
 
 
 def _observe_unread_states(simulators: Simulators) -> None:

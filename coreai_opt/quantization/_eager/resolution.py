@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from coreai_opt._utils.config_utils import ConfigLevel, full_match
 from coreai_opt.export.parametrized import is_finalized
 from coreai_opt.quantization._eager.operations import OPERATIONS
@@ -12,7 +14,7 @@ from coreai_opt.quantization._eager.trace import Call, Identity, ModuleTrace, Op
 from coreai_opt.quantization.config.quantization_config import ModuleQuantizerConfig, OpQuantizerConfig
 from coreai_opt.quantization.spec import QuantizationSpec
 
-__all__ = ["CallPlan", "ModuleConfigs", "Plan", "StatePlan", "boundary_modules", "resolve"]
+__all__ = ["CallPlan", "ModuleConfigs", "PlacementPlan", "StatePlan", "boundary_modules", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,21 @@ class StatePlan:
 
 
 @dataclass
-class Plan:
-    """Simulators of a model's activations, module by module in the order of calls, and of its states."""
+class PlacementPlan:
+    """Which simulators a model gets.
+
+    Attributes:
+        calls: those of activations, module by module in the order of calls.
+        states: those of parameters and buffers.
+        counts: how often each module that ran called each operation, simulated or not.
+    """
 
     calls: list[tuple[ModuleTrace, list[CallPlan]]] = field(default_factory=list)
     states: list[StatePlan] = field(default_factory=list)
+    counts: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
 
 
-def resolve(trace: Trace, configs: ModuleConfigs) -> Plan:
+def resolve(trace: Trace, configs: ModuleConfigs) -> PlacementPlan:
     """Decide on simulators.
 
     A specification for a module's boundary comes before one for operations. Of several for one tensor, the
@@ -61,8 +70,9 @@ def resolve(trace: Trace, configs: ModuleConfigs) -> Plan:
     for name, config in by_name.items():
         _check_positions(name, config)
     received, returned = _boundaries(trace, by_name)
-    plan = Plan()
+    plan = PlacementPlan()
     for traced in trace.modules.values():
+        plan.counts[traced.module] = traced.counts
         operations = list(dict.fromkeys(call.operation for call in traced.calls.values()))
         # Operation by operation: the order that simulators have in the model.
         calls = [

@@ -1,7 +1,6 @@
 """One forward of a model, written down: which module calls which operation on which tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.export.parametrized import FinalizedWeight
@@ -205,19 +205,22 @@ class _Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return id(tensor), 0 if tensor.is_inference() else tensor._version
 
-    @contextmanager
-    def forward_of(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> Iterator[_Frame]:
+    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """A forward begins."""
         trace = self.trace.modules.setdefault(module, ModuleTrace(module, name))
         if name in self.boundaries:
             self.trace.inputs.append((name, self._tensors_in(args)))
-        frame = _Frame(trace, name in self.boundaries or bool(self.frames and self.frames[-1].is_bounded))
-        self.frames.append(frame)
-        try:
-            yield frame
-        finally:
-            self.frames.pop()
+        is_bounded = name in self.boundaries or bool(self.frames and self.frames[-1].is_bounded)
+        self.frames.append(_Frame(trace, is_bounded))
+
+    def leave(self, name: str, module: nn.Module, result: Any) -> None:
+        """It ends; ``result`` is None if by an exception."""
+        if not self.frames or self.frames[-1].trace.module is not module:
+            return  # a hook failed before the forward began
+        frame = self.frames.pop()
         for operation, count in frame.counts.items():
-            trace.counts.setdefault(operation, count)
+            frame.trace.counts.setdefault(operation, count)
+        self.returned(name, result)
 
     def returned(self, name: str, result: Any) -> None:
         if name in self.boundaries:
@@ -228,41 +231,23 @@ class _Recorder(TorchFunctionMode):
         return [(index, self._identity(tensor)) for index, tensor in enumerate(tensors)]
 
 
-class _TracedForward:
-    """Stands in for a module's forward while it is traced."""
+class _Compressed:
+    """Hooks of parametrizations that compress: what they return is the module's state."""
 
-    def __init__(self, recorder: _Recorder, name: str, module: nn.Module) -> None:
-        self.recorder = recorder
-        self.name = name
-        self.module = module
-        self.inner = module.forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.recorder.forward_of(self.name, self.module, args):
-            result = self.inner(*args, **kwargs)
-        self.recorder.returned(self.name, result)
-        return result
-
-
-class _TracedCompression:
-    """Stands in for the forward of parametrizations that compress: what they return is the module's state."""
-
-    def __init__(
-        self, recorder: _Recorder, owner: tuple[nn.Module, str, str], chain: ParametrizationList
-    ) -> None:
+    def __init__(self, recorder: _Recorder, owner: tuple[nn.Module, str, str]) -> None:
         self.recorder = recorder
         self.owner = owner
-        self.inner = chain.forward
+        self.outside: list[list[_Frame]] = []
 
-    def __call__(self) -> Tensor:
-        outside, self.recorder.frames = self.recorder.frames, []
-        try:
-            result: Tensor = self.inner()
-        finally:
-            self.recorder.frames = outside
-        self.recorder.kept.append(result)
-        self.recorder.own(result, *self.owner)
-        return result
+    def before(self, *_: Any) -> None:
+        self.outside.append(self.recorder.frames)
+        self.recorder.frames = []
+
+    def after(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.recorder.frames = self.outside.pop()
+        if isinstance(result, Tensor):
+            self.recorder.kept.append(result)
+            self.recorder.own(result, *self.owner)
 
 
 def compressions_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, ParametrizationList]]:
@@ -283,25 +268,29 @@ def trace_forward(model: nn.Module, inputs: Sequence[Any], boundaries: frozenset
         boundaries: names of the modules whose inputs and outputs are asked for.
     """
     recorder = _Recorder(model, boundaries)
-    replaced: list[tuple[nn.Module, Any]] = []
+    handles: list[RemovableHandle] = []
     unseen: set[nn.Module] = set()
+
+    def hook(module: nn.Module, before: Callable[..., None], after: Callable[..., None]) -> None:
+        # Next to the forward, inside of the hooks of others.
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after, prepend=True, always_call=True))
+
     try:
         for owner, owner_name, name, chain in compressions_of(model):
             unseen.update(chain.modules())
-            replaced.append((chain, chain.__dict__.get("forward")))
-            chain.__dict__["forward"] = _TracedCompression(recorder, (owner, owner_name, name), chain)
+            compressed = _Compressed(recorder, (owner, owner_name, name))
+            hook(chain, compressed.before, compressed.after)
         for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) or module in unseen:
-                continue
-            traced = _TracedForward(recorder, name, module)
-            replaced.append((module, module.__dict__.get("forward")))
-            module.__dict__["forward"] = traced
+            if not isinstance(module, torch.jit.ScriptModule) and module not in unseen:
+                hook(
+                    module,
+                    lambda module, args, name=name: recorder.enter(name, module, args),
+                    lambda module, args, result, name=name: recorder.leave(name, module, result),
+                )
         with torch.no_grad(), recorder:
             model(*inputs)
     finally:
-        for module, own in replaced:
-            if own is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = own
+        for handle in handles:
+            handle.remove()
     return recorder.trace

@@ -6,6 +6,8 @@ import inspect
 import pickle
 import threading
 import weakref
+from contextlib import ExitStack
+from types import MethodType
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from coreai_kernels import use_backend
-from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
 from coreai_opt.quantization._eager.interception import is_intercepting
 
 from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared
@@ -198,6 +200,7 @@ def test_the_signature_stays() -> None:
     before = inspect.signature(Outer().forward)
     _, model = prepared(Outer(), X)
     assert inspect.signature(model.forward) == before
+    assert "self.last(self.act(self.inner(x)))" in inspect.getsource(model.forward)
 
 
 def test_forwards_that_others_replaced_are_kept() -> None:
@@ -250,8 +253,179 @@ def test_attention_is_not_taken_apart_and_takes_no_shortcut() -> None:
 
 def test_weights_only_intercepts_nothing() -> None:
     _, model = prepared(Outer(), X, config=globally(**WEIGHTS_ONLY))
-    assert "forward" not in model.inner.__dict__
-    assert "forward" not in model.last.__dict__
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_modules_of_torch_that_call_no_simulated_operation_have_no_hooks() -> None:
+    _, model = prepared(Outer(), X)
+    assert model.inner._forward_hooks
+    assert not model.act._forward_hooks
+
+
+def test_batch_norms_count_their_batches_for_themselves() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone().add_(1)
+            return self.norm(x)
+
+    quantizer, model = prepared(Normed(), X)
+    assert "add__quantize_input" in places(model)
+    with quantizer.training_mode():
+        model(X)
+    assert model.norm.num_batches_tracked == 1
+
+
+def test_a_forward_that_is_replaced_afterwards_keeps_the_simulators() -> None:
+    """Libraries of kernels replace the forwards of modules."""
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    model.last.forward = MethodType(lambda self, x: F.linear(x, self.weight, self.bias), model.last)
+    model.inner.forward = MethodType(lambda self, x: Residual.forward(self, x), model.inner)
+    model.forward = MethodType(Outer.forward, model)
+    assert torch.equal(model(X), expected)
+
+
+def test_a_hook_that_fails_before_the_forward_ends_no_other_one() -> None:
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+
+    def fail(*_) -> None:
+        raise ValueError("stop")
+
+    handle = model.inner.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(ValueError, match="stop"):
+        model(X)
+    assert not is_intercepting()
+    handle.remove()
+    assert torch.equal(model(X), expected)
+
+
+def test_what_a_keyboard_interrupt_leaves_is_not_taken_for_a_forward() -> None:
+    class Interrupted(Residual):
+        interrupt = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.interrupt:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    model = Outer()
+    model.inner = Interrupted()
+    _, model = prepared(model, X)
+    expected = model(X)
+    model.inner.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        model(X)
+    assert torch.equal(X + X, 2 * X)
+    model.inner.interrupt = False
+    assert torch.equal(model(X), expected)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_forward_that_is_called_directly_belongs_to_its_caller() -> None:
+    class Direct(Outer):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last.forward(x)
+
+    _, model = prepared(Direct(), X)
+    assert {"linear_quantize_input", "linear_quantize_output_0"} <= places(model)
+    assert torch.equal(
+        model(X),
+        model.linear_quantize_output_0(
+            F.linear(model.linear_quantize_input(X), model.last.weight, model.last.bias)
+        ),
+    )
+
+
+class Operators(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Outer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        y = 2 * x
+        y *= 3
+        y -= x
+        return (3 - y)[:, :4] + (1 + y - x) @ x.T
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs(strict: bool) -> None:
+    torch._dynamo.reset()
+    quantizer, model = prepared(Operators(), X)
+    program = torch.export.export(model, (X,), strict=strict)
+    assert torch.equal(program.module()(X), model(X))
+    quantizer.finalize(backend="torch")
+    program = torch.export.export(model, (X,), strict=strict)
+    assert torch.equal(program.module()(X), model(X))
+
+
+@pytest.mark.parametrize("mode", ["autocast", "calibration", "training"])
+def test_compiled_models_give_what_eager_ones_do(mode: str) -> None:
+    torch._dynamo.reset()
+    quantizer, model = prepared(Operators(), X)
+    other = copy.deepcopy(model)
+    twin = Quantizer(other, eager())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with ExitStack() as stack:
+        if mode != "autocast":
+            stack.enter_context(getattr(quantizer, f"{mode}_mode")())
+            stack.enter_context(getattr(twin, f"{mode}_mode")())
+        if mode != "calibration":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        for scale in (1, 3):
+            assert torch.equal(compiled(scale * X), other(scale * X))
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+def test_graph_breaks() -> None:
+    class Broken(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    torch._dynamo.reset()
+    model = Outer()
+    model.inner = Broken()
+    _, model = prepared(model, X)
+    expected = model(X)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(X), expected)
+    assert torch.equal(compiled(X), expected)
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_parts_that_are_compiled_by_themselves() -> None:
+    torch._dynamo.reset()
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    model.inner.compile(backend="aot_eager", fullgraph=True)
+    model.last.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(model(X), expected)
+
+
+def test_offloaded_weights() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.last.bias.is_meta
+    assert torch.equal(model(X), expected)
+
+
+def test_the_wrapper_for_mixed_precision_can_be_taken_off() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    wrapped = accelerator.prepare(model)
+    assert wrapped(X).dtype == torch.float32
+    assert torch.equal(accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)(X), expected)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
