@@ -276,8 +276,8 @@ def install(hook: Hook, module: nn.Module) -> None:
     module.register_forward_hook(hook.after, prepend=True, always_call=True)
 
 
-# torch.compile traces the hooks as part of a model. Compiled by themselves, which happens behind a graph break,
-# they would not change torch's stack of modes.
+# torch.compile traces the hooks as part of a model. Compiled by themselves, which happens where a graph
+# breaks, they would not change the stack of modes.
 for _function in (_enter, _leave, LeafHook.before, LeafHook.after, ScopeHook.before, ScopeHook.after):
     skip_code(_function.__code__)
 
