@@ -57,20 +57,22 @@ def palettizer_for(model: nn.Module, n_bits: int, strategy: str | None) -> KMean
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of the palettized weights as a file would hold them: packed indices, and palettes.
 
+    The model is in evaluation mode, and not finalized yet.
+
     Raises:
         RuntimeError: the packed weights do not stand for exactly what the model computes with.
     """
     total = 0
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            simulator = module.parametrizations.weight[0]
+            simulator, weight = module.parametrizations.weight[0], module.weight
             packed = coreai_kernels.pack_bits(simulator.indices, simulator.n_bits)
-            block_size = simulator.blocks(module.weight).block_size
+            block_size = simulator.blocks(weight).block_size
             restored = coreai_kernels.lookup_packed(
-                packed, simulator.centroids, module.weight.shape, block_size=block_size, bits=simulator.n_bits
+                packed, simulator.centroids, weight.shape, block_size=block_size, bits=simulator.n_bits
             )
-            if not torch.equal(restored, module.weight):
-                raise RuntimeError(f"packed weights {tuple(module.weight.shape)} differ from the model's")
+            if not torch.equal(restored, weight):
+                raise RuntimeError(f"packed weights {tuple(weight.shape)} differ from the model's")
             total += packed.nbytes + simulator.centroids.nbytes
     return total
 
@@ -97,18 +99,20 @@ def compare_palettes(
                     mode=palettizer.training_mode,
                     after_step=palettizer.step,
                 )
-            palettizer.finalize(backend=ExportBackend.Torch)
+            copied.eval()
+            packed = packed_bytes(copied)
             float_bytes = sum(
                 module.parametrizations.weight.original.nbytes
                 for module in copied.modules()
                 if parametrize.is_parametrized(module)
             )
+            palettizer.finalize(backend=ExportBackend.Torch)
             results.append(
                 PaletteResult(
                     title=title,
                     n_bits=n_bits,
                     accuracy=accuracy(predict(copied, data.test_images), data.test_labels),
-                    packed_bytes=packed_bytes(copied),
+                    packed_bytes=packed,
                     float_bytes=float_bytes,
                 )
             )
