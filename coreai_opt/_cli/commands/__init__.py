@@ -1,0 +1,1 @@
+"""The commands, one module each: ``add_to`` adds a parser, ``run`` runs the command."""
