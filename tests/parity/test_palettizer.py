@@ -8,19 +8,8 @@ from torch import Tensor
 
 from .conftest import Oracle
 from .palettizer_calls import CALLS
-from .palettizer_runs import (
-    CASES,
-    TRAINED,
-    Case,
-    attempt,
-    build_model,
-    call,
-    continue_from,
-    finalize,
-    restore,
-    run,
-    train,
-)
+from .palettizer_cases import CASES, TRAINED, Case, build_model
+from .palettizer_runs import attempt, call, continue_from, finalize, restore, run, train
 from .snapshots import Raised, Snapshot, differences
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ class Sparsity(NamedTuple):
     Attributes:
         mask: False for these, bool of the weight's shape. None if the weight is not pruned.
         positions: for palettes of vectors, places in the flattened weight of the values that each block
-            stores, ascending: int32 ``(blocks, stored)``.
+            stores, ascending: int32 (int64 where that is too narrow) ``(blocks, stored)``.
         reserving: for palettes of scalars, which blocks keep the entry 0 for the value zero, bool
             ``(blocks,)``. None where none does.
     """
@@ -62,7 +62,8 @@ def find_sparsity(weight: Tensor, threshold: float, blocks: Blocks, cluster_dim:
     stored = _stored(weight.reshape(blocks.count, -1), cluster_dim)
     if not bool(stored.any()):
         return DENSE
-    positions = stored.reshape(-1).nonzero()[:, 0].to(torch.int32)
+    small = stored.numel() <= torch.iinfo(torch.int32).max
+    positions = stored.reshape(-1).nonzero()[:, 0].to(torch.int32 if small else torch.int64)
     return Sparsity(stored.reshape(weight.shape), positions=positions.reshape(blocks.count, -1))
 
 
