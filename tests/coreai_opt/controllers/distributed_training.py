@@ -28,6 +28,21 @@ OBSERVED = [
     {"algorithm": "magnitude_sparsity", "sparsity_init": 0.3},
 ]
 
+# Scores that have no effect any more from the second epoch on, and so no gradient.
+FROZEN = [
+    {
+        "algorithm": "movement_sparsity",
+        "params": {
+            "warmup_start_epoch": 0,
+            "warmup_end_epoch": 1,
+            "importance_regularization_factor": 0.5,
+            "steps_per_epoch": 3,
+            "enable_structured_masking": False,
+        },
+    },
+    {"algorithm": "palettization", "bits": 4},
+]
+
 
 def make_model() -> nn.Module:
     torch.manual_seed(0)
@@ -79,7 +94,7 @@ def main(path: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    results = [train(algorithms, rank, ranks) for algorithms in (ALGORITHMS, OBSERVED)]
+    results = [train(algorithms, rank, ranks) for algorithms in (ALGORITHMS, OBSERVED, FROZEN)]
     if rank == 0:
         torch.save(results, path)
     dist.destroy_process_group()

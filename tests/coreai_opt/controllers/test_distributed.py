@@ -9,7 +9,7 @@ import torch
 
 from coreai_opt.controllers import create_compressed_model
 
-from .distributed_training import ALGORITHMS, OBSERVED, train
+from .distributed_training import ALGORITHMS, FROZEN, OBSERVED, train
 from .support import configured, make_model
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +26,7 @@ def test_ranks_train_as_one_process(ranks: int, tmp_path: Path) -> None:
     done = subprocess.run([*command, SCRIPT, path], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     together = torch.load(path, weights_only=True)
-    for algorithms, of_ranks in zip((ALGORITHMS, OBSERVED), together, strict=True):
+    for algorithms, of_ranks in zip((ALGORITHMS, OBSERVED, FROZEN), together, strict=True):
         alone = train(algorithms, 0, 1)
         # Sums over the batch are grouped otherwise: float32 rounding, which quantization steps may amplify.
         for name, value in alone["model"].items():
