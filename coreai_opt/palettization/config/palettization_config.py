@@ -84,7 +84,9 @@ class ModuleKMeansPalettizerConfig(
             ``cluster_dim`` above one. None for the default search.
     """
 
-    presets: ClassVar[ModuleKMeansPalettizerPresets] = ModuleKMeansPalettizerPresets()
+    presets: ClassVar[ModuleKMeansPalettizerPresets["ModuleKMeansPalettizerConfig"]] = (
+        ModuleKMeansPalettizerPresets()
+    )
 
     enable_fast_kmeans_mode: bool = Field(default=True, validate_default=True)
     rounding_precision: Annotated[int, Field(gt=0)] = 4
@@ -151,4 +153,4 @@ class KMeansPalettizerConfig(CompressionConfig[ModuleKMeansPalettizerConfig]):
     _CONFIG_KEY: ClassVar[str] = "kmeans_palettization_config"
     _SPEC_KEY: ClassVar[str] = "palettization_spec"
 
-    presets: ClassVar[KMeansPalettizerPresets] = KMeansPalettizerPresets()
+    presets: ClassVar[KMeansPalettizerPresets["KMeansPalettizerConfig"]] = KMeansPalettizerPresets()

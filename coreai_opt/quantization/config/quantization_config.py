@@ -142,7 +142,7 @@ class ModuleQuantizerConfig(ModuleCompressionConfig[OpQuantizerConfig, Quantizat
         qat_schedule: when training observes and simulates; None for always.
     """
 
-    presets: ClassVar[ModuleQuantizerPresets] = ModuleQuantizerPresets()
+    presets: ClassVar[ModuleQuantizerPresets["ModuleQuantizerConfig"]] = ModuleQuantizerPresets()
 
     qat_schedule: QATSchedule | None = None
 
@@ -200,7 +200,7 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
 
     _CONFIG_KEY: ClassVar[str] = "quantization_config"
     _SPEC_KEY: ClassVar[str] = "quantization_spec"
-    presets: ClassVar[QuantizerPresets] = QuantizerPresets()
+    presets: ClassVar[QuantizerPresets["QuantizerConfig"]] = QuantizerPresets()
 
     preserved_attributes: list[str] | None = None
     execution_mode: ExecutionMode = ExecutionMode.GRAPH
