@@ -1,6 +1,6 @@
 """int32 and int64 to int16, where inputs are added, subtracted and multiplied."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import fx
@@ -75,8 +75,9 @@ def cast(program: ExportedProgram) -> set[fx.Node]:
         if cast_target(node) == torch.int16:
             retarget(node, torch.int32)
     inputs = list(user_inputs(program))
-    indices = _upstream(_index_nodes(graph))
-    castable = _castable(graph, _downstream(inputs), indices)
+    # Whatever an index is computed from keeps its type.
+    indices = _reached(_index_nodes(graph), lambda node: node.all_input_nodes)
+    castable = _castable(graph, _reached(inputs, lambda node: node.users), indices)
     for node in inputs:
         if node in castable:
             set_dtype(node, lambda _: torch.int16)
@@ -115,25 +116,14 @@ def _index_nodes(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def _upstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that they are computed from."""
+def _reached(nodes: Iterable[fx.Node], next_to: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes, those next to them, and so on."""
     found, pending = set(nodes), list(nodes)
     while pending:
-        for source in pending.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                pending.append(source)
-    return found
-
-
-def _downstream(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes and all that is computed from them."""
-    found, pending = set(nodes), list(nodes)
-    while pending:
-        for user in pending.pop().users:
-            if user not in found:
-                found.add(user)
-                pending.append(user)
+        for node in next_to(pending.pop()):
+            if node not in found:
+                found.add(node)
+                pending.append(node)
     return found
 
 
@@ -161,14 +151,9 @@ def _castable(graph: fx.Graph, reachable: set[fx.Node], indices: set[fx.Node]) -
         and node not in indices
         and (_is_integer(node) or any(_is_integer(source) for source in node.all_input_nodes))
     }
-    pending = list(found)
-    while pending:
-        node = pending.pop()
-        for neighbour in (*node.all_input_nodes, *node.users):
-            if neighbour not in found and may_join(neighbour):
-                found.add(neighbour)
-                pending.append(neighbour)
-    return found
+    return _reached(
+        found, lambda node: [each for each in (*node.all_input_nodes, *node.users) if may_join(each)]
+    )
 
 
 def _compute_in_int16(
