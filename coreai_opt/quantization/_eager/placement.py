@@ -13,6 +13,7 @@ from coreai_opt._utils.config_utils import original_type
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
 from coreai_opt.quantization._eager.call_sites import CallGroup, Site
+from coreai_opt.quantization._eager.containers import hide_simulator
 from coreai_opt.quantization._eager.interception import (
     WITH_SHORTCUT,
     Hook,
@@ -115,9 +116,11 @@ def insert(simulators: Simulators) -> None:
     """Put the simulators on the model: as submodules, and as parametrizations of states."""
     for module, name, simulator in simulators.activations:
         module.add_module(name, simulator.train(module.training))
+        hide_simulator(module, name)
     for state, simulator in simulators.states:
         for place in state.places:
             simulator.train(place.module.training)
+            hide_simulator(place.module, "parametrizations")
         put_on_places(simulator, [(place.module, place.name) for place in state.places])
 
 

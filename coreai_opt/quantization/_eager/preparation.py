@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from coreai_opt._restoring import side_effects_undone, training_flags, undone_on_failure
 from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.quantization._eager.containers import show_simulator
 from coreai_opt.quantization._eager.interception import remove_hooks
 from coreai_opt.quantization._eager.placement import Simulators, build, insert, install_hooks
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
@@ -62,11 +63,14 @@ def _drop_disabled(simulators: Simulators) -> bool:
     for module, name, simulator in simulators.activations:
         if simulator.is_disabled():
             delattr(module, name)
+            show_simulator(module, name)
             found = True
     for state, simulator in simulators.states:
         if simulator.is_disabled():
             for place in state.places:
                 parametrize.remove_parametrizations(place.module, place.name, leave_parametrized=False)
+                if not parametrize.is_parametrized(place.module):
+                    show_simulator(place.module, "parametrizations")
             found = True
     return found
 
