@@ -47,7 +47,7 @@ def metadata_of(record: WeightRecord, name: str) -> dict[str, Tensor]:
     ):
         return _of_quantized(8, record.lut_scale, record.lut_zero_point)
     types = [_PALETTIZATION]
-    metadata = {"lut": record.dequantized_lut}
+    metadata: dict[str, Tensor] = {"compression_type": _types()}
     if record.mask is not None and record.mask.any():
         if record.cluster_dim > 1 or record.lut_scale is not None:
             raise ValueError(
@@ -61,6 +61,7 @@ def metadata_of(record: WeightRecord, name: str) -> dict[str, Tensor]:
         trailing = (*record.lut_scale.shape, 1, 1)
         quantized = _of_quantized(8, record.lut_scale.reshape(trailing), record.lut_zero_point)
         metadata |= {**quantized, "zero_point": quantized["zero_point"].reshape(trailing)}
+    metadata["lut"] = record.dequantized_lut
     if record.channel_scale is not None:
         metadata["palettization_scale"] = record.channel_scale
     if record.cluster_dim > 1:
