@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "controllers"
-OTHERS = ("common", "own_method_nncf1")
+OTHERS = ("accuracy_aware", "common", "own_method_nncf1")
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in OTHERS)
 
 
@@ -46,6 +46,12 @@ def test_the_method_of_the_older_interface() -> None:
     method = importlib.import_module("own_method_nncf1").run(2, 128, None)
     assert (method.scheduler.last_epoch, method.loss.factor) == (2, 20.0)
     assert method.statistics()["loss"] > 0
+
+
+def test_the_search_of_the_highest_sparsity(capsys: pytest.CaptureFixture[str]) -> None:
+    report = importlib.import_module("accuracy_aware").run(3, 128)
+    assert len(report.epochs) <= 3
+    assert report.to_str() in capsys.readouterr().out
 
 
 def test_the_demonstration_returns_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

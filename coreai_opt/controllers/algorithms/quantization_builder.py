@@ -113,9 +113,10 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
         if not hasattr(self, "_settings"):
             self.check(model)
         if self._loaded is not None:
-            self._weights: list[WeightKey] = [(layer, name) for layer, name in self._loaded["weights"]]
+            keys = self._loaded.get("weights") or [(name, "weight") for name in self.layers(model)]
+            self._weights: list[WeightKey] = [(layer, name) for layer, name in keys]
             self._signed: dict[str, bool] = dict(self._loaded["signed"])
-            self._outputs: int = self._loaded["outputs"]
+            self._outputs: int = self._loaded.get("outputs", 0)
             ranges: Ranges = {}
         else:
             names = self._find(model)

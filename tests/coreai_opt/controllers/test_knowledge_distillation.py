@@ -93,3 +93,90 @@ def test_nothing_waits() -> None:
 
 def test_compiles() -> None:
     check_compiles(configured(distillation(), SPARSE))
+
+
+@pytest.mark.parametrize(
+    ("shape", "more", "axis"),
+    [
+        ((4, 10), {}, 1),
+        ((2, 7, 10), {}, 2),
+        ((2, 10, 3, 5), {}, 1),
+        ((2, 7, 10), {"class_axis": 1}, 1),
+        ((2, 3, 5, 10), {"class_axis": -1}, 3),
+    ],
+)
+def test_softmax_is_over_the_classes_and_a_mean_over_all_positions(
+    shape: tuple[int, ...], more: dict[str, int], axis: int
+) -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+            self.values = nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.values * self.layer(x).sum()
+
+    torch.manual_seed(0)
+    config = {"algorithm": "knowledge_distillation", "type": "softmax", "temperature": 2.0, **more}
+    controller, model = create_compressed_model(Logits(), {"compression": config})
+    with torch.no_grad():
+        model.values.mul_(3)
+    x = torch.ones(1, 1)
+    student, teacher = model.train()(x), controller.teacher(x)
+    classes = shape[axis]
+    mine = student.movedim(axis, -1).reshape(-1, classes) / 2
+    its = teacher.movedim(axis, -1).reshape(-1, classes) / 2
+    expected = 4 * F.cross_entropy(mine, its.softmax(-1))
+    torch.testing.assert_close(controller.loss(), expected)
+
+
+class Auxiliary(nn.Module):
+    """Returns more in training than in evaluation: an output, a loss, or nothing but losses."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.norm, self.head, self.extra = (
+            nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3), nn.Linear(4, 3)
+        )  # fmt: skip
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> object:
+        x = F.dropout(self.norm(self.body(x)), 0.0, self.training)
+        y = self.head(x)
+        if not self.training:
+            return y
+        if self.how == "output":
+            return y, self.extra(x)
+        loss = y.square().mean()
+        return {"loss": loss, "logits": y} if self.how == "loss" else {"loss": loss}
+
+
+@pytest.mark.parametrize(("how", "pairs"), [("output", 2), ("loss", 1)])
+def test_outputs_that_are_there_in_training_alone(
+    how: str, pairs: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    distilled = {"algorithm": "knowledge_distillation", "type": "mse"}
+    controller, model = create_compressed_model(Auxiliary(how), {"compression": distilled})
+    running = controller.teacher.norm.running_mean.clone()
+    x = torch.randn(8, 4)
+    with torch.no_grad():
+        for layer in (model.head, model.extra):
+            layer.bias.add_(1.0)
+    model.train()(x)
+    model(x)
+    assert len(controller._lesson.pairs) == pairs
+    loss = controller.loss()
+    assert 0.5 * pairs < float(loss.detach()) < 4 * pairs
+    loss.backward()
+    assert bool(model.head.bias.grad.any())
+    assert torch.equal(controller.teacher.norm.running_mean, running)  # its statistics stay as they were
+    assert caplog.text.count("the teacher runs in training mode") == 1
+
+
+def test_a_model_that_returns_nothing_but_losses_is_refused() -> None:
+    distilled = {"algorithm": "knowledge_distillation", "type": "mse"}
+    _, model = create_compressed_model(Auxiliary("losses"), {"compression": distilled})
+    with pytest.raises(RuntimeError, match="nothing but losses"):
+        model.train()(torch.randn(8, 4))
