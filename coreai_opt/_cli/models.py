@@ -13,7 +13,8 @@ from torch import nn
 
 __all__ = ["UsageError", "add_configurations", "add_json", "add_model", "compressed", "load", "print_json"]
 
-_KINDS = ("prune", "palettize", "quantize")
+# Options, and the kinds of compression that they configure, in the order of preparation.
+_KINDS = {"prune": "pruning", "palettize": "palettization", "quantize": "quantization"}
 
 
 class UsageError(Exception):
@@ -81,22 +82,23 @@ def compressed(parsed: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
     Raises:
         UsageError: a configuration cannot be read.
     """
-    from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig
-    from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig
-    from coreai_opt.quantization import Quantizer, QuantizerConfig
+    from coreai_opt.palettization import KMeansPalettizerConfig
+    from coreai_opt.pruning import MagnitudePrunerConfig
+    from coreai_opt.quantization import QuantizerConfig
+    from coreai_opt.search.candidates import prepared
 
-    compressors: dict[str, tuple[Any, Any]] = {
-        "prune": (MagnitudePruner, MagnitudePrunerConfig),
-        "palettize": (KMeansPalettizer, KMeansPalettizerConfig),
-        "quantize": (Quantizer, QuantizerConfig),
+    classes: dict[str, Any] = {
+        "pruning": MagnitudePrunerConfig,
+        "palettization": KMeansPalettizerConfig,
+        "quantization": QuantizerConfig,
     }
     model, inputs = load(parsed.model)
-    for kind in _KINDS:
-        path = getattr(parsed, kind)
-        if path is not None:
-            compressor, config = compressors[kind]
-            model = compressor(model, _configuration(kind, path, config)).prepare(inputs)
-    return model, inputs
+    configs = {
+        kind: _configuration(option, getattr(parsed, option), classes[kind])
+        for option, kind in _KINDS.items()
+        if getattr(parsed, option) is not None
+    }
+    return prepared(model, configs, inputs), inputs
 
 
 def _configuration(kind: str, path: Path, config: Any) -> Any:

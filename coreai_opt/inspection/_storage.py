@@ -70,6 +70,9 @@ def _parameter_bits(simulator: FakeQuantizeImplBase, tensor: Tensor) -> int:
     float_bits = torch.finfo(tensor.dtype).bits
     scale_dtype = calculator.scale_dtype
     bits = blocks * (float_bits if scale_dtype is None else bits_of(scale_dtype))
+    if scale_dtype == torch.float8_e4m3fn:
+        # The scales of blocks are in units of one float32 scale of the tensor.
+        bits += 32
     if simulator.qformulation == QuantizationFormulation.MINVAL:
         bits += blocks * float_bits
     elif simulator.qscheme == QuantizationScheme.ASYMMETRIC:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSpec
@@ -121,9 +122,40 @@ def configurations(choice: Mapping[str, Candidate | None]) -> dict[str, Compress
 def prepared(
     model: nn.Module, configs: Mapping[str, CompressionConfig[Any]], example_inputs: tuple[Any, ...]
 ) -> nn.Module:
-    """A copy of the model, prepared by the compressors of ``configs``."""
+    """A copy of the model, prepared by the compressors of ``configs``.
+
+    Raises:
+        ValueError: a weight is both pruned and otherwise compressed, in a model with palettes.
+    """
+    pruned: nn.Module | None = None
+    if "palettization" in configs and "pruning" in configs:
+        # The two refuse a model of the other, as a palette has to know the mask of its weight.
+        pruned = prepared(model, {"pruning": configs["pruning"]}, example_inputs)
+        configs = {kind: config for kind, config in configs.items() if kind != "pruning"}
     compressed = copy.deepcopy(model)
     for kind, config in configs.items():
         compressor = _COMPRESSORS[kind][0](compressed, config)
         compressed = compressor.prepare(example_inputs)
+    if pruned is not None:
+        _copy_masks(pruned, compressed)
     return compressed
+
+
+def _copy_masks(pruned: nn.Module, model: nn.Module) -> None:
+    """Put the pruning simulators of one model into another one with the same layers.
+
+    Raises:
+        ValueError: a tensor is compressed there already.
+    """
+    modules = dict(model.named_modules())
+    for name, module in pruned.named_modules():
+        if parametrize.is_parametrized(module):
+            for attribute, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
+                if parametrize.is_parametrized(modules[name], attribute):
+                    weight = f"{name}.{attribute}".removeprefix(".")
+                    raise ValueError(
+                        f"{weight!r} is configured for pruning and for another compression, in a model with "
+                        f"palettes: choose one for each weight"
+                    )
+                for simulator in chain:
+                    parametrize.register_parametrization(modules[name], attribute, simulator, unsafe=True)

@@ -75,6 +75,13 @@ def test_quantized_weights(spec: Spec, bits: int):
     assert found.bpw == bits / ELEMENTS
 
 
+def test_formats_beyond_apples():
+    sixteen = PerBlockGranularity(axis=1, block_size=16)
+    nvfp4 = Spec(dtype="float4_e2m1fn", scale_dtype=torch.float8_e4m3fn, granularity=sixteen)
+    assert bits_per_weight(quantized(nvfp4)).total_bits == REST + 2560 * 4 + 160 * 8 + 2 * 32
+    assert bits_per_weight(quantized(Spec(dtype="int3"))).total_bits == REST + 2560 * 3 + 2 * 32
+
+
 def test_dense_models():
     found = bits_per_weight(model())
     assert (found.total_bits, found.total_weights) == (87104, ELEMENTS)

@@ -80,6 +80,7 @@ def test_activations_are_watched_in_a_forward():
     assert [entry["name"] for entry in without] == ["0.linear_quantize_input", "2.linear_quantize_input"]
     assert all("clipped" not in entry for entry in without)
     state = {name: value.clone() for name, value in net.state_dict().items()}
+    hooks = [dict(module._forward_pre_hooks) for module in net.modules()]
     found = figures(net, (X,))["activations"]
     step = 0.5 / 127.5
     clipped = ((-128.5 * step > X) | (127.5 * step < X)).float().mean().item()
@@ -87,7 +88,7 @@ def test_activations_are_watched_in_a_forward():
     assert clipped > 0.3
     assert found[0]["minimum"] == pytest.approx(-0.5, rel=0.01)
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert [dict(module._forward_pre_hooks) for module in net.modules()] == hooks
 
 
 def test_palettes_and_their_dead_entries():

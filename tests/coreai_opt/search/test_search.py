@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coreai_opt.export import save
 from coreai_opt.inspection import bits_per_weight
 from coreai_opt.palettization import PalettizationSpec
 from coreai_opt.pruning import PruningSpec
@@ -17,6 +18,7 @@ from coreai_opt.quantization import QuantizationSpec
 from coreai_opt.quantization.spec import PerBlockGranularity
 from coreai_opt.search import Candidate, search, searching
 from coreai_opt.search.assigning import Option, greedy, optimal, pareto_front
+from coreai_opt.search.candidates import configurations, prepared
 
 INT8 = Candidate("int8", QuantizationSpec(dtype="int8"))
 INT4 = Candidate("int4", QuantizationSpec(dtype="int4"))
@@ -49,7 +51,7 @@ def test_the_choice_fits_and_does_what_the_result_says():
     assert not any(hasattr(module, "parametrizations") for module in net.modules())
 
 
-def test_all_kinds_share_a_model():
+def test_all_kinds_share_a_model(tmp_path: Path):
     choice = {"0": INT8, "2": TWO, "4": HALF}
     result = searching.search(
         model(), [X], bits_per_weight=31.0, candidates=[INT8, TWO, HALF], progress=False
@@ -61,6 +63,16 @@ def test_all_kinds_share_a_model():
     assert prepared[2].weight.unique().numel() == 4
     assert (prepared[4].weight == 0).sum() == 256
     assert not torch.equal(prepared[0].weight, net[0].weight)
+    expected = prepared(X)
+    assert bits_per_weight(prepared).total_bits < bits_per_weight(net).total_bits
+    saved = save(prepared, tmp_path / "net.pt2", (X,), progress=False)
+    assert torch.allclose(torch.export.load(saved.path).module()(X), expected, atol=1e-6)
+
+
+def test_a_weight_has_one_compression_in_a_model_with_palettes():
+    configs = {**configurations({"0": TWO, "2": INT8}), **configurations({"2": HALF})}
+    with pytest.raises(ValueError, match=r"'2\.weight' is configured for pruning and for another"):
+        prepared(model(), configs, (X,))
 
 
 def test_the_same_arguments_give_the_same_result():
