@@ -41,6 +41,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "Compiler, instruction-set levels, torch version and CUDA architectures built.");
   module.def("cpu_capability", &coreai::cpu::capability,
              "Instruction-set level in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
+  module.def("set_cpu_capability", &coreai::cpu::set_capability, pybind11::arg("name"),
+             "Choose the instruction set of calls that begin from now on. RuntimeError if it cannot run.");
   module.attr("capture_functions") =
       pybind11::capsule(coreai::capture_functions(), coreai::kCaptureCapsule);
 }

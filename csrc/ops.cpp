@@ -214,13 +214,13 @@ STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
 namespace cpu {
 
 const Kernels& kernels() {
-  switch (level()) {
+  switch (isa()) {
 #if defined(COREAI_HAVE_AVX512)
-    case Level::avx512:
+    case Isa::avx512:
       return avx512::kKernels;
 #endif
 #if defined(COREAI_HAVE_AVX2)
-    case Level::avx2:
+    case Isa::avx2:
       return avx2::kKernels;
 #endif
     default:

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -13,7 +14,7 @@ namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
 
-const char* name(Level level) { return kNames[static_cast<int>(level)]; }
+const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
 #if defined(COREAI_HAVE_AVX2) || defined(COREAI_HAVE_AVX512)
 // Not every compiler that builds this knows "f16c" as a name for __builtin_cpu_supports.
@@ -26,30 +27,30 @@ bool has_f16c() {
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 #endif
 
-Level best() {
+Isa best() {
 #if defined(COREAI_HAVE_AVX512)
   if (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return Level::avx512;
+    return Isa::avx512;
   }
 #endif
 #if defined(COREAI_HAVE_AVX2)
-  if (has_avx2()) return Level::avx2;
+  if (has_avx2()) return Isa::avx2;
 #endif
-  return Level::generic;
+  return Isa::generic;
 }
 
-bool compiled(Level level) {
-  switch (level) {
-    case Level::generic:
+bool compiled(Isa isa) {
+  switch (isa) {
+    case Isa::generic:
       return true;
-    case Level::avx2:
+    case Isa::avx2:
 #if defined(COREAI_HAVE_AVX2)
       return true;
 #else
       return false;
 #endif
-    case Level::avx512:
+    case Isa::avx512:
 #if defined(COREAI_HAVE_AVX512)
       return true;
 #else
@@ -59,33 +60,36 @@ bool compiled(Level level) {
   return false;
 }
 
-Level choose() {
-  const Level limit = best();
-  const char* wanted = std::getenv("COREAI_CPU_CAPABILITY");
-  if (wanted == nullptr || *wanted == '\0') return limit;
-  for (const Level level : {Level::generic, Level::avx2, Level::avx512}) {
-    if (std::string(wanted) != name(level)) continue;
-    if (!compiled(level)) {
-      throw std::runtime_error("COREAI_CPU_CAPABILITY=" + std::string(wanted) +
-                               ": this build has no code for that instruction set; unset the variable");
+// The instruction set of that name. `who`: who asked for it, for messages.
+Isa find(const std::string& wanted, const std::string& who) {
+  for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
+    if (wanted != name(isa)) continue;
+    if (!compiled(isa)) throw std::runtime_error(who + ": this build has no code for that instruction set");
+    if (isa > best()) {
+      throw std::runtime_error(who + ": this CPU lacks that instruction set; the best it runs is " + name(best()));
     }
-    if (level > limit) {
-      throw std::runtime_error("COREAI_CPU_CAPABILITY=" + std::string(wanted) +
-                               ": this CPU lacks that instruction set; the best it runs is " + name(limit));
-    }
-    return level;
+    return isa;
   }
-  throw std::runtime_error("COREAI_CPU_CAPABILITY=" + std::string(wanted) +
-                           ": unknown; use generic, avx2 or avx512, or unset the variable");
+  throw std::runtime_error(who + ": unknown; use generic, avx2 or avx512");
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("COREAI_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return best();
+  return find(wanted, "COREAI_CPU_CAPABILITY=" + std::string(wanted));
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> isa = choose();
+  return isa;
 }
 
 }  // namespace
 
-Level level() {
-  static const Level chosen = choose();
-  return chosen;
-}
+Isa isa() { return chosen().load(std::memory_order_relaxed); }
 
-const char* capability() { return name(level()); }
+const char* capability() { return name(isa()); }
+
+void set_capability(const std::string& wanted) { chosen() = find(wanted, "instruction set '" + wanted + "'"); }
 
 }  // namespace coreai::cpu

@@ -1,16 +1,21 @@
 // Choice of instruction set at run time: one binary serves every CPU of its architecture.
 #pragma once
 
+#include <string>
+
 namespace coreai::cpu {
 
-// Ordered: a CPU that runs a level runs every level before it.
-enum class Level { generic, avx2, avx512 };
+// Ordered: a CPU that runs one of these runs every one before it.
+enum class Isa { generic, avx2, avx512 };
 
-// The best level that is both compiled and supported, or the one that COREAI_CPU_CAPABILITY names.
-// Decided once. Throws std::runtime_error if that variable names a level that cannot run here.
-Level level();
+// The best instruction set that is both compiled and supported, or the one that COREAI_CPU_CAPABILITY names.
+// Throws std::runtime_error if that variable names one that cannot run here.
+Isa isa();
 
-// Name of level(), e.g. "avx512".
+// Name of isa(), e.g. "avx512".
 const char* capability();
+
+// Choose another, for calls that begin from now on. Throws std::runtime_error if it cannot run here.
+void set_capability(const std::string& wanted);
 
 }  // namespace coreai::cpu

@@ -196,6 +196,17 @@ class TestCpuCapability:
         for level in levels[: levels.index(best) + 1]:
             assert run_python(self.code, COREAI_CPU_CAPABILITY=level).stdout.split() == [level]
 
+    def test_another_can_be_chosen_later(self):
+        best = native.extension.cpu_capability()
+        try:
+            native.extension.set_cpu_capability("generic")
+            assert native.extension.cpu_capability() == "generic"
+            with pytest.raises(RuntimeError, match="'sse9': unknown; use generic, avx2 or avx512"):
+                native.extension.set_cpu_capability("sse9")
+            assert native.extension.cpu_capability() == "generic"
+        finally:
+            native.extension.set_cpu_capability(best)
+
     def test_unknown_level_is_an_error_when_loading(self):
         result = run_python(self.code, COREAI_CPU_CAPABILITY="sse9")
         assert result.returncode != 0

@@ -1,5 +1,6 @@
 """The backend that tensors choose by themselves gives the reference's bits."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,6 +9,7 @@ import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import Case, assert_same_bits, assert_same_memory_format, cases
 
+pytestmark = pytest.mark.usefixtures("isa")
 many = settings(max_examples=250, deadline=None)
 
 

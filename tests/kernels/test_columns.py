@@ -1,16 +1,14 @@
 """Blocks of one element a row: channels of the innermost axis, which have a loop of their own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, Scheme, native
+from coreai_kernels import Format, RangeUpdate, Scheme
 from tests.kernels.support import SPECIAL, assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("isa")
 
 # Whole pairs of vectors, one vector more, part of one; an axis more; more rows and columns than one tile has.
 SHAPES = [(4, 32), (9, 48), (7, 72), (5, 8), (1, 40), (3, 5, 64), (2, 3, 24), (66, 1064)]
@@ -95,17 +93,3 @@ def test_channels_last(dtype: torch.dtype) -> None:
         found[backend] = [y.detach(), leaf.grad, *state.values()]
     for got, wanted in zip(found["auto"], found["reference"], strict=True):
         assert_same_bits(got, wanted)
-
-
-@pytest.mark.skipif("COREAI_CPU_CAPABILITY" in os.environ, reason="runs below another level already")
-@pytest.mark.skipif(native.extension is None, reason="needs the native extension")
-def test_lower_instruction_sets() -> None:
-    assert native.extension is not None
-    levels = native.extension.build_info()["cpu_levels"].split()
-    lower = levels[: levels.index(native.extension.cpu_capability())]
-    paths = [path for path in sys.path if path]
-    for level in lower:
-        environment = os.environ | {"COREAI_CPU_CAPABILITY": level, "PYTHONPATH": os.pathsep.join(paths)}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, f"{level}: {result.stdout[-2000:]}"
