@@ -54,10 +54,11 @@ def mark_prepared(
         # Beside the parameters: what distributes a model's buffers may know one kind of device alone.
         device = next((tensor.device for tensor in model.parameters()), None)
         model.register_buffer(PREPARED_MARK, torch.tensor(True, device=device), persistent=False)
+        setattr(model, _STEPS, {})
+    if _save_steps not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(_save_steps)
         model.register_load_state_dict_pre_hook(_load_steps)
-    # A new dict: a shallow copy of the model shares the old one.
-    setattr(model, _STEPS, {**getattr(model, _STEPS, {}), str(kind): 0})
+    getattr(model, _STEPS)[str(kind)] = 0
     if state_dict is not None:
         _load_steps(model, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
 
@@ -69,9 +70,11 @@ def marks_of(kind: CompressionType) -> dict[str, Any]:
 
 def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
     """Say that the compressor of this kind is done with the model."""
-    steps = {each: count for each, count in getattr(model, _STEPS, {}).items() if each != kind}
-    setattr(model, _STEPS, steps)
-    if steps or getattr(model, PREPARED_MARK, None) is None:
+    if getattr(model, PREPARED_MARK, None) is None:
+        return
+    steps = getattr(model, _STEPS)
+    steps.pop(str(kind), None)
+    if steps:
         return
     delattr(model, PREPARED_MARK)
     delattr(model, _STEPS)
@@ -90,7 +93,7 @@ def steps_of(model: nn.Module, kind: CompressionType) -> int:
 
 def set_steps(model: nn.Module, kind: CompressionType, steps: int) -> None:
     """Set what :func:`steps_of` returns for a prepared model."""
-    setattr(model, _STEPS, {**getattr(model, _STEPS), str(kind): steps})
+    getattr(model, _STEPS)[str(kind)] = steps
 
 
 def count_step(model: nn.Module, kind: CompressionType) -> None:
@@ -109,7 +112,7 @@ def _load_steps(
 ) -> None:
     saved = local_metadata.get(_METADATA, {})
     present = getattr(model, _STEPS, {})
-    setattr(model, _STEPS, {kind: int(saved.get(kind, steps)) for kind, steps in present.items()})
+    present.update({kind: int(saved[kind]) for kind in present if kind in saved})
 
 
 def load_prepared(
@@ -139,20 +142,32 @@ def load_prepared(
 
 
 def _with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``state_dict`` with all the names of the model's shared tensors of which it has one."""
-    names_of: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names_of.setdefault(id(tensor), []).append(name)
-    missing = {}
-    for names in names_of.values():
-        present = [name for name in names if name in state_dict]
-        if present:
-            missing.update({name: state_dict[present[0]] for name in names if name not in state_dict})
+    """``state_dict`` with all the names of the model's shared tensors and simulators of which it has one."""
+    missing: dict[str, Any] = {}
+    for names in _names_by_identity(model.state_dict(keep_vars=True).items()):
+        given = next((state_dict[name] for name in names if name in state_dict), None)
+        if given is not None:
+            missing.update({name: given for name in names if name not in state_dict})
+    # Tensors that a simulator will have once it is loaded are not among those.
+    for places in _names_by_identity(model.named_modules(remove_duplicate=False)):
+        for place in places if len(places) > 1 else ():
+            given = {name: value for name, value in state_dict.items() if name.startswith(f"{place}.")}
+            for other in places:
+                for name, value in given.items():
+                    if (alias := other + name.removeprefix(place)) not in state_dict:
+                        missing[alias] = value
     if not missing:
         return state_dict
     result: Any = OrderedDict(state_dict) | missing
     result._metadata = getattr(state_dict, "_metadata", OrderedDict())
     return result  # type: ignore[no-any-return]
+
+
+def _names_by_identity(named: Iterable[tuple[str, Any]]) -> Iterable[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, value in named:
+        names.setdefault(id(value), []).append(name)
+    return names.values()
 
 
 def _load(

@@ -116,6 +116,7 @@ class Quantizer(_BaseQuantizer):
                 strict_upstream=self._strict_upstream,
             )
             self._module_schedules = schedules
+            self._mark_prepared(self._model, state_dict)
             return self._model
         if dynamic_shapes is not None:
             warnings.warn("dynamic_shapes has no effect in eager mode", UserWarning, stacklevel=2)

@@ -82,7 +82,7 @@ def test_a_prepared_model_is_saved_and_resumed(compressor, tied, tmp_path):
     assert torch.equal(logits(resumed), expected)
 
 
-@pytest.mark.parametrize("compressor", [quantizer, MagnitudePruner])
+@pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_prepare_takes_a_shared_tensor_under_one_of_its_names(compressor, tmp_path):
     model = language_model(tied=True)
     compressor(model).prepare((TOKENS,))
