@@ -1,6 +1,6 @@
 """Quantized models, prepared in graph mode, for Core AI and Core ML."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 from coreai_opt.common import CoreMLExportError, ExportBackend
 from coreai_opt.export import coreai, coreml, mapped
 from coreai_opt.export.records import QuantizedActivation
+from coreai_opt.quantization._export_caches import quantize_caches
 from coreai_opt.quantization._export_checks import Named, check_exportable
 from coreai_opt.quantization._export_records import affine_weight, quantized_activation
 from coreai_opt.quantization._export_utils import graph_activation_export_handler
@@ -23,13 +24,17 @@ from coreai_opt.quantization._graph.finalize import (
 )
 from coreai_opt.quantization._graph.folding import own_tensor
 from coreai_opt.quantization._graph.nodes import attribute_of, tensor_of
+from coreai_opt.quantization.config.quantization_config import KVCacheQuantConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["finalize_graph", "observed_dtype_of"]
 
 
 def finalize_graph(
-    prepared: GraphModule, backend: ExportBackend, mmap_dir: str | Path | None = None
+    prepared: GraphModule,
+    backend: ExportBackend,
+    mmap_dir: str | Path | None = None,
+    caches: Mapping[str, KVCacheQuantConfig] | None = None,
 ) -> GraphModule:
     """A graph module of its own that holds what the backend reads; the prepared one stays as it is.
 
@@ -37,10 +42,13 @@ def finalize_graph(
         prepared: prepared in graph mode.
         backend: Core AI or Core ML.
         mmap_dir: see :meth:`.Quantizer.finalize`.
+        caches: how caches are quantized, by the type of the operation that updates them.
 
     Raises:
         As :meth:`.Quantizer.finalize`; ValueErrors about single tensors are causes of a RuntimeError.
     """
+    if caches and backend is ExportBackend.CoreML:
+        raise NotImplementedError("finalize: kv_cache_quant_configs are for ExportBackend.CoreAI and Torch")
     if mmap_dir is not None:
         mapped.check(prepared, mmap_dir)
     model = finalized_copy(prepared)
@@ -55,6 +63,7 @@ def finalize_graph(
         raise RuntimeError(str(error)) from error
     if backend is ExportBackend.CoreAI:
         _to_core_ai(model, mmap_dir)
+        quantize_caches(model, caches or {})
     else:
         _to_core_ml(model)
     model.graph.eliminate_dead_code()

@@ -171,7 +171,8 @@ class Quantizer(_BaseQuantizer):
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend}")
         if isinstance(model, GraphModule):
             if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
-                return finalize_graph(model, ExportBackend(backend), mmap_dir)
+                caches = self._config.kv_cache_quant_configs
+                return finalize_graph(model, ExportBackend(backend), mmap_dir, caches)
             self._require_torch(backend)
             result = finalized_copy(model)
             fold_weights(result)
