@@ -184,9 +184,10 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         int32 ``[rows, ceil(columns * bits / 32)]``.
     """
     rows, columns = values.shape
-    codes = (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    codes = values.view(torch.uint8) + (1 << (bits - 1))  # wraps: the smallest integer becomes 0
     padding = -columns % _WORD
-    codes = torch.nn.functional.pad(codes, (0, padding))
+    if padding:
+        codes = torch.nn.functional.pad(codes, (0, padding))
     if bits in (1, 2, 4, 8):
         per_byte = 8 // bits
         parts = codes.reshape(rows, -1, per_byte)

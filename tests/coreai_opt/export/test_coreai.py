@@ -167,6 +167,22 @@ def test_indices_of_three_bits_are_stored_with_four(tmp_path):
         check(made, model, {LUT: 2}, ["32x64xui4", "1x1x16x1xf32"], tmp_path)
 
 
+@pytest.mark.parametrize("strategy", ["straight_through", "dkm"])
+def test_trained_palettes(strategy, tmp_path):
+    model = mlp()
+    made = palettizer(model, n_bits=2, training_strategy_spec={"type": strategy})
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    model.train()
+    with made.training_mode():
+        for _ in range(3):
+            model(*example(model)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            made.step()
+    check(made, model, {LUT: 2}, ["32x64xui2", "1x1x4x1xf32"], tmp_path)
+
+
 PRUNED = {
     "9 half": ({}, ["1024xf32", "32x64xui1", "256xf32", "16x32xui1"]),
     "nothing": ({"sparsity": 0.0}, ["2048xf32"]),

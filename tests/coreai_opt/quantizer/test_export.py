@@ -150,6 +150,12 @@ REFUSED = {
         None, {"qparam_calculator_cls": DynamicQParamsCalculator},
         {ExportBackend.CoreAI: NotImplementedError},
     ),
+    "int3": ({"dtype": "int3"}, None, {ExportBackend.CoreAI: NotImplementedError}),
+    "int7": ({"dtype": "int7"}, None, {ExportBackend.CoreAI: NotImplementedError}),
+    "mxint8": (
+        {"scale_dtype": "float8_e8m0fnu", "granularity": PerBlockGranularity(axis=1, block_size=32)}, None,
+        {ExportBackend.CoreAI: NotImplementedError, ExportBackend.CoreML: NotImplementedError},
+    ),
     "float4 in other blocks": (
         {"dtype": "float4_e2m1fn", "granularity": PerBlockGranularity(axis=1, block_size=16)}, None,
         {ExportBackend.CoreAI: ValueError},
