@@ -64,10 +64,7 @@ def size_of(name: str, model: nn.Module) -> Size:
 
 def step_on(backend: str, model: nn.Module, data: Digits) -> Callable[[], object]:
     """A function that does one training step of a copy of ``model``."""
-    with warnings.catch_warnings():
-        # torch 2.13 gives one where it copies a graph.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-        model = copy.deepcopy(model).train()
+    model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters())
     images, labels = data.train_images[:BATCH], data.train_labels[:BATCH]
 
@@ -93,6 +90,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    # torch 2.13 gives one where it copies a graph.
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     torch.use_deterministic_algorithms(True)
@@ -144,8 +143,7 @@ def main() -> None:
             seed=seed,
             after_step=prunings[name].step,
         )
-    in_graph.quantizer.enable_observer()
-    observing = {**{name: each.observing() for name, each in quantized.items()}, "graph": in_graph.model}
+    observing = {name: each.observing() for name, each in (*quantized.items(), ("graph", in_graph))}
     in_training = {"float32": model, **observing, **{name: each.model for name, each in prunings.items()}}
     pruned = {name: each.finished() for name, each in prunings.items()}
 
