@@ -167,6 +167,7 @@ class _BaseQuantizer(_BaseModelCompressor):
                 owner = name.rpartition(".parametrizations.")[0] if "parametrizations" in name else None
                 if owner is None:
                     owner = name.rpartition(".")[0]
+                owner = owner if module.configured_by is None else module.configured_by
                 found[module] = configs[owner].qat_schedule if owner in configs else None
         return found
 

@@ -13,6 +13,7 @@ from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES
 from coreai_opt.quantization._eager.preparation import simulators_of
+from coreai_opt.quantization._eager.resolution import check_positions
 from coreai_opt.quantization._export import finalize_eager
 from coreai_opt.quantization._export_graph import finalize_graph
 from coreai_opt.quantization._graph import preparation as graph_preparation
@@ -59,7 +60,9 @@ class Quantizer(_BaseQuantizer):
         eager = self._config.execution_mode is ExecutionMode.EAGER
         if eager and self._config.preserved_attributes is not None:
             warnings.warn("preserved_attributes has no effect in eager mode", UserWarning, stacklevel=2)
-        if not eager:
+        if eager:
+            check_positions(self._config)
+        else:
             check_keys(self._config)
 
     def prepare(

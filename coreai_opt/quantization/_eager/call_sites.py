@@ -1,12 +1,37 @@
 """Where a forward is intercepted: decided once, so that a call only counts and looks up by position."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["CallGroup", "Site"]
+__all__ = ["CallGroup", "Origin", "Site", "origin_of"]
+
+# Where in the source a call is: of each Python frame from the call up to that of the module, the function's
+# name, its first line, and the instruction.
+Origin = tuple[tuple[str, int, int], ...]
+
+_MODULE_CALL = nn.Module._call_impl.__code__
+
+
+def origin_of(frame: FrameType | None, caller: FrameType | None) -> Origin | None:
+    """Where a call is in the source; None if it is not the module's own.
+
+    Args:
+        frame: what calls.
+        caller: the frame of ``nn.Module._call_impl`` of the module. If it is not among those that called
+            ``frame``, its call has ended; if another module's is met first, the call is that module's.
+    """
+    origin = []
+    while frame is not None and frame is not caller:
+        code = frame.f_code
+        if code is _MODULE_CALL:
+            return None
+        origin.append((code.co_name, code.co_firstlineno, frame.f_lasti))
+        frame = frame.f_back
+    return None if frame is None else tuple(origin)
 
 
 @dataclass(frozen=True)
@@ -58,11 +83,13 @@ class CallGroup:
         operation: the operation's name.
         slot: where a forward counts them.
         sites: what to do at each; None for nothing.
+        positions: which of them are at a place in the source.
     """
 
     operation: str
     slot: int
     sites: tuple[Site | None, ...]
+    positions: Mapping[Origin, tuple[int, ...]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallGroup":
         return self  # names and positions only: true of a module's copy, too

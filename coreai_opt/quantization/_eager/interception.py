@@ -6,7 +6,8 @@ simulators.
 
 A module of torch that calls a single operation gets a :class:`LeafHook`, which simulates before and behind
 the forward. Others get a :class:`ScopeHook`: while they run, torch reports each call of a function to a
-:class:`~torch.overrides.TorchFunctionMode`, and the calls are recognised by their order.
+:class:`~torch.overrides.TorchFunctionMode`, and the calls are recognised by their place in
+the source and by their order.
 """
 
 import sys
@@ -21,7 +22,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from coreai_opt.config.spec.compression_simulator import is_simulating
-from coreai_opt.quantization._eager.call_sites import CallGroup
+from coreai_opt.quantization._eager.call_sites import CallGroup, Origin, Site, origin_of
 from coreai_opt.quantization._eager.operations import as_method
 
 __all__ = ["WITH_SHORTCUT", "Hook", "LeafHook", "ScopeHook", "install", "is_intercepting", "remove_hooks"]
@@ -34,17 +35,19 @@ _NOTHING: _Groups = {}
 
 
 class _Frame:
-    """A module's call in progress: how often it has called each operation.
+    """A module's call in progress.
 
     Attributes:
         module: the module.
         groups: the operations that are intercepted.
-        counts: their calls, by the slots of the groups.
+        calls: of each operation, how often it was called at each place in the source, by the slots of the
+            groups.
+        strangers: how many calls are at places where the traced forward had none.
         caller: the Python frame of the call; None in compiled code.
         outside: the call that this one is inside of.
     """
 
-    __slots__ = ("caller", "counts", "groups", "module", "outside")
+    __slots__ = ("caller", "calls", "counts", "groups", "module", "outside", "strangers")
 
     def __init__(
         self,
@@ -57,6 +60,8 @@ class _Frame:
         self.module = module
         self.groups = groups
         self.counts = [0] * slots
+        self.strangers = [0] * slots
+        self.calls: list[dict[Origin, int]] = [{} for _ in range(slots)]
         self.caller = caller
         self.outside = outside
 
@@ -68,6 +73,33 @@ class _Frame:
         while frame is not None and frame is not self.caller:
             frame = frame.f_back
         return frame is not None
+
+    def site(self, group: CallGroup) -> Site | None:
+        """What to do at a call of an operation, in compiled code: calls are recognised by their order."""
+        count = self.counts[group.slot]
+        self.counts[group.slot] = count + 1
+        return group.sites[count] if count < len(group.sites) else None
+
+    def site_at(self, group: CallGroup, frame: FrameType | None) -> Site | None:
+        """What to do at a call that ``frame`` makes.
+
+        A call is recognised by its place in the source, and by its order among those at this place: if there
+        are more than when the forward was traced, by the last one. At other places, by its order.
+        """
+        if self.caller is None:
+            return self.site(group)
+        origin = origin_of(frame, self.caller)
+        if origin is None:
+            return None  # of a module that was put in afterwards, or the call has ended
+        calls = self.calls[group.slot]
+        repeated = calls.get(origin, 0)
+        calls[origin] = repeated + 1
+        positions = group.positions.get(origin)
+        if positions is None:
+            self.strangers[group.slot] += 1
+            return self.site(group)
+        self.counts[group.slot] += 1
+        return group.sites[positions[min(repeated, len(positions) - 1)]]
 
 
 class _Interception(TorchFunctionMode):
@@ -85,13 +117,11 @@ class _Interception(TorchFunctionMode):
             func, args = as_method(func, args)
         if frame is not None and not is_simulating():
             group = frame.groups.get(func)
-            if group is not None and (torch.compiler.is_compiling() or frame.is_running()):
-                count = frame.counts[group.slot]
-                frame.counts[group.slot] = count + 1
-                if count < len(group.sites):
-                    site = group.sites[count]
-                    if site is not None:
-                        return site.run(frame.module, func, args, kwargs or {})
+            if group is not None:
+                compiling = torch.compiler.is_compiling()
+                site = frame.site(group) if compiling else frame.site_at(group, sys._getframe(1))
+                if site is not None:
+                    return site.run(frame.module, func, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
@@ -251,17 +281,19 @@ class ScopeHook(Hook):
         """Count for the module outside again.
 
         Raises:
-            RuntimeError: an operation was called more or less often than in the forward that was traced.
+            RuntimeError: an operation was called more or less often than in the forward that was traced, and
+                not at the same places in the source.
         """
         frame = _leave(module)
         if frame is None:
             return
         for group, count in zip(self.by_slot, frame.counts, strict=True):
-            if count != len(group.sites):
+            is_known = frame.calls[group.slot] and not frame.strangers[group.slot]
+            if count not in (0, len(group.sites)) and not is_known:
                 raise RuntimeError(
                     f"the forward of {self.name or 'the model'!r} called {group.operation!r} {count} times; "
-                    f"when it was prepared, {len(group.sites)} times. Simulators belong to calls by their "
-                    f"order: prepare the model with example inputs that take this way, or leave "
+                    f"when it was prepared, {len(group.sites)} times. They are not where the calls "
+                    f"were then: prepare the model with example inputs that take this way, or leave "
                     f"{group.operation!r} out of the configuration of this module."
                 )
 

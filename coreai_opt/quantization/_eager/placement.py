@@ -12,7 +12,7 @@ from coreai_opt._state_tensors import put_on_places
 from coreai_opt._utils.config_utils import original_type
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
-from coreai_opt.quantization._eager.call_sites import CallGroup, Site
+from coreai_opt.quantization._eager.call_sites import CallGroup, Origin, Site
 from coreai_opt.quantization._eager.containers import hide_simulator
 from coreai_opt.quantization._eager.interception import (
     WITH_SHORTCUT,
@@ -74,6 +74,8 @@ def build(plan: PlacementPlan) -> Simulators:
             continue
         tensor = getattr(owner.module, owner.name)
         simulator = _construct(spec, CompressionTargetTensor.WEIGHT, full_name, tensor.device)
+        # Its schedule is that of the configuration that its specification comes from.
+        simulator.configured_by = state.configured_by
         simulators.states.append((state, simulator))
     if open_axes:
         raise ValueError(
@@ -211,5 +213,10 @@ def _groups(
         for call in (plan.call for plan in calls if plan.call.operation == operation):
             own[call.index] = sites[call.label]
             functions.append(call.function)
-        groups.update(dict.fromkeys(functions, CallGroup(operation, slot, tuple(own))))
+        positions: dict[Origin, tuple[int, ...]] = {}
+        for position, origin in enumerate(traced.origins[operation]):
+            if origin is not None:
+                positions[origin] = (*positions.get(origin, ()), position)
+        group = CallGroup(operation, slot, tuple(own), positions)
+        groups.update(dict.fromkeys(functions, group))
     return groups

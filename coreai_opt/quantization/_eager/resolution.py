@@ -11,10 +11,22 @@ from coreai_opt._utils.config_utils import ConfigLevel, full_match
 from coreai_opt.export.parametrized import is_finalized
 from coreai_opt.quantization._eager.operations import OPERATIONS
 from coreai_opt.quantization._eager.trace import Call, Identity, ModuleTrace, Operand, State, Trace
-from coreai_opt.quantization.config.quantization_config import ModuleQuantizerConfig, OpQuantizerConfig
+from coreai_opt.quantization.config.quantization_config import (
+    ModuleQuantizerConfig,
+    OpQuantizerConfig,
+    QuantizerConfig,
+)
 from coreai_opt.quantization.spec import QuantizationSpec
 
-__all__ = ["CallPlan", "ModuleConfigs", "PlacementPlan", "StatePlan", "boundary_modules", "resolve"]
+__all__ = [
+    "CallPlan",
+    "ModuleConfigs",
+    "PlacementPlan",
+    "StatePlan",
+    "boundary_modules",
+    "check_positions",
+    "resolve",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +47,17 @@ class CallPlan:
 
 @dataclass(frozen=True)
 class StatePlan:
-    """The simulator of a parameter or buffer, and all the places that hold the tensor."""
+    """The simulator of a parameter or buffer.
+
+    Attributes:
+        places: all the places that hold the tensor.
+        spec: its specification.
+        configured_by: the name of the module whose configuration has it.
+    """
 
     places: tuple[State, ...]
     spec: QuantizationSpec
+    configured_by: str
 
 
 @dataclass
@@ -62,13 +81,8 @@ def resolve(trace: Trace, configs: ModuleConfigs) -> PlacementPlan:
     A specification for a module's boundary comes before one for operations. Of several for one tensor, the
     innermost module's holds. Of several operations that read one parameter, the last one holds, in the order
     of the configurations' levels.
-
-    Raises:
-        NotImplementedError: inputs or outputs of operations are named by anything but positions.
     """
     by_name = {name: config for level in configs.values() for name, config in level.items()}
-    for name, config in by_name.items():
-        _check_positions(name, config)
     received, returned = _boundaries(trace, by_name)
     plan = PlacementPlan()
     for traced in trace.modules.values():
@@ -95,18 +109,25 @@ def boundary_modules(configs: ModuleConfigs) -> frozenset[str]:
     )
 
 
-def _check_positions(name: str, config: ModuleQuantizerConfig) -> None:
-    entries: list[ModuleQuantizerConfig | OpQuantizerConfig] = [config]
-    for named in (config.op_type_config, config.op_name_config):
-        entries += [entry for entry in (named or {}).values() if entry is not None]
-    for entry in entries:
-        for field_name in ("op_input_spec", "op_output_spec"):
-            for key in getattr(entry, field_name) or {}:
-                if key != "*" and not isinstance(key, int):
-                    raise NotImplementedError(
-                        f"{field_name} of {name or 'the model'!r}: tensors of operations are named by their "
-                        f"position, such as 0, or by '*' for all; got {key!r}"
-                    )
+def check_positions(config: QuantizerConfig) -> None:
+    """NotImplementedError if tensors of operations or modules are named by anything but positions and "*"."""
+    _check_entry("global_config", config.global_config)
+    for field_name in ("module_type_configs", "module_name_configs"):
+        for key, entry in getattr(config, field_name).items():
+            _check_entry(f"{field_name}[{key!r}]", entry)
+
+
+def _check_entry(where: str, entry: ModuleQuantizerConfig | OpQuantizerConfig | None) -> None:
+    for field_name in ("op_input_spec", "op_output_spec", "module_input_spec", "module_output_spec"):
+        for key in getattr(entry, field_name, None) or {}:
+            if key != "*" and not isinstance(key, int):
+                raise NotImplementedError(
+                    f"{field_name} of {where}: tensors are named by their position, such as 0, or by '*' for "
+                    f"all; got {key!r}"
+                )
+    for field_name in ("op_type_config", "op_name_config"):
+        for key, named in (getattr(entry, field_name, None) or {}).items():
+            _check_entry(f"{where}.{field_name}[{key!r}]", named)
 
 
 def _boundaries(
@@ -167,43 +188,45 @@ def _plan_call(
 def _plan_states(
     trace: Trace, configs: ModuleConfigs, by_name: Mapping[str, ModuleQuantizerConfig]
 ) -> list[StatePlan]:
-    chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None]] = {}
-    for traced in _in_order_of_precedence(trace, configs):
+    names = list(_in_order_of_precedence(configs))
+    traces = {traced.name: traced for traced in trace.modules.values()}
+    chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None, str]] = {}
+    for traced in (traces[name] for name in names if name in traces):
         for call in traced.calls.values():
             entry = _entry_for(traced, call, by_name[traced.name])
             for operand in call.operands:
                 if operand.owners and operand.is_quantizable and entry is not None:
-                    spec = _lookup(entry.op_state_spec, _name_in(operand, traced.name))
+                    spec = _state_spec(entry.op_state_spec, operand, traced.name)
                     if spec is not _MISSING:
-                        chosen[operand.identity[0]] = (operand.owners, spec)
+                        chosen[operand.identity[0]] = (operand.owners, spec, traced.name)
+    rank = {name: index for index, name in enumerate(names)}
     for traced in trace.modules.values():
         for call in traced.calls.values():
             for operand in call.operands:
-                for owner in operand.owners:
+                for owner in sorted(operand.owners, key=lambda each: rank[each.module_name]):
                     spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
                     if spec is not _MISSING and operand.is_quantizable:
-                        chosen[operand.identity[0]] = (operand.owners, spec)
+                        chosen[operand.identity[0]] = (operand.owners, spec, owner.module_name)
     found = [
-        StatePlan(places, spec)
-        for places, spec in chosen.values()
+        StatePlan(places, spec, configured_by)
+        for places, spec, configured_by in chosen.values()
         if spec is not None and not any(is_finalized(place.module, place.name) for place in places)
     ]
     return sorted(found, key=lambda plan: plan.places[0].rank)
 
 
-def _name_in(operand: Operand, module_name: str) -> str:
-    """The name of a parameter or buffer in the module that runs, or else in the first that owns it."""
-    owners = [owner for owner in operand.owners if owner.module_name == module_name] or operand.owners
-    return owners[0].name
+def _state_spec(specs: Specs | None, operand: Operand, module_name: str) -> Any:
+    """What is said of a parameter or buffer under one of its names: the running module's comes first."""
+    names = sorted(operand.owners, key=lambda owner: owner.module_name != module_name)
+    named = (owner.name for owner in names if owner.name in (specs or {}))
+    return _lookup(specs, next(named, names[0].name))
 
 
-def _in_order_of_precedence(trace: Trace, configs: ModuleConfigs) -> Iterator[ModuleTrace]:
-    by_name = {traced.name: traced for traced in trace.modules.values()}
+def _in_order_of_precedence(configs: ModuleConfigs) -> Iterator[str]:
+    """Names of modules: of two, what is configured for the later one holds."""
     for level in sorted(configs, key=lambda each: each.value, reverse=True):
         # What takes precedence comes first in a level.
-        for name in reversed(configs[level]):
-            if name in by_name:
-                yield by_name[name]
+        yield from reversed(configs[level])
 
 
 def _entry_for(

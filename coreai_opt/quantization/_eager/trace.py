@@ -1,7 +1,9 @@
 """One forward of a model, written down: which module calls which operation on which tensors."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.export.parametrized import FinalizedWeight
+from coreai_opt.quantization._eager.call_sites import Origin, origin_of
 from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
 
 __all__ = [
@@ -95,12 +98,21 @@ class Call:
 
 @dataclass
 class ModuleTrace:
-    """The calls of a module's forwards; of each, the calls that earlier ones had not."""
+    """The calls of a module's forwards; of each, the calls that earlier ones had not.
+
+    Attributes:
+        module: the module.
+        name: its name in the model.
+        calls: those that may get simulators, by their labels.
+        counts: how often a forward calls each operation.
+        origins: where in the source these calls are.
+    """
 
     module: nn.Module
     name: str
     calls: dict[str, Call] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    origins: dict[str, list[Origin | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,16 +134,17 @@ class Trace:
 class _Frame:
     """A forward in progress; ``is_bounded`` in and below a module whose boundaries are asked for."""
 
-    def __init__(self, trace: ModuleTrace, is_bounded: bool) -> None:
+    def __init__(self, trace: ModuleTrace, is_bounded: bool, caller: FrameType) -> None:
         self.trace = trace
         self.is_bounded = is_bounded
-        self.counts: dict[str, int] = {}
+        self.caller = caller
+        self.origins: dict[str, list[Origin | None]] = {}
 
-    def count(self, operation: str) -> int:
-        """The number of calls before this one."""
-        count = self.counts.get(operation, 0)
-        self.counts[operation] = count + 1
-        return count
+    def count(self, operation: str, frame: FrameType) -> int:
+        """The number of calls before this one, which ``frame`` makes."""
+        origins = self.origins.setdefault(operation, [])
+        origins.append(origin_of(frame, self.caller))
+        return len(origins) - 1
 
 
 class _Recorder(TorchFunctionMode):
@@ -167,7 +180,7 @@ class _Recorder(TorchFunctionMode):
         if operation is None:
             return result
         frame = self.frames[-1]
-        index = frame.count(operation)
+        index = frame.count(operation, sys._getframe(1))
         operands = self._operands(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if func not in FUNCTIONS and not frame.is_bounded:
@@ -211,15 +224,18 @@ class _Recorder(TorchFunctionMode):
         if name in self.boundaries:
             self.trace.inputs.append((name, self._tensors_in(args)))
         is_bounded = name in self.boundaries or bool(self.frames and self.frames[-1].is_bounded)
-        self.frames.append(_Frame(trace, is_bounded))
+        # This function, the hook, a closure of nn.Module._call_impl, nn.Module._call_impl.
+        self.frames.append(_Frame(trace, is_bounded, sys._getframe(3)))
 
     def leave(self, name: str, module: nn.Module, result: Any) -> None:
         """It ends; ``result`` is None if by an exception."""
         if not self.frames or self.frames[-1].trace.module is not module:
             return  # a hook failed before the forward began
         frame = self.frames.pop()
-        for operation, count in frame.counts.items():
-            frame.trace.counts.setdefault(operation, count)
+        for operation, origins in frame.origins.items():
+            if operation not in frame.trace.counts:
+                frame.trace.counts[operation] = len(origins)
+                frame.trace.origins[operation] = origins
         self.returned(name, result)
 
     def returned(self, name: str, result: Any) -> None:

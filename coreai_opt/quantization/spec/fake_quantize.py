@@ -67,6 +67,8 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
     """
 
     qparams_calculator: QParamsCalculatorBase
+    # Of a parameter's simulator: the name of the module from whose configuration its specification comes.
+    configured_by: str | None = None
 
     @accept_release_0_2
     def __init__(

@@ -42,20 +42,6 @@ CASES = {
     "meta": (lambda: Mlp().to("meta"), eager(), (X,), RuntimeError, "'first.weight' is on the meta device"),
     "second forward": (Failing, eager(), (X,), ArithmeticError, "the second time"),
     "clash": (Clashing, eager(), (X,), RuntimeError, "'first' has an attribute 'linear_quantize_input'"),
-    "names of inputs": (
-        Mlp,
-        globally(op_input_spec={"input": QuantizationSpec()}),
-        (X,),
-        NotImplementedError,
-        "op_input_spec of .*: tensors of operations are named by their position.*got 'input'",
-    ),
-    "names of outputs of a type": (
-        Mlp,
-        globally(op_type_config={"linear": OpQuantizerConfig(op_output_spec={"out": QuantizationSpec()})}),
-        (X,),
-        NotImplementedError,
-        "op_output_spec",
-    ),
     "activation without an axis": (
         Mlp,
         globally(op_input_spec={"*": OPEN_AXIS}),
@@ -86,6 +72,26 @@ def test_a_failed_prepare_leaves_the_model_as_it_was(case) -> None:
     after = snapshot(model)
     after["state"] = {} if case == "meta" else after["state"]
     assert same(before, after)
+
+
+@pytest.mark.parametrize(
+    ("where", "field"),
+    [
+        (None, "op_input_spec"),
+        (None, "op_output_spec"),
+        (None, "module_input_spec"),
+        (None, "module_output_spec"),
+        ("op_type_config", "op_input_spec"),
+        ("op_name_config", "op_output_spec"),
+    ],
+)
+def test_tensors_are_named_by_positions(where, field) -> None:
+    named = {field: {"input": QuantizationSpec()}}
+    fields = named if where is None else {where: {"linear": OpQuantizerConfig(**named)}}
+    config = eager(module_name_configs={"first": ModuleQuantizerConfig(**fields)})
+    message = f"{field} of module_name_configs.*named by their position.*got 'input'"
+    with pytest.raises(NotImplementedError, match=message):
+        Quantizer(Mlp(), config)
 
 
 def test_prepare_can_be_tried_again() -> None:

@@ -65,19 +65,63 @@ def test_in_place_operations_write_their_result() -> None:
     assert torch.equal(model(X), expected)
 
 
-def test_an_operation_called_another_number_of_times() -> None:
+def test_calls_are_recognised_by_their_place_in_the_source() -> None:
+    class Loop(nn.Module):
+        def forward(self, x: Tensor, times: int = 2, first: bool = True) -> Tensor:
+            if first:
+                x = x * 3
+            for _ in range(times):
+                x = x * 2
+            return x
+
+    _, model = prepared(Loop(), X)
+    outputs = (model.mul_quantize_output_0, model.mul_1_quantize_output_0, model.mul_2_quantize_output_0)
+    inputs = (model.mul_quantize_input, model.mul_1_quantize_input, model.mul_2_quantize_input)
+
+    def expected(times: int, first: bool) -> Tensor:
+        x = X
+        if first:
+            x = outputs[0](inputs[0](x) * 3)
+        for index in range(times):
+            x = outputs[min(index, 1) + 1](inputs[min(index, 1) + 1](x) * 2)
+        return x
+
+    for times in range(5):
+        for first in (True, False):
+            assert torch.equal(model(X, times, first), expected(times, first)), (times, first)
+
+
+def test_calls_at_unknown_places_are_recognised_by_their_order() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor, branch: int = 0) -> Tensor:
+            if branch == 0:
+                return x * 2 * 3
+            if branch == 1:
+                return x * 3 * 2
+            return x * 5
+
+    _, model = prepared(Branches(), X)
+    first = model.mul_quantize_output_0(model.mul_quantize_input(X) * 3)
+    assert torch.equal(model(X, 1), model.mul_1_quantize_output_0(model.mul_1_quantize_input(first) * 2))
+    with pytest.raises(RuntimeError, match="called 'mul' 1 times; when it was prepared, 2 times"):
+        model(X, 2)
+    assert not is_intercepting()
+    assert model(X).shape == X.shape
+
+
+def test_compiled_code_recognises_calls_by_their_order() -> None:
     class Loop(nn.Module):
         def forward(self, x: Tensor, times: int = 2) -> Tensor:
             for _ in range(times):
                 x = x * 2
             return x
 
+    torch._dynamo.reset()
     _, model = prepared(Loop(), X)
-    for times in (0, 1, 3):
-        with pytest.raises(RuntimeError, match=f"called 'mul' {times} times; when it was prepared, 2 times"):
-            model(X, times)
-    assert not is_intercepting()
-    assert model(X).shape == X.shape
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(compiled(X), model(X))
+    with pytest.raises(RuntimeError, match="called 'mul' 3 times"):
+        compiled(X, 3)
 
 
 def test_a_branch_that_was_not_taken_is_not_simulated() -> None:
@@ -95,8 +139,34 @@ def test_a_branch_that_was_not_taken_is_not_simulated() -> None:
 
     _, model = prepared(Outside(), X, config=globally(op_input_spec=None))
     assert places(model) == {"branch.add_quantize_output_0", "sub_quantize_output_0"}
-    with pytest.raises(RuntimeError, match=r"the forward of 'branch' called 'add' 0 times"):
-        model(X, True)
+    assert torch.equal(model(X, True), model.sub_quantize_output_0(X - 1 - 2))
+
+
+def test_a_module_that_is_put_in_afterwards_does_not_count_for_the_one_outside() -> None:
+    class Adapted(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + x * 0
+
+    _, model = prepared(Residual(), X)
+    expected = model(X)
+    model.linear = Adapted(model.linear)
+    assert torch.equal(model(X), expected)
+
+
+def test_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    adapters = peft.LoraConfig(target_modules=["first", "linear"], r=2)
+    _, model = prepared(Outer(), X)
+    expected = model(X)
+    assert torch.equal(peft.get_peft_model(model, adapters)(X), expected)
+    adapted = peft.get_peft_model(Outer(), adapters)
+    _, adapted = prepared(adapted, X)
+    with adapted.disable_adapter():
+        assert adapted(X).shape == X.shape
 
 
 def test_an_unprepared_submodule_does_not_count_for_the_one_outside() -> None:

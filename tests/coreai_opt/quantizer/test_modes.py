@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coreai_opt import ExportBackend
-from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
 from coreai_opt.quantization.config import QATSchedule
+from coreai_opt.quantization.spec import PerChannelGranularity
 
 from .support import WEIGHTS_ONLY, Mlp, Outer, eager, flags, globally, prepared, simulators
 
@@ -104,6 +105,49 @@ def test_schedule() -> None:
     assert seen == [(False, False), (True, False), (True, True), (False, True)]
     with quantizer.training_mode():
         assert flags(model)["first.linear_quantize_input"] == (False, True)
+
+
+@pytest.mark.parametrize("elsewhere", [None, QATSchedule()])
+@pytest.mark.parametrize("own", [None, QATSchedule(enable_fake_quant=100)])
+def test_schedules_by_type(own, elsewhere) -> None:
+    config = eager(
+        global_config=ModuleQuantizerConfig(**WEIGHTS_ONLY, qat_schedule=elsewhere),
+        module_type_configs={nn.Linear: ModuleQuantizerConfig(**WEIGHTS_ONLY, qat_schedule=own)},
+    )
+    quantizer, model = prepared(Mlp(), X, config=config)
+    with quantizer.training_mode():
+        assert set(flags(model).values()) == {(True, own is None)}
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 8)
+        self.head = nn.Linear(8, 10, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, i: Tensor) -> Tensor:
+        return self.head(self.embedding(i))
+
+
+@pytest.mark.parametrize("entries", [["head"], ["embedding"], ["embedding", "head"], ["head", "embedding"]])
+def test_a_tied_weight_has_the_schedule_of_the_entry_with_its_specification(entries) -> None:
+    """Apple's package takes the specification of the last entry and the schedule of the first owner."""
+
+    def entry(name: str) -> ModuleQuantizerConfig:
+        late = name == "head"
+        spec = QuantizationSpec(dtype="int4" if late else "int8", granularity=PerChannelGranularity(axis=0))
+        schedule = QATSchedule(enable_fake_quant=100 if late else 0)
+        return ModuleQuantizerConfig(**WEIGHTS_ONLY, op_state_spec={"weight": spec}, qat_schedule=schedule)
+
+    config = eager(global_config=None, module_name_configs={name: entry(name) for name in entries})
+    quantizer, model = prepared(Tied(), torch.arange(4), config=config)
+    for each in (model, copy.deepcopy(model)):
+        with quantizer.training_mode(each):
+            (simulator,) = {*simulators(each).values()}
+            late = entries[-1] == "head"
+            assert simulator.dtype == (torch.int4 if late else torch.int8)
+            assert bool(simulator.fake_quant_enabled) is not late
 
 
 def test_a_step_without_a_change_writes_no_flag() -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizerConfig
 from coreai_opt.quantization.config import OpQuantizerConfig
 from coreai_opt.quantization.spec import (
@@ -216,6 +217,76 @@ def test_one_parameter_in_two_modules_has_one_simulator() -> None:
     assert found["embedding.parametrizations.weight.0"] is found["head.parametrizations.weight.0"]
     assert model.head.parametrizations.weight.original is model.embedding.parametrizations.weight.original
     assert len(list(model.parameters())) == 1
+
+
+class SharedLinears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def of_state(dtype: str | None) -> ModuleQuantizerConfig:
+    spec = None if dtype is None else QuantizationSpec(dtype=dtype)
+    return ModuleQuantizerConfig(**OFF, module_state_spec={"weight": spec})
+
+
+@pytest.mark.parametrize(
+    ("names", "types", "dtype"),
+    [
+        ({"a": "int4"}, {nn.Linear: "int8"}, torch.int4),
+        ({"b": "int4"}, {nn.Linear: "int8"}, torch.int4),
+        ({"a": "int4", "b": "int8"}, {}, torch.int8),
+        ({"b": "int8", "a": "int4"}, {}, torch.int4),
+        ({"a": None}, {nn.Linear: "int8"}, None),
+        ({"b": None}, {nn.Linear: "int8"}, None),
+    ],
+)
+def test_one_parameter_in_two_modules_with_an_entry_each(names, types, dtype) -> None:
+    config = eager(
+        global_config=None,
+        module_name_configs={name: of_state(each) for name, each in names.items()},
+        module_type_configs={kind: of_state(each) for kind, each in types.items()},
+    )
+    _, model = prepared(SharedLinears(), X, config=config)
+    found = {each.dtype for each in simulators(model).values()}
+    assert found == (set() if dtype is None else {dtype})
+
+
+@pytest.mark.parametrize("name", ["own", "mine", "*"])
+def test_one_parameter_with_two_names_is_found_by_each(name) -> None:
+    class Inner(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.mine)
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.randn(8, 8))
+            self.inner = Inner()
+            self.inner.mine = self.own
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    config = globally(**WEIGHTS_ONLY, op_state_spec={name: weight()})
+    _, model = prepared(Root(), X, config=config)
+    assert places(model) == {"parametrizations.own.0", "inner.parametrizations.mine.0"}
+
+
+def test_types_match_modules_that_are_pruned_already() -> None:
+    model = MagnitudePruner(Mlp(), MagnitudePrunerConfig()).prepare((X,))
+    config = eager(global_config=None, module_type_configs={nn.Linear: ModuleQuantizerConfig()})
+    _, model = prepared(model, X, config=config)
+    assert places(model) == {
+        f"{name}.{each}"
+        for name in ("first", "second")
+        for each in ("linear_quantize_input", "linear_quantize_output_0", "parametrizations.weight.1")
+    }
 
 
 def test_a_module_in_use_twice_has_one_set() -> None:
