@@ -26,6 +26,8 @@ INTENDED = {
     "config a dict": "Errors by kind",
     "config of a module": "Errors by kind",
     "model None": "Errors by kind",
+    "more calls than prepared": "Calls of operations are recognised by their place in the source",
+    "fewer calls than prepared": "Calls of operations are recognised by their place in the source",
 }
 
 
