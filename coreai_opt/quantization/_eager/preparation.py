@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.utils import parametrize
 
 from coreai_opt._restoring import side_effects_undone, training_flags, undone_on_failure
@@ -14,6 +15,7 @@ from coreai_opt.quantization._eager.interception import remove_hooks
 from coreai_opt.quantization._eager.placement import Simulators, build, insert, install_hooks
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
+from coreai_opt.quantization._eager.unserved import warn_of_unserved_states
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -27,14 +29,16 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
     it calls, the second one, with the parameters as they are, gives the ranges.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: the configuration does not fit the model; what the
-            model raises passes. The model is as before then.
+        ValueError, RuntimeError, NotImplementedError: the configuration does not fit the model, or a part of
+            it is compiled; what the model raises passes. The model is as before then.
     """
+    _refuse_compiled(model)
     configs = config.build_module_config_dict(model)
     with undone_on_failure(model), side_effects_undone(model):
         with training_flags(model, False):
             trace = trace_forward(model, example_inputs, boundary_modules(configs))
         plan = resolve(trace, configs)
+        warn_of_unserved_states(model, configs, plan)
         simulators = build(plan)
         insert(simulators)
         install_hooks(model, plan)
@@ -46,6 +50,20 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         if _drop_disabled(simulators):
             remove_hooks(model)
             install_hooks(model, plan)
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, OptimizedModule):
+            raise RuntimeError(
+                f"{name or 'the model'!r} is the result of torch.compile, whose operations cannot be seen. "
+                f"Prepare the module that was compiled (its _orig_mod), and compile the prepared one."
+            )
+        if module._compiled_call_impl is not None:
+            raise RuntimeError(
+                f"{name or 'the model'!r} is compiled in place, so that its operations cannot be seen. Call "
+                f"compile() on the prepared model."
+            )
 
 
 def _observe_unread_states(simulators: Simulators) -> None:

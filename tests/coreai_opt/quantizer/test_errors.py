@@ -171,3 +171,55 @@ def test_a_position_that_is_no_quantizable_tensor_is_logged(caplog) -> None:
 
     prepared(AddMask(), X, torch.arange(8), config=config)
     assert "op_input_spec names input 1 of 'add'" in caplog.text
+
+
+@pytest.mark.parametrize("part", ["", "inner"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_is_compiled_already(part, in_place) -> None:
+    model = Outer()
+    if in_place:
+        model.get_submodule(part).compile(backend="eager")
+    elif part:
+        model.inner = torch.compile(model.inner, backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    message = f"'{part or 'the model'}' is .*compile"
+    with pytest.raises(RuntimeError, match=message):
+        Quantizer(model, eager()).prepare((X,))
+
+
+@pytest.mark.parametrize(
+    ("layer", "config", "names"),
+    [
+        (nn.LSTM(8, 8), ModuleQuantizerConfig(), ["0.weight_ih_l0", "0.weight_hh_l0"]),
+        (
+            nn.LSTM(8, 8),
+            ModuleQuantizerConfig(**OFF, module_state_spec={"weight_ih_l0": QuantizationSpec()}),
+            ["0.weight_ih_l0"],
+        ),
+        (
+            nn.TransformerEncoderLayer(8, 2, 8),
+            ModuleQuantizerConfig(),
+            ["0.self_attn.in_proj_weight", "0.self_attn.out_proj.weight"],
+        ),
+        (nn.ModuleDict({"spare": nn.Linear(8, 8)}), ModuleQuantizerConfig(), ["0.spare.weight"]),
+    ],
+)
+def test_parameters_that_get_no_simulator_are_logged(layer, config, names, caplog) -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("0", layer)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x if isinstance(layer, nn.ModuleDict) else layer(x)
+
+    prepared(First(), X, config=eager(global_config=None, module_name_configs={"0": config}))
+    assert f"{len(names)} parameters have a specification and are not" in caplog.text
+    assert f"quantized: {', '.join(names)}. " in caplog.text
+
+
+def test_parameters_that_are_quantized_are_not_logged(caplog) -> None:
+    prepared(Outer(), X)
+    prepared(nn.Sequential(nn.LSTM(8, 8)), X, config=globally(**OFF))
+    assert "not quantized" not in caplog.text
