@@ -36,8 +36,8 @@ def warn_of_unserved_states(model: nn.Module, configs: ModuleConfigs, plan: Plac
     if names:
         logger.warning(
             f"{len(names)} parameters have a specification and are not quantized: {', '.join(names)}. "
-            f"The example inputs do not reach them; or what reads them is no operation that can be simulated, "
-            f"such as a recurrent layer or packed attention."
+            f"The example inputs do not reach them; or what reads them is no operation that can be "
+            f"simulated, such as a recurrent layer or packed attention."
         )
 
 
