@@ -15,6 +15,7 @@ from coreai._compiler.ir import (
     DenseElementsAttr,
     DenseResourceElementsAttr,
     FloatAttr,
+    FloatType,
     InsertionPoint,
     IntegerAttr,
     IntegerType,
@@ -69,12 +70,32 @@ class Builder:
         self.element_type = weight_op.results[0].type.element_type
 
     def constant(self, values: Tensor, element_type: Any = None) -> Any:
-        """A constant of the values' own type, or of an MLIR type that holds them; narrow integers packed."""
-        if element_type is not None and IntegerType.isinstance(element_type):
-            width = IntegerType(element_type).width
-            if width < _BITS_OF_A_BYTE:
-                return dialect.ConstantOp(_packed(values, element_type, width)).result
-        return dialect.constant(_as_array(values), dtype=element_type)
+        """A constant of the values' own type, or of an MLIR type that holds them.
+
+        Values of less than a byte are packed, and equal values stored once: Core AI recognizes a zero
+        offset by that.
+        """
+        if element_type is None:
+            return dialect.constant(_as_array(values))
+        kind = RankedTensorType.get(tuple(values.shape), element_type)
+        is_integer = IntegerType.isinstance(element_type)
+        first = values.flatten()[:1].float()
+        if values.numel() and bool((values.float() == first).all()):
+            splat = (
+                IntegerAttr.get(element_type, int(first))
+                if is_integer
+                else FloatAttr.get(element_type, float(first))
+            )
+            return dialect.ConstantOp(DenseElementsAttr.get_splat(kind, splat)).result
+        width = IntegerType(element_type).width if is_integer else FloatType(element_type).width
+        if width >= _BITS_OF_A_BYTE:
+            return dialect.constant(_as_array(values), dtype=element_type)
+        if not is_integer:
+            codes = values.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
+            values = torch.from_numpy(codes)
+        stream: Any = coreai_kernels.pack_bits(values, width).numpy()
+        packed = DenseResourceElementsAttr.get_from_buffer(stream, "dense_resource", kind)
+        return dialect.ConstantOp(packed).result
 
     def zeros(self, shape: tuple[int, ...], element_type: Any) -> Any:
         """A constant of zeros."""
@@ -234,15 +255,6 @@ def _axes_of_use(use: Any, rank: int, is_transposed: bool = False) -> Iterator[t
         yield (rank - 1, rank - 2) if last_is_output else (rank - 2, rank - 1)
     else:
         yield 0, min(1, rank - 1)
-
-
-def _packed(values: Tensor, element_type: Any, width: int) -> Any:
-    """Values of less than a byte, one after another in a stream of bits; equal ones once."""
-    kind = RankedTensorType.get(tuple(values.shape), element_type)
-    if values.numel() and bool((values == values.flatten()[0]).all()):
-        return DenseElementsAttr.get_splat(kind, IntegerAttr.get(element_type, int(values.flatten()[0])))
-    stream = memoryview(coreai_kernels.pack_bits(values, width).numpy())  # type: ignore[arg-type]
-    return DenseResourceElementsAttr.get_from_buffer(stream, "dense_resource", kind)
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:

@@ -61,6 +61,9 @@ def numbers(constant: tuple[str, Any]) -> np.ndarray:
 def decoded(raw: bytes, element: str, count: int) -> list[float]:
     if element == "f4E2M1FN":
         magnitudes = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+        # Ours packs two in a byte, as the runtime reads them; Apple's package does not.
+        if len(raw) * 2 == count:
+            raw = bytes(code for byte in raw for code in (byte & 15, byte >> 4))
         return [magnitudes[code & 7] * (-1 if code & 8 else 1) for code in raw]
     width = int(element[2:])
     stream = np.unpackbits(np.frombuffer(raw, np.uint8), bitorder="little")[: count * width]
