@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from coreai_opt.base_model_compressor import training_flags
+from coreai_opt.controllers.algorithms.quantizers import floating
+from coreai_opt.controllers.core.inputs import Batch
 
-__all__ = ["assign_bits", "hessian_traces", "multiplications"]
+__all__ = ["assign_bits", "hessian_traces", "multiplications", "output_errors"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,42 @@ def hessian_traces(
 def _signs(parameter: Tensor, generator: torch.Generator) -> Tensor:
     bits = torch.randint(2, parameter.shape, generator=generator)
     return (bits * 2 - 1).to(parameter.device, parameter.dtype)
+
+
+@torch.no_grad()
+def output_errors(
+    model: nn.Module,
+    weights: Mapping[str, nn.Parameter],
+    quantized: Callable[[str, int], Tensor],
+    bits: Sequence[int],
+    batches: Sequence[Batch],
+) -> dict[str, dict[int, float]]:
+    """Mean squared change of the model's outputs when a single weight is quantized.
+
+    Args:
+        model: stays as it is; runs in evaluation mode.
+        weights: which are quantized, one after the other.
+        quantized: the values of a weight in so many bits.
+        bits: the widths that are tried.
+        batches: of arguments.
+    """
+    with training_flags(model, False):
+        whole = [floating(model(*args, **kwargs)) for args, kwargs in batches]
+        errors: dict[str, dict[int, float]] = {}
+        for name, weight in weights.items():
+            before = weight.detach().clone()
+            errors[name] = {}
+            try:
+                for each in bits:
+                    weight.copy_(quantized(name, each))
+                    errors[name][each] = 0.0
+                    for (args, kwargs), expected in zip(batches, whole, strict=True):
+                        for mine, its in zip(floating(model(*args, **kwargs)), expected, strict=True):
+                            errors[name][each] += float((mine - its).float().square().mean())
+                    weight.copy_(before)
+            finally:
+                weight.copy_(before)
+    return errors
 
 
 @torch.no_grad()

@@ -11,7 +11,12 @@ from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.controllers.algorithms import quantizers
 from coreai_opt.controllers.algorithms.learnable import LearnableRangeQuantize
-from coreai_opt.controllers.algorithms.precision import assign_bits, hessian_traces, multiplications
+from coreai_opt.controllers.algorithms.precision import (
+    assign_bits,
+    hessian_traces,
+    multiplications,
+    output_errors,
+)
 from coreai_opt.controllers.algorithms.quantization import QuantizationController
 from coreai_opt.controllers.algorithms.quantization_config import (
     PrecisionInitializer,
@@ -65,7 +70,7 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
         if self.context.initialize and any(self.num_init_samples(name) for name in layers):
             require_loader(self.context)
         precision = self.config.initializer.precision
-        if precision is not None and precision.type == "hawq":
+        if precision is not None and precision.type != "manual":
             bits = self._loaded["bits"] if self._loaded is not None else self._search_bits(model, precision)
             self._bits: dict[str, int] = dict(bits)
             self._settings.assign_bits(self._bits)
@@ -75,34 +80,42 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             )
 
     def _search_bits(self, model: nn.Module, precision: PrecisionInitializer) -> dict[str, int]:
-        """Bits by the Hessian of the task's loss, before anything is changed."""
+        """Bits by what each layer loses with them, before anything is changed."""
         layers = {
             name: layer
             for name, layer in self.layers(model).items()
             if self._settings.tensor("weights", name) is not None
         }
         weights = {name: original(layer) for name, layer in layers.items()}
-        traces = hessian_traces(
-            model,
-            weights,
-            lambda: losses(self.context, model, precision.num_data_points),
-            precision.iter_number,
-            precision.tolerance,
-        )
-        sensitivities: dict[str, dict[int, float]] = {}
-        for name, layer in layers.items():
-            sensitivities[name] = {}
-            for bits in precision.bits:
-                self._settings.assign_bits({name: bits})
-                simulator = self._weight_simulator((name, "weight"), layer)
-                with torch.no_grad():
-                    error = (
-                        (simulator(weights[name].detach()) - weights[name].detach()).float().square().sum()
-                    )
-                sensitivities[name][bits] = max(traces[name], 0.0) * float(error)
+        values = {name: weight.detach().clone() for name, weight in weights.items()}
+
+        def quantized(name: str, bits: int) -> Tensor:
+            self._settings.assign_bits({name: bits})
+            with torch.no_grad():
+                return self._weight_simulator((name, "weight"), layers[name])(values[name])  # type: ignore[no-any-return]
+
+        if precision.type == "autoq":
+            data = list(batches(self.context, model, precision.num_data_points))
+            sensitivities = output_errors(model, weights, quantized, precision.bits, data)
+        else:
+            traces = hessian_traces(
+                model,
+                weights,
+                lambda: losses(self.context, model, precision.num_data_points),
+                precision.iter_number,
+                precision.tolerance,
+            )
+            sensitivities = {
+                name: {
+                    bits: max(traces[name], 0.0)
+                    * float((quantized(name, bits) - values[name]).float().square().sum())
+                    for bits in precision.bits
+                }
+                for name in layers
+            }
         costs = multiplications(model, layers, *one_batch(self.context, model))
         chosen = assign_bits(sensitivities, costs, precision.compression_ratio)
-        logger.info("hawq: mean traces %s, bits %s", traces, chosen)
+        logger.info("precision: what layers lose %s, bits %s", sensitivities, chosen)
         return chosen
 
     def num_init_samples(self, name: str) -> int:

@@ -62,18 +62,19 @@ class PrecisionInitializer(ConfigModel):
     """Bits of each layer.
 
     Fields:
-        type: ``manual``, as ``bitwidth_per_scope`` says; ``hawq``, by the traces of the Hessian.
+        type: ``manual``, as ``bitwidth_per_scope`` says; ``hawq``, by the traces of the Hessian; ``autoq``,
+            greedily by what the outputs lose when a single layer has the bits (NNCF has an agent that learns).
         bitwidth_per_scope: pairs of bits and a scope.
-        bits: for ``hawq``: the widths to choose from.
-        compression_ratio: for ``hawq``: bit operations of the model with 8 bits ÷ those of the chosen one, at
-            least.
+        bits: for ``hawq`` and ``autoq``: the widths to choose from.
+        compression_ratio: bit operations with 8 bits ÷ those with the chosen ones, at least.
         bitwidth_assignment_mode, dump_init_precision_data, eval_subset_ratio, warmup_iter_number: as in NNCF;
             there is one way to assign bits here, that of a layer's weight to its input, too.
-        num_data_points, iter_number, tolerance: for ``hawq``: samples of the Hessian, random vectors at most,
-            and the relative change of a trace that ends the estimate.
+        num_data_points: samples of the Hessian, or of the outputs.
+        iter_number, tolerance: for ``hawq``: random vectors at most, and the relative change of the traces
+            that ends the estimate.
     """
 
-    type: Literal["manual", "hawq"]
+    type: Literal["manual", "hawq", "autoq"]
     bitwidth_per_scope: list[tuple[int, str]] = Field(default_factory=list)
     bits: list[int] = Field(default_factory=lambda: [4, 8], min_length=1)
     compression_ratio: float = Field(default=1.5, ge=1)

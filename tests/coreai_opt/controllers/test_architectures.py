@@ -1,5 +1,6 @@
 """Filter pruning on many architectures: what is stripped computes what is masked, and costs what is said."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from coreai_opt.controllers import create_compressed_model
+from coreai_opt.controllers import create_compressed_model, register_default_init_args
 
 from .architectures import ARCHITECTURES, IMAGE, Functional, UnsharedHeads, grouped, make, transposed
 
@@ -226,3 +227,33 @@ def test_the_configuration_of_a_language_model_stays() -> None:
         model, {"input_info": info, "compression": {"algorithm": "movement_sparsity", "params": params}}
     )
     assert model.config.use_cache is True
+
+
+@pytest.mark.parametrize(
+    "name", ["mobilenet_v2", "densenet", "fpn", "transposed", "recurrent", "normalized", "tied"]
+)
+def test_pruned_and_quantized_models_are_exported(name: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    shape = ARCHITECTURES[name][1]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    config = {
+        "input_info": {"sample_size": list(shape), "filler": "random"},
+        "compression": [
+            {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": EVERYTHING},
+            {"algorithm": "quantization", "overflow_fix": "enable"},
+        ],
+    }
+    controller, model = create_compressed_model(make(name), register_default_init_args(config, [x]))
+    model.eval()
+    controller.export_model(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        expected = tree_leaves(model(x))
+    for mine, its in zip(found, expected, strict=True):
+        # Sums in another order may end on the other side of a rounding, here and there.
+        error = (torch.from_numpy(mine) - its).abs()
+        assert float(error.mean()) < 0.02 * float(its.abs().max())

@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from coreai_opt.controllers import create_compressed_model, register_default_init_args
-from coreai_opt.controllers.algorithms.precision import assign_bits, hessian_traces, multiplications
+from coreai_opt.controllers.algorithms.precision import (
+    assign_bits,
+    hessian_traces,
+    multiplications,
+    output_errors,
+)
 
 from .support import loader, make_model
 
@@ -85,6 +90,34 @@ def test_in_quantization() -> None:
     state = controller.get_compression_state()
     resumed, _ = create_compressed_model(make_model(), config, state)
     assert {name: each.n_bits for name, each in resumed.weights.items()} == bits
+
+
+def test_the_greedy_search_needs_outputs_alone() -> None:
+    config = register_default_init_args({"compression": hawq(type="autoq", compression_ratio=4.0)}, loader())
+    model = make_model()
+    weights = {name: model.get_submodule(name).weight for name in ("stem", "inner", "head")}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    data = [((x,), {}) for x, _ in loader()]
+    halves = output_errors(model, weights, lambda name, bits: before[name] * (1 - 2.0**-bits), [1, 3], data)
+    for name, weight in weights.items():
+        assert torch.equal(weight, before[name])
+        with torch.no_grad():
+            model.eval()
+            whole = [model(x) for x, _ in loader()]
+            weight.copy_(before[name] * 0.5)
+            errors = [
+                float((model(x) - y).square().mean()) for (x, _), y in zip(loader(), whole, strict=True)
+            ]
+            weight.copy_(before[name])
+        assert halves[name][1] == pytest.approx(sum(errors), rel=1e-5)
+        assert halves[name][3] < halves[name][1]
+    controller, model = create_compressed_model(model, config)
+    bits = {name: each.n_bits for name, each in controller.weights.items()}
+    assert set(bits.values()) <= {2, 4, 8}
+    assert len(set(bits.values())) > 1
+    for name, weight in before.items():
+        own = model.get_submodule(name).parametrizations.weight.original
+        assert torch.equal(own, weight)
 
 
 def test_it_needs_a_criterion() -> None:
