@@ -63,7 +63,7 @@ class PrecisionInitializer(ConfigModel):
 
     Fields:
         type: ``manual``, as ``bitwidth_per_scope`` says; ``hawq``, by the traces of the Hessian; ``autoq``,
-            greedily by what the outputs lose when a single layer has the bits (NNCF has an agent that learns).
+            greedily by what the outputs lose when one layer has the bits (NNCF has an agent that learns).
         bitwidth_per_scope: pairs of bits and a scope.
         bits: for ``hawq`` and ``autoq``: the widths to choose from.
         compression_ratio: bit operations with 8 bits ÷ those with the chosen ones, at least.
