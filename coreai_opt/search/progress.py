@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from coreai_opt.search.candidates import Candidate
 from coreai_opt.search.measuring import Measurement, Metric
 
 __all__ = ["Ledger", "fingerprint"]
+
+_SECONDS_BETWEEN = 5.0
 
 
 def fingerprint(
@@ -61,6 +64,7 @@ class Ledger:
         self.found: dict[tuple[str, str], Measurement] = {}
         # Of each candidate, the layers that it fits, once they are known.
         self.layers: dict[str, dict[str, int]] = {}
+        self._saved = time.monotonic()
         if self.path is not None and self.path.exists():
             self._load(self.path)
 
@@ -79,9 +83,10 @@ class Ledger:
         self.found = {(row[0], row[1]): Measurement(*row) for row in rows}
 
     def add(self, measurement: Measurement) -> None:
-        """Keep a measurement."""
+        """Keep a measurement; the file is written every few seconds."""
         self.found[measurement.layer, measurement.candidate] = measurement
-        self.save()
+        if time.monotonic() - self._saved > _SECONDS_BETWEEN:
+            self.save()
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
@@ -92,3 +97,4 @@ class Ledger:
         temporary = self.path.with_name(self.path.name + ".part")
         temporary.write_text(json.dumps(data))
         os.replace(temporary, self.path)
+        self._saved = time.monotonic()

@@ -63,7 +63,10 @@ def search(
     chosen_candidates = checked_candidates(candidates)
     prober = Prober(model, batches, metric, layers)
     ledger = Ledger(state_path, fingerprint(model, [batches, layers], chosen_candidates, metric))
-    measurements = _measure(prober, chosen_candidates, ledger, progress)
+    try:
+        measurements = _measure(prober, chosen_candidates, ledger, progress)
+    finally:
+        ledger.save()
     stored = list(stored_tensors(prober.model))
     sizes = _LayerSizes(stored, {each.layer for each in measurements})
     if not sizes.layers:
