@@ -46,9 +46,10 @@ class QuantConfig:
     range_max: float | None = None
     scale_format: int = int(ScaleFormat.FLOAT32)
 
-    # The fields as arguments of an operator, in the order of `arguments`; lists say "int[] block_sizes".
+    # The fields as arguments of an operator, in the order of `arguments`; lists say "SymInt[] block_sizes".
+    # Symbolic sizes let a program that torch compiled serve any length.
     SCHEMA = (
-        "int[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
+        "SymInt[] block_size, int scheme, int format, float quant_min, float quant_max, bool use_minval, "
         "int update, float averaging_constant, float? range_min, float? range_max, int scale_format"
     )
 

@@ -21,6 +21,7 @@ REFERENCE_TOO = ("default", "floats")
 RUNS_INTENDED = {("shared", "schedule"): "Schedules reach what the model itself owns"}
 INTENDED = {
     "config type by public name": "Configurations refuse and find more",
+    "config edges by name": "Configurations refuse and find more",
     "operation dropout": "prepare leaves no trace",
     "calibration in training": "Training goes on after a calibration within it",
     "config a dict": "Errors by kind",

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _ARGUMENTS = (
-    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
+    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, SymInt[] block_size, int format, "
     "float quant_min, float quant_max, bool with_mask) -> (Tensor, Tensor)"
 )
 

@@ -18,7 +18,7 @@ def _fake(input: Tensor, block_size: list[int]) -> tuple[Tensor, Tensor]:
 
 define(
     "observe_range",
-    "(Tensor input, int[] block_size) -> (Tensor, Tensor)",
+    "(Tensor input, SymInt[] block_size) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     triton=triton.get("observe_range"),

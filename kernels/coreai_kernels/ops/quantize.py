@@ -23,7 +23,7 @@ STORAGE_DTYPES = (
 
 define(
     "quantize",
-    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
+    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, SymInt[] block_size, int format, "
     "float quant_min, float quant_max, ScalarType dtype) -> Tensor",
     reference=reference.quantize,
     fake=lambda input, *args: torch.empty_like(input, dtype=args[-1]),
@@ -31,7 +31,7 @@ define(
 )
 define(
     "dequantize",
-    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
+    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, SymInt[] block_size, int format, "
     "float quant_min, ScalarType dtype) -> Tensor",
     reference=reference.dequantize,
     fake=lambda input, *args: torch.empty_like(input, dtype=args[-1]),

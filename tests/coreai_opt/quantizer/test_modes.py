@@ -1,10 +1,12 @@
 """Calibration, training, schedules, switches, and the end."""
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from coreai_opt import ExportBackend
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
@@ -264,3 +266,20 @@ def test_a_compiled_training_step_observes() -> None:
         for scale in (1.0, 3.0):
             assert torch.equal(compiled(X * scale), other(X * scale))
     assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_batches_of_any_length_are_compiled_twice(trains) -> None:
+    torch._dynamo.reset()
+    quantizer, model = prepared(Outer(), X)
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with ExitStack() as stack:
+        if trains:
+            stack.enter_context(quantizer.training_mode())
+            stack.enter_context(quantizer_of(twin).training_mode())
+        for length in (4, 5, 7, 9, 3):
+            batch = X[:1].repeat(length, 1) * length
+            assert torch.equal(compiled(batch), twin(batch))
+    assert counter.frame_count == 2
