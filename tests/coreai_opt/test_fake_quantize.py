@@ -191,6 +191,39 @@ def test_another_grid_of_blocks_is_refused(make_activation, x, calculator):
         module(torch.randn(5, 8))
 
 
+@pytest.mark.parametrize(
+    "granularity", [PerChannelGranularity(axis=1), PerBlockGranularity(axis=1, block_size=4)]
+)
+def test_an_empty_batch_passes_frozen_parameters(make_activation, x, granularity):
+    module = make_activation(granularity=granularity, qparam_calculator_cls="moving_average")
+    module(x)
+    module.disable_observer()
+    for _ in range(3):
+        assert module(torch.empty(0, 8)).shape == (0, 8)
+    assert torch.equal(module(x), make_activation(granularity=granularity)(x))
+
+
+@pytest.mark.parametrize("calculator", ["moving_average", "global_minmax", "static"])
+@pytest.mark.parametrize("qscheme", ["symmetric", "asymmetric"])
+def test_the_memory_format_of_the_module_is_no_matter(make_activation, calculator, qscheme):
+    def run(memory_format):
+        images = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+        module = make_activation(
+            granularity=PerBlockGranularity(axis=1, block_size=4),
+            qparam_calculator_cls=calculator,
+            qscheme=qscheme,
+        )
+        outputs = [module(images)]
+        module.to(memory_format=memory_format)
+        assert module.qparams_calculator.scale.is_contiguous(memory_format=memory_format)
+        outputs += [module(images * factor) for factor in (2, 3, 4)]
+        module.disable_observer()
+        outputs += [module(images) for _ in range(3)]
+        return [*outputs, *module.state_dict().values()]
+
+    assert all(map(torch.equal, run(torch.channels_last), run(torch.contiguous_format)))
+
+
 def test_properties_belong_to_the_calculator(make_activation):
     module = make_activation(qscheme="asymmetric")
     assert module.qscheme is QuantizationScheme.ASYMMETRIC

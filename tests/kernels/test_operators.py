@@ -262,6 +262,21 @@ def test_empty_tensors() -> None:
         ck.observe_range(x, block_size=(0, 4))
 
 
+def test_block_parameters_of_any_strides() -> None:
+    x, (scale, zero_point) = torch.randn(4, 8), params(4, 2)
+    strided = scale.t().contiguous().t(), zero_point.t().contiguous().t()
+    kwargs: dict[str, Any] = {"block_size": (1, 4), "quant_min": -8, "quant_max": 7}
+    assert_same_bits(
+        ck.fake_quantize(x, *strided, **kwargs), ck.fake_quantize(x, scale, zero_point, **kwargs)
+    )
+    values = ck.quantize(x, scale, zero_point, **kwargs, dtype=torch.int8)
+    assert torch.equal(ck.quantize(x, *strided, **kwargs, dtype=torch.int8), values)
+    del kwargs["quant_max"]
+    assert_same_bits(
+        ck.dequantize(values, *strided, **kwargs), ck.dequantize(values, scale, zero_point, **kwargs)
+    )
+
+
 GOOD = {"block_size": (1, 4), "quant_min": -8, "quant_max": 7}
 
 

@@ -33,6 +33,8 @@ def capture_simulation(module: "FakeQuantizeImplBase", plan: QuantizationPlan, t
     buffers = calculator._buffers
     if not plan.is_built_in or not same_methods(calculator, StatefulQParamsCalculatorBase, ("get_qparams",)):
         return
+    if tensor.numel() == 0:  # parameters of any grid serve it
+        return
     params = plan.select(*map(buffers.get, STATE[:3]))
     # A view in the place of a buffer would outlive what it was made of.
     are_buffers = all(

@@ -267,10 +267,9 @@ def apply(
     quant_max: float,
 ) -> Tensor:
     """:func:`fake_quantize` without the argument checks, for callers that have made them."""
-    if scale.dtype != torch.float32:
-        scale = scale.float()
-    if minval is not None and minval.dtype != torch.float32:
-        minval = minval.float()
+    scale = scale.float().contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    minval = None if minval is None else minval.float().contiguous()
     args = (scale, zero_point, minval, block_size, format, quant_min, quant_max)
     if torch.compiler.is_compiling() and backends.forced() != "reference":
         needs_grad = input.requires_grad and torch.is_grad_enabled()

@@ -213,20 +213,22 @@ def apply(
 
 
 def is_plain(input: Tensor, state: tuple[Tensor | None, ...]) -> bool:
-    """Whether the state, as far as given, has the dtypes that the kernels keep."""
+    """Whether the state, as far as given, has the dtypes and the layout that the kernels keep."""
     scale, minval = state[0], state[2]
     running_min = state[3] if len(state) > 3 else None
     return (
         scale.dtype == torch.float32  # type: ignore[union-attr]
         and (minval is None or minval.dtype == torch.float32)
         and (running_min is None or running_min.dtype == input.dtype)
+        # `module.to(memory_format=torch.channels_last)` gives buffers of four axes other strides, too.
+        and all(value is None or value.is_contiguous() for value in state)
     )
 
 
 def _with_converted_state(
     input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: QuantConfig
 ) -> Tensor:
-    """The step for state of other dtypes than the kernels keep, in one more pass over the input."""
+    """The step for state of other dtypes or strides than kernels keep, in one more pass over the input."""
     low, high = implementation("observe_range")(input.detach(), config.block_size)
     running_min, running_max = state[3:] if has_running else (None, None)
     low, high = next_range(low, high, running_min, running_max, config)

@@ -42,9 +42,10 @@ define(
 def _as_kept(
     scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Parameters in the dtypes that the kernels take; a module cast to bfloat16 has others."""
-    zero_point = None if zero_point is None else zero_point.to(torch.int32)
-    return scale.detach().float(), zero_point, None if minval is None else minval.detach().float()
+    """Parameters in the dtypes and the layout that the kernels take; a module cast to bfloat16 has others."""
+    zero_point = None if zero_point is None else zero_point.to(torch.int32).contiguous()
+    minval = None if minval is None else minval.detach().float().contiguous()
+    return scale.detach().float().contiguous(), zero_point, minval
 
 
 def quantize(
