@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 
-__all__ = ["CompressionSimulatorBase", "is_simulating"]
+__all__ = ["CallCountingMode", "CompressionSimulatorBase", "is_simulating"]
 
-_has_function_mode = torch._C._len_torch_function_stack
+_function_modes = torch._C._len_torch_function_stack
+_mode_at: Any = torch._C._get_function_stack_at
+_call = nn.Module.__call__
+
+
+class CallCountingMode(TorchFunctionMode):
+    """A mode that looks at the functions that a model calls: those that simulators call are none of them."""
 
 
 class _Running(threading.local):
@@ -28,6 +35,10 @@ def is_simulating() -> bool:
     return _running.simulators > 0
 
 
+def _all_count_calls(modes: int) -> bool:
+    return all(isinstance(_mode_at(index), CallCountingMode) for index in range(modes))
+
+
 class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
     """A module that maps a tensor to its compressed values, so that training takes compression in."""
 
@@ -35,12 +46,16 @@ class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
     tensor_fqn: str = "<unknown>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module. Modes that count the model's calls can tell by :func:`is_simulating`."""
-        if not _has_function_mode():
-            return nn.Module.__call__(self, *args, **kwargs)
+        """Run the module, unseen by modes that count calls; compiled code tells by :func:`is_simulating`."""
+        modes = _function_modes()
+        if not modes:
+            return _call(self, *args, **kwargs)
+        if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()) and _all_count_calls(modes):
+            with torch._C.DisableTorchFunction():
+                return _call(self, *args, **kwargs)
         _running.simulators += 1
         try:
-            return nn.Module.__call__(self, *args, **kwargs)
+            return _call(self, *args, **kwargs)
         finally:
             _running.simulators -= 1
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.eval_frame import skip_code
-from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.overrides import _pop_mode, _push_mode
 
-from coreai_opt.config.spec.compression_simulator import is_simulating
+from coreai_opt.config.spec.compression_simulator import CallCountingMode, is_simulating
 from coreai_opt.quantization._eager.call_sites import CallGroup, Origin, Site, origin_of
 from coreai_opt.quantization._eager.operations import as_method
 
@@ -102,7 +102,7 @@ class _Frame:
         return group.sites[positions[min(repeated, len(positions) - 1)]]
 
 
-class _Interception(TorchFunctionMode):
+class _Interception(CallCountingMode):
     """Hands the functions that a forward calls to the simulators of its module."""
 
     def __init__(self) -> None:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
+from coreai_kernels.runtime import fast_path_counts
 from coreai_opt.quantization import QuantizationSpec, QuantizerConfig
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-from .support import WEIGHTS_ONLY, Mlp, globally, prepared
+from .support import WEIGHTS_ONLY, Mlp, Outer, globally, prepared
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -227,3 +229,15 @@ def test_weights_in_bfloat16() -> None:
         Mlp().bfloat16(), X.bfloat16(), config=QuantizerConfig.presets.w4(execution_mode="eager")
     )
     assert model(X.bfloat16()).dtype == torch.bfloat16
+
+
+def test_weights_of_intercepted_modules_take_the_fast_path() -> None:
+    model = prepared(Outer(), X)[1].train()
+    for _ in range(4):
+        model(X).sum().backward()
+    before = fast_path_counts()
+    model(X)
+    after = fast_path_counts()
+    simulators = sum(isinstance(module, FakeQuantizeImplBase) for module in model.modules())
+    assert after["misses"] == before["misses"]
+    assert after["hits"] - before["hits"] >= simulators
