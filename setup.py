@@ -381,8 +381,9 @@ def _failure(error: BuildError, mode: str) -> dict[str, object]:
     return {"built": False, "reason": error.reason, "fix": error.fix}
 
 
-setup(
-    # The list of sources serves only to show setuptools that there is something to build.
-    ext_modules=[Extension("coreai_kernels._C", ["csrc/bindings.cpp"], optional=True)],
-    cmdclass={"build_ext": BuildNative},
-)
+if __name__ == "__main__":  # kernels/setup.py takes the builder from here
+    setup(
+        # The list of sources serves only to show setuptools that there is something to build.
+        ext_modules=[Extension("coreai_kernels._C", ["csrc/bindings.cpp"], optional=True)],
+        cmdclass={"build_ext": BuildNative},
+    )

@@ -13,6 +13,7 @@ __all__ = ["Diagnosis", "Finding", "examine", "main"]
 
 _DISTRIBUTION = "coreai-opt-fused"
 _APPLES_DISTRIBUTION = "coreai-opt"
+_ENGINES_DISTRIBUTION = "coreai-kernels"
 _REQUIRED = ("torch", "torchao", "numpy", "pydantic", "PyYAML", "rich", "safetensors", "tqdm")
 _MINIMUM_TORCH = (2, 10)
 
@@ -76,6 +77,13 @@ def _examine_distributions(diagnosis: Diagnosis) -> None:
             "broken",
             f"{version}: Apple's package, too, is imported as coreai_opt; the two overwrite each other",
             f"pip uninstall {_APPLES_DISTRIBUTION} {_DISTRIBUTION}, then install one of them again",
+        )
+    if version := _version(_ENGINES_DISTRIBUTION):
+        diagnosis.add(
+            _ENGINES_DISTRIBUTION,
+            "broken",
+            f"{version}: the engine for Apple's package, which is here already; the two overwrite each other",
+            f"pip uninstall {_ENGINES_DISTRIBUTION} {_DISTRIBUTION}, then install one of them again",
         )
     for name in _REQUIRED:
         version = _version(name)

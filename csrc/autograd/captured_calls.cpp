@@ -117,6 +117,23 @@ class Class {
   unsigned int tag_;
 };
 
+// A dictionary of hooks that has to keep its entries. Torch numbers hooks: no two have the same key.
+class Hooks {
+ public:
+  explicit Hooks(py::dict hooks) : hooks_(std::move(hooks)), keys_(now()) {}
+  bool holds() const { return hooks_.size() == keys_.size() && (keys_.empty() || now() == keys_); }
+
+ private:
+  std::vector<Py_ssize_t> now() const {
+    std::vector<Py_ssize_t> keys;
+    for (const auto& item : hooks_) keys.push_back(PyLong_AsSsize_t(item.first.ptr()));
+    return keys;
+  }
+
+  py::dict hooks_;
+  std::vector<Py_ssize_t> keys_;
+};
+
 template <class Conditions>
 bool all_hold(const Conditions& conditions) {
   return std::all_of(conditions.begin(), conditions.end(), [](const auto& one) { return one.holds(); });
@@ -126,14 +143,14 @@ bool all_hold(const Conditions& conditions) {
 class Guard {
  public:
   Guard(const std::vector<std::pair<py::dict, py::str>>& slots, const std::vector<Tensor>& switches,
-        std::vector<py::dict> hooks, const std::vector<py::type>& classes)
-      : hooks_(std::move(hooks)) {
+        const std::vector<py::dict>& hooks, const std::vector<py::type>& classes) {
     for (const auto& [owner, key] : slots) {
       slots_.emplace_back(owner, key);
       PyObject* value = slots_.back().value().ptr();
       if (value && THPVariable_Check(value)) places_.emplace_back(THPVariable_Unpack(value));
     }
     for (const Tensor& one : switches) switches_.emplace_back(one);
+    for (const py::dict& one : hooks) hooks_.emplace_back(one);
     for (const py::type& type : classes) classes_.emplace_back(type);
   }
 
@@ -142,7 +159,7 @@ class Guard {
     if (!all_hold(slots_)) return Miss::kState;
     if (!all_hold(places_)) return Miss::kMemory;
     if (!all_hold(switches_)) return Miss::kSwitch;
-    if (!std::all_of(hooks_.begin(), hooks_.end(), [](const py::dict& one) { return one.empty(); })) return Miss::kHook;
+    if (!all_hold(hooks_)) return Miss::kHook;
     return all_hold(classes_) ? Miss::kCount : Miss::kClass;
   }
 
@@ -150,7 +167,7 @@ class Guard {
   std::vector<Slot> slots_;
   std::vector<Placed> places_;
   std::vector<Switch> switches_;
-  std::vector<py::dict> hooks_;
+  std::vector<Hooks> hooks_;
   std::vector<Class> classes_;
 };
 
@@ -208,9 +225,9 @@ bool is_switch(const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.elem
 class CapturedCalls {
  public:
   CapturedCalls(const std::vector<std::pair<py::dict, py::str>>& slots, const std::vector<Tensor>& switches,
-                std::vector<py::dict> hooks, const std::vector<py::type>& classes)
+                const std::vector<py::dict>& hooks, const std::vector<py::type>& classes)
       : can_capture_(std::all_of(switches.begin(), switches.end(), is_switch)),
-        guard_(slots, can_capture_ ? switches : std::vector<Tensor>(), std::move(hooks), classes) {}
+        guard_(slots, can_capture_ ? switches : std::vector<Tensor>(), hooks, classes) {}
 
   // The output; None if the call is not captured or something is not as it was.
   py::object call(py::handle object) {
@@ -297,7 +314,7 @@ PYBIND11_MODULE(_C_autograd, module) {
   module.doc() = "Autograd's side of coreai_kernels in eager mode. Importing it registers nodes with torch's dispatcher.";
   namespace py = pybind11;
   py::class_<CapturedCalls>(module, "CapturedCalls", "See coreai_kernels/runtime/captured.py.")
-      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&, const std::vector<at::Tensor>&, std::vector<py::dict>,
+      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&, const std::vector<at::Tensor>&, const std::vector<py::dict>&,
                     const std::vector<py::type>&>(),
            py::arg("slots"), py::arg("switches"), py::arg("hooks"), py::arg("classes"))
       .def("__call__", &CapturedCalls::call, py::arg("input"))

@@ -21,13 +21,14 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def ask(self, name: str, job: dict[str, Any]) -> Any:
-        """The answer to ``job``, which must be the same whenever ``name`` is."""
+    def ask(self, name: str, job: dict[str, Any], accelerated: bool = False) -> Any:
+        """The answer to ``job``, which must be the same whenever ``name`` is. See :func:`oracle.ask`."""
+        name += "-accelerated" if accelerated else ""
         answer = self.folder / f"{name}.pickle"
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not answer.exists():
-                answer.write_bytes(pickle.dumps(oracle.ask(job, self.folder / name)))
+                answer.write_bytes(pickle.dumps(oracle.ask(job, self.folder / name, accelerated)))
         return pickle.loads(answer.read_bytes())
 
 

@@ -23,5 +23,13 @@ def main(job_file: str, result_file: str) -> None:
 
     if Path(job["package_folder"]).resolve() not in Path(str(coreai_opt.__file__)).resolve().parents:
         raise SystemExit(f"imported {coreai_opt.__file__}, not the package in {job['package_folder']}")
+    if job["accelerated"]:
+        sys.path.append(str(Path(__file__).parents[2] / "kernels"))
+        import coreai_accelerate
+
+        coreai_accelerate.activate()
     result = import_module(f".{job.get('module', 'runner')}", __package__).answer(job)
+    if job["accelerated"]:
+        status = coreai_accelerate.status()
+        result["status"] = {"hits": status.fast_path["hits"], "fallbacks": status.fallbacks}
     Path(result_file).write_bytes(pickle.dumps(result))

@@ -25,15 +25,21 @@ def find() -> bool:
     )
 
 
-def ask(job: dict[str, Any], folder: Path) -> Any:
+def ask(job: dict[str, Any], folder: Path, accelerated: bool = False) -> Any:
     """The answer of `jobs.main` to ``job``; ``folder`` receives the files in between.
+
+    Args:
+        job: what to do.
+        folder: for the files.
+        accelerated: with the plugin that puts the engine under Apple's package.
 
     Raises:
         RuntimeError: if the process fails; the text is what it wrote.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job_file, result_file = folder / "job.pickle", folder / "result.pickle"
-    job_file.write_bytes(pickle.dumps(job | {"package_folder": str(FOLDER.resolve())}))
+    facts = {"package_folder": str(FOLDER.resolve()), "accelerated": accelerated}
+    job_file.write_bytes(pickle.dumps(job | facts))
     # -P and no PYTHONPATH: the package under test must be the one in the oracle's folder, whoever starts us.
     program = (
         f"import sys; sys.path.append({str(ROOT)!r}); "

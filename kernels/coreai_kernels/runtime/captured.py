@@ -8,7 +8,7 @@ guard holds; else it goes the slow path again. The guard compares:
 - slots: entries of dictionaries, such as a module's buffers and its :class:`Generation`, that must hold the
   very same object, and the memory of those that are tensors;
 - switches: tensors of one byte that must keep their value, read where they lie;
-- hooks: dictionaries that must be empty;
+- hooks: dictionaries of hooks, which must keep their entries;
 - classes, whose attributes must not have been assigned to;
 - the input's dtype, shape and strides, and that no mode of torch is active that would have a say in the call.
 
@@ -49,7 +49,7 @@ class Guarded:
     Attributes:
         slots: dictionaries and keys whose values have to stay the same objects.
         switches: tensors of one byte that have to keep their values.
-        hooks: dictionaries that have to stay empty.
+        hooks: dictionaries of hooks, by torch's numbers for them, that have to keep their entries.
         classes: classes whose attributes have to stay as they are.
     """
 

@@ -1,0 +1,68 @@
+"""Apple's k-means palettizer, with clustering of the engine.
+
+The palettizer builds its simulator by name, not through a registry: the plugin rebinds that name. Scalar
+blocks are clustered by :func:`coreai_kernels.kmeans_1d`, which is exact as Apple's is; vectors, masked blocks
+and all else go Apple's way.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import coreai_kernels
+from coreai_accelerate.state import STATE, Replacement, fall_back
+from coreai_opt.palettization.kmeans import palettizer
+from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+
+__all__ = ["FusedKMeansFakePalettize", "replacements"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class FusedKMeansFakePalettize(_KMeansFakePalettize):
+    """Apple's simulator, which clusters scalars on the engine."""
+
+    def _cluster_weights_1d(self, block_weight: Tensor, block_sensitivity: Tensor | None, *args: Any) -> Any:
+        found = self._clustered(block_weight, block_sensitivity, *args) if STATE.is_active else None
+        return (
+            found
+            if found is not None
+            else super()._cluster_weights_1d(block_weight, block_sensitivity, *args)
+        )
+
+    def _clustered(
+        self, weight: Tensor, sensitivity: Tensor | None, num_clusters: int | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Centroids and the index of each value's; None where Apple's method has to decide."""
+        count = 2**self.n_bits if num_clusters is None else num_clusters
+        if weight.dtype not in _DTYPES or weight.numel() < count or sensitivity is not None:
+            fall_back(
+                "clustering with sensitivities" if sensitivity is not None else "clustering of few values"
+            )
+            return None
+        values, decimals = weight.detach().flatten().cpu(), None
+        if self.enable_fast_kmeans_mode:
+            values, decimals = values.to(torch.float16), self.rounding_precision
+        if not bool(values.isfinite().all()):
+            fall_back("clustering of values that are not finite")
+            return None
+        palette = coreai_kernels.kmeans_1d(
+            values, count, block_size=(values.numel(),), decimals=decimals
+        ).flatten()
+        if bool((palette[1:] == palette[:-1]).any()):
+            fall_back("clustering of few values")  # fewer distinct ones than clusters
+            return None
+        if decimals is not None:
+            values = torch.round(values.float(), decimals=decimals)
+        # The boundary between two clusters lies halfway between their means.
+        middles = (palette[1:].double() + palette[:-1].double()) / 2
+        return palette.double(), torch.bucketize(values.double(), middles)
+
+
+def replacements() -> list[Replacement]:
+    """The simulator that the palettizer builds."""
+    namespace = vars(palettizer)
+    return [
+        Replacement("palettizer's simulator", namespace, "_KMeansFakePalettize", FusedKMeansFakePalettize)
+    ]

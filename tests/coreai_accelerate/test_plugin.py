@@ -1,0 +1,194 @@
+"""The engine under Apple's package, in processes that import Apple's: switching, copies, subclasses, counts.
+
+That results are the same bit for bit is tested in tests/parity/test_accelerated.py.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from tests.parity import oracle
+
+KERNELS = oracle.ROOT / "kernels"
+
+pytestmark = pytest.mark.skipif(not oracle.find(), reason=oracle.INSTALL)
+
+PRELUDE = """
+import copy, pickle, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch import nn
+import coreai_opt, coreai_accelerate
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
+
+def simulators(model):
+    return [each for each in model.modules() if hasattr(each, "fake_quant_enabled")]
+
+def trained(mode="eager", steps=4):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    quantizer = Quantizer(model, QuantizerConfig(execution_mode=mode))
+    model = quantizer.prepare((torch.randn(2, 8),))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with quantizer.training_mode():
+        for _ in range(steps):
+            loss = model(torch.randn(5, 8)).square().sum()
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+    return model, loss.item()
+"""
+
+
+def run(script: str, **environment: str) -> list[str]:
+    paths = os.pathsep.join([str(oracle.FOLDER), str(KERNELS)])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(script)],
+        env={**os.environ, "PYTHONPATH": paths, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()
+
+
+def test_training_is_the_same_and_runs_on_the_engine() -> None:
+    script = """
+    _, alone = trained(steps=12)
+    coreai_accelerate.activate()
+    model, found = trained(steps=12)
+    status = coreai_accelerate.status()
+    print(alone == found, status.is_active, status.fast_path["hits"] > 20, len(status.replaced))
+    print({type(each).__name__ for each in simulators(model)} == {"FusedFakeQuantize"})
+    """
+    assert run(script) == ["True", "True", "True", "3", "True"]
+
+
+def test_disabled_by_the_environment() -> None:
+    script = """
+    coreai_accelerate.activate()
+    model, _ = trained()
+    print(coreai_accelerate.status().is_active, {type(each).__name__ for each in simulators(model)})
+    """
+    assert run(script, COREAI_ACCELERATE="0") == ["False", "{'_DefaultFakeQuantizeImpl'}"]
+
+
+def test_disabled_by_a_call_old_simulators_run_apples_methods() -> None:
+    script = """
+    coreai_accelerate.activate()
+    model, _ = trained()
+    x = torch.randn(5, 8)
+    before = model(x)
+    coreai_accelerate.disable()
+    hits = coreai_accelerate.status().fast_path["hits"]
+    print(torch.equal(model(x), before), coreai_accelerate.status().fast_path["hits"] == hits)
+    print({type(each).__name__ for each in simulators(trained()[0])})
+    """
+    assert run(script) == ["True", "True", "{'_DefaultFakeQuantizeImpl'}"]
+
+
+def test_copies_and_pickles() -> None:
+    script = """
+    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+    coreai_accelerate.activate()
+    model, _ = trained()
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        other = copy.deepcopy(model)
+        print(torch.equal(other(x), model(x)))
+        from coreai_opt.config.spec import CompressionTargetTensor
+        from coreai_opt.quantization.spec import QuantizationComponentFactory
+        one = QuantizationComponentFactory.construct(QuantizationSpec(), CompressionTargetTensor.WEIGHT)
+        w = torch.randn(16, 8)
+        for _ in range(3): one(w)
+        again = pickle.loads(pickle.dumps(one))
+        print(torch.equal(again(w), one(w)), isinstance(again, FakeQuantizeImplBase))
+    """
+    assert run(script) == ["True", "True", "True"]
+
+
+def test_subclasses_keep_their_methods() -> None:
+    script = """
+    coreai_accelerate.activate()
+    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+    called = []
+
+    @FakeQuantizeImplBase.register("mine")
+    class Mine(FakeQuantizeImplBase.REGISTRY["default"]):
+        def _fused_fake_quant_dequant(self, *args, **kwargs):
+            called.append(1)
+            return super()._fused_fake_quant_dequant(*args, **kwargs)
+
+    spec = QuantizationSpec(fake_quantize_cls="mine")
+    layers = ModuleQuantizerConfig(op_state_spec={"weight": spec}, op_input_spec=None, op_output_spec=None)
+    model = nn.Linear(4, 4)
+    config = QuantizerConfig(global_config=layers, execution_mode="eager")
+    model = Quantizer(model, config).prepare((torch.ones(1, 4),))
+    called.clear()
+    for _ in range(3): model(torch.ones(1, 4))
+    print(len(called), coreai_accelerate.status().fallbacks["methods"] > 0)
+    """
+    assert run(script) == ["3", "True"]
+
+
+def test_a_patched_calculator_is_called() -> None:
+    script = """
+    coreai_accelerate.activate()
+    model, _ = trained()
+    simulator = simulators(model)[0]
+    simulator.enable_observer()
+    x = torch.randn(5, 8)
+    for _ in range(3): simulator(x)
+    called, given = [], simulator.qparams_calculator.compute_qparams
+    simulator.qparams_calculator.compute_qparams = lambda *a, **k: called.append(1) or given(*a, **k)
+    simulator(x)
+    print(len(called))
+    simulator.qparams_calculator.register_forward_hook(lambda *_: called.append(2))
+    simulator(x)
+    print(called)
+    """
+    assert run(script) == ["1", "[1,", "1,", "2]"]
+
+
+def test_pruning_and_palettes() -> None:
+    script = """
+    from coreai_opt.palettization import KMeansPalettizer
+    from coreai_opt.pruning import MagnitudePruner
+
+    def compressed(compressor):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32))
+        compressor(model).prepare((torch.randn(2, 64),))
+        return model[0].weight.detach()
+
+    alone = [compressed(each) for each in (MagnitudePruner, KMeansPalettizer)]
+    coreai_accelerate.activate()
+    found = [compressed(each) for each in (MagnitudePruner, KMeansPalettizer)]
+    print(torch.equal(alone[0], found[0]), (alone[1] - found[1]).abs().max().item() < 1e-7)
+    """
+    assert run(script)[-2:] == ["True", "True"]
+
+
+def test_a_wrong_value_of_the_variable_is_an_error() -> None:
+    script = """
+    try:
+        coreai_accelerate.activate()
+    except ValueError as error:
+        print("COREAI_ACCELERATE must be 0 or 1" in str(error))
+    """
+    assert run(script, COREAI_ACCELERATE="yes") == ["True"]
+
+
+def test_beside_the_drop_in_it_says_what_is_wrong() -> None:
+    paths = os.pathsep.join([str(oracle.ROOT), str(KERNELS)])
+    script = "import coreai_opt, coreai_accelerate; coreai_accelerate.activate()"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "RuntimeError: coreai_opt is coreai-opt-fused" in done.stderr
