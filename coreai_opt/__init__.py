@@ -4,8 +4,9 @@ The subpackages load on first use, so that importing the package alone costs nex
 """
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coreai_opt import _environment, _plugins
 from coreai_opt.common import (
@@ -44,24 +45,34 @@ _SUBPACKAGES = (
     "search",
 )
 
+# Functions of coreai_opt.one_call.
+_ONE_CALLS = ("palettize", "prune", "quantize")
+
 _environment.warn_of_name_clash()
 
 
 if TYPE_CHECKING:
+    from coreai_opt.one_call import palettize as palettize
+    from coreai_opt.one_call import prune as prune
+    from coreai_opt.one_call import quantize as quantize
+
     # The release of this package, coreai-opt-fused.
     __fused_version__: str
 
 
-def __getattr__(name: str) -> ModuleType | str:
+def __getattr__(name: str) -> ModuleType | Callable[..., Any] | str:
     if name == "__fused_version__":
         return _environment.own_version()
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
+    if name in _ONE_CALLS:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.one_call"), name)
+        return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES, "__fused_version__"})
+    return sorted({*globals(), *_SUBPACKAGES, *_ONE_CALLS, "__fused_version__"})
 
 
 # The last statement: plugins find everything public in place.

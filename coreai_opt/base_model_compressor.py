@@ -1,5 +1,6 @@
 """What the compressors of models share: their arguments, their states, and the insertion of simulators."""
 
+import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from coreai_opt._state_tensors import (
     put_on_places,
     record_state_uses,
 )
+from coreai_opt._summary import CompressionSummary, summary_of, warn_of_unmatched
 from coreai_opt._utils.config_utils import plain_data, qualified_name
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
@@ -28,6 +30,8 @@ __all__ = [
     "original_of",
     "training_flags",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 class _BaseModelCompressor(ABC):
@@ -58,6 +62,8 @@ class _BaseModelCompressor(ABC):
         if not isinstance(config, self._config_class):
             raise TypeError(f"config must be a {self._config_class.__name__}, got {type(config).__name__}")
         self._model = model
+        # In graph mode, what is prepared is another.
+        self._original = model
         self._config: Any = config
 
     @classmethod
@@ -170,8 +176,39 @@ class _BaseModelCompressor(ABC):
         _prepared_models.load_prepared(model, state_dict, self._uninitialized_compression_modules)
 
     def _mark_prepared(self, model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
-        """Say that ``model`` is prepared; the steps done are those of ``state_dict``, or none."""
+        """Say that ``model`` is prepared; the steps done are those of ``state_dict``, or none.
+
+        To be called at the end of every prepare. The log tells what is compressed.
+        """
         _prepared_models.mark_prepared(model, self._kind, state_dict)
+        warn_of_unmatched(self._original, self._config, self._known_op_types())
+        summary = self._summary_of(model)
+        if summary.is_empty:
+            logger.warning(
+                f"{summary.compressor}: nothing was compressed. The configuration gives no tensor that the "
+                f"example inputs reach a specification, or none that fits it."
+            )
+        logger.info(summary.line)
+
+    def _known_op_types(self) -> Iterable[str] | None:
+        """The types of operations that are compressed; None where the configuration was checked already."""
+        return None
+
+    def _summary_of(self, model: nn.Module) -> CompressionSummary:
+        return summary_of(model, self._simulator_class, type(self).__name__)
+
+    def summary(self) -> CompressionSummary:
+        """Which parameters are compressed, of how many: prints as a table.
+
+        Raises:
+            RuntimeError: the model is not prepared.
+        """
+        return self._summary_of(self._require_prepared(None, "summary"))
+
+    def __repr__(self) -> str:
+        if not self._is_prepared(self._model):
+            return f"<{type(self).__name__} of a {type(self._model).__name__} that is not prepared>"
+        return f"<{self._summary_of(self._model).line}>"
 
     def _mark_finalized(self, model: nn.Module) -> None:
         """Say that this compressor is done with ``model``. To be called at the end of every finalize."""
@@ -215,6 +252,9 @@ class EagerCompressionComponentBuilderMixin:
     # torch functions whose parameters are compressed, and how configurations name their types.
     _op_types: ClassVar[dict[Callable[..., Any], str]]
     _simulator_class: ClassVar[type[CompressionSimulatorBase]]
+
+    def _known_op_types(self) -> Iterable[str]:
+        return self._op_types.values()
 
     def _find_targets(self, example_inputs: Sequence[Any]) -> list[StateTarget]:
         """What to compress, seen in one forward of ``example_inputs`` that leaves no trace."""

@@ -1,7 +1,7 @@
 """The quantizer: whole models."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from coreai_opt._restoring import undone_on_failure
 from coreai_opt._state_tensors import check_example_inputs
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
-from coreai_opt.quantization._eager.operations import MODULES
+from coreai_opt.quantization._eager.operations import MODULES, OPERATIONS
 from coreai_opt.quantization._eager.preparation import simulators_of
 from coreai_opt.quantization._eager.resolution import check_positions
 from coreai_opt.quantization._export import finalize_eager
@@ -187,6 +187,9 @@ class Quantizer(_BaseQuantizer):
         self._require_torch(backend)
         self._finalize_for_torch(model)
         return model
+
+    def _known_op_types(self) -> Iterable[str] | None:
+        return OPERATIONS if self._config.execution_mode is ExecutionMode.EAGER else None
 
     def _schedules_by_module(self) -> dict[str, QATSchedule]:
         if not self._has_schedule():

@@ -1,0 +1,374 @@
+"""From a model to a compressed one in one call, in terms of the compressors and their configurations."""
+
+import copy
+import logging
+import re
+from collections.abc import Callable
+from itertools import islice
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from coreai_opt import _left_out
+from coreai_opt._call_inputs import Inputs, keywords_added, read_inputs
+from coreai_opt._utils.config_utils import did_you_mean
+from coreai_opt.base_model_compressor import _BaseModelCompressor
+from coreai_opt.common import ExportBackend
+from coreai_opt.config.compression_config import CompressionConfig, ModuleCompressionConfig
+from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
+from coreai_opt.palettization.spec import (
+    PalettizationSpec,
+    PerGroupedChannelGranularity,
+    PerTensorGranularity,
+)
+from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMagnitudePrunerConfig
+from coreai_opt.pruning.config import OpMagnitudePrunerConfig
+from coreai_opt.pruning.spec import NMStructured, PruningSpec
+from coreai_opt.quantization import ExecutionMode, ModuleQuantizerConfig, Quantizer, QuantizerConfig
+from coreai_opt.quantization.spec import PerBlockGranularity, QuantizationSpec
+
+__all__ = ["Compressed", "palettize", "prune", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+_C = TypeVar("_C", bound=_BaseModelCompressor)
+Filter = Callable[[str, nn.Module], Any]
+
+
+class Compressed(NamedTuple, Generic[_C]):
+    """A compressed model, and what compressed it.
+
+    Attributes:
+        model: prepared for training, or finalized.
+        compressor: goes on from here: ``training_mode()``, ``step()``, ``finalize()``, ``summary()``.
+    """
+
+    model: nn.Module
+    compressor: _C
+
+    @property
+    def config(self) -> Any:
+        """The configuration. ``config.to_yaml()`` is its text, which ``from_yaml`` of its class reads."""
+        return self.compressor._config
+
+
+def _mxfp4() -> ModuleQuantizerConfig:
+    spec = QuantizationSpec(
+        dtype="float4_e2m1fn_x2",  # type: ignore[arg-type]
+        scale_dtype="float8_e8m0fnu",  # type: ignore[arg-type]
+        granularity=PerBlockGranularity(axis=None, block_size=32),
+    )
+    return ModuleQuantizerConfig(op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec})
+
+
+_SCHEMES: dict[str, Callable[[], ModuleQuantizerConfig]] = {
+    "w4": ModuleQuantizerConfig.presets.w4_per_block,
+    "w8": ModuleQuantizerConfig.presets.w8,
+    "w8a8": lambda: ModuleQuantizerConfig.model_validate({}),
+    "mxfp4": _mxfp4,
+}
+_BITS = (1, 2, 3, 4, 6, 8)
+
+
+def quantize(
+    model: nn.Module,
+    inputs: Any,
+    scheme: str | QuantizerConfig = "w4",
+    *,
+    head: bool | str | None = None,
+    filter_fn: Filter | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
+    num_batches: int = 100,
+    dynamic_shapes: Any = None,
+    finalize: ExportBackend | str | None = None,
+) -> Compressed[Quantizer]:
+    """Quantize a model: prepare it, calibrate activations on the data, and finalize it on request.
+
+    With the name of a scheme, the model is prepared in eager mode, and norms, embeddings and routers of
+    experts are left out; so is a head that has its weight from an embedding. A weight that blocks of 32 do
+    not divide is left out, too, with a warning in the log.
+
+    Args:
+        model: is changed in place, but in graph mode.
+        inputs: what one forward takes: a tensor, a tuple of positional arguments, or a mapping of keyword
+            ones, such as a BatchEncoding; or any other iterable of batches, such as a DataLoader. Of a batch
+            that is a tuple or list, ``forward`` gets as many as it requires; what follows are targets.
+        scheme: ``"w4"``, int4 weights in blocks of 32; ``"w8"``, int8 weights by channels; ``"w8a8"``, int8
+            weights and activations; ``"mxfp4"``, fp4 weights in blocks of 32 with scales of powers of two; or
+            a configuration, which is taken as it is.
+        head: for a scheme's name: False leaves the layer of the output out, True does not, a scheme's name is
+            another for it.
+        filter_fn: gets the name and the module of each that has parameters; those for which it is false are
+            left out, and the modules inside of them.
+        input_fn: takes a batch and returns what one forward takes.
+        num_batches: batches that calibrate activations at most. Without activations one batch is read.
+        dynamic_shapes: for graph mode, as in :meth:`Quantizer.prepare`.
+        finalize: the backend to finalize for; None for a model that is prepared for training.
+
+    Returns:
+        The model and its :class:`~coreai_opt.quantization.Quantizer`.
+
+    Raises:
+        TypeError: an argument has the wrong type, or ``forward`` does not take the inputs.
+        ValueError: there is no such scheme, no batch, no head, or ``num_batches`` is below 1; in graph mode,
+            an input can be given by keyword only. Other errors as of :class:`Quantizer`.
+    """
+    if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 1:
+        raise ValueError(f"num_batches must be an int of at least 1; got {num_batches!r}")
+    _check_model(model)
+
+    def entry(name: Any) -> ModuleQuantizerConfig:
+        if name not in _SCHEMES:
+            known = ", ".join(map(repr, _SCHEMES))
+            raise ValueError(
+                f"scheme must be {known} or a QuantizerConfig; got {name!r}.{did_you_mean(name, _SCHEMES)}"
+            )
+        return _SCHEMES[name]()
+
+    if isinstance(scheme, str):
+        config = QuantizerConfig(global_config=entry(scheme), execution_mode=ExecutionMode.EAGER)
+        for each in (*_left_out.norm_types(model), *_left_out.embedding_types(model)):
+            config.set_module_type(each, None)
+        _leave_out_routers_and_head(model, config, head, entry)
+    else:
+        config = _copied(scheme, QuantizerConfig, "scheme", head)
+    _apply_filter(model, config, filter_fn)
+    quantizer = Quantizer(model, config)
+    found = read_inputs(model, inputs, input_fn)
+    if found.example.kwargs and config.execution_mode is ExecutionMode.GRAPH:
+        raise ValueError(
+            f"graph mode exports positional inputs, and forward takes {', '.join(found.example.kwargs)} by "
+            f"keyword only: use execution_mode='eager'"
+        )
+    with keywords_added(model, found.example.kwargs):
+        prepared = quantizer.prepare(found.example.args, dynamic_shapes)
+    if found.batches is not None and quantizer.summary().activations:
+        _calibrate(quantizer, prepared, found, num_batches)
+    return _finished(prepared, quantizer, finalize)
+
+
+def prune(
+    model: nn.Module,
+    inputs: Any,
+    amount: float | str | MagnitudePrunerConfig = 0.5,
+    *,
+    head: bool | float | str | None = None,
+    filter_fn: Filter | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
+    finalize: ExportBackend | str | None = None,
+) -> Compressed[MagnitudePruner]:
+    """Prune a model's weights by magnitude, and finalize it on request.
+
+    Args:
+        model: is changed in place.
+        inputs: as for :func:`quantize`; one batch is read.
+        amount: the share of each weight to prune, in (0, 1); or ``"n:m"``, such as ``"2:4"``: of every ``m``
+            inputs of a channel ``n`` stay, and weights whose inputs ``m`` does not divide are left out; or a
+            configuration, which is taken as it is.
+        head: for an amount: False leaves the layer of the output out, True does not, and another amount is
+            for it.
+        filter_fn: as for :func:`quantize`.
+        input_fn: as for :func:`quantize`.
+        finalize: as for :func:`quantize`.
+
+    Returns:
+        The model and its :class:`~coreai_opt.pruning.MagnitudePruner`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`quantize`. Other errors as of :class:`MagnitudePruner`.
+    """
+    _check_model(model)
+    if isinstance(amount, MagnitudePrunerConfig):
+        config = _copied(amount, MagnitudePrunerConfig, "amount", head)
+    else:
+        config = MagnitudePrunerConfig(global_config=_pruned(amount))
+        _leave_out_routers_and_head(model, config, head, _pruned)
+        if isinstance(amount, str):
+            _leave_out(model, config, _undivided(model, int(amount.partition(":")[2])))
+    _apply_filter(model, config, filter_fn)
+    return _of_weights(model, MagnitudePruner(model, config), inputs, input_fn, finalize)
+
+
+def palettize(
+    model: nn.Module,
+    inputs: Any,
+    n_bits: int | KMeansPalettizerConfig = 4,
+    *,
+    head: bool | int | None = None,
+    filter_fn: Filter | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
+    finalize: ExportBackend | str | None = None,
+) -> Compressed[KMeansPalettizer]:
+    """Replace the values of a model's weights by those of palettes, and finalize it on request.
+
+    Args:
+        model: is changed in place.
+        inputs: as for :func:`quantize`; one batch is read.
+        n_bits: of an index into a palette: 1, 2, 3, 4 or 6, with a palette for every 16 channels of the
+            output (weights that 16 does not divide are left out, with a warning in the log); 8, with one for
+            each weight; or a configuration, which is taken as it is.
+        head: for a number of bits: False leaves the layer of the output out, True does not, another number is
+            for it.
+        filter_fn: as for :func:`quantize`.
+        input_fn: as for :func:`quantize`.
+        finalize: as for :func:`quantize`.
+
+    Returns:
+        The model and its :class:`~coreai_opt.palettization.KMeansPalettizer`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`quantize`. Other errors as of :class:`KMeansPalettizer`.
+    """
+    _check_model(model)
+    if isinstance(n_bits, KMeansPalettizerConfig):
+        config = _copied(n_bits, KMeansPalettizerConfig, "n_bits", head)
+    else:
+        config = KMeansPalettizerConfig(global_config=_palettized(n_bits))
+        _leave_out_routers_and_head(model, config, head, _palettized)
+    _apply_filter(model, config, filter_fn)
+    return _of_weights(model, KMeansPalettizer(model, config), inputs, input_fn, finalize)
+
+
+def _pruned(amount: Any) -> ModuleMagnitudePrunerConfig:
+    if isinstance(amount, str):
+        match = re.fullmatch(r"(\d+):(\d+)", amount)
+        if match is None:
+            raise ValueError(f"amount must be a share such as 0.5, or n:m such as '2:4'; got {amount!r}")
+        n, m = map(int, match.groups())
+
+        def states(axis: int) -> dict[str, Any]:
+            spec = PruningSpec(pruning_scheme=NMStructured(n=n, m=m, axis=axis))
+            return {"weight": spec, "in_proj_weight": spec}
+
+        transposed: dict[str, OpMagnitudePrunerConfig | None] = {
+            f"conv_transpose{axes}d": OpMagnitudePrunerConfig(
+                op_input_spec=None, op_output_spec=None, op_state_spec=states(0)
+            )
+            for axes in (1, 2, 3)
+        }
+        return ModuleMagnitudePrunerConfig(
+            op_input_spec=None, op_output_spec=None, op_state_spec=states(1), op_type_config=transposed
+        )
+    if not isinstance(amount, float | int) or isinstance(amount, bool):
+        raise TypeError(
+            f"amount must be a share, 'n:m' or a MagnitudePrunerConfig; got {type(amount).__name__}"
+        )
+    if not 0 < amount < 1:
+        raise ValueError(f"amount must be a share between 0 and 1, the ends excluded; got {amount}")
+    spec = PruningSpec(target_sparsity=amount)
+    return ModuleMagnitudePrunerConfig(
+        op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec, "in_proj_weight": spec}
+    )
+
+
+def _palettized(n_bits: Any) -> ModuleKMeansPalettizerConfig:
+    if not isinstance(n_bits, int) or isinstance(n_bits, bool):
+        raise TypeError(f"n_bits must be an int or a KMeansPalettizerConfig; got {type(n_bits).__name__}")
+    if n_bits not in _BITS:
+        raise ValueError(f"n_bits must be one of {', '.join(map(str, _BITS))}; got {n_bits}")
+    granularity = (
+        PerTensorGranularity() if n_bits == 8 else PerGroupedChannelGranularity(axis=0, group_size=16)
+    )
+    spec = PalettizationSpec(n_bits=n_bits, granularity=granularity)  # type: ignore[arg-type]
+    return ModuleKMeansPalettizerConfig(
+        op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec, "in_proj_weight": spec}
+    )
+
+
+def _undivided(model: nn.Module, m: int) -> list[str]:
+    """Names of the layers whose weights have a number of inputs a channel that ``m`` does not divide."""
+    found = []
+    for name, module in model.named_modules():
+        weight: Any = None
+        if isinstance(module, nn.MultiheadAttention):
+            weight = module.in_proj_weight
+        elif isinstance(module, _left_out.Weighted):
+            weight = module.weight
+        if weight is not None:
+            is_transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+            if weight.shape[0 if is_transposed else 1] % m:
+                found.append(name)
+    if found:
+        logger.info(f"left out, as {m} does not divide their inputs: {', '.join(found)}")
+    return found
+
+
+def _leave_out_routers_and_head(
+    model: nn.Module,
+    config: CompressionConfig[Any],
+    head: Any,
+    entry: Callable[[Any], ModuleCompressionConfig[Any, Any]],
+) -> None:
+    _leave_out(model, config, _left_out.routers(model))
+    name = _left_out.find_head(model)
+    if name is None:
+        if head is not None:
+            raise ValueError(
+                f"head={head!r}: {type(model).__name__} has no linear layer or convolution that could be "
+                f"its head"
+            )
+        return
+    tied = _left_out.is_tied(model, name)
+    if head is False or (head is None and tied):
+        _leave_out(model, config, [name])
+    elif head is True and tied:
+        # By name: takes precedence over what is said of the embedding's type.
+        config.set_module_name(re.escape(name), copy.deepcopy(config.global_config))
+    elif head is not None and head is not True:
+        config.set_module_name(re.escape(name), entry(head))
+
+
+def _apply_filter(model: nn.Module, config: CompressionConfig[Any], filter_fn: Filter | None) -> None:
+    if filter_fn is None:
+        return
+    if not callable(filter_fn):
+        raise TypeError(
+            f"filter_fn must be a function of a module's name and the module; got {type(filter_fn).__name__}"
+        )
+    _leave_out(model, config, _left_out.refused_by(filter_fn, model))
+
+
+def _leave_out(model: nn.Module, config: CompressionConfig[Any], names: list[str]) -> None:
+    for pattern in _left_out.patterns(model, names):
+        config.set_module_name(pattern, None)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def _copied(config: Any, kind: type[Any], argument: str, head: Any) -> Any:
+    if not isinstance(config, kind):
+        raise TypeError(f"{argument} must be a name or a {kind.__name__}; got {type(config).__name__}")
+    if head is not None:
+        raise ValueError(
+            f"head={head!r} is for a {argument} by name; in a {kind.__name__}, module_name_configs say "
+            f"what is done with a layer"
+        )
+    return config.model_copy(deep=True)
+
+
+def _of_weights(
+    model: nn.Module, compressor: _C, inputs: Any, input_fn: Callable[[Any], Any] | None, finalize: Any
+) -> Compressed[_C]:
+    found = read_inputs(model, inputs, input_fn)
+    with keywords_added(model, found.example.kwargs):
+        prepared = compressor.prepare(found.example.args)
+    return _finished(prepared, compressor, finalize)
+
+
+def _calibrate(quantizer: Quantizer, prepared: nn.Module, inputs: Inputs, num_batches: int) -> None:
+    total = None if inputs.length is None else min(inputs.length, num_batches)
+    with quantizer.calibration_mode(), torch.no_grad(), tqdm(desc="Calibrating", total=total) as bar:
+        for each in islice(inputs.batches or (), num_batches):
+            prepared(*each.args, **each.kwargs)
+            bar.update()
+
+
+def _finished(prepared: nn.Module, compressor: _C, finalize: Any) -> Compressed[_C]:
+    if finalize is None:
+        return Compressed(prepared, compressor)
+    return Compressed(compressor.finalize(backend=finalize), compressor)
