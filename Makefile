@@ -100,6 +100,7 @@ $(NATIVE): $(SETUP) setup.py $(SOURCES)
 $(ORACLE): | $(SETUP)
 	rm -rf .oracle
 	$(PIP) install -q $(PIP_FLAGS) --no-deps --target .oracle coreai-opt==0.4.0
+	$(PIP) install -q $(PIP_FLAGS) --no-deps --target .oracle-0.3.0 --upgrade coreai-opt==0.3.0
 	@touch $@
 
 clean:
@@ -108,4 +109,4 @@ clean:
 	find coreai_opt kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf $(VENV) .oracle
+	rm -rf $(VENV) .oracle .oracle-0.3.0
