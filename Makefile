@@ -16,7 +16,7 @@ FAST_TESTS := $(addprefix tests/kernels/test_,backends.py operators.py straight_
 	$(addprefix tests/coreai_opt/,test_fake_quantize.py test_fast_path.py test_spec.py test_import.py) \
 	$(addprefix tests/coreai_opt/,quantizer pruning/test_prune_simulator.py palettization/test_fake_palettize.py)
 ORACLE := .oracle/.coreai-opt-0.4.0
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*) kernels/coreai_kernels/formats.py
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/formats.py
 
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt

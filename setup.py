@@ -259,7 +259,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
     base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *_pybind11_include(), *builder.includes(), *macros]
-    sources = sorted({*CSRC.glob("*.cpp"), *CSRC.glob("common/*.cpp"), *CSRC.glob("cpu/*.cpp")})
+    sources = [*CSRC.glob("*.cpp"), *sorted(path for room in ("cpu", "ops") for path in CSRC.glob(f"{room}/**/*.cpp"))]
     jobs = [
         Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
         for source in sources

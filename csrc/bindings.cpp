@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "captured.h"
+#include "ops/captured.h"
 #include "cpu/dispatch.h"
 
 // Given by the build: instruction-set levels, torch version compiled against, CUDA architectures.

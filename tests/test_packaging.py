@@ -39,7 +39,7 @@ float LEVEL_sum(const std::vector<float>& x) {
 """
 
 CAPTURED = """
-#include "captured.h"
+#include "ops/captured.h"
 namespace coreai {
 const CaptureFunctions* capture_functions() {
   static const CaptureFunctions none = {};
@@ -65,10 +65,10 @@ def make_tree(path: Path) -> Path:
         "constraints.txt",
     ):
         shutil.copy(ROOT / name, path / name)
-    for name in ("csrc/bindings.cpp", "csrc/captured.h", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
+    for name in ("csrc/bindings.cpp", "csrc/ops/captured.h", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
-    (path / "csrc/captured.cpp").write_text(CAPTURED)
+    (path / "csrc/ops/captured.cpp").write_text(CAPTURED)
     (path / "csrc/autograd").mkdir()
     (path / "csrc/autograd/module.cpp").write_text(MODULE)
     for level in ("generic", "avx2", "avx512"):

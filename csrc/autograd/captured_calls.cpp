@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "autograd/nodes.h"
-#include "captured.h"
+#include "ops/captured.h"
 
 namespace coreai {
 namespace {

@@ -58,7 +58,7 @@ COREAI_HD typename S::F round_to_format(typename S::F x) {
 
 // How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of
 // values that are known to be finite. See `S::quotient` for when it may be used. Or not at all, but the results of
-// bfloat16 words: see cpu/bfloat16_words.h; of finite ones; of finite ones by powers of two.
+// bfloat16 words: see cpu/quantize/packed_bf16.h; of finite ones; of finite ones by powers of two.
 enum class Way { kDivide, kReciprocal, kReciprocalOfFinite, kWords, kWordsOfFinite, kWordsByPowers };
 
 // What a quantized element is: a number format, and for integers whether an offset (the min-value formulation)

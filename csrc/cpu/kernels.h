@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/types.h"
-#include "cpu/palette_kernels.h"
+#include "cpu/palettes/palette_kernels.h"
 
 namespace coreai::cpu {
 

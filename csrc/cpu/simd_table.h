@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/loops.h"
-#include "cpu/palette_kernels.h"
+#include "cpu/palettes/palette_kernels.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 namespace {

@@ -1,16 +1,16 @@
 // The table of kernels of the level in COREAI_LEVEL. Included once by each kernels_<level>.cpp.
 #pragma once
 
-#include "cpu/apply_mask.h"
-#include "cpu/block_norms.h"
-#include "cpu/learnable_range.h"
-#include "cpu/masked_gradient.h"
-#include "cpu/nm_mask.h"
-#include "cpu/observe_and_fake_quantize.h"
-#include "cpu/palettes.h"
-#include "cpu/quantize.h"
-#include "cpu/sampled_mask.h"
-#include "cpu/topk_mask.h"
+#include "cpu/masks/apply_mask.h"
+#include "cpu/masks/block_norms.h"
+#include "cpu/quantize/learnable_range.h"
+#include "cpu/quantize/masked_gradient.h"
+#include "cpu/masks/nm_mask.h"
+#include "cpu/quantize/observe_and_fake_quantize.h"
+#include "cpu/palettes/palettes.h"
+#include "cpu/quantize/quantize.h"
+#include "cpu/masks/sampled_mask.h"
+#include "cpu/masks/topk_mask.h"
 
 namespace coreai::cpu::COREAI_LEVEL {
 

@@ -83,7 +83,7 @@ class QuantConfig:
         """The fields as the in-place operator takes them: the block's extents come last, in float64.
 
         Each argument of an operator costs its caller a fraction of a microsecond; a tensor no more than a
-        number. ``csrc/quant_config.h`` reads them.
+        number. ``csrc/ops/quant_config.h`` reads them.
         """
         block_size, *others = self.arguments()
         values = [math.nan if value is None else float(value) for value in others]

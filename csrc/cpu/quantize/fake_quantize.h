@@ -1,0 +1,218 @@
+// fake_quantize.
+#pragma once
+
+#include "cpu/quantize/fake_quantize_columns.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+template <class Bits, class K, class T>
+COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
+                                   typename Bits::Cursor& cursor) {
+  M inside;
+  const F q = quantize_lanes<Simd, K>(Simd::load(x), p, inside);
+  Simd::store(y, dequantize_lanes<Simd, K>(q, p));
+  Bits::put_lanes(cursor, Simd::bits(inside));
+}
+
+template <class Bits, class K, class T>
+COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
+                                  typename Bits::Cursor& cursor) {
+  M inside[2];
+  const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
+  const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
+  store_results<K>(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
+  Bits::put_lanes(cursor, Simd::bits(inside[0]));
+  Bits::put_lanes(cursor, Simd::bits(inside[1]));
+}
+
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_some(const T* x, T* y, int n, const Params<Simd>& p,
+                                  Bits& bits) {
+  M inside;
+  const F q = quantize_lanes<Simd, K>(Simd::load_n(x, n), p, inside);
+  Simd::store_n(y, dequantize_lanes<Simd, K>(q, p), n);
+  bits.push(Simd::bits(inside) & ((1u << n) - 1u), n);
+}
+
+// Elements that share their parameters.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
+  int64_t i = 0;
+  if (bits.aligned()) {
+    auto cursor = bits.cursor();
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+      fetch_ahead(x + i, y + i);
+      fake_quantize_pair<Bits, K>(x + i, y + i, p, cursor);
+    }
+    if (i + kWidth <= n) {
+      fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
+      i += kWidth;
+    }
+    bits.resume(cursor);
+  }
+  for (; i < n; i += kWidth) {
+    fake_quantize_some<K>(x + i, y + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)), p, bits);
+  }
+}
+
+// The same of bfloat16 by words. Returns how many of the elements it has done.
+template <class K, bool kUntied, class Bits>
+COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int64_t n, const WordParams& p,
+                                             Bits& bits) {
+  if (!bits.aligned()) return 0;
+  int64_t i = 0;
+  auto cursor = bits.cursor();
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    fetch_ahead(x + i, y + i);
+    fake_quantize_words<Bits, K, kUntied>(Words<2>::load(x + i), y + i, p, p, p, cursor);
+  }
+  bits.resume(cursor);
+  return i;
+}
+
+// Blocks of two whole vectors each.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockParams& params, Bits& bits) {
+  auto cursor = bits.cursor();
+  for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
+    fetch_ahead(x, y);
+    if constexpr (K::kByWords) {
+      const WordParams p = params.words(i);
+      fake_quantize_words<Bits, K>(Words<2>::load(x), y, p, p, p, cursor);
+    } else {
+      fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
+    }
+  }
+  bits.resume(cursor);
+}
+
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
+                                       Bits& bits) {
+  if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
+  for (int i = 0; i < blocks; ++i, x += run, y += run) {
+    if constexpr (K::kByWords) {
+      const bool untied = K::kWay == Way::kWordsOfFinite && is_untied(params.scale[i]);
+      const int64_t done = untied ? fake_quantize_run_of_words<K, true>(x, y, run, params.words(i), bits)
+                                  : fake_quantize_run_of_words<K, false>(x, y, run, params.words(i), bits);
+      if (done < run) {
+        using Rest = typename K::template By<Way::kDivide>;
+        fake_quantize_run<Rest>(x + done, y + done, run - done, params[i], bits);
+      }
+    } else {
+      fake_quantize_run<K>(x, y, run, params[i], bits);
+    }
+  }
+}
+
+// Neighbouring blocks of `run` elements each.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+  with_way<K, T>(params.way, [&](auto kind) __attribute__((always_inline)) {
+    fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
+  });
+}
+
+// Elements [column, column + n) of a row whose first block is `base`.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, int64_t base, int64_t run,
+                                 const Affine& a, Bits& bits) {
+  if (run >= kWidth) {
+    BlockParams params;
+    while (n > 0) {
+      const int64_t block = base + column / run, inside = column % run;
+      const int64_t whole = inside == 0 ? n / run : 0;
+      const int blocks = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(kWidth, whole)));
+      const int64_t piece = whole > 0 ? blocks * run : smaller(n, run - inside);
+      params.load<K, T>(a, block, blocks, a.finite);
+      fake_quantize_blocks<K>(x, y, whole > 0 ? run : piece, blocks, params, bits);
+      x += piece, y += piece, column += piece, n -= piece;
+    }
+    return;
+  }
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
+    const auto p = params_of_columns(a, base, column + i, run, some);
+    if (some == kWidth && bits.aligned()) {
+      auto cursor = bits.cursor();
+      fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
+      bits.resume(cursor);
+    } else {
+      fake_quantize_some<K>(x + i, y + i, some, p, bits);
+    }
+  }
+}
+
+// Elements [begin, end) in memory order; begin is a multiple of eight.
+template <class K, class T, class Bits>
+void fake_quantize_elements(const FakeQuantize& job, int64_t begin, int64_t end, Bits bits) {
+  const Geometry& g = *job.geometry;
+  const T* x = static_cast<const T*>(job.input);
+  T* y = static_cast<T*>(job.output);
+  const int64_t length = row_length(g);
+  for (int64_t row = begin / length, column = begin % length; begin < end; ++row, column = 0) {
+    const int64_t n = smaller(end - begin, length - column);
+    fake_quantize_row<K>(x + begin, y + begin, column, n, row_base(g, row), g.run, job.affine, bits);
+    begin += n;
+  }
+  bits.flush();
+}
+
+template <class K, class T>
+void fake_quantize_range(const FakeQuantize& job, int64_t begin, int64_t end) {
+  if (job.mask) {
+    fake_quantize_elements<K, T>(job, begin, end, BitWriter(job.mask + begin / 8));
+  } else {
+    fake_quantize_elements<K, T>(job, begin, end, NoBits());
+  }
+}
+
+// What of the elements read last is still in a second-level cache when they are read again, though as much
+// is written meanwhile.
+constexpr int64_t kRecentBytes = 1 << 20;
+
+// Calls body(begin, end) over [begin, end), starting with elements that were read last. Seams are multiples of `unit`.
+template <class Body>
+COREAI_HD void recent_first(int64_t begin, int64_t end, int64_t recent, int64_t unit, Body body) {
+  const int64_t seam = begin + larger<int64_t>(0, end - begin - recent) / unit * unit;
+  body(seam, end);
+  if (begin < seam) body(begin, seam);
+}
+
+// `recent`: so many elements of each thread's share are quantized first.
+template <class K, class T>
+void fake_quantize_as(const FakeQuantize& job, int64_t recent) {
+  const Geometry& g = *job.geometry;
+  if (is_by_columns(g)) {
+    share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns), [&](int64_t begin, int64_t end) {
+      recent_first(begin, end, recent / g.columns, 1,
+                   [&](int64_t from, int64_t to) { fake_quantize_rows_of_columns<K, T>(job, from, to); });
+    });
+    return;
+  }
+  share(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+    recent_first(begin, end, recent, kAlignment,
+                 [&](int64_t from, int64_t to) { fake_quantize_range<K, T>(job, from, to); });
+  });
+}
+
+void fake_quantize(const FakeQuantize& job, int64_t recent_bytes) {
+  with_type(job.element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
+      fake_quantize_as<decltype(kind), T>(job, recent_bytes / static_cast<int64_t>(sizeof(T)));
+    });
+  });
+}
+
+// In order: nobody knows what of the input is in the cache.
+void fake_quantize(const FakeQuantize& job) {
+  fake_quantize(job, job.geometry->numel * static_cast<int64_t>(sizeof(float)));
+}
+
+// Of elements that have just been read in order.
+void fake_quantize_observed(const FakeQuantize& job) { fake_quantize(job, kRecentBytes); }
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL

@@ -1,0 +1,183 @@
+// fake_quantize where each element of a row is a block of its own: columns of a matrix.
+//
+// Rows are walked as they lie in memory, one after the other, for that is what memory is quick at: a strip of them as
+// wide as the parameters of its columns fit into a first-level cache, which saves looking them up for each row.
+#pragma once
+
+#include "cpu/quantize/block_params.h"
+
+namespace coreai::cpu::COREAI_LEVEL {
+namespace {
+
+// Two neighbouring vectors of results; of finite values they are numbers.
+template <class K, class T>
+COREAI_HD void store_results(T* y, F a, F b) {
+  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
+    Simd::store_pair_of_numbers(y, a, b);
+  } else {
+    Simd::store_pair(y, a, b);
+  }
+}
+
+// Whether each element of a row is a block of its own, and rows are whole bytes of the mask.
+inline bool is_by_columns(const Geometry& g) { return g.run == 1 && g.columns >= kWidth && g.columns % 8 == 0; }
+
+// Rows that follow each other and have the same blocks.
+COREAI_HD int64_t sharing_rows(const Geometry& g) {
+  const Geometry::Outer* inner = g.outer_axes > 0 ? &g.outer[g.outer_axes - 1] : nullptr;
+  return inner && inner->stride == 0 ? inner->size : 1;
+}
+
+constexpr int64_t kTileColumns = 1024, kTileRows = 64;
+
+// Neighbouring columns of some rows.
+template <class T>
+struct Tile {
+  const T* x;
+  T* y;
+  uint8_t* mask;  // null: not wanted
+  int64_t stride, rows, columns;
+
+  // What is right of and below an element.
+  COREAI_HD Tile from(int64_t row, int64_t column) const {
+    const int64_t offset = row * stride + column;
+    return {x + offset, y + offset, mask ? mask + offset / 8 : nullptr, stride, rows - row, columns - column};
+  }
+  // Rows that hold so many elements.
+  COREAI_HD int64_t rows_of(int64_t elements) const { return (elements + columns - 1) / columns; }
+};
+
+// Parameters of two vectors of columns.
+struct ColumnPair {
+  Params<Simd> left, right;
+  Way way;
+
+  template <class K>
+  COREAI_HD void load(const Affine& a, int64_t block) {
+    const auto p = ColumnParams::load<K>(a, block, kWidth), q = ColumnParams::load<K>(a, block + kWidth, kWidth);
+    left = p.lanes, right = q.lanes;
+    way = p.way == q.way ? p.way : Way::kDivide;
+  }
+};
+
+// Two whole vectors. Parameters come by value: stores of bytes may alias what is in memory.
+template <class Bits, class K, class T>
+COREAI_HD void fake_quantize_columns(const T* x, T* y, typename Bits::Cursor mask, ColumnPair p) {
+  M inside[2];
+  const F a = quantize_lanes<Simd, K>(Simd::load(x), p.left, inside[0]);
+  const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p.right, inside[1]);
+  store_results<K>(y, dequantize_lanes<Simd, K>(a, p.left), dequantize_lanes<Simd, K>(b, p.right));
+  Bits::put_lanes(mask, Simd::bits(inside[0]));
+  Bits::put_lanes(mask, Simd::bits(inside[1]));
+}
+
+template <class Bits, class K>
+COREAI_HD void fake_quantize_columns(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, ColumnWords p) {
+  fake_quantize_words<Bits, K>(Words<2>::load(x), y, p.even, p.odd, p.bounds, mask);
+}
+
+// Pairs of whole vectors, row by row; `params` has one entry a pair.
+template <class Bits, class K, class T, class Pair>
+COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, typename Bits::Cursor mask, const Pair* params) {
+  const int64_t pairs = tile.columns / (2 * kWidth);
+  const int64_t read = tile.rows_of(4096) * tile.stride, written = tile.rows_of(512) * tile.stride;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const T* x = tile.x + row * tile.stride;
+    T* y = tile.y + row * tile.stride;
+    const auto bits = Bits::at(mask, row * (tile.stride / 8));
+    for (int64_t i = 0; i < pairs; ++i, x += 2 * kWidth, y += 2 * kWidth) {
+      fetch(x + read, y + written);
+      fake_quantize_columns<Bits, K>(x, y, Bits::at(bits, i * (2 * kWidth / 8)), params[i]);
+    }
+  }
+}
+
+// The same with or without a mask.
+template <class K, class T, class Pair>
+COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, const Pair* params) {
+  if (tile.mask) {
+    fake_quantize_pairs_of_columns<BitWriter, K>(tile, tile.mask, params);
+  } else {
+    fake_quantize_pairs_of_columns<NoBits, K>(tile, {}, params);
+  }
+}
+
+// Returns whether words suit all the columns; if not, nothing is done.
+template <class K>
+bool fake_quantize_tile_by_words(const Tile<BFloat16>& tile, const Affine& affine, int64_t block) {
+  ColumnWords params[kTileColumns / (2 * kWidth)];
+  for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
+    if (!params[i].load<K>(affine, block + 2 * kWidth * i)) return false;
+  }
+  if (affine.finite) {
+    fake_quantize_pairs_of_columns<typename K::template By<Way::kWordsOfFinite>>(tile, params);
+  } else {
+    fake_quantize_pairs_of_columns<typename K::template By<Way::kWords>>(tile, params);
+  }
+  return true;
+}
+
+template <class K, class T>
+void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int64_t block) {
+  ColumnPair params[kTileColumns / (2 * kWidth)];
+  Way way = Way::kDivide;
+  for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
+    params[i].load<K>(affine, block + 2 * kWidth * i);
+    way = i == 0 || params[i].way == way ? params[i].way : Way::kDivide;
+  }
+  with_way<K, float>(way, [&](auto kind) __attribute__((always_inline)) {
+    fake_quantize_pairs_of_columns<decltype(kind)>(tile, params);
+  });
+}
+
+// Less than two vectors of columns, whole bytes of the mask.
+template <class K, class T>
+void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64_t block) {
+  for (int64_t i = 0; i < tile.columns; i += kWidth) {
+    const int n = static_cast<int>(smaller<int64_t>(kWidth, tile.columns - i));
+    const auto p = ColumnParams::load<K>(affine, block + i, n);
+    with_way<K, float>(p.way, [&](auto kind) __attribute__((always_inline)) {
+      using ByWay = decltype(kind);
+      for (int64_t row = 0; row < tile.rows; ++row) {
+        const Tile<T> at = tile.from(row, i);
+        M inside;
+        const F q = quantize_lanes<Simd, ByWay>(Simd::load_n(at.x, n), p.lanes, inside);
+        Simd::store_n(at.y, dequantize_lanes<Simd, ByWay>(q, p.lanes), n);
+        const uint32_t bits = Simd::bits(inside);
+        for (int byte = 0; at.mask && byte < n / 8; ++byte) at.mask[byte] = static_cast<uint8_t>(bits >> (8 * byte));
+      }
+    });
+  }
+}
+
+// The first column's block is `block`.
+template <class K, class T>
+void fake_quantize_tile(const Tile<T>& tile, const Affine& affine, int64_t block) {
+  bool done = false;
+  if constexpr (kHasWords<K, T>) done = fake_quantize_tile_by_words<K>(tile, affine, block);
+  if (!done) fake_quantize_tile_by_lanes<K>(tile, affine, block);
+  const int64_t whole = tile.columns - tile.columns % (2 * kWidth);
+  if (whole < tile.columns) fake_quantize_last_columns<K>(tile.from(0, whole), affine, block + whole);
+}
+
+template <class K, class T>
+void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64_t end) {
+  const Geometry& g = *job.geometry;
+  const int64_t sharing = sharing_rows(g);
+  const T* x = static_cast<const T*>(job.input);
+  T* y = static_cast<T*>(job.output);
+  const Tile<T> all = {x, y, job.mask, g.columns, end, g.columns};
+  while (begin < end) {
+    const int64_t base = row_base(g, begin);
+    const int64_t rows = smaller(smaller(kTileRows, end - begin), sharing - begin % sharing);
+    for (int64_t column = 0; column < g.columns; column += kTileColumns) {
+      Tile<T> tile = all.from(begin, column);
+      tile.rows = rows, tile.columns = smaller(kTileColumns, tile.columns);
+      fake_quantize_tile<K>(tile, job.affine, base + column);
+    }
+    begin += rows;
+  }
+}
+
+}  // namespace
+}  // namespace coreai::cpu::COREAI_LEVEL
