@@ -259,7 +259,8 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
     base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *_pybind11_include(), *builder.includes(), *macros]
-    sources = [*CSRC.glob("*.cpp"), *sorted(path for room in ("cpu", "ops") for path in CSRC.glob(f"{room}/**/*.cpp"))]
+    folders = ("*", "common/*", "cpu/*", "cpu/*/*", "ops/*")
+    sources = sorted(path for folder in folders for path in CSRC.glob(f"{folder}.cpp"))
     jobs = [
         Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
         for source in sources
