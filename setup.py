@@ -5,8 +5,8 @@ loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that i
 (a Python module, loaded only beside the torch version that it was built with), and
 ``_build_report.json``, which tells the library at run time what is missing and why.
 
-Why not torch's own extension builder: it gives all sources the same flags, and here each instruction-set
-level has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files,
+Why not torch's own extension builder: it gives all sources the same flags, and here each instruction
+set has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files,
 nearly all of which need only the stable headers, a thread pool is as quick, and building takes one tool less.
 
 Environment:
@@ -60,10 +60,10 @@ NVCC_FLAGS = (
     f"-DUSE_CUDA {STABLE_ABI}"
 ).split()
 
-# Each level includes those before it. The order matters when linking, too: of an inline function that several
-# files emit the linker keeps the first, so the copy kept never needs more than its other users have.
+# Each instruction set includes those before it. The order matters when linking, too: of an inline function
+# that several files emit the linker keeps the first, so the copy kept never needs more than its users have.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-LEVELS = {
+ISAS = {
     "generic": [],
     "avx2": _AVX2,
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2],
@@ -247,12 +247,14 @@ def _pybind11_include() -> list[str]:
 
 def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
     is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    present = {level: CSRC / "cpu" / f"kernels_{level}.cpp" for level in LEVELS}
+    present = {isa: CSRC / "cpu" / f"kernels_{isa}.cpp" for isa in ISAS}
     unknown = set(CSRC.glob("cpu/kernels_*.cpp")) - set(present.values())
     if unknown:
-        raise BuildError(f"no flags are known for {sorted(map(str, unknown))}", "add the level to setup.py")
+        raise BuildError(
+            f"no flags are known for {sorted(map(str, unknown))}", "add them to ISAS in setup.py"
+        )
     present = {n: path for n, path in present.items() if path.exists() and (is_x86 or n == "generic")}
-    macros = [f"-DCOREAI_HAVE_{level.upper()}" for level in present if level != "generic"]
+    macros = [f"-DCOREAI_HAVE_{isa.upper()}" for isa in present if isa != "generic"]
     facts = [
         f'-DCOREAI_LEVELS="{" ".join(dict.fromkeys(["generic", *present]))}"',
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
@@ -266,7 +268,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         for source in sources
         if not source.name.startswith("kernels_")
     ]
-    jobs += [Job(path, [*base, *LEVELS[level], *builder.quiet]) for level, path in present.items()]
+    jobs += [Job(path, [*base, *ISAS[isa], *builder.quiet]) for isa, path in present.items()]
     builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output)
 
 

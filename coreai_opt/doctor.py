@@ -125,8 +125,8 @@ def _examine_engine(diagnosis: Diagnosis) -> None:
         diagnosis.add(f"backend {name}", state, f"{cause or 'usable'}{note}", fix)
     if native.extension is not None:
         info = native.extension.build_info()
-        chosen, levels = native.extension.cpu_capability(), info["cpu_levels"]
-        diagnosis.add("CPU instruction set", "ok", f"{chosen} (built: {levels})")
+        chosen, isas = native.extension.cpu_capability(), info["cpu_isas"]
+        diagnosis.add("CPU instruction set", "ok", f"{chosen} (built: {isas})")
         diagnosis.add("native build", "ok", f"{info['compiler']}, against torch {info['torch_version']}")
     archs = native.extension.build_info()["cuda_archs"] if native.extension is not None else "loaded"
     for part, missing, found in (

@@ -7,8 +7,8 @@
 #include "ops/captured.h"
 #include "cpu/dispatch.h"
 
-// Given by the build: instruction-set levels, torch version compiled against, CUDA architectures.
-#if !defined(COREAI_LEVELS) || !defined(COREAI_TORCH_VERSION) || !defined(COREAI_CUDA_ARCHS)
+// Given by the build: instruction sets, torch version compiled against, CUDA architectures.
+#if !defined(COREAI_ISAS) || !defined(COREAI_TORCH_VERSION) || !defined(COREAI_CUDA_ARCHS)
 #error "build this file with setup.py"
 #endif
 
@@ -27,7 +27,7 @@ const char* compiler() {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["compiler"] = compiler();
-  info["cpu_levels"] = COREAI_LEVELS;
+  info["cpu_isas"] = COREAI_ISAS;
   info["torch_version"] = COREAI_TORCH_VERSION;
   info["torch_target_version"] = static_cast<unsigned long long>(TORCH_TARGET_VERSION);
   info["cuda_archs"] = COREAI_CUDA_ARCHS;
@@ -38,9 +38,9 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native CPU kernels of coreai_kernels. Importing it registers them with torch's dispatcher.";
-  module.def("build_info", &build_info, "Compiler, instruction-set levels, torch version and CUDA architectures built.");
+  module.def("build_info", &build_info, "Compiler, instruction sets, torch version and CUDA architectures built.");
   module.def("cpu_capability", &coreai::cpu::capability,
-             "Instruction-set level in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
+             "Instruction set in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
   module.def("set_cpu_capability", &coreai::cpu::set_capability, pybind11::arg("name"),
              "Choose the instruction set of calls that begin from now on. RuntimeError if it cannot run.");
   module.attr("capture_functions") =

@@ -1,7 +1,7 @@
 """Builds and installs of a small copy of the tree: with a compiler, without one, and again after a change.
 
-The copy holds the build files, the extension module and one tiny kernel file a level: what is tested is how
-they are built, and the real kernels would take minutes.
+The copy holds the build files, the extension module and one tiny kernel file an instruction set: what is
+tested is how they are built, and the real kernels would take minutes.
 """
 
 import json
@@ -30,7 +30,7 @@ needs_compiler = pytest.mark.skipif(
 KERNEL = """
 #include <vector>
 namespace coreai::cpu {
-float LEVEL_sum(const std::vector<float>& x) {
+float ISA_sum(const std::vector<float>& x) {
   float sum = 0;
   for (float value : x) sum += value;
   return sum;
@@ -71,8 +71,8 @@ def make_tree(path: Path) -> Path:
     (path / "csrc/ops/captured.cpp").write_text(CAPTURED)
     (path / "csrc/autograd").mkdir()
     (path / "csrc/autograd/module.cpp").write_text(MODULE)
-    for level in ("generic", "avx2", "avx512"):
-        (path / f"csrc/cpu/kernels_{level}.cpp").write_text(KERNEL.replace("LEVEL", level))
+    for isa in ("generic", "avx2", "avx512"):
+        (path / f"csrc/cpu/kernels_{isa}.cpp").write_text(KERNEL.replace("ISA", isa))
     (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
     (path / "kernels/coreai_kernels/__init__.py").touch()
     (path / "kernels/coreai_kernels/ops/__init__.py").touch()
@@ -138,9 +138,9 @@ class TestNativeBuild:
         )
         info = json.loads(ask(built / "kernels", code).stdout)
         is_x86 = platform.machine() in ("x86_64", "AMD64")
-        assert info["cpu_levels"].split() == (["generic", "avx2", "avx512"] if is_x86 else ["generic"])
+        assert info["cpu_isas"].split() == (["generic", "avx2", "avx512"] if is_x86 else ["generic"])
         assert info["torch_target_version"] == 0x020A000000000000
-        assert set(info) == {"compiler", "cpu_levels", "torch_version", "torch_target_version", "cuda_archs"}
+        assert set(info) == {"compiler", "cpu_isas", "torch_version", "torch_target_version", "cuda_archs"}
 
     def test_second_build_compiles_nothing(self, built):
         assert compiled(build_in_place(built).stdout) == []

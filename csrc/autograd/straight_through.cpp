@@ -162,7 +162,7 @@ struct Masks {
     return {ctx->get_saved_variables()[0], ints("starts"), ints("ranks"), ints("orders")};
   }
 
-  // Masked gradients in the places of `grads`; undefined where none came.
+  // Masked gradients in the slots of `grads`; undefined where none came.
   variable_list apply(const variable_list& grads) const {
     List free, others;
     const int64_t* order = orders.empty() ? nullptr : orders.data();
@@ -170,30 +170,30 @@ struct Masks {
       const int64_t rank = order ? ranks[i] : 0;
       if (grads[i].defined()) {
         List& list = is_free(grads[i], order) ? free : others;
-        list.places.push_back(i);
+        list.slots.push_back(i);
         list.starts.push_back(starts[i]);
         list.orders.insert(list.orders.end(), order, order + rank);
       }
       order += rank;
     }
     variable_list results(grads.size());
-    if (!free.places.empty()) mask_list_in_place().call(free.of(grads), bits, free.starts, free.orders);
-    for (size_t i : free.places) results[i] = grads[i];
-    if (!others.places.empty()) {
+    if (!free.slots.empty()) mask_list_in_place().call(free.of(grads), bits, free.starts, free.orders);
+    for (size_t i : free.slots) results[i] = grads[i];
+    if (!others.slots.empty()) {
       const auto found = masked_gradients().call(others.of(grads), bits, others.starts, others.orders);
-      for (size_t i = 0; i < found.size(); ++i) results[others.places[i]] = found[i];
+      for (size_t i = 0; i < found.size(); ++i) results[others.slots[i]] = found[i];
     }
     return results;
   }
 
  private:
   struct List {
-    std::vector<size_t> places;
+    std::vector<size_t> slots;
     Ints starts, orders;
 
     variable_list of(const variable_list& grads) const {
       variable_list its;
-      for (size_t i : places) its.push_back(grads[i]);
+      for (size_t i : slots) its.push_back(grads[i]);
       return its;
     }
   };

@@ -58,18 +58,18 @@ COREAI_HD typename S::F round_to_format(typename S::F x) {
 
 // How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of
 // values that are known to be finite. See `S::quotient` for when it may be used. Or not at all, but the results of
-// bfloat16 words: see cpu/quantize/packed_bf16.h; of finite ones; of finite ones by powers of two.
-enum class Way { kDivide, kReciprocal, kReciprocalOfFinite, kWords, kWordsOfFinite, kWordsByPowers };
+// packed bfloat16: see cpu/quantize/packed_bf16.h; of finite ones; of finite ones by powers of two.
+enum class Division { kDivide, kReciprocal, kReciprocalOfFinite, kPackedBf16, kPackedBf16OfFinite, kPackedBf16ByPowers };
 
 // What a quantized element is: a number format, and for integers whether an offset (the min-value formulation)
 // is taken from the values.
-template <Format kFormat_, bool kHasOffset_ = false, Way kWay_ = Way::kDivide>
+template <Format kFormat_, bool kHasOffset_ = false, Division kDivision_ = Division::kDivide>
 struct Kind {
   static constexpr Format kFormat = kFormat_;
   static constexpr bool kHasOffset = kHasOffset_;
-  static constexpr Way kWay = kWay_;
-  static constexpr bool kByWords = kWay >= Way::kWords;
-  template <Way kOther>
+  static constexpr Division kDivision = kDivision_;
+  static constexpr bool kIsPackedBf16 = kDivision >= Division::kPackedBf16;
+  template <Division kOther>
   using By = Kind<kFormat_, kHasOffset_, kOther>;
 };
 
@@ -84,9 +84,9 @@ template <class S, class K>
 COREAI_HD typename S::F quotient_lanes(typename S::F x, const Params<S>& p) {
   if constexpr (K::kHasOffset) x = S::sub(x, p.offset);
   typename S::F q;
-  if constexpr (K::kWay == Way::kDivide) {
+  if constexpr (K::kDivision == Division::kDivide) {
     q = S::div(x, p.scale);
-  } else if constexpr (K::kWay == Way::kReciprocal) {
+  } else if constexpr (K::kDivision == Division::kReciprocal) {
     q = S::quotient(x, p.scale, p.reciprocal);
   } else {
     q = S::finite_quotient(x, p.scale, p.reciprocal);

@@ -1,4 +1,4 @@
-// What the operators ask of the CPU kernels. One table per instruction set, filled by kernels_<level>.cpp.
+// What the operators ask of the CPU kernels. One table per instruction set, filled by kernels_<isa>.cpp.
 //
 // Inputs and outputs are dense, of one memory order, and may be the same memory. Block parameters are arrays
 // in memory order of the blocks. Masks are packed bits in memory order of the elements.

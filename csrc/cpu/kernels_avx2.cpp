@@ -1,3 +1,3 @@
-#define COREAI_LEVEL avx2
+#define COREAI_ISA avx2
 #include "cpu/simd_avx2.h"
 #include "cpu/table.h"

@@ -1,3 +1,3 @@
-#define COREAI_LEVEL avx512
+#define COREAI_ISA avx512
 #include "cpu/simd_avx512.h"
 #include "cpu/table.h"

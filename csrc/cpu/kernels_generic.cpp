@@ -1,3 +1,3 @@
-#define COREAI_LEVEL generic
+#define COREAI_ISA generic
 #include "cpu/simd_generic.h"
 #include "cpu/table.h"

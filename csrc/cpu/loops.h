@@ -3,7 +3,7 @@
 
 #include "cpu/kernels.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 using F = Simd::F;
@@ -15,11 +15,11 @@ constexpr int kWidth = Simd::kWidth;
 constexpr int64_t kAlignment = 512;
 
 template <class T>
-COREAI_HD T smaller(T a, T b) {
+COREAI_HD T min(T a, T b) {
   return a < b ? a : b;
 }
 template <class T>
-COREAI_HD T larger(T a, T b) {
+COREAI_HD T max(T a, T b) {
   return a > b ? a : b;
 }
 
@@ -37,7 +37,7 @@ COREAI_HD int64_t row_base(const Geometry& g, int64_t row) {
 
 // body(begin, end) over [0, count) in pieces that start at multiples of `unit` and hold about `grain` or more.
 template <class Body>
-void share(int64_t count, int64_t unit, int64_t grain, Body body) {
+void parallel_for(int64_t count, int64_t unit, int64_t grain, Body body) {
   const int64_t units = (count + unit - 1) / unit;
   if (count <= grain || threads() == 1) {
     body(int64_t{0}, count);
@@ -48,10 +48,10 @@ void share(int64_t count, int64_t unit, int64_t grain, Body body) {
     int64_t unit, count;
   } context{&body, unit, count};
   parallel(
-      0, units, larger<int64_t>(1, grain / unit),
+      0, units, max<int64_t>(1, grain / unit),
       [](int64_t begin, int64_t end, void* raw) {
         auto* c = static_cast<Context*>(raw);
-        (*c->body)(begin * c->unit, smaller(end * c->unit, c->count));
+        (*c->body)(begin * c->unit, min(end * c->unit, c->count));
       },
       &context);
 }
@@ -155,4 +155,4 @@ struct NoBits {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

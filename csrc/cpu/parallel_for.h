@@ -1,4 +1,4 @@
-// Work on torch's threads, for files that serve every instruction set. (Those of one level have their own.)
+// Work on torch's threads, for files that serve every instruction set. (Those of one have their own, in loops.h.)
 #pragma once
 
 #include "cpu/kernels.h"
@@ -7,7 +7,7 @@ namespace coreai::cpu {
 
 // body(begin, end) over [0, count), `grain` items or more at a time.
 template <class Body>
-void share_items(int64_t count, int64_t grain, Body body) {
+void parallel_for(int64_t count, int64_t grain, Body body) {
   if (count <= grain || threads() == 1) {
     if (count > 0) body(int64_t{0}, count);
     return;

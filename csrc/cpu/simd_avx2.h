@@ -5,7 +5,7 @@
 
 #include "common/element.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 
 struct Simd {
   static constexpr int kWidth = 8;
@@ -21,7 +21,7 @@ struct Simd {
   static COREAI_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return _mm256_fmadd_ps(a, b, _mm256_setzero_ps()); }
-  static constexpr bool kHasWordProducts = true;  // see bfloat16_words.h
+  static constexpr bool kHasBf16Products = true;  // see packed_bf16.h
   static COREAI_HD F near_reciprocal(F a) { return div(set(1.0f), a); }
   static COREAI_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static COREAI_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
@@ -191,4 +191,4 @@ struct Simd {
   }
 };
 
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -5,7 +5,7 @@
 
 #include "common/element.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 
 struct Simd {
   static constexpr int kWidth = 16;
@@ -20,7 +20,7 @@ struct Simd {
   static COREAI_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return _mm512_fmadd_ps(a, b, _mm512_setzero_ps()); }
-  static constexpr bool kHasWordProducts = true;  // see bfloat16_words.h
+  static constexpr bool kHasBf16Products = true;  // see packed_bf16.h
   // 1 / a, at most one unit in the last place off.
   static COREAI_HD F near_reciprocal(F a) {
     const F guess = _mm512_rcp14_ps(a);
@@ -249,4 +249,4 @@ struct Simd {
   }
 };
 
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,12 +3,12 @@
 
 #include "common/element.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 
 struct Simd {
   static constexpr int kWidth = 8;
   static constexpr bool kHasQuotient = false;
-  static constexpr bool kHasWordProducts = false;
+  static constexpr bool kHasBf16Products = false;
   typedef float F4 __attribute__((vector_size(16)));
   typedef int32_t I4 __attribute__((vector_size(16)));
   typedef uint32_t U4 __attribute__((vector_size(16)));
@@ -253,4 +253,4 @@ struct Simd {
   }
 };
 
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -4,14 +4,14 @@
 #include "cpu/loops.h"
 #include "cpu/palettes/palette_kernels.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // F at(I): the float32 of each lane's index.
 template <TableKind kKind>
 struct FloatTable;
 
-// Words of 16 bits: where a level has no quick way, kLanes is 0.
+// Words of 16 bits: where an instruction set has no quick lookup, kLanes is 0.
 template <TableKind kKind>
 struct WordTable {
   static constexpr int kLanes = 0;
@@ -167,7 +167,7 @@ COREAI_HD void over_stretches(const PaletteLayout& layout, int64_t begin, int64_
   int64_t run_end = row * length + (column + 1) * g.run, base = row_base(g, row);
   int64_t line_end = layout.dim == 1 ? end : (begin / layout.row + 1) * layout.row;
   while (begin < end) {
-    const int64_t stop = smaller(smaller(run_end, line_end), end);
+    const int64_t stop = min(min(run_end, line_end), end);
     body(begin, stop - begin, base + column);
     begin = stop;
     if (begin == line_end) line_end += layout.row;
@@ -191,4 +191,4 @@ COREAI_HD int64_t entry_of(const PaletteLayout& layout, int64_t position) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

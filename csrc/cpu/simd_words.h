@@ -1,4 +1,4 @@
-// Vectors of integer words, for kernels that look at elements as bits. The widest that the level has; the
+// Vectors of integer words, for kernels that look at elements as bits. The widest that the instruction set has; the
 // compiler's own vector types, and instructions by name where it has no word for them.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 
 #if defined(__AVX512BW__)
 constexpr int kVectorBytes = 64;
@@ -177,4 +177,4 @@ struct Words {
 #endif
 };
 
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

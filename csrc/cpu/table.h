@@ -1,4 +1,4 @@
-// The table of kernels of the level in COREAI_LEVEL. Included once by each kernels_<level>.cpp.
+// The table of kernels of the instruction set in COREAI_ISA. Included once by each kernels_<isa>.cpp.
 #pragma once
 
 #include "cpu/masks/apply_mask.h"
@@ -12,7 +12,7 @@
 #include "cpu/masks/sampled_mask.h"
 #include "cpu/masks/topk_mask.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -33,4 +33,4 @@ const Kernels kKernels = {
     .palettes = kPaletteKernels,
 };
 
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class W>
@@ -108,4 +108,4 @@ struct Transpose {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -100,7 +100,7 @@ class Iteration {
   void add_up(Part add_part) {
     if (x_.dim == 1) decision_bounds(centroids_, x_.clusters, bounds_.data(), order_.data());
     const int64_t parts = x_.parts();
-    cpu::share_items(parts, 1, [&](int64_t begin, int64_t end) {
+    cpu::parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> lanes(size_ * kLanes);
       for (int64_t part = begin; part < end; ++part) {
         std::fill(lanes.begin(), lanes.end(), 0.0);
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor> lloyd(Tensor vectors, Optional mass, Tensor c
   };
   // Too few tasks for the threads: these share out the parts of one after the other.
   const int64_t tasks = tries * blocks;
-  cpu::share_items(tasks, tasks >= cpu::threads() ? 1 : tasks, work);
+  cpu::parallel_for(tasks, tasks >= cpu::threads() ? 1 : tasks, work);
   return {result, masses, spread};
 }
 

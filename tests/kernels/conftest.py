@@ -25,7 +25,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def _instruction_sets() -> list[str]:
     if native.extension is None:
         return ["none"]
-    built = native.extension.build_info()["cpu_levels"].split()
+    built = native.extension.build_info()["cpu_isas"].split()
     return built[: built.index(native.extension.cpu_capability()) + 1]
 
 

@@ -189,12 +189,12 @@ def test_environment_with_an_unknown_backend():
 class TestCpuCapability:
     code = "from coreai_kernels import native; print(native.extension.cpu_capability())"
 
-    def test_each_compiled_level_up_to_the_best_can_be_chosen(self):
-        levels = native.extension.build_info()["cpu_levels"].split()
-        assert levels[0] == "generic"
+    def test_each_compiled_instruction_set_up_to_the_best_can_be_chosen(self):
+        isas = native.extension.build_info()["cpu_isas"].split()
+        assert isas[0] == "generic"
         best = native.extension.cpu_capability()
-        for level in levels[: levels.index(best) + 1]:
-            assert run_python(self.code, COREAI_CPU_CAPABILITY=level).stdout.split() == [level]
+        for isa in isas[: isas.index(best) + 1]:
+            assert run_python(self.code, COREAI_CPU_CAPABILITY=isa).stdout.split() == [isa]
 
     def test_another_can_be_chosen_later(self):
         best = native.extension.cpu_capability()
@@ -207,7 +207,7 @@ class TestCpuCapability:
         finally:
             native.extension.set_cpu_capability(best)
 
-    def test_unknown_level_is_an_error_when_loading(self):
+    def test_unknown_instruction_set_is_an_error_when_loading(self):
         result = run_python(self.code, COREAI_CPU_CAPABILITY="sse9")
         assert result.returncode != 0
         assert "RuntimeError: COREAI_CPU_CAPABILITY=sse9: unknown; use generic, avx2" in result.stderr

@@ -153,13 +153,13 @@ def test_one_threshold_across_dtypes() -> None:
 
 @pytest.mark.skipif(native.extension is None, reason="needs the native extension")
 def test_other_instruction_sets() -> None:
-    """The levels below the one in use: each in a process of its own, where the variable is read."""
-    levels = native.extension.build_info()["cpu_levels"].split()
-    lower = levels[: levels.index(native.extension.cpu_capability())]
+    """The instruction sets below the one in use: each in a process of its own, where the variable is read."""
+    isas = native.extension.build_info()["cpu_isas"].split()
+    lower = isas[: isas.index(native.extension.cpu_capability())]
     root = Path(__file__).parents[2]
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    for level in lower:
-        environment = os.environ | {"COREAI_CPU_CAPABILITY": level, "PYTHONPATH": os.pathsep.join(paths)}
+    for isa in lower:
+        environment = os.environ | {"COREAI_CPU_CAPABILITY": isa, "PYTHONPATH": os.pathsep.join(paths)}
         result = subprocess.run(
             [sys.executable, "-c", "from tests.kernels.test_masks import sample; sample()"],
             env=environment,
@@ -167,7 +167,7 @@ def test_other_instruction_sets() -> None:
             text=True,
             check=False,
         )
-        assert result.returncode == 0, f"{level}: {result.stderr[-3000:]}"
+        assert result.returncode == 0, f"{isa}: {result.stderr[-3000:]}"
 
 
 def sample() -> None:

@@ -121,11 +121,11 @@ def test_bad_arguments(error: type[Exception], text: str, arguments: dict[str, o
         ck.palettize(**call)
 
 
-@pytest.mark.parametrize("level", ["generic", "avx2"])
-def test_other_instruction_sets(level: str) -> None:
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_other_instruction_sets(isa: str) -> None:
     """The palette tests again, in a process that is limited to less than this CPU has."""
-    if native.extension is None or level not in native.extension.build_info()["cpu_levels"]:
-        pytest.skip(f"no native code for {level} in this build")
+    if native.extension is None or isa not in native.extension.build_info()["cpu_isas"]:
+        pytest.skip(f"no native code for {isa} in this build")
     here = Path(__file__)
     names = [f"test_{name}.py" for name in ("palettize", "lookup", "kmeans", "kmeans_1d", "soft_palettize")]
     result = subprocess.run(
@@ -142,11 +142,11 @@ def test_other_instruction_sets(level: str) -> None:
         ]
         + [str(here.with_name(name)) for name in names if here.with_name(name).exists()],
         cwd=here.parents[2],
-        env=os.environ | {"COREAI_CPU_CAPABILITY": level},
+        env=os.environ | {"COREAI_CPU_CAPABILITY": isa},
         capture_output=True,
         text=True,
         check=False,
     )
     if "lacks that instruction set" in result.stdout + result.stderr:
-        pytest.skip(f"this CPU has no {level}")
+        pytest.skip(f"this CPU has no {isa}")
     assert result.returncode == 0, result.stdout[-4000:]

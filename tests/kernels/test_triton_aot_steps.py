@@ -99,7 +99,7 @@ def foreach_step(
             True,
         )
 
-    return Variant(f"foreach-step-{blocks}-{short(dtype)}-{format}", run, ("held_list",), **expected)
+    return Variant(f"foreach-step-{blocks}-{short(dtype)}-{format}", run, ("register_tile_list",), **expected)
 
 
 def _foreach_forward(dtype: torch.dtype, format: str) -> Variant:
@@ -113,7 +113,7 @@ def _foreach_forward(dtype: torch.dtype, format: str) -> Variant:
             inputs, [scale] * 2, zero_points, [], [1, 32] * 2, fmt, quant_min, quant_max, True
         )
 
-    return Variant(f"foreach-forward-{short(dtype)}-{format}", run, ("held_list",))
+    return Variant(f"foreach-forward-{short(dtype)}-{format}", run, ("register_tile_list",))
 
 
 def _foreach_backward(dtype: torch.dtype) -> Variant:
@@ -143,26 +143,44 @@ def observation(blocks: str, dtype: torch.dtype, kernels: tuple[str, ...], **exp
 
 ASYMMETRIC, GLOBAL, LATEST = Scheme.ASYMMETRIC, RangeUpdate.GLOBAL_MINMAX, RangeUpdate.LATEST
 VARIANTS = [
-    step("runs_32", FP32, "int4", ("held",)),
-    step("runs_32", BF16, "e2m1", ("held",), update=LATEST),
-    step("runs_32", BF16, "uint8", ("held",), scheme=ASYMMETRIC, update=GLOBAL, use_minval=True),
-    step("rows", FP32, "uint8", ("held",), scheme=ASYMMETRIC, bounds=(-1.0, None)),
-    step("rows", BF16, "int4", ("held",)),
-    step("rows_16384", FP32, "int4", ("held",), shape=(64, 16384), block=(1, 16384)),
-    step("rows_20000", BF16, "uint8", ("held",), scheme=ASYMMETRIC, shape=(64, 20000), block=(1, 20000)),
-    step("rows_32768", FP32, "uint8", ("held",), scheme=ASYMMETRIC, shape=(64, 32768), block=(1, 32768)),
-    step("rows_32768", BF16, "int4", ("held",), shape=(64, 32768), block=(1, 32768)),
-    step("columns_of_32", FP32, "uint8", ("held",), scheme=ASYMMETRIC),
-    step("columns_of_32", BF16, "int4", ("held",)),
-    step("columns", FP32, "int4", ("held",)),
-    step("columns", BF16, "uint8", ("held",), scheme=ASYMMETRIC),
-    step("blocks_2d", FP32, "int4", ("held",)),
-    step("blocks_2d", BF16, "e4m3", ("held",), update=GLOBAL),
-    step("channels", FP32, "uint8", ("nest", "finish", "rows"), shape=(8, 64, 56, 56), block=(8, 1, 56, 56)),
-    step("tensor", FP32, "int4", ("nest", "one_block")),
-    step("tensor", BF16, "uint8", ("nest", "one_block"), scheme=ASYMMETRIC),
-    step("tensor_large", BF16, "e4m3", ("nest", "one_block"), shape=(4096, 4096), block=(4096, 4096)),
-    step("odd_rows", FP32, "int4", ("nest", "flat"), shape=(64, 147), block=(1, 147), wide_loads=False),
+    step("runs_32", FP32, "int4", ("register_tile",)),
+    step("runs_32", BF16, "e2m1", ("register_tile",), update=LATEST),
+    step("runs_32", BF16, "uint8", ("register_tile",), scheme=ASYMMETRIC, update=GLOBAL, use_minval=True),
+    step("rows", FP32, "uint8", ("register_tile",), scheme=ASYMMETRIC, bounds=(-1.0, None)),
+    step("rows", BF16, "int4", ("register_tile",)),
+    step("rows_16384", FP32, "int4", ("register_tile",), shape=(64, 16384), block=(1, 16384)),
+    step(
+        "rows_20000",
+        BF16,
+        "uint8",
+        ("register_tile",),
+        scheme=ASYMMETRIC,
+        shape=(64, 20000),
+        block=(1, 20000),
+    ),
+    step(
+        "rows_32768",
+        FP32,
+        "uint8",
+        ("register_tile",),
+        scheme=ASYMMETRIC,
+        shape=(64, 32768),
+        block=(1, 32768),
+    ),
+    step("rows_32768", BF16, "int4", ("register_tile",), shape=(64, 32768), block=(1, 32768)),
+    step("columns_of_32", FP32, "uint8", ("register_tile",), scheme=ASYMMETRIC),
+    step("columns_of_32", BF16, "int4", ("register_tile",)),
+    step("columns", FP32, "int4", ("register_tile",)),
+    step("columns", BF16, "uint8", ("register_tile",), scheme=ASYMMETRIC),
+    step("blocks_2d", FP32, "int4", ("register_tile",)),
+    step("blocks_2d", BF16, "e4m3", ("register_tile",), update=GLOBAL),
+    step(
+        "channels", FP32, "uint8", ("strided", "finish", "rows"), shape=(8, 64, 56, 56), block=(8, 1, 56, 56)
+    ),
+    step("tensor", FP32, "int4", ("strided", "one_block")),
+    step("tensor", BF16, "uint8", ("strided", "one_block"), scheme=ASYMMETRIC),
+    step("tensor_large", BF16, "e4m3", ("strided", "one_block"), shape=(4096, 4096), block=(4096, 4096)),
+    step("odd_rows", FP32, "int4", ("strided", "flat"), shape=(64, 147), block=(1, 147), wide_loads=False),
     step(
         "blocks_conv",
         FP32,
@@ -181,11 +199,11 @@ VARIANTS = [
     _foreach_backward(BF16),
     _foreach_backward_in_place(FP32),
     _foreach_backward_in_place(BF16),
-    observation("tensor", FP32, ("nest", "finish")),
-    observation("rows", BF16, ("nest",)),
-    observation("columns", FP32, ("nest", "finish")),
-    observation("columns_of_32", BF16, ("nest",)),
-    observation("blocks_2d", FP32, ("nest",)),
+    observation("tensor", FP32, ("strided", "finish")),
+    observation("rows", BF16, ("strided",)),
+    observation("columns", FP32, ("strided", "finish")),
+    observation("columns_of_32", BF16, ("strided",)),
+    observation("blocks_2d", FP32, ("strided",)),
 ]
 
 

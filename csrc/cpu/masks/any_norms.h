@@ -4,7 +4,7 @@
 #include "common/exact_sum.h"
 #include "cpu/loops.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // body(block, magnitude) for all elements.
@@ -13,7 +13,7 @@ void over_magnitudes(const Geometry& g, const T* x, Body body) {
   for (int64_t row = 0; row < g.numel / row_length(g); ++row) {
     const int64_t base = row_base(g, row);
     for (int64_t i = 0; i < row_length(g);) {
-      const int some = static_cast<int>(smaller<int64_t>(kWidth, row_length(g) - i));
+      const int some = static_cast<int>(min<int64_t>(kWidth, row_length(g) - i));
       if constexpr (__is_same(T, double)) {
         for (int lane = 0; lane < some; ++lane, ++i, ++x) body(base + i / g.run, __builtin_fabs(*x));
       } else {
@@ -46,4 +46,4 @@ void any_norms(const Geometry& g, const T* x, double* norms) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

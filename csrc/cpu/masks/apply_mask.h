@@ -3,7 +3,7 @@
 
 #include "cpu/loops.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class T>
@@ -22,7 +22,7 @@ void apply_mask_range(const double* x, const double* mask, double* out, int64_t 
 
 template <class T>
 void apply_mask_shared(const void* x, const void* mask, void* out, int64_t numel) {
-  share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+  parallel_for(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
     apply_mask_range(static_cast<const T*>(x) + begin, static_cast<const T*>(mask) + begin,
                      static_cast<T*>(out) + begin, end - begin);
   });
@@ -35,4 +35,4 @@ void apply_mask(Element element, const void* x, const void* mask, void* out, int
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -65,7 +65,7 @@ void fill_short_runs(const Geometry& g, const std::vector<Word>& words, Word* ma
   const int64_t length = g.run * g.columns, alike = g.outer_axes > 0 ? g.outer[g.outer_axes - 1].size : 1;
   const int64_t piece = kPattern / g.run, pieces = (g.columns + piece - 1) / piece;
   const int64_t items = g.numel / (length * alike) * pieces;
-  share_items(items, std::max<int64_t>(1, kGrain / (alike * kPattern)), [&](int64_t begin, int64_t end) {
+  parallel_for(items, std::max<int64_t>(1, kGrain / (alike * kPattern)), [&](int64_t begin, int64_t end) {
     Word pattern[kPattern];
     for (; begin < end; ++begin) {
       const int64_t row = begin / pieces * alike, column = begin % pieces * piece;
@@ -84,7 +84,7 @@ void fill(const Geometry& g, const std::vector<Word>& words, Word one, Word* mas
   if (g.run < kShortRun) return fill_short_runs(g, words, mask);
   // The C library's routines write long runs without reading the memory first, which loops do not.
   const std::vector<Word> ones(static_cast<size_t>(std::min(g.run, kPattern)), one);
-  share_items(g.numel / g.run, std::max<int64_t>(1, kGrain / g.run), [&](int64_t begin, int64_t end) {
+  parallel_for(g.numel / g.run, std::max<int64_t>(1, kGrain / g.run), [&](int64_t begin, int64_t end) {
     over_runs(g, begin, end, [&](int64_t run, int64_t block) {
       Word* to = mask + run * g.run;
       if (words[static_cast<size_t>(block)] == 0) {

@@ -8,7 +8,7 @@
 #include "cpu/masks/any_norms.h"
 #include "cpu/masks/column_norms.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr int64_t kFirstElements = 1024;  // that a guess is made from
@@ -17,7 +17,7 @@ constexpr int64_t kFirstElements = 1024;  // that a guess is made from
 template <class T>
 bool norms_of_runs(const Bands& g, const T* x, double* norms) {
   int all_fine = 1;
-  share(g.bands * g.columns, 1, larger<int64_t>(1, kParallelElements / g.block_elements()),
+  parallel_for(g.bands * g.columns, 1, max<int64_t>(1, kParallelElements / g.block_elements()),
         [&](int64_t begin, int64_t end) {
           float scale = 0.0f;
           bool fine = true;
@@ -25,7 +25,7 @@ bool norms_of_runs(const Bands& g, const T* x, double* norms) {
           for (int64_t i = begin; i < end; ++i, ++column) {
             if (column == g.columns) ++band, column = 0;
             const T* block = x + (band * g.rows * g.columns + column) * g.run;
-            if (i == begin) scale = scale_for(norm_of(block, 1, 0, smaller(g.run, kFirstElements), 0.0f).peak);
+            if (i == begin) scale = scale_for(norm_of(block, 1, 0, min(g.run, kFirstElements), 0.0f).peak);
             Norm norm = norm_of(block, g.rows, g.stride(), g.run, scale);
             if (scale_for(norm.peak) != scale) {
               scale = scale_for(norm.peak);
@@ -60,4 +60,4 @@ void block_norms(const Geometry& g, Element element, const void* x, double* norm
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -4,7 +4,7 @@
 #include "cpu/loops.h"
 #include "cpu/masks/unit_sums.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr int64_t kStrip = 1024;    // columns whose sums stay in the nearest cache
@@ -48,7 +48,7 @@ struct Strip {
       const int64_t length = kRun > 0 ? kRun : run;
       for (int64_t i = 0; i < width; i += length) {
         int32_t peak = 0;
-        for (int64_t j = 0; j < length; ++j) peak = larger(peak, peaks[i + j]);
+        for (int64_t j = 0; j < length; ++j) peak = max(peak, peaks[i + j]);
         for (int64_t j = 0; j < length; ++j) peaks[i + j] = peak;
       }
     });
@@ -83,7 +83,7 @@ struct Strip {
 template <bool kAdd, class T>
 COREAI_HD void add_group(Strip& s, const T* x, int64_t stride, int rows, int64_t c) {
   constexpr bool kAlternate = __is_same(T, BFloat16);
-  const int some = static_cast<int>(smaller<int64_t>(kPair, s.width - c));
+  const int some = static_cast<int>(min<int64_t>(kPair, s.width - c));
   const bool alternate = kAlternate && some == kPair;
   F a = Simd::set(0.0f), b = a;
   if constexpr (kAdd) {
@@ -122,7 +122,7 @@ COREAI_HD void add_group(Strip& s, const T* x, int64_t stride, int rows, int64_t
 template <bool kAdd, class T>
 void add_rows(Strip& s, const T* x, int64_t stride, int64_t rows, int64_t begin, int64_t end) {
   for (int64_t r = 0; r < rows; r += kAdditions) {
-    const int some = static_cast<int>(smaller<int64_t>(kAdditions, rows - r));
+    const int some = static_cast<int>(min<int64_t>(kAdditions, rows - r));
     for (int64_t c = begin; c < end; c += kPair) add_group<kAdd>(s, x + r * stride, stride, some, c);
   }
 }
@@ -130,14 +130,14 @@ void add_rows(Strip& s, const T* x, int64_t stride, int64_t rows, int64_t begin,
 template <class T>
 bool norms_of_strip(const Bands& g, const T* x, int64_t width, double* norms) {
   Strip s(width, g.run);
-  add_rows<false>(s, x, g.stride(), smaller(g.rows, larger(kFirstRows, g.rows / 16)), 0, width);
+  add_rows<false>(s, x, g.stride(), min(g.rows, max(kFirstRows, g.rows / 16)), 0, width);
   s.join_peaks();
   s.start(0, (width + kPair - 1) / kPair * kPair);  // all lanes of the last vectors
   add_rows<true>(s, x, g.stride(), g.rows, 0, width);
   if (g.rows > kFirstRows) {
     s.join_peaks();
     for (int64_t c = 0; c < width; c += kPair) {
-      const int64_t end = smaller(width, c + kPair);
+      const int64_t end = min(width, c + kPair);
       if (!s.is_wrong(c, end)) continue;
       s.start(c, end);
       add_rows<true>(s, x, g.stride(), g.rows, c, end);
@@ -154,12 +154,12 @@ bool norms_of_strips(const Bands& g, const T* x, double* norms) {
   width -= width % g.run;
   const int64_t strips = (g.stride() + width - 1) / width;
   int all_fine = 1;
-  share(g.bands * strips, 1, larger<int64_t>(1, kParallelElements / (g.rows * width)),
+  parallel_for(g.bands * strips, 1, max<int64_t>(1, kParallelElements / (g.rows * width)),
         [&](int64_t begin, int64_t end) {
           bool fine = true;
           for (; begin < end; ++begin) {
             const int64_t band = begin / strips, first = begin % strips * width;
-            const int64_t some = smaller(width, g.stride() - first);
+            const int64_t some = min(width, g.stride() - first);
             fine &= norms_of_strip(g, x + band * g.rows * g.stride() + first, some,
                                    norms + band * g.columns + first / g.run);
           }
@@ -169,4 +169,4 @@ bool norms_of_strips(const Bands& g, const T* x, double* norms) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

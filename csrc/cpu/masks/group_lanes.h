@@ -7,7 +7,7 @@
 
 #include "cpu/transpose.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class W, int kM>
@@ -110,4 +110,4 @@ struct GroupLanes {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

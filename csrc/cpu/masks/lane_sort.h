@@ -3,7 +3,7 @@
 
 #include "common/element.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Batcher's odd-even merge sort (Knuth, TAOCP 3, 5.3.4), the largest first. All indices are constants, for the
@@ -96,4 +96,4 @@ struct LaneSort {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

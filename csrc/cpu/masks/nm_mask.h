@@ -12,7 +12,7 @@
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <Element kElement>
@@ -222,7 +222,7 @@ struct Groups {
     V keys[kLargestGroup];
     Word rows[kLargestGroup][kLanes] = {};
     for (int64_t g = 0; g < groups; g += kLanes) {
-      const int some = static_cast<int>(smaller<int64_t>(kLanes, groups - g));
+      const int some = static_cast<int>(min<int64_t>(kLanes, groups - g));
       const Word* from = x + g * m;
       Word* to = mask + g * m;
       for (int lane = 0; lane < some; ++lane) {
@@ -283,17 +283,17 @@ struct Groups {
     Word* mask = static_cast<Word*>(job.mask);
     const int n = job.n, m = job.m;
     if (job.inner == 1) {
-      share(job.blocks, kAlignment, larger<int64_t>(1, kParallelElements / m), [&](int64_t begin, int64_t end) {
+      parallel_for(job.blocks, kAlignment, max<int64_t>(1, kParallelElements / m), [&](int64_t begin, int64_t end) {
         adjacent_dispatch(x + begin * m, mask + begin * m, end - begin, n, m);
       });
       return;
     }
     // A strip of columns whose rows stay in the cache together.
-    const int64_t width = smaller<int64_t>(job.inner, 1024), strips = (job.inner + width - 1) / width;
-    share(job.blocks * strips, 1, larger<int64_t>(1, kParallelElements / (m * width)), [&](int64_t begin, int64_t end) {
+    const int64_t width = min<int64_t>(job.inner, 1024), strips = (job.inner + width - 1) / width;
+    parallel_for(job.blocks * strips, 1, max<int64_t>(1, kParallelElements / (m * width)), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t start = i / strips * m * job.inner, column = i % strips * width;
-        columns(x + start, mask + start, job.inner, column, smaller(job.inner, column + width), n, m);
+        columns(x + start, mask + start, job.inner, column, min(job.inner, column + width), n, m);
       }
     });
   }
@@ -313,4 +313,4 @@ void nm_mask(const NmMask& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

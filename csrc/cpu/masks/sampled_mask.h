@@ -7,7 +7,7 @@
 
 #include "cpu/loops.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // PhiloxLanes of several calls of Philox side by side, in the low halves of 64-bit lanes; the high halves are junk.
@@ -140,13 +140,13 @@ COREAI_HD void sampled_mask_some(const SampledMask& job, int64_t at, int n, cons
 void sampled_mask(const SampledMask& job) {
   with_type(job.element, [&](auto type) {
     using T = typename decltype(type)::type;
-    share(job.numel, kAlignment, kParallelElements / 2, [&](int64_t begin, int64_t end) {
+    parallel_for(job.numel, kAlignment, kParallelElements / 2, [&](int64_t begin, int64_t end) {
       for (; begin < end; begin += kSampled) {
         alignas(64) int32_t words[kSampled];
         sampled_words(words, static_cast<uint64_t>(begin) / 4, job);
-        const int64_t n = smaller(kSampled, end - begin);
+        const int64_t n = min(kSampled, end - begin);
         for (int64_t i = 0; i < n; i += kWidth) {
-          sampled_mask_some<T>(job, begin + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)), words + i);
+          sampled_mask_some<T>(job, begin + i, static_cast<int>(min<int64_t>(kWidth, n - i)), words + i);
         }
       }
     });
@@ -154,4 +154,4 @@ void sampled_mask(const SampledMask& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -78,7 +78,7 @@ class Selection {
  private:
   template <class Body>
   void over_pieces(Body body) {
-    share_items(static_cast<int64_t>(pieces_.size()), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(static_cast<int64_t>(pieces_.size()), 1, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin) body(pieces_[static_cast<size_t>(begin)]);
     });
   }
@@ -89,7 +89,7 @@ class Selection {
     const auto count = static_cast<int64_t>(pieces_.size());
     const int64_t parts = std::min(count, std::max<int64_t>(1, threads()));
     std::vector<int64_t> bins(static_cast<size_t>(parts * kBins));
-    share_items(parts, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i) {
           body(pieces_[static_cast<size_t>(i)], bins.data() + part * kBins);

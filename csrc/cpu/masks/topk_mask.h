@@ -5,7 +5,7 @@
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr int kListedBlindly = 3;
@@ -116,4 +116,4 @@ int64_t topk_write(Element element, const void* x, void* mask, int64_t n, uint64
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -5,7 +5,7 @@
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr int32_t kInfinityKey = 0x7f800000;
@@ -39,7 +39,7 @@ COREAI_HD float float_of(int32_t bits) {
 constexpr int kFieldToDouble = 1023 - 127, kLeastUnit = 1023 - 124;
 COREAI_HD int raw_unit(int32_t peak) { return unit_exponent((peak >> 23) + kFieldToDouble); }
 COREAI_HD bool is_tiny(int32_t peak) { return peak != 0 && raw_unit(peak) < kLeastUnit; }
-COREAI_HD int unit_field(int32_t peak) { return larger(kLeastUnit, raw_unit(peak)); }
+COREAI_HD int unit_field(int32_t peak) { return max(kLeastUnit, raw_unit(peak)); }
 COREAI_HD float scale_for(int32_t peak) { return float_of((127 + 1023 - unit_field(peak)) << 23); }
 
 struct Norm {
@@ -74,7 +74,7 @@ struct Pair {
   // The first and the second half, and zeros from the n-th on.
   template <class T>
   static COREAI_HD Pair load_n(const T* x, int n) {
-    const int first = smaller(n, kWidth);
+    const int first = min(n, kWidth);
     return {magnitude_bits(Simd::load_n(x, first)), magnitude_bits(Simd::load_n(x + first, n - first))};
   }
 };
@@ -105,7 +105,7 @@ COREAI_HD int32_t largest_lane(I peaks) {
   Quarter q[sizeof(I) / sizeof(Quarter)];
   __builtin_memcpy(q, &peaks, sizeof(q));
   for (uint64_t i = 1; i < sizeof(I) / sizeof(Quarter); ++i) q[0] = q[0] > q[i] ? q[0] : q[i];
-  return larger(larger(q[0][0], q[0][1]), larger(q[0][2], q[0][3]));
+  return max(max(q[0][0], q[0][1]), max(q[0][2], q[0][3]));
 }
 COREAI_HD uint64_t sum_of_lanes(Counts units) {
   typedef uint64_t Quarter __attribute__((vector_size(16)));
@@ -194,4 +194,4 @@ Norm norm_of(const T* x, int64_t rows, int64_t stride, int64_t run, float scale)
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

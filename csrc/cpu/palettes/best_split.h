@@ -3,7 +3,7 @@
 
 #include "cpu/palettes/palette_kernels.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr int kDoubles = kWidth / 2;
@@ -45,4 +45,4 @@ inline int64_t best_split(const double* gain, const double* sums, const double* 
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -4,7 +4,7 @@
 #include "cpu/bits.h"
 #include "cpu/simd_table.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Packed indices are unpacked so many at a time: a multiple of 8, for whole bytes.
@@ -68,7 +68,7 @@ void lookup_words(const Lookup& job, int64_t begin, int64_t end) {
   uint8_t buffer[kUnpacked];
   const int64_t step = job.bits == 8 ? end - begin : kUnpacked;
   for (int64_t start = begin; start < end; start += step) {
-    const int64_t stop = smaller(start + step, end);
+    const int64_t stop = min(start + step, end);
     const uint8_t* indices = job.indices + start;
     if (job.bits != 8) {
       unpack(job.indices + start * job.bits / 8, stop - start, job.bits, buffer);
@@ -87,7 +87,7 @@ void lookup_words(const Lookup& job, int64_t begin, int64_t end) {
 inline void lookup(const Lookup& job) {
   with_table_kind(job.kind, [&](auto kind) {
     using Kind = decltype(kind);
-    share(job.layout.geometry->numel, kUnpacked, kParallelElements, [&](int64_t begin, int64_t end) {
+    parallel_for(job.layout.geometry->numel, kUnpacked, kParallelElements, [&](int64_t begin, int64_t end) {
       if (job.element_size == 2) {
         lookup_words<Kind, uint16_t>(job, begin, end);
       } else if (job.element_size == 4) {
@@ -111,7 +111,7 @@ void sum_stretch(const T* grad, const uint8_t* indices, int64_t count, int64_t c
   }
   float values[kChunk];
   for (int64_t start = 0; start < count; start += kChunk) {
-    const int64_t size = smaller(kChunk, count - start);
+    const int64_t size = min(kChunk, count - start);
     int64_t i = 0;
     for (; i + kWidth <= size; i += kWidth) Simd::store(values + i, Simd::load(grad + start + i));
     if (i < size) Simd::store(values + i, Simd::load_n(grad + start + i, static_cast<int>(size - i)));
@@ -127,7 +127,7 @@ template <class T>
 void sum_briefly(const T* grad, const uint8_t* indices, int64_t count, int64_t clusters, double* sums,
                  int64_t stride) {
   for (int64_t start = 0; start < count; start += kWidth) {
-    const int size = static_cast<int>(smaller<int64_t>(kWidth, count - start));
+    const int size = static_cast<int>(min<int64_t>(kWidth, count - start));
     float values[kWidth];
     Simd::store(values, Simd::load_n(grad + start, size));
     for (int i = 0; i < size; ++i) {
@@ -156,4 +156,4 @@ inline void sum_by_index(const SumByIndex& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -6,7 +6,7 @@
 #include "cpu/palettes/palettize.h"
 #include "cpu/palettes/soft_palettize.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 constexpr PaletteKernels kPaletteKernels = {
@@ -18,4 +18,4 @@ constexpr PaletteKernels kPaletteKernels = {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

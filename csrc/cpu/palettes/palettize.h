@@ -3,7 +3,7 @@
 
 #include "cpu/simd_table.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Lanes of `yes` where x exceeds the bound; NaN exceeds none.
@@ -60,16 +60,16 @@ inline void nearest_scalars(const T* x, int64_t count, const float* bounds, cons
 // Squared distances are summed from the first entry on; the first least one wins, and NaN is never less.
 template <class T>
 COREAI_HD I nearest_of(const T* x, int lanes, int64_t dim, int64_t row, const float* table, int64_t clusters) {
-  constexpr int kHeld = 8;
-  F held[kHeld];
-  const int64_t in_registers = smaller<int64_t>(dim, kHeld);
-  for (int64_t entry = 0; entry < in_registers; ++entry) held[entry] = load_lanes(x + entry * row, lanes);
+  constexpr int kTileEntries = 8;
+  F register_tile[kTileEntries];
+  const int64_t in_registers = min<int64_t>(dim, kTileEntries);
+  for (int64_t entry = 0; entry < in_registers; ++entry) register_tile[entry] = load_lanes(x + entry * row, lanes);
   F least = Simd::set(__builtin_inff());
   I chosen = Simd::iset(0);
   for (int64_t j = 0; j < clusters; ++j, table += dim) {
     F distance = Simd::set(0.0f);
     for (int64_t entry = 0; entry < dim; ++entry) {
-      const F value = entry < kHeld ? held[entry] : load_lanes(x + entry * row, lanes);
+      const F value = entry < kTileEntries ? register_tile[entry] : load_lanes(x + entry * row, lanes);
       const F difference = Simd::sub(value, Simd::set(table[entry]));
       distance = Simd::add(distance, Simd::mul(difference, difference));
     }
@@ -86,7 +86,7 @@ template <class T>
 inline void nearest_vectors(const T* x, int64_t count, const PaletteLayout& layout, const float* table,
                             int64_t clusters, uint8_t* out) {
   for (int64_t i = 0; i < count; i += kWidth) {
-    const int lanes = static_cast<int>(smaller<int64_t>(kWidth, count - i));
+    const int lanes = static_cast<int>(min<int64_t>(kWidth, count - i));
     I chosen;
     switch (layout.dim) {  // known lengths keep the entries in registers
       case 2:
@@ -110,8 +110,8 @@ inline void palettize(const Palettize& job) {
     using T = typename decltype(type)::type;
     const auto* weight = static_cast<const T*>(job.weight);
     if (layout.dim > 1) {
-      const int64_t grain = larger<int64_t>(kAlignment, 4 * kParallelElements / (layout.dim * job.clusters));
-      share(layout.geometry->numel, kAlignment, grain, [&](int64_t begin, int64_t end) {
+      const int64_t grain = max<int64_t>(kAlignment, 4 * kParallelElements / (layout.dim * job.clusters));
+      parallel_for(layout.geometry->numel, kAlignment, grain, [&](int64_t begin, int64_t end) {
         over_stretches(layout, begin, end, [&](int64_t position, int64_t count, int64_t block) {
           nearest_vectors(weight + entry_of(layout, position), count, layout,
                           job.table + block * job.clusters * layout.dim, job.clusters, job.indices + position);
@@ -121,7 +121,7 @@ inline void palettize(const Palettize& job) {
     }
     with_table_kind(table_kind(job.clusters), [&](auto kind) {
       using Kind = decltype(kind);
-      share(layout.geometry->numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+      parallel_for(layout.geometry->numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
         over_stretches(layout, begin, end, [&](int64_t position, int64_t count, int64_t block) {
           nearest_scalars<Kind>(weight + position, count, job.table + block * Kind::kRoom,
                                 job.order + block * Kind::kRoom, job.indices + position);
@@ -132,4 +132,4 @@ inline void palettize(const Palettize& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

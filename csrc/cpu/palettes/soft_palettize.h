@@ -3,7 +3,7 @@
 
 #include "cpu/simd_table.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // exp(x) for x <= 0, to two units in the last place; 0 below -87. Cephes' polynomial on [-ln(2)/2, ln(2)/2].
@@ -24,7 +24,7 @@ COREAI_HD F exp_nonpositive(F x) {
 }
 
 // Vectors whose sums are kept in float32, a sum for each lane, before they enter the float64 ones.
-constexpr int kHeldSums = 32;
+constexpr int kFlushInterval = 32;
 
 template <SoftStep kStep, bool kScalar, class T>
 class SoftStretch {
@@ -42,9 +42,9 @@ class SoftStretch {
 
   void run(int64_t count) {
     if (kSums) clear();
-    int held = 0;
+    int unflushed = 0;
     for (int64_t i = 0; i < count; i += kWidth, at_ += kWidth) {
-      const int lanes = static_cast<int>(smaller<int64_t>(kWidth, count - i));
+      const int lanes = static_cast<int>(min<int64_t>(kWidth, count - i));
       attend(lanes);
       if constexpr (kStep == SoftStep::kPalettize) {
         average();
@@ -54,9 +54,9 @@ class SoftStretch {
         differentiate(lanes);
       }
       if (kWrites) store(lanes);
-      if (kSums && ++held == kHeldSums) flush(), clear(), held = 0;
+      if (kSums && ++unflushed == kFlushInterval) flush(), clear(), unflushed = 0;
     }
-    if (kSums && held > 0) flush();
+    if (kSums && unflushed > 0) flush();
   }
 
  private:
@@ -200,4 +200,4 @@ inline void soft(SoftStep step, const Soft& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -21,16 +21,16 @@ using Costs = std::vector<double>;
 struct Grid {
   Costs values, masses, squares;
 
-  Grid(const PrefixSums& sums, const std::vector<int64_t>& places, bool reversed) {
-    for (size_t i = 0; i < places.size(); ++i) {
-      const auto place = static_cast<size_t>(places[reversed ? places.size() - 1 - i : i]);
-      add(values, sums.values, place, reversed);
-      add(masses, sums.masses, place, reversed);
-      add(squares, sums.squares, place, reversed);
+  Grid(const PrefixSums& sums, const std::vector<int64_t>& positions, bool reversed) {
+    for (size_t i = 0; i < positions.size(); ++i) {
+      const auto position = static_cast<size_t>(positions[reversed ? positions.size() - 1 - i : i]);
+      add(values, sums.values, position, reversed);
+      add(masses, sums.masses, position, reversed);
+      add(squares, sums.squares, position, reversed);
     }
   }
 
-  // The squared error of the points before each place as one run.
+  // The squared error of the points before each position as one run.
   Costs of_one_run() const {
     Costs costs(values.size());
     for (size_t i = 1; i < costs.size(); ++i) costs[i] = squares[i] - values[i] * values[i] / masses[i];
@@ -38,13 +38,13 @@ struct Grid {
   }
 
  private:
-  static void add(Costs& to, const std::vector<double>& from, size_t place, bool reversed) {
-    to.push_back(reversed ? from.back() - from[place] : from[place]);
+  static void add(Costs& to, const std::vector<double>& from, size_t position, bool reversed) {
+    to.push_back(reversed ? from.back() - from[position] : from[position]);
   }
 };
 
-// Least errors of one run more, where a run may begin at each place m after the runs that cost before[m].
-// `may_be_empty`: it may also begin and end at the same place.
+// Least errors of one run more, where a run may begin at each position m after the runs that cost before[m].
+// `may_be_empty`: it may also begin and end at the same position.
 Costs add_run(const Grid& grid, const Costs& before, int64_t first, bool may_be_empty) {
   const auto last = static_cast<int64_t>(before.size()) - 1;
   Costs gain(before.size()), after(before.size(), std::numeric_limits<double>::infinity());
@@ -74,7 +74,7 @@ Costs add_run(const Grid& grid, const Costs& before, int64_t first, bool may_be_
   return after;
 }
 
-// Lower bounds for the first points up to each place, in 1 to `most` runs. A split anywhere in a cell leaves no less
+// Lower bounds for the first points up to each position, in 1 to `most` runs. A split anywhere in a cell leaves no less
 // error before than the cell's begin, and none less after than its end.
 std::vector<Costs> lower_bounds(const Grid& grid, int64_t most) {
   std::vector<Costs> bounds = {grid.of_one_run()};
@@ -89,7 +89,7 @@ std::vector<Costs> lower_bounds(const Grid& grid, int64_t most) {
   return bounds;
 }
 
-// The error of the best partition with splits at places of the grid.
+// The error of the best partition with splits at positions of the grid.
 double upper_bound(const Grid& grid, int64_t clusters) {
   Costs costs = grid.of_one_run();
   costs[0] = std::numeric_limits<double>::infinity();
@@ -101,10 +101,10 @@ double upper_bound(const Grid& grid, int64_t clusters) {
 
 std::vector<Window> split_windows(const PrefixSums& sums, int64_t clusters) {
   const auto count = static_cast<int64_t>(sums.values.size()) - 1;
-  std::vector<int64_t> places;
+  std::vector<int64_t> positions;
   const int64_t cells = std::min(std::max(kCells, kCellsPerCluster * clusters), count);
-  for (int64_t i = 0; i <= cells; ++i) places.push_back(count * i / cells);
-  const Grid forward(sums, places, false), backward(sums, places, true);
+  for (int64_t i = 0; i <= cells; ++i) positions.push_back(count * i / cells);
+  const Grid forward(sums, positions, false), backward(sums, positions, true);
   const double limit = upper_bound(forward, clusters) + kMargin * sums.squares.back();
   const std::vector<Costs> before = lower_bounds(forward, clusters - 1), after = lower_bounds(backward, clusters - 1);
   std::vector<Window> windows;
@@ -119,8 +119,8 @@ std::vector<Window> split_windows(const PrefixSums& sums, int64_t clusters) {
     while (high > low && !possible(high)) --high;
     // A run ends after the one before it.
     const int64_t least = windows.empty() ? 1 : windows.back().low + 1;
-    windows.push_back({std::max(places[static_cast<size_t>(low)], least),
-                       std::min(places[static_cast<size_t>(high + 1)], count - (clusters - runs))});
+    windows.push_back({std::max(positions[static_cast<size_t>(low)], least),
+                       std::min(positions[static_cast<size_t>(high + 1)], count - (clusters - runs))});
   }
   return windows;
 }

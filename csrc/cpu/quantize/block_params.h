@@ -1,9 +1,9 @@
-// Parameters of blocks as the loops take them, and the quickest way to divide by them.
+// Parameters of blocks as the loops take them, and the quickest division by their scales.
 #pragma once
 
 #include "cpu/quantize/packed_bf16.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class = void>
@@ -11,21 +11,21 @@ COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
   return a.zero_point ? static_cast<float>(a.zero_point[block]) : a.constant;
 }
 
-// The quickest way to divide elements of type T by the first n scales. A corrected product with the reciprocal is as
+// The quickest division of elements of type T by the first n scales. A corrected product with the reciprocal is as
 // good as a division if scales are far from overflow and underflow, and if rounding and clamping change only at numbers
 // of up to nine bits: tests/kernels/test_quotients.py compares the two around all of those.
 template <class K, class T>
-COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
+COREAI_HD Division choose_division(F scales, F low, F high, int n, bool finite) {
   const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
-  if constexpr (kHasWords<K, T>) {
-    if (suit_words<K>(scales, low, high, all)) {
-      if (!finite) return Way::kWords;
+  if constexpr (kHasPackedBf16<K, T>) {
+    if (suit_packed_bf16<K>(scales, low, high, all)) {
+      if (!finite) return Division::kPackedBf16;
       const bool powers = K::kFormat != Format::kInt && (Simd::bits(are_powers(scales)) & all) == all;
-      return powers ? Way::kWordsByPowers : Way::kWordsOfFinite;
+      return powers ? Division::kPackedBf16ByPowers : Division::kPackedBf16OfFinite;
     }
   }
   if constexpr (!Simd::kHasQuotient) {
-    return Way::kDivide;
+    return Division::kDivide;
   } else {
     const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
     const auto is_short = [](F bound) __attribute__((always_inline)) {
@@ -36,24 +36,24 @@ COREAI_HD Way way_to_divide(F scales, F low, F high, int n, bool finite) {
       }
     };
     const M suits = Simd::mand(Simd::equal(scales, kept), Simd::mand(is_short(low), is_short(high)));
-    if ((Simd::bits(suits) & all) != all) return Way::kDivide;
-    return finite ? Way::kReciprocalOfFinite : Way::kReciprocal;
+    if ((Simd::bits(suits) & all) != all) return Division::kDivide;
+    return finite ? Division::kReciprocalOfFinite : Division::kReciprocal;
   }
 }
 
-// Calls body(kind) with the kind that divides elements of type T that way.
+// Calls body(kind) with the kind that computes quotients of elements of type T by that division.
 template <class K, class T, class Body>
-COREAI_HD void with_way(Way way, Body body) {
-  if constexpr (kHasWords<K, T>) {
+COREAI_HD void with_division(Division division, Body body) {
+  if constexpr (kHasPackedBf16<K, T>) {
     if constexpr (K::kFormat != Format::kInt) {
-      if (way == Way::kWordsByPowers) return body(typename K::template By<Way::kWordsByPowers>{});
+      if (division == Division::kPackedBf16ByPowers) return body(typename K::template By<Division::kPackedBf16ByPowers>{});
     }
-    if (way == Way::kWordsOfFinite) return body(typename K::template By<Way::kWordsOfFinite>{});
-    if (way == Way::kWords) return body(typename K::template By<Way::kWords>{});
+    if (division == Division::kPackedBf16OfFinite) return body(typename K::template By<Division::kPackedBf16OfFinite>{});
+    if (division == Division::kPackedBf16) return body(typename K::template By<Division::kPackedBf16>{});
   }
   if constexpr (Simd::kHasQuotient) {
-    if (way == Way::kReciprocalOfFinite) return body(typename K::template By<Way::kReciprocalOfFinite>{});
-    if (way == Way::kReciprocal) return body(typename K::template By<Way::kReciprocal>{});
+    if (division == Division::kReciprocalOfFinite) return body(typename K::template By<Division::kReciprocalOfFinite>{});
+    if (division == Division::kReciprocal) return body(typename K::template By<Division::kReciprocal>{});
   }
   body(K{});
 }
@@ -64,7 +64,7 @@ struct BlockParams {
   alignas(64) float reciprocal[kWidth];  // or the one below it
   alignas(64) float above[kWidth], factor[kWidth], addend[kWidth];
   alignas(64) int32_t low_words[kWidth], high_words[kWidth], exponent[kWidth];
-  Way way;
+  Division division;
 
   // `finite`: no element is infinite, NaN or beyond 2^62.
   template <class K, class T>
@@ -83,26 +83,28 @@ struct BlockParams {
     Simd::store(low, lows);
     Simd::store(high, highs);
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
-    way = way_to_divide<K, T>(scales, lows, highs, n, finite);
-    if constexpr (kHasWords<K, T>) {
-      if (way == Way::kWords || way == Way::kWordsOfFinite) return store(word_params<Simd, K>(scales, lows, highs));
+    division = choose_division<K, T>(scales, lows, highs, n, finite);
+    if constexpr (kHasPackedBf16<K, T>) {
+      if (division == Division::kPackedBf16 || division == Division::kPackedBf16OfFinite) {
+        return store(packed_bf16_params<Simd, K>(scales, lows, highs));
+      }
       if constexpr (K::kFormat != Format::kInt) {
-        if (way == Way::kWordsByPowers) return store(word_params_of_powers<K>(scales, lows, highs));
+        if (division == Division::kPackedBf16ByPowers) return store(packed_bf16_params_of_powers<K>(scales, lows, highs));
       }
     }
-    if (way != Way::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
+    if (division != Division::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
   }
   COREAI_HD Params<Simd> operator[](int i) const {
     return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]),
             Simd::set(reciprocal[i])};
   }
-  COREAI_HD WordParams words(int i) const {
+  COREAI_HD PackedBf16Params packed_bf16(int i) const {
     return {{Simd::set(reciprocal[i]), Simd::set(above[i]), Simd::set(factor[i]), Simd::set(addend[i])},
             {Simd::iset(low_words[i]), Simd::iset(high_words[i]), Simd::iset(exponent[i])}};
   }
 
  private:
-  COREAI_HD void store(const WordParams& p) {
+  COREAI_HD void store(const PackedBf16Params& p) {
     Simd::store(reciprocal, p.below);
     Simd::store(above, p.above);
     Simd::store(factor, p.factor);
@@ -146,36 +148,38 @@ COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t 
           Simd::load(offset), Simd::set(0.0f)};
 }
 
-// Parameters of kWidth neighbouring blocks, one a lane, and the quickest way to divide by them.
+// Parameters of kWidth neighbouring blocks, one a lane, and the quickest division by their scales.
 struct ColumnParams {
   Params<Simd> lanes;
-  Way way;
+  Division division;
 
   template <class K>
   static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n) {
-    ColumnParams p = {params_of_columns(a, block, 0, 1, n), Way::kDivide};
-    p.way = way_to_divide<K, float>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);
-    if (p.way != Way::kDivide) p.lanes.reciprocal = Simd::div(Simd::set(1.0f), p.lanes.scale);
+    ColumnParams p = {params_of_columns(a, block, 0, 1, n), Division::kDivide};
+    p.division = choose_division<K, float>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);
+    if (p.division != Division::kDivide) p.lanes.reciprocal = Simd::div(Simd::set(1.0f), p.lanes.scale);
     return p;
   }
 };
 
-// The same of two vectors of bfloat16 by words: of the even and of the odd columns.
-struct ColumnWords {
-  WordFactors even, odd;
-  WordBounds bounds;
+// The same of two vectors of packed bfloat16: of the even and of the odd columns.
+struct PackedBf16Columns {
+  PackedBf16Factors even, odd;
+  PackedBf16Bounds bounds;
 
-  // Returns whether words suit these columns.
+  // Returns whether packed bfloat16 suits these columns.
   template <class K>
   COREAI_HD bool load(const Affine& a, int64_t block) {
     Params<Simd> p = params_of_columns(a, block, 0, 1, kWidth);
     Params<Simd> q = params_of_columns(a, block + kWidth, 0, 1, kWidth);
     constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
-    if (!suit_words<K>(p.scale, p.low, p.high, kAll) || !suit_words<K>(q.scale, q.low, q.high, kAll)) return false;
+    if (!suit_packed_bf16<K>(p.scale, p.low, p.high, kAll)) return false;
+    if (!suit_packed_bf16<K>(q.scale, q.low, q.high, kAll)) return false;
     Simd::deinterleave(p.scale, q.scale);
     Simd::deinterleave(p.low, q.low);
     Simd::deinterleave(p.high, q.high);
-    const WordParams e = word_params<Simd, K>(p.scale, p.low, p.high), o = word_params<Simd, K>(q.scale, q.low, q.high);
+    const PackedBf16Params e = packed_bf16_params<Simd, K>(p.scale, p.low, p.high);
+    const PackedBf16Params o = packed_bf16_params<Simd, K>(q.scale, q.low, q.high);
     const auto together = [](I a, I b) __attribute__((always_inline)) {
       return Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
     };
@@ -186,4 +190,4 @@ struct ColumnWords {
 };
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

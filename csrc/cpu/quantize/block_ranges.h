@@ -4,7 +4,7 @@
 #include "cpu/quantize/qparams.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Lanes of a running minimum and maximum that skip NaN, and where NaN was seen.
@@ -183,4 +183,4 @@ COREAI_HD Range range_of_blocks(const T* x, int64_t run, int blocks) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/quantize/fake_quantize_columns.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class Bits, class K, class T>
@@ -52,20 +52,20 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
     bits.resume(cursor);
   }
   for (; i < n; i += kWidth) {
-    fake_quantize_some<K>(x + i, y + i, static_cast<int>(smaller<int64_t>(kWidth, n - i)), p, bits);
+    fake_quantize_some<K>(x + i, y + i, static_cast<int>(min<int64_t>(kWidth, n - i)), p, bits);
   }
 }
 
-// The same of bfloat16 by words. Returns how many of the elements it has done.
-template <class K, bool kUntied, class Bits>
-COREAI_HD int64_t fake_quantize_run_of_words(const BFloat16* x, BFloat16* y, int64_t n, const WordParams& p,
-                                             Bits& bits) {
+// The same of packed bfloat16. Returns how many of the elements it has done.
+template <class K, bool kNoTies, class Bits>
+COREAI_HD int64_t fake_quantize_run_of_packed_bf16(const BFloat16* x, BFloat16* y, int64_t n, const PackedBf16Params& p,
+                                                   Bits& bits) {
   if (!bits.aligned()) return 0;
   int64_t i = 0;
   auto cursor = bits.cursor();
   for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
     fetch_ahead(x + i, y + i);
-    fake_quantize_words<Bits, K, kUntied>(Words<2>::load(x + i), y + i, p, p, p, cursor);
+    fake_quantize_packed_bf16<Bits, K, kNoTies>(Words<2>::load(x + i), y + i, p, p, p, cursor);
   }
   bits.resume(cursor);
   return i;
@@ -77,9 +77,9 @@ COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockPara
   auto cursor = bits.cursor();
   for (int i = 0; i < blocks; ++i, x += 2 * kWidth, y += 2 * kWidth) {
     fetch_ahead(x, y);
-    if constexpr (K::kByWords) {
-      const WordParams p = params.words(i);
-      fake_quantize_words<Bits, K>(Words<2>::load(x), y, p, p, p, cursor);
+    if constexpr (K::kIsPackedBf16) {
+      const PackedBf16Params p = params.packed_bf16(i);
+      fake_quantize_packed_bf16<Bits, K>(Words<2>::load(x), y, p, p, p, cursor);
     } else {
       fake_quantize_pair<Bits, K>(x, y, params[i], cursor);
     }
@@ -92,12 +92,12 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
                                        Bits& bits) {
   if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
   for (int i = 0; i < blocks; ++i, x += run, y += run) {
-    if constexpr (K::kByWords) {
-      const bool untied = K::kWay == Way::kWordsOfFinite && is_untied(params.scale[i]);
-      const int64_t done = untied ? fake_quantize_run_of_words<K, true>(x, y, run, params.words(i), bits)
-                                  : fake_quantize_run_of_words<K, false>(x, y, run, params.words(i), bits);
+    if constexpr (K::kIsPackedBf16) {
+      const bool no_ties = K::kDivision == Division::kPackedBf16OfFinite && has_no_ties(params.scale[i]);
+      const int64_t done = no_ties ? fake_quantize_run_of_packed_bf16<K, true>(x, y, run, params.packed_bf16(i), bits)
+                                   : fake_quantize_run_of_packed_bf16<K, false>(x, y, run, params.packed_bf16(i), bits);
       if (done < run) {
-        using Rest = typename K::template By<Way::kDivide>;
+        using Rest = typename K::template By<Division::kDivide>;
         fake_quantize_run<Rest>(x + done, y + done, run - done, params[i], bits);
       }
     } else {
@@ -109,7 +109,7 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
 // Neighbouring blocks of `run` elements each.
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
-  with_way<K, T>(params.way, [&](auto kind) __attribute__((always_inline)) {
+  with_division<K, T>(params.division, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
   });
 }
@@ -123,8 +123,8 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     while (n > 0) {
       const int64_t block = base + column / run, inside = column % run;
       const int64_t whole = inside == 0 ? n / run : 0;
-      const int blocks = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(kWidth, whole)));
-      const int64_t piece = whole > 0 ? blocks * run : smaller(n, run - inside);
+      const int blocks = static_cast<int>(max<int64_t>(1, min<int64_t>(kWidth, whole)));
+      const int64_t piece = whole > 0 ? blocks * run : min(n, run - inside);
       params.load<K, T>(a, block, blocks, a.finite);
       fake_quantize_blocks<K>(x, y, whole > 0 ? run : piece, blocks, params, bits);
       x += piece, y += piece, column += piece, n -= piece;
@@ -132,7 +132,7 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
     return;
   }
   for (int64_t i = 0; i < n; i += kWidth) {
-    const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
+    const int some = static_cast<int>(min<int64_t>(kWidth, n - i));
     const auto p = params_of_columns(a, base, column + i, run, some);
     if (some == kWidth && bits.aligned()) {
       auto cursor = bits.cursor();
@@ -152,7 +152,7 @@ void fake_quantize_elements(const FakeQuantize& job, int64_t begin, int64_t end,
   T* y = static_cast<T*>(job.output);
   const int64_t length = row_length(g);
   for (int64_t row = begin / length, column = begin % length; begin < end; ++row, column = 0) {
-    const int64_t n = smaller(end - begin, length - column);
+    const int64_t n = min(end - begin, length - column);
     fake_quantize_row<K>(x + begin, y + begin, column, n, row_base(g, row), g.run, job.affine, bits);
     begin += n;
   }
@@ -175,7 +175,7 @@ constexpr int64_t kRecentBytes = 1 << 20;
 // Calls body(begin, end) over [begin, end), starting with elements that were read last. Seams are multiples of `unit`.
 template <class Body>
 COREAI_HD void recent_first(int64_t begin, int64_t end, int64_t recent, int64_t unit, Body body) {
-  const int64_t seam = begin + larger<int64_t>(0, end - begin - recent) / unit * unit;
+  const int64_t seam = begin + max<int64_t>(0, end - begin - recent) / unit * unit;
   body(seam, end);
   if (begin < seam) body(begin, seam);
 }
@@ -185,13 +185,13 @@ template <class K, class T>
 void fake_quantize_as(const FakeQuantize& job, int64_t recent) {
   const Geometry& g = *job.geometry;
   if (is_by_columns(g)) {
-    share(g.numel / g.columns, 1, larger<int64_t>(1, kParallelElements / g.columns), [&](int64_t begin, int64_t end) {
+    parallel_for(g.numel / g.columns, 1, max<int64_t>(1, kParallelElements / g.columns), [&](int64_t begin, int64_t end) {
       recent_first(begin, end, recent / g.columns, 1,
                    [&](int64_t from, int64_t to) { fake_quantize_rows_of_columns<K, T>(job, from, to); });
     });
     return;
   }
-  share(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+  parallel_for(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
     recent_first(begin, end, recent, kAlignment,
                  [&](int64_t from, int64_t to) { fake_quantize_range<K, T>(job, from, to); });
   });
@@ -215,4 +215,4 @@ void fake_quantize(const FakeQuantize& job) {
 void fake_quantize_observed(const FakeQuantize& job) { fake_quantize(job, kRecentBytes); }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

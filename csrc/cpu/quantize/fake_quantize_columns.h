@@ -6,13 +6,13 @@
 
 #include "cpu/quantize/block_params.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Two neighbouring vectors of results; of finite values they are numbers.
 template <class K, class T>
 COREAI_HD void store_results(T* y, F a, F b) {
-  if constexpr (K::kWay == Way::kReciprocalOfFinite) {
+  if constexpr (K::kDivision == Division::kReciprocalOfFinite) {
     Simd::store_pair_of_numbers(y, a, b);
   } else {
     Simd::store_pair(y, a, b);
@@ -50,13 +50,13 @@ struct Tile {
 // Parameters of two vectors of columns.
 struct ColumnPair {
   Params<Simd> left, right;
-  Way way;
+  Division division;
 
   template <class K>
   COREAI_HD void load(const Affine& a, int64_t block) {
     const auto p = ColumnParams::load<K>(a, block, kWidth), q = ColumnParams::load<K>(a, block + kWidth, kWidth);
     left = p.lanes, right = q.lanes;
-    way = p.way == q.way ? p.way : Way::kDivide;
+    division = p.division == q.division ? p.division : Division::kDivide;
   }
 };
 
@@ -72,8 +72,8 @@ COREAI_HD void fake_quantize_columns(const T* x, T* y, typename Bits::Cursor mas
 }
 
 template <class Bits, class K>
-COREAI_HD void fake_quantize_columns(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, ColumnWords p) {
-  fake_quantize_words<Bits, K>(Words<2>::load(x), y, p.even, p.odd, p.bounds, mask);
+COREAI_HD void fake_quantize_columns(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, PackedBf16Columns p) {
+  fake_quantize_packed_bf16<Bits, K>(Words<2>::load(x), y, p.even, p.odd, p.bounds, mask);
 }
 
 // Pairs of whole vectors, row by row; `params` has one entry a pair.
@@ -102,17 +102,17 @@ COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, const Pair* p
   }
 }
 
-// Returns whether words suit all the columns; if not, nothing is done.
+// Returns whether packed bfloat16 suits all the columns; if not, nothing is done.
 template <class K>
-bool fake_quantize_tile_by_words(const Tile<BFloat16>& tile, const Affine& affine, int64_t block) {
-  ColumnWords params[kTileColumns / (2 * kWidth)];
+bool fake_quantize_tile_of_packed_bf16(const Tile<BFloat16>& tile, const Affine& affine, int64_t block) {
+  PackedBf16Columns params[kTileColumns / (2 * kWidth)];
   for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
     if (!params[i].load<K>(affine, block + 2 * kWidth * i)) return false;
   }
   if (affine.finite) {
-    fake_quantize_pairs_of_columns<typename K::template By<Way::kWordsOfFinite>>(tile, params);
+    fake_quantize_pairs_of_columns<typename K::template By<Division::kPackedBf16OfFinite>>(tile, params);
   } else {
-    fake_quantize_pairs_of_columns<typename K::template By<Way::kWords>>(tile, params);
+    fake_quantize_pairs_of_columns<typename K::template By<Division::kPackedBf16>>(tile, params);
   }
   return true;
 }
@@ -120,12 +120,12 @@ bool fake_quantize_tile_by_words(const Tile<BFloat16>& tile, const Affine& affin
 template <class K, class T>
 void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int64_t block) {
   ColumnPair params[kTileColumns / (2 * kWidth)];
-  Way way = Way::kDivide;
+  Division division = Division::kDivide;
   for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
     params[i].load<K>(affine, block + 2 * kWidth * i);
-    way = i == 0 || params[i].way == way ? params[i].way : Way::kDivide;
+    division = i == 0 || params[i].division == division ? params[i].division : Division::kDivide;
   }
-  with_way<K, float>(way, [&](auto kind) __attribute__((always_inline)) {
+  with_division<K, float>(division, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_pairs_of_columns<decltype(kind)>(tile, params);
   });
 }
@@ -134,15 +134,15 @@ void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int6
 template <class K, class T>
 void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64_t block) {
   for (int64_t i = 0; i < tile.columns; i += kWidth) {
-    const int n = static_cast<int>(smaller<int64_t>(kWidth, tile.columns - i));
+    const int n = static_cast<int>(min<int64_t>(kWidth, tile.columns - i));
     const auto p = ColumnParams::load<K>(affine, block + i, n);
-    with_way<K, float>(p.way, [&](auto kind) __attribute__((always_inline)) {
-      using ByWay = decltype(kind);
+    with_division<K, float>(p.division, [&](auto kind) __attribute__((always_inline)) {
+      using Divided = decltype(kind);
       for (int64_t row = 0; row < tile.rows; ++row) {
         const Tile<T> at = tile.from(row, i);
         M inside;
-        const F q = quantize_lanes<Simd, ByWay>(Simd::load_n(at.x, n), p.lanes, inside);
-        Simd::store_n(at.y, dequantize_lanes<Simd, ByWay>(q, p.lanes), n);
+        const F q = quantize_lanes<Simd, Divided>(Simd::load_n(at.x, n), p.lanes, inside);
+        Simd::store_n(at.y, dequantize_lanes<Simd, Divided>(q, p.lanes), n);
         const uint32_t bits = Simd::bits(inside);
         for (int byte = 0; at.mask && byte < n / 8; ++byte) at.mask[byte] = static_cast<uint8_t>(bits >> (8 * byte));
       }
@@ -154,7 +154,7 @@ void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64
 template <class K, class T>
 void fake_quantize_tile(const Tile<T>& tile, const Affine& affine, int64_t block) {
   bool done = false;
-  if constexpr (kHasWords<K, T>) done = fake_quantize_tile_by_words<K>(tile, affine, block);
+  if constexpr (kHasPackedBf16<K, T>) done = fake_quantize_tile_of_packed_bf16<K>(tile, affine, block);
   if (!done) fake_quantize_tile_by_lanes<K>(tile, affine, block);
   const int64_t whole = tile.columns - tile.columns % (2 * kWidth);
   if (whole < tile.columns) fake_quantize_last_columns<K>(tile.from(0, whole), affine, block + whole);
@@ -169,10 +169,10 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
   const Tile<T> all = {x, y, job.mask, g.columns, end, g.columns};
   while (begin < end) {
     const int64_t base = row_base(g, begin);
-    const int64_t rows = smaller(smaller(kTileRows, end - begin), sharing - begin % sharing);
+    const int64_t rows = min(min(kTileRows, end - begin), sharing - begin % sharing);
     for (int64_t column = 0; column < g.columns; column += kTileColumns) {
       Tile<T> tile = all.from(begin, column);
-      tile.rows = rows, tile.columns = smaller(kTileColumns, tile.columns);
+      tile.rows = rows, tile.columns = min(kTileColumns, tile.columns);
       fake_quantize_tile<K>(tile, job.affine, base + column);
     }
     begin += rows;
@@ -180,4 +180,4 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

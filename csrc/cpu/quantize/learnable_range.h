@@ -3,7 +3,7 @@
 
 #include "cpu/loops.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Elements summed in float32 lanes before float64 takes over; also the unit in which one block is shared out, so
@@ -56,7 +56,7 @@ COREAI_HD void learned_run(const LearnableRange& job, int64_t at, int64_t n, con
   const T* g = static_cast<const T*>(job.grad);
   T* out = static_cast<T*>(job.output);
   while (n > 0) {
-    const int64_t some = smaller(n, kSummed);
+    const int64_t some = min(n, kSummed);
     F to_low = Simd::set(0.0f), to_range = Simd::set(0.0f);
     int64_t i = 0;
     for (; i + kWidth <= some; i += kWidth) {
@@ -115,7 +115,7 @@ void learned_columns(const LearnableRange& job, int64_t begin, int64_t end) {
       continue;
     }
     for (int64_t column = begin; column < end; column += kWidth) {
-      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - column));
+      const int n = static_cast<int>(min<int64_t>(kWidth, end - column));
       learned_lanes<T>(job, row * length + column, base + column, n);
     }
   }
@@ -127,18 +127,18 @@ void learnable_range(const LearnableRange& job) {
     const Geometry& g = *job.geometry;
     if (g.blocks == 1) {
       const LearnedRange p = learned_range_of(job, 0);
-      share(g.numel, kSummed, kParallelElements, [&](int64_t begin, int64_t end) {
+      parallel_for(g.numel, kSummed, kParallelElements, [&](int64_t begin, int64_t end) {
         for (; begin < end; begin += kSummed) {
-          learned_run<T>(job, begin, smaller(kSummed, end - begin), p, job.sums + 2 * (begin / kSummed));
+          learned_run<T>(job, begin, min(kSummed, end - begin), p, job.sums + 2 * (begin / kSummed));
         }
       });
       return;
     }
     const int64_t per_column = g.numel / g.columns;
-    share(g.columns, kWidth, larger<int64_t>(kWidth, kParallelElements / per_column),
+    parallel_for(g.columns, kWidth, max<int64_t>(kWidth, kParallelElements / per_column),
           [&](int64_t begin, int64_t end) { learned_columns<T>(job, begin, end); });
   });
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

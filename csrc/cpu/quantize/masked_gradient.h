@@ -4,7 +4,7 @@
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Of so much and less, much is in the core's own caches.
@@ -42,7 +42,7 @@ void masked_gradient_range(const T* grad, T* out, const uint8_t* mask, int64_t n
     Simd::store(out + i, Simd::mul(Simd::load(grad + i), Simd::select(Simd::from_bits(bits), one, zero)));
   }
   for (; i < n; i += 8) {
-    const int some = static_cast<int>(smaller<int64_t>(8, n - i));
+    const int some = static_cast<int>(min<int64_t>(8, n - i));
     const F factor = Simd::select(Simd::from_bits(mask[i / 8]), one, zero);
     Simd::store_n(out + i, Simd::mul(Simd::load_n(grad + i, some), factor), some);
   }
@@ -91,7 +91,7 @@ void masked_gradient_in_place(T* grad, const uint8_t* mask, int64_t n) {
 void masked_gradient(Element element, const void* grad, void* out, const uint8_t* mask, int64_t numel) {
   with_type(element, [&](auto type) {
     using T = typename decltype(type)::type;
-    share(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+    parallel_for(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
       T* result = static_cast<T*>(out) + begin;
       const T* from = static_cast<const T*>(grad) + begin;
       const uint8_t* bits = mask + begin / 8;
@@ -107,4 +107,4 @@ void masked_gradient(Element element, const void* grad, void* out, const uint8_t
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

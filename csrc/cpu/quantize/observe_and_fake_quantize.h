@@ -4,7 +4,7 @@
 #include "cpu/quantize/fake_quantize.h"
 #include "cpu/quantize/observe_range.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Elements handled between the two looks at them: what a first-level cache holds of float32.
@@ -33,9 +33,9 @@ COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n
 // Parameters of all blocks, whose ranges in this batch are given and become the next ones.
 inline void set_all_qparams(const Observe& job, float* low, float* high) {
   const int64_t blocks = job.quantize.geometry->blocks;
-  share(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      const int n = static_cast<int>(min<int64_t>(kWidth, end - i));
       const Range range = next_range(job, {Simd::load_n(low + i, n), Simd::load_n(high + i, n)}, i, n);
       Simd::store_n(low + i, range.low, n);
       Simd::store_n(high + i, range.high, n);
@@ -46,7 +46,7 @@ inline void set_all_qparams(const Observe& job, float* low, float* high) {
 
 // Whether no element of the blocks is NaN or beyond 2^62: products with reciprocals of scales stay finite.
 template <class = void>
-COREAI_HD bool is_moderate(Range range) {
+COREAI_HD bool is_in_safe_range(Range range) {
   const F low = clamp_lanes<Simd>(range.low, Simd::set(-0x1p62f), Simd::set(0x1p62f));
   const F high = clamp_lanes<Simd>(range.high, Simd::set(-0x1p62f), Simd::set(0x1p62f));
   const uint32_t same = Simd::bits(Simd::mand(Simd::equal(low, range.low), Simd::equal(high, range.high)));
@@ -54,10 +54,10 @@ COREAI_HD bool is_moderate(Range range) {
 }
 
 template <class = void>
-COREAI_HD bool are_moderate(const float* bounds, int64_t n) {
-  bool moderate = true;
-  for (int64_t i = 0; i < n; ++i) moderate = moderate && bounds[i] >= -0x1p62f && bounds[i] <= 0x1p62f;
-  return moderate;
+COREAI_HD bool are_in_safe_range(const float* bounds, int64_t n) {
+  bool safe = true;
+  for (int64_t i = 0; i < n; ++i) safe = safe && bounds[i] >= -0x1p62f && bounds[i] <= 0x1p62f;
+  return safe;
 }
 
 // Blocks [begin, end); the first element of `begin` is at a multiple of eight.
@@ -68,17 +68,17 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   const T* x = static_cast<const T*>(quantize.input);
   T* y = static_cast<T*>(quantize.output);
   BlockParams params;
-  const int64_t group = larger<int64_t>(1, smaller<int64_t>(kWidth, kCachedElements / run));
+  const int64_t group = max<int64_t>(1, min<int64_t>(kWidth, kCachedElements / run));
   const auto observe = [&](int64_t i) __attribute__((always_inline)) {
-    const int n = static_cast<int>(smaller(group, end - i));
+    const int n = static_cast<int>(min(group, end - i));
     const Range range = range_of_blocks<true>(x + i * run, run, n);  // which updating does anyway
     set_qparams(job, range, i, n);
-    return is_moderate(range);
+    return is_in_safe_range(range);
   };
   // One group ahead: what the next group's parameters wait for overlaps with quantizing this one.
   bool finite = begin < end && observe(begin);
   for (int64_t i = begin; i < end; i += group) {
-    const int n = static_cast<int>(smaller(group, end - i));
+    const int n = static_cast<int>(min(group, end - i));
     params.template load<K, T>(quantize.affine, i, n, finite);
     finite = i + group < end && observe(i + group);
     fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
@@ -92,8 +92,8 @@ void observe_and_quantize_rows(const Observe& job) {
   const int64_t run = quantize.geometry->run;
   int64_t unit = 1;  // blocks up to the next byte of the mask
   while (unit * run % 8 != 0) unit *= 2;
-  const int64_t grain = larger<int64_t>(1, kParallelElements / run);
-  share(quantize.geometry->columns, larger<int64_t>(unit, run < kAlignment ? kWidth : 1), grain,
+  const int64_t grain = max<int64_t>(1, kParallelElements / run);
+  parallel_for(quantize.geometry->columns, max<int64_t>(unit, run < kAlignment ? kWidth : 1), grain,
         [&](int64_t begin, int64_t end) {
           if (quantize.mask) {
             observe_and_quantize_blocks<K, T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8));
@@ -122,11 +122,11 @@ void observe_and_fake_quantize(const Observe& job) {
   float* high = low + g.blocks;
   observe_range({&g, quantize.element, quantize.input, low, high});
   FakeQuantize with_range = quantize;
-  with_range.affine.finite = are_moderate(low, 2 * g.blocks);
+  with_range.affine.finite = are_in_safe_range(low, 2 * g.blocks);
   set_all_qparams(job, low, high);
   delete[] low;
   fake_quantize_observed(with_range);
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/quantize/block_ranges.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class = void>
@@ -90,14 +90,14 @@ void merge_rows(const Geometry& g, const T* x, int64_t begin, int64_t end, float
   const bool by_columns = g.run == 1 || (g.run < 4 * kWidth && band >= 4);
   float* scratch = by_columns && g.run > 1 ? new float[static_cast<uint64_t>(2 * length)] : nullptr;
   while (begin < end) {
-    const int64_t stop = smaller(end, begin - begin % band + band);
+    const int64_t stop = min(end, begin - begin % band + band);
     const int64_t base = row_base(g, begin);
     if (by_columns) {
       float* column_low = scratch ? scratch : low + base;
       float* column_high = scratch ? scratch + length : high + base;
       if (scratch) fill(column_low, column_high, length);
       for (int rows; begin < stop; begin += rows) {
-        rows = static_cast<int>(smaller<int64_t>(kMergedRows, stop - begin));
+        rows = static_cast<int>(min<int64_t>(kMergedRows, stop - begin));
         merge_column_rows(x + begin * length, length, rows, length, column_low, column_high);
       }
       for (int64_t i = 0; scratch && i < length; ++i) {
@@ -119,15 +119,15 @@ template <class T>
 void observe_shared(const Geometry& g, const T* x, float* low, float* high) {
   const bool one_block = g.blocks == 1;
   const int64_t count = one_block ? g.numel : (g.numel / row_length(g));
-  const int64_t parts = g.numel < kParallelElements ? 1 : smaller(threads(), count);
+  const int64_t parts = g.numel < kParallelElements ? 1 : min(threads(), count);
   const int64_t part = (count + parts - 1) / parts;
   float* extremes = new float[static_cast<uint64_t>(2 * parts * g.blocks)];
-  share(parts, 1, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(parts, 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* part_low = extremes + 2 * i * g.blocks;
       float* part_high = part_low + g.blocks;
       fill(part_low, part_high, g.blocks);
-      const int64_t first = smaller(count, i * part), last = smaller(count, first + part);
+      const int64_t first = min(count, i * part), last = min(count, first + part);
       if (first == last) continue;
       if (one_block) {
         merge_run(x + first, last - first, part_low, part_high);
@@ -150,10 +150,10 @@ inline bool is_row_wise(const Geometry& g) { return g.outer_axes == 0 && g.colum
 
 template <class T>
 void observe_rows(const Geometry& g, const T* x, float* low, float* high) {
-  const int64_t grain = larger<int64_t>(1, kParallelElements / g.run);
-  share(g.columns, kWidth, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = max<int64_t>(1, kParallelElements / g.run);
+  parallel_for(g.columns, kWidth, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      const int n = static_cast<int>(min<int64_t>(kWidth, end - i));
       const Range range = range_of_blocks(x + i * g.run, g.run, n);
       Simd::store_n(low + i, Simd::add(range.low, Simd::set(0.0f)), n);
       Simd::store_n(high + i, Simd::add(range.high, Simd::set(0.0f)), n);
@@ -174,4 +174,4 @@ void observe_range(const RangeRequest& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -12,32 +12,32 @@
 #include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class K, class T>
-constexpr bool kHasWords = Simd::kHasWordProducts && kIsBFloat16<T> && !K::kHasOffset;
+constexpr bool kHasPackedBf16 = Simd::kHasBf16Products && kIsBFloat16<T> && !K::kHasOffset;
 
 // Adding this to a small number rounds it to a whole one.
 constexpr float kWhole = 0x1.8p23f;
 
 // Parameters of every other element, one a lane.
-struct WordFactors {
+struct PackedBf16Factors {
   F below, above;    // the scale's reciprocal, a little less unless it is exact, and a little more
   F factor, addend;  // see `requantize`
 };
 
 // Parameters as words, one an element.
-struct WordBounds {
+struct PackedBf16Bounds {
   I low, high;  // the least and the greatest element that is not clamped
   I exponent;   // see `magic_words`
 };
 
 // The same for both elements of a lane.
-struct WordParams : WordFactors, WordBounds {};
+struct PackedBf16Params : PackedBf16Factors, PackedBf16Bounds {};
 
 template <class K>
-COREAI_HD bool suit_words(F scales, F low, F high, uint32_t lanes) {
+COREAI_HD bool suit_packed_bf16(F scales, F low, F high, uint32_t lanes) {
   const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
   M fit = Simd::equal(scales, Simd::as_float(Simd::iand(Simd::as_int(kept), Simd::iset(-0x10000))));
   F least, most;
@@ -54,7 +54,7 @@ COREAI_HD bool suit_words(F scales, F low, F high, uint32_t lanes) {
 
 // Whether products with the reciprocal are never between two values, or round as they should if it is a little too
 // small: if three times the scale is no bfloat16, only its half lies between two values, and that rounds to zero.
-inline bool is_untied(float scale) {
+inline bool has_no_ties(float scale) {
   const float three = 3.0f * scale;
   uint32_t bits[2];
   __builtin_memcpy(bits, &three, 4);
@@ -75,8 +75,8 @@ COREAI_HD I in_both_halves(I bits) {
 }
 
 template <class S, class K>
-COREAI_HD WordParams word_params(F scale, F low, F high) {
-  WordParams p;
+COREAI_HD PackedBf16Params packed_bf16_params(F scale, F low, F high) {
+  PackedBf16Params p;
   const I reciprocal = Simd::as_int(S::near_reciprocal(scale));
   const F less = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-2)));
   p.below = Simd::select(are_powers(scale), Simd::as_float(reciprocal), less);
@@ -106,8 +106,8 @@ COREAI_HD WordParams word_params(F scale, F low, F high) {
 
 // The same for scales that are powers of two: quotients are elements.
 template <class K>
-COREAI_HD WordParams word_params_of_powers(F scale, F low, F high) {
-  WordParams p = {};
+COREAI_HD PackedBf16Params packed_bf16_params_of_powers(F scale, F low, F high) {
+  PackedBf16Params p = {};
   p.low = in_both_halves(Simd::as_int(Simd::mul(low, scale)));
   p.high = in_both_halves(Simd::as_int(Simd::mul(high, scale)));
   constexpr int kMin = FormatFacts<K::kFormat>::kMinExponent;
@@ -132,7 +132,7 @@ COREAI_HD V magic_words(V magnitudes, V exponent) {
   using W = Words<2>;
   using Facts = FormatFacts<K::kFormat>;
   constexpr int kShift = 23 - Facts::kMantissaBits;
-  if constexpr (K::kWay == Way::kWordsByPowers) {
+  if constexpr (K::kDivision == Division::kPackedBf16ByPowers) {
     return W::max(magnitudes, exponent) + W::set(kShift << 7);
   } else {
     return W::max(magnitudes - exponent, W::set((127 + Facts::kMinExponent + kShift) << 7));
@@ -140,29 +140,30 @@ COREAI_HD V magic_words(V magnitudes, V exponent) {
 }
 
 // The scale times the rounded quotient, rounded to bfloat16: the upper halves of the lanes.
-template <class S, class K, bool kUntied>
-COREAI_HD I requantize(typename S::F x, typename S::F magic, const WordFactors& p) {
-  if constexpr (K::kWay == Way::kWordsByPowers) {
+template <class S, class K, bool kNoTies>
+COREAI_HD I requantize(typename S::F x, typename S::F magic, const PackedBf16Factors& p) {
+  if constexpr (K::kDivision == Division::kPackedBf16ByPowers) {
     return S::as_int(S::sub(S::add(x, magic), magic));
   } else {
     // Once or twice the quotient, rounded, and as many times `magic`.
     auto q = S::fma(x, p.below, magic);
-    if constexpr (!kUntied) q = S::add(q, S::fma(x, p.above, magic));
+    if constexpr (!kNoTies) q = S::add(q, S::fma(x, p.above, magic));
     if constexpr (K::kFormat == Format::kInt) {
-      const auto y = S::fma(q, kUntied ? S::add(p.factor, p.factor) : p.factor, p.addend);
+      const auto y = S::fma(q, kNoTies ? S::add(p.factor, p.factor) : p.factor, p.addend);
       return S::as_int(S::fma(y, S::set(-0x1p16f), S::mul(y, S::set(0x1.0001p16f))));
     } else {
-      q = S::fma(magic, S::set(kUntied ? -1.0f : -2.0f), q);
-      const auto upper = kUntied ? S::add(p.addend, p.addend) : p.addend;
-      return S::as_int(S::fma(q, upper, S::mul(q, kUntied ? S::add(p.factor, p.factor) : p.factor)));
+      q = S::fma(magic, S::set(kNoTies ? -1.0f : -2.0f), q);
+      const auto upper = kNoTies ? S::add(p.addend, p.addend) : p.addend;
+      return S::as_int(S::fma(q, upper, S::mul(q, kNoTies ? S::add(p.factor, p.factor) : p.factor)));
     }
   }
 }
 
 // 2 * kWidth elements, and the parameters of every other one.
-template <class Bits, class K, bool kUntied = false>
-COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, const WordFactors& even,
-                                   const WordFactors& odd, const WordBounds& bounds, typename Bits::Cursor& cursor) {
+template <class Bits, class K, bool kNoTies = false>
+COREAI_HD void fake_quantize_packed_bf16(typename Words<2>::V words, BFloat16* y, const PackedBf16Factors& even,
+                                         const PackedBf16Factors& odd, const PackedBf16Bounds& bounds,
+                                         typename Bits::Cursor& cursor) {
   using W = Words<2>;
   using V = typename W::V;
   const V low = (V)bounds.low, high = (V)bounds.high;
@@ -174,11 +175,11 @@ COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, cons
     const auto magics = magic_words<K>(clamped ^ sign, (V)bounds.exponent) | sign;
     magic[0] = even_words(magics), magic[1] = odd_words(magics);
   }
-  const I a = requantize<Simd, K, kUntied>(even_words(clamped), magic[0], even);
-  const I b = requantize<Simd, K, kUntied>(odd_words(clamped), magic[1], odd);
+  const I a = requantize<Simd, K, kNoTies>(even_words(clamped), magic[0], even);
+  const I b = requantize<Simd, K, kNoTies>(odd_words(clamped), magic[1], odd);
   auto result = (typename W::V)Simd::ior(Simd::template shr<16>(a), b);
   if constexpr (K::kFormat != Format::kInt) result |= sign;
-  if constexpr (K::kWay == Way::kWords) {
+  if constexpr (K::kDivision == Division::kPackedBf16) {
     const auto nan = W::greater(words ^ sign, W::set(0x7f80));
     result = W::where(~nan, result) | W::where(nan, W::set(0x7fc0));
     inside = inside & ~nan;
@@ -188,4 +189,4 @@ COREAI_HD void fake_quantize_words(typename Words<2>::V words, BFloat16* y, cons
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/loops.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 struct Range {
@@ -100,7 +100,7 @@ inline float tensor_scale(const QParamsRule& rule, const float* low, const float
   if (rule.scale_format != ScaleFormat::kE4M3) return 0.0f;
   F lanes = Simd::set(0.0f);
   for (int64_t i = 0; i < blocks; i += kWidth) {
-    const int n = static_cast<int>(smaller<int64_t>(kWidth, blocks - i));
+    const int n = static_cast<int>(min<int64_t>(kWidth, blocks - i));
     lanes = nan_max(lanes, largest_magnitude({Simd::load_n(low + i, n), Simd::load_n(high + i, n)}));
   }
   alignas(64) float values[kWidth];
@@ -177,9 +177,9 @@ COREAI_HD void store_qparams(const QParamsLanes& lanes, const QParams& out, int6
 
 void choose_qparams(const QParamsRule& rule, const float* low, const float* high, int64_t blocks, const QParams& out) {
   const float of_tensor = tensor_scale(rule, low, high, blocks);
-  share(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
+  parallel_for(blocks, kWidth, kParallelElements / 2, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kWidth) {
-      const int n = static_cast<int>(smaller<int64_t>(kWidth, end - i));
+      const int n = static_cast<int>(min<int64_t>(kWidth, end - i));
       const Range range = {Simd::load_n(low + i, n), Simd::load_n(high + i, n)};
       store_qparams(choose_lanes(rule, range, of_tensor), out, i, n);
     }
@@ -187,4 +187,4 @@ void choose_qparams(const QParamsRule& rule, const float* low, const float* high
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -3,7 +3,7 @@
 
 #include "cpu/quantize/fake_quantize.h"
 
-namespace coreai::cpu::COREAI_LEVEL {
+namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 // Elements converted at a time, by way of float32 in a buffer on the stack: a multiple of kWidth.
@@ -151,13 +151,13 @@ template <class Values>
 void convert_elements(const Convert& job, Storage from, Storage to, Values convert) {
   const Geometry& g = *job.geometry;
   const int64_t length = row_length(g);
-  share(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
+  parallel_for(g.numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
     alignas(64) float values[kChunk] = {};
     for (int64_t row = begin / length, column = begin % length; begin < end; ++row, column = 0) {
-      const int64_t stop = smaller(end, begin + length - column);
+      const int64_t stop = min(end, begin + length - column);
       const int64_t base = row_base(g, row);
       while (begin < stop) {
-        const int64_t n = smaller(kChunk, stop - begin);
+        const int64_t n = min(kChunk, stop - begin);
         load_from(from, job.input, begin, values, n);
         convert(values, n, column, base);
         store_as(to, job.output, begin, values, n);
@@ -173,14 +173,14 @@ COREAI_HD void convert_row(const Convert& job, float* values, int64_t n, int64_t
   const int64_t run = job.geometry->run;
   if (run < kWidth) {
     for (int64_t i = 0; i < n; i += kWidth) {
-      const int some = static_cast<int>(smaller<int64_t>(kWidth, n - i));
+      const int some = static_cast<int>(min<int64_t>(kWidth, n - i));
       const auto p = params_of_columns(job.affine, base, column + i, run, some);
       Simd::store(values + i, lanes(Simd::load(values + i), p));
     }
     return;
   }
   while (n > 0) {
-    const int64_t piece = smaller(n, run - column % run);
+    const int64_t piece = min(n, run - column % run);
     const auto p = params_of_block(job.affine, base + column / run);
     int64_t i = 0;
     for (; i + kWidth <= piece; i += kWidth) Simd::store(values + i, lanes(Simd::load(values + i), p));
@@ -229,4 +229,4 @@ void dequantize(const Convert& job) {
 }
 
 }  // namespace
-}  // namespace coreai::cpu::COREAI_LEVEL
+}  // namespace coreai::cpu::COREAI_ISA

@@ -21,7 +21,7 @@ from coreai_kernels.triton import fake_quantize, observe_and_fake_quantize, tile
 from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense, geometry_of
-from coreai_kernels.triton.observe_and_fake_quantize import held_plan, held_tile
+from coreai_kernels.triton.observe_and_fake_quantize import register_tile, register_tile_plan
 from coreai_kernels.triton.qparams import constants_of, numbers_of, tl_dtype
 from coreai_kernels.types import RangeUpdate, Scheme
 
@@ -36,8 +36,8 @@ __all__ = [
 _ALIGNMENT = 16
 # Columns of the table: input and output, as distances in elements from the launch's base pointer, because the
 # compiler knows the alignment of sums and not of addresses; the addresses of mask, old range, scale, zero
-# point, minimum and new range; depth, width, run, blocks, block stride and chunks of the nest; the number of
-# programs; sizes and strides of the outer levels.
+# point, minimum and new range; depth, width, run, blocks, block stride and chunks of the strided reduction;
+# the number of programs; sizes and strides of the outer levels.
 _SIZES = tl.constexpr(10)
 _PROGRAMS = tl.constexpr(16)
 _LEVELS = tl.constexpr(17)
@@ -63,7 +63,7 @@ def _aligned(base, record, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def _held_list(
+def _register_tile_list(
     base,
     table,
     most,
@@ -107,7 +107,7 @@ def _held_list(
         _address(record, 8, DTYPE, GIVEN[3]),
         _address(record, 9, DTYPE, GIVEN[4]),
     )
-    held_tile(
+    register_tile(
         _aligned(base, record, 0),
         _aligned(base, record, 1),
         _address(record, 2, tl.uint8, GIVEN[5]),
@@ -221,7 +221,7 @@ class _Forward:
         if not all(value is None or value.is_contiguous() for value in row):
             return False
         output = torch.empty_like(x)
-        plan = held_plan(geometry_of(x, tuple(block_size)), x.element_size(), self._with_mask)
+        plan = register_tile_plan(geometry_of(x, tuple(block_size)), x.element_size(), self._with_mask)
         if plan is None or not _is_aligned(x, output):
             return False
         programs, arguments, constants, warps = plan
@@ -247,7 +247,7 @@ class _Forward:
 
     def run(self, numbers: tuple[Any, ...]) -> tuple[list[Tensor], Tensor]:
         """Start the launches; outputs and masks."""
-        self._launches.run(_held_list, numbers)
+        self._launches.run(_register_tile_list, numbers)
         return self.outputs, self.mask
 
 

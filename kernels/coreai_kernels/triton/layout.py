@@ -15,7 +15,7 @@ from torch import Tensor
 
 from coreai_kernels.types import grid_shape
 
-__all__ = ["Geometry", "Level", "Nest", "dense", "geometry_of", "grid_index", "power_of_two"]
+__all__ = ["Geometry", "Level", "StridedReduction", "dense", "geometry_of", "grid_index", "power_of_two"]
 
 Level = tuple[int, int]
 
@@ -38,7 +38,7 @@ def grid_index(position, sizes, strides, LEVELS: tl.constexpr):
 
 
 @dataclass(frozen=True, slots=True)
-class Nest:
+class StridedReduction:
     """Levels as ``outer`` × ``depth`` × ``blocks`` × ``run``: blocks that lie side by side.
 
     A block is ``depth`` pieces of ``run`` neighbouring elements, ``blocks * run`` apart. ``outer`` and
@@ -74,7 +74,7 @@ class Geometry:
         grid: shape of the parameters.
         blocks: number of blocks.
         levels: merged levels, outermost first.
-        nest: the same as a :class:`Nest`, if they are one.
+        strided: the same as a :class:`StridedReduction`, if they are one.
         grid_parts: grid levels by ``(size, memory stride, grid stride)``, innermost first.
         block_parts: block levels by ``(size, memory stride)``, innermost first.
         wide: whether positions need 64 bits.
@@ -84,7 +84,7 @@ class Geometry:
     grid: tuple[int, ...]
     blocks: int
     levels: tuple[Level, ...]
-    nest: Nest | None
+    strided: StridedReduction | None
     grid_parts: tuple[tuple[int, int, int], ...]
     block_parts: tuple[tuple[int, int], ...]
     wide: bool
@@ -151,18 +151,18 @@ def _geometry(shape: torch.Size, strides: tuple[int, ...], block_size: tuple[int
         grid=grid,
         blocks=blocks,
         levels=tuple(levels),
-        nest=_nest(levels),
+        strided=_strided_reduction(levels),
         grid_parts=tuple(grid_parts),
         block_parts=tuple(block_parts),
         wide=shape.numel() >= _WIDE_FROM,
     )
 
 
-def _nest(levels: list[Level]) -> Nest | None:
+def _strided_reduction(levels: list[Level]) -> StridedReduction | None:
     rest = list(levels)
     run = rest.pop()[0] if rest and rest[-1][1] == 0 else 1
     blocks, block_stride = rest.pop() if rest else (1, 0)
     depth = rest.pop()[0] if rest and rest[-1][1] == 0 else 1
     if any(stride == 0 for _, stride in rest):
         return None
-    return Nest(tuple(rest), depth, blocks, block_stride, run)
+    return StridedReduction(tuple(rest), depth, blocks, block_stride, run)

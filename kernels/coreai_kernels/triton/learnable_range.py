@@ -61,11 +61,11 @@ def learnable_range_backward(
     """See ``reference/learnable_range.py``. Blocks that are no runs of neighbours take that way, too."""
     x = dense(input)
     geometry = geometry_of(x, block_size)
-    nest = geometry.nest
-    if nest is None or len(nest.outer) > 1 or not x.numel() or x.dtype == torch.float64:
+    strided = geometry.strided
+    if strided is None or len(strided.outer) > 1 or not x.numel() or x.dtype == torch.float64:
         return reference.backward(grad, input, low, range, block_size, level_low, level_high)
     g = grad if grad.stride() == x.stride() else torch.empty_like(x, dtype=grad.dtype).copy_(grad)
-    size = nest.depth * nest.run
+    size = strided.depth * strided.run
     wanted = max(1, 4 * multiprocessors(x) // geometry.blocks)
     length = triton.cdiv(triton.cdiv(size, min(wanted, triton.cdiv(size, _TILE))), _TILE) * _TILE
     pieces = triton.cdiv(size, length)
@@ -87,10 +87,10 @@ def learnable_range_backward(
         float(level_low),
         float(level_high),
         size,
-        nest.run,
-        nest.width,
-        nest.depth * nest.width,
-        nest.blocks,
+        strided.run,
+        strided.width,
+        strided.depth * strided.width,
+        strided.blocks,
         pieces,
         length,
         HAS_LOW=low is not None,

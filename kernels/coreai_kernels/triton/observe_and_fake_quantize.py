@@ -2,7 +2,7 @@
 
 Three ways, by the size and place of the blocks:
 
-- a block that fits the registers of a program: one launch, one read (``_held``);
+- a block that fits the registers of a program: one launch, one read (``_register_tile``);
 - one large block, the whole tensor: two launches, a reduction and a quantization whose programs each finish
   the reduction for themselves (``one_block.py``), which saves the third;
 - other large or oddly shaped blocks, and scales of two levels: reduction, finish, quantization.
@@ -36,7 +36,7 @@ from coreai_kernels.triton.one_block import quantize_one_block
 from coreai_kernels.triton.qparams import choose_qparams, constants_of, finish, numbers_of, tl_dtype
 from coreai_kernels.types import RangeUpdate
 
-__all__ = ["held_plan", "held_tile", "observe_and_fake_quantize", "observe_and_fake_quantize_"]
+__all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "register_tile", "register_tile_plan"]
 
 # Bytes of the largest block that one program holds: 64 float32 registers in each of 512 threads for a run of
 # memory; half of that where every thread also keeps parameters of several columns.
@@ -47,7 +47,7 @@ State = tuple[Tensor | None, ...]
 
 
 @triton.jit
-def held_tile(
+def register_tile(
     input,
     output,
     mask,
@@ -73,7 +73,7 @@ def held_tile(
     BLOCKS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """One chunk of row ``outer`` of a nest; the row's parameters start at ``place``.
+    """One chunk of row ``outer`` of a strided reduction; the row's parameters start at ``place``.
 
     Without ``OBSERVE`` the parameters are taken from ``state``.
     """
@@ -137,7 +137,7 @@ def held_tile(
 
 
 @triton.jit(do_not_specialize=["depth", "width", "run", "blocks", "chunks", "sizes", "strides"])
-def _held(
+def _register_tile(
     input,
     output,
     mask,
@@ -165,7 +165,7 @@ def _held(
 ):
     program = tl.program_id(0)
     outer = program // chunks
-    held_tile(
+    register_tile(
         input,
         output,
         mask,
@@ -194,44 +194,44 @@ def _held(
 
 
 @functools.lru_cache(maxsize=8192)
-def held_plan(
+def register_tile_plan(
     geometry: Geometry, element_size: int, with_mask: bool
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], int] | None:
-    """Programs, arguments, constants and warps for :func:`held_tile`; None if it cannot do it.
+    """Programs, arguments, constants and warps for :func:`register_tile`; None if it cannot do it.
 
     A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two or four
     loads of 16 bytes, more when 512 threads are not enough. Masks need bytes that no two programs share.
     """
-    nest = geometry.nest
-    if nest is None:
+    strided = geometry.strided
+    if strided is None:
         return None
-    depth, run = power_of_two(nest.depth), power_of_two(nest.run)
+    depth, run = power_of_two(strided.depth), power_of_two(strided.run)
     size = depth * run
     # Elements are held in float32, or as they are if wider.
-    held_size = max(element_size, 4)
-    largest = (_LARGEST_RUN if depth == 1 else _LARGEST_BLOCK) // held_size
+    size_in_registers = max(element_size, 4)
+    largest = (_LARGEST_RUN if depth == 1 else _LARGEST_BLOCK) // size_in_registers
     if size > largest:
         return None
-    exact = run == nest.run and run < 8
-    if with_mask and (nest.width % 8 if exact else nest.run % 8):
+    exact = run == strided.run and run < 8
+    if with_mask and (strided.width % 8 if exact else strided.run % 8):
         return None
     wanted = max(8192 // (size * element_size), 64 // (run * element_size), 8 // run, 1)
-    blocks = min(power_of_two(wanted), power_of_two(nest.blocks))
+    blocks = min(power_of_two(wanted), power_of_two(strided.blocks))
     while blocks > 1 and size * blocks > largest:
         blocks //= 2
-    if blocks * run * element_size < 32 and depth > 1 and blocks < nest.blocks:
+    if blocks * run * element_size < 32 and depth > 1 and blocks < strided.blocks:
         return None  # columns too tall to be read in pieces worth a transaction
-    chunks = triton.cdiv(nest.blocks, blocks)
-    width_unit, blocks_unit = tiles.unit_of(nest.width), tiles.unit_of(nest.blocks)
-    run_unit = 0 if run == nest.run else tiles.unit_of(nest.run)
-    sizes = tuple(level for level, _ in reversed(nest.outer))
-    strides = tuple(stride for _, stride in reversed(nest.outer))
+    chunks = triton.cdiv(strided.blocks, blocks)
+    width_unit, blocks_unit = tiles.unit_of(strided.width), tiles.unit_of(strided.blocks)
+    run_unit = 0 if run == strided.run else tiles.unit_of(strided.run)
+    sizes = tuple(level for level, _ in reversed(strided.outer))
+    strides = tuple(stride for _, stride in reversed(strided.outer))
     arguments = (
-        nest.depth,
-        nest.width // width_unit,
-        nest.run // (run_unit or 1),
-        nest.blocks // blocks_unit,
-        nest.block_stride,
+        strided.depth,
+        strided.width // width_unit,
+        strided.run // (run_unit or 1),
+        strided.blocks // blocks_unit,
+        strided.block_stride,
         chunks,
         sizes,
         strides,
@@ -242,7 +242,7 @@ def held_plan(
         "RUN_UNIT": run_unit,
         "BLOCKS_UNIT": blocks_unit,
         "WIDE": geometry.wide,
-        "FULL": depth == nest.depth and run == nest.run,
+        "FULL": depth == strided.depth and run == strided.run,
         "DEPTH": depth,
         "BLOCKS": blocks,
         "RUN": run,
@@ -250,7 +250,7 @@ def held_plan(
     # Many blocks leave a thread less room: it also computes the parameters of several.
     bytes_per_thread = 32 if blocks > 32 and element_size < 4 else 64
     warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
-    return nest.outer_size * chunks, arguments, constants, warps
+    return strided.outer_size * chunks, arguments, constants, warps
 
 
 def _step(
@@ -271,11 +271,11 @@ def _step(
     dtype = tl_dtype(source.dtype)
     # Where the scale of a block depends on all blocks, none can be finished by itself.
     in_parts = config.scale_format == ScaleFormat.E4M3
-    plan = None if in_parts else held_plan(geometry, source.element_size(), with_mask)
+    plan = None if in_parts else register_tile_plan(geometry, source.element_size(), with_mask)
     if plan is not None:
         programs, arguments, shape, warps = plan
         launch(
-            _held,
+            _register_tile,
             programs,
             source,
             source,

@@ -37,7 +37,7 @@ _MOST_PARTS = 1024
         "strides",
     ]
 )
-def _nest(
+def _strided(
     input,
     partial_low,
     partial_high,
@@ -69,7 +69,7 @@ def _nest(
     BLOCKS: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Ranges of ``BLOCKS`` blocks of a nest, or of one part of them."""
+    """Ranges of ``BLOCKS`` blocks of a strided reduction, or of one part of them."""
     if WIDE:
         width = width.to(tl.int64)
         run = run.to(tl.int64)
@@ -211,35 +211,35 @@ class Partials:
 def _plan(
     geometry: Geometry, element_size: int, multiprocessor_count: int
 ) -> tuple[int, int, tuple[Any, ...], dict[str, Any]]:
-    """Parts of a block, number of programs, arguments and constants for :func:`_nest`.
+    """Parts of a block, number of programs, arguments and constants for :func:`_strided`.
 
     A tile is 128 bytes wide at least, where the tensor is; blocks are split until there are four programs for
     each multiprocessor.
     """
-    nest = geometry.nest
-    if nest is None:
-        raise ValueError("these levels are no nest")
-    run = min(power_of_two(nest.run), _TILE)
+    strided = geometry.strided
+    if strided is None:
+        raise ValueError("these blocks are no strided reduction")
+    run = min(power_of_two(strided.run), _TILE)
     side_by_side = max(1, 128 // (run * element_size))
-    if nest.depth * nest.run < _TILE // 4:
-        side_by_side = max(side_by_side, _TILE // (power_of_two(nest.depth) * run))
-    blocks = min(power_of_two(nest.blocks), side_by_side)
-    depth = min(power_of_two(nest.depth), max(1, _TILE // (run * blocks)))
-    chunks = triton.cdiv(nest.blocks, blocks)
-    run_steps = triton.cdiv(nest.run, run)
-    steps = triton.cdiv(nest.depth, depth) * run_steps
-    whole = nest.outer_size * chunks
+    if strided.depth * strided.run < _TILE // 4:
+        side_by_side = max(side_by_side, _TILE // (power_of_two(strided.depth) * run))
+    blocks = min(power_of_two(strided.blocks), side_by_side)
+    depth = min(power_of_two(strided.depth), max(1, _TILE // (run * blocks)))
+    chunks = triton.cdiv(strided.blocks, blocks)
+    run_steps = triton.cdiv(strided.run, run)
+    steps = triton.cdiv(strided.depth, depth) * run_steps
+    whole = strided.outer_size * chunks
     parts = max(1, min(steps, _MOST_PARTS, triton.cdiv(4 * multiprocessor_count, whole)))
-    width_unit, blocks_unit = unit_of(nest.width), unit_of(nest.blocks)
-    run_unit = 0 if run == nest.run else unit_of(nest.run)
-    sizes = tuple(size for size, _ in reversed(nest.outer))
-    strides = tuple(stride for _, stride in reversed(nest.outer))
+    width_unit, blocks_unit = unit_of(strided.width), unit_of(strided.blocks)
+    run_unit = 0 if run == strided.run else unit_of(strided.run)
+    sizes = tuple(size for size, _ in reversed(strided.outer))
+    strides = tuple(stride for _, stride in reversed(strided.outer))
     arguments = (
-        nest.depth,
-        nest.width // width_unit,
-        nest.run // (run_unit or 1),
-        nest.blocks // blocks_unit,
-        nest.block_stride,
+        strided.depth,
+        strided.width // width_unit,
+        strided.run // (run_unit or 1),
+        strided.blocks // blocks_unit,
+        strided.block_stride,
         chunks,
         parts,
         steps,
@@ -254,7 +254,7 @@ def _plan(
         "RUN_UNIT": run_unit,
         "BLOCKS_UNIT": blocks_unit,
         "WIDE": geometry.wide,
-        "FULL": nest.depth % depth == 0 and nest.run % run == 0,
+        "FULL": strided.depth % depth == 0 and strided.run % run == 0,
         "ONE_STEP": run_steps == 1,
         "SPLIT": parts > 1,
         "DEPTH": depth,
@@ -279,7 +279,7 @@ def reduce_blocks(
         then holds a copy of the old range (of the only block).
     """
     dtype = tl_dtype(input.dtype)
-    if geometry.nest is None:
+    if geometry.strided is None:
         grid, block = geometry.grid_parts, geometry.block_parts
         launch(
             _any_block,
@@ -310,7 +310,7 @@ def reduce_blocks(
         ).unbind()
         partials = Partials(low, high, parts)
     launch(
-        _nest,
+        _strided,
         programs,
         input,
         input,
