@@ -256,7 +256,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
     present = {n: path for n, path in present.items() if path.exists() and (is_x86 or n == "generic")}
     macros = [f"-DCOREAI_HAVE_{isa.upper()}" for isa in present if isa != "generic"]
     facts = [
-        f'-DCOREAI_LEVELS="{" ".join(dict.fromkeys(["generic", *present]))}"',
+        f'-DCOREAI_ISAS="{" ".join(dict.fromkeys(["generic", *present]))}"',
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
