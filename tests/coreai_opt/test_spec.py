@@ -302,3 +302,18 @@ def test_enumerations(enumeration, values):
     assert {member.value for member in enumeration} == values
     with pytest.raises(ValueError, match="is not a valid"):
         enumeration("foo")
+
+
+@pytest.mark.parametrize("given", [{"n_bits": 4}, {"quant_min": -127}, {"quant_max": 7}])
+def test_a_range_that_does_not_follow_from_the_dtype_is_refused(given):
+    """Difference: Ranges of a specification are not ignored."""
+    ((field, value),) = given.items()
+    with pytest.raises(ValueError, match=f"{field} follows from the dtype.*got {field}={value}"):
+        QuantizationSpec(**given)
+    assert QuantizationSpec(dtype="int4", n_bits=4, quant_min=-8, quant_max=7).n_bits == 4
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint8", "float8_e4m3fn", "float4_e2m1fn_x2"])
+def test_a_dump_loads(dtype):
+    spec = QuantizationSpec(dtype=dtype)
+    assert QuantizationSpec(**spec.model_dump()) == spec

@@ -2,10 +2,18 @@
 
 import difflib
 from functools import cached_property
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr, computed_field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
 from coreai_opt.common import CompressionType
 from coreai_opt.config.spec.base import CompressionSpec
@@ -84,6 +92,20 @@ class QuantizationSpec(CompressionSpec):
     @classmethod
     def _allowed_dtypes(cls) -> str:
         return ", ".join(sorted(map(str, cls.SUPPORTED_DTYPES)))
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_other_range(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """ValueError if what follows from dtype and qscheme is given with another value."""
+        spec = handler(data)
+        for field in ("n_bits", "quant_min", "quant_max") if isinstance(data, dict) else ():
+            if field in data and data[field] != getattr(spec, field):
+                raise ValueError(
+                    f"{field} follows from the dtype and the qscheme, and is {getattr(spec, field)} for "
+                    f"dtype={spec.dtype} and qscheme='{spec.qscheme}'; got {field}={data[field]!r}. Choose "
+                    f"another dtype, such as 'int4', or qscheme, such as 'symmetric_with_clipping'"
+                )
+        return spec
 
     # A dump holds the computed fields too; loading it must give the same specification.
     @model_validator(mode="before")
