@@ -15,6 +15,7 @@ __all__ = ["CallCountingMode", "CompressionSimulatorBase", "is_simulating"]
 _function_modes = torch._C._len_torch_function_stack
 _mode_at: Any = torch._C._get_function_stack_at
 _call = nn.Module.__call__
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 class CallCountingMode(TorchFunctionMode):
@@ -39,6 +40,11 @@ def _all_count_calls(modes: int) -> bool:
     return all(isinstance(_mode_at(index), CallCountingMode) for index in range(modes))
 
 
+def _are_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether no argument is of a subclass of tensors, which may have a torch function of its own."""
+    return not kwargs and all(type(each) in _PLAIN for each in args)
+
+
 class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
     """A module that maps a tensor to its compressed values, so that training takes compression in."""
 
@@ -50,7 +56,8 @@ class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
         modes = _function_modes()
         if not modes:
             return _call(self, *args, **kwargs)
-        if not (torch.compiler.is_compiling() or torch.compiler.is_exporting()) and _all_count_calls(modes):
+        compiles = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+        if not compiles and _are_plain(args, kwargs) and _all_count_calls(modes):
             with torch._C.DisableTorchFunction():
                 return _call(self, *args, **kwargs)
         _running.simulators += 1

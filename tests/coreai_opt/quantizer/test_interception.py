@@ -19,7 +19,7 @@ from coreai_kernels import use_backend
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
 from coreai_opt.quantization._eager.interception import is_intercepting
 
-from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared
+from .support import OFF, WEIGHTS_ONLY, Mlp, Outer, Residual, eager, globally, places, prepared, simulators
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 ACTIVATIONS_ONLY = {"op_state_spec": None}
@@ -506,3 +506,21 @@ def test_padding_comes_before_the_operation(padding_mode) -> None:
     padded = F.pad(simulated, (1, 1), mode="constant" if padding_mode == "zeros" else padding_mode)
     expected = model[0].conv1d_quantize_output_0(F.conv1d(padded, conv.weight, conv.bias))
     assert torch.equal(model(X[None].reshape(1, 4, 8)), expected)
+
+
+class Labelled(Tensor):
+    """A subclass of tensors that torch's functions hand on."""
+
+
+def test_subclasses_of_tensors_pass_all_simulators() -> None:
+    _, model = prepared(Outer(), X)
+    model.eval()
+    expected = model(X)
+    seen = []
+    for simulator in simulators(model).values():
+        simulator.register_forward_hook(lambda _, args, output: seen.append((type(args[0]), type(output))))
+    output = model(X.as_subclass(Labelled))
+    assert type(output) is Labelled
+    assert torch.equal(output.as_subclass(Tensor), expected)
+    assert (Labelled, Labelled) in seen
+    assert (Labelled, Tensor) not in seen
