@@ -187,6 +187,19 @@ def test_export_mode_freezes(make_activation, x):
     assert not torch.equal(module.qparams_calculator.scale, frozen)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_dynamic_parameters_can_be_looked_at(make_activation, x, dtype):
+    module = make_activation(dtype=dtype, qparam_calculator_cls="dynamic", qscheme="symmetric")
+    calculator = module.qparams_calculator
+    assert not hasattr(calculator, "scale")
+    for tensor in (x, 3 * x):
+        module(tensor)
+        shown = (calculator.scale, calculator.zero_point, calculator.minval)
+        for one, other in zip(shown, calculator(tensor), strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+    assert list(module.state_dict()) == ["fake_quant_enabled", "observer_enabled", "_disabled"]
+
+
 def test_dynamic(make_activation, x):
     module = make_activation(qparam_calculator_cls="dynamic")
     assert module.is_stateless

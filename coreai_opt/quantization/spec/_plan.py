@@ -186,8 +186,7 @@ def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[
         RuntimeError: they are for another grid of blocks, or on another device.
     """
     if plan.is_stateless:
-        scale = tensor.new_empty(plan.grid, dtype=torch.float32)
-        return (scale, None, None, None, None), False
+        return (*_new_params(plan, tensor), None, None), False
     get = calculator._buffers.get
     scale, zero_point, minval = get("scale"), get("zero_point"), get("minval")
     running_min, running_max = get("running_min"), get("running_max")
@@ -206,6 +205,14 @@ def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[
         plan.state = (scale, zero_point, minval, running_min, running_max)
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
+
+
+def _new_params(plan: QuantizationPlan, tensor: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Room for the parameters of a tensor whose calculator keeps none."""
+    scale = tensor.new_empty(plan.grid, dtype=torch.float32)
+    if plan.values[1] != Format.INT:
+        return scale, None, None
+    return scale, torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
 
 
 def _state_of_other_shape(

@@ -242,9 +242,12 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
             plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
             if observes and flags.fake_quant and plan.config is not None:
-                state = state_for(plan, self._modules["qparams_calculator"], tensor)
+                calculator: Any = self._modules["qparams_calculator"]
+                state = state_for(plan, calculator, tensor)
                 if state is not None:
                     output = training_step_op.apply(tensor, *state, plan.config, plan.packed_config)
+                    if plan.is_stateless:
+                        calculator.show(state[0][:3])
                     if state[0] is plan.state and not torch.compiler.is_compiling():
                         capture_step(self, plan, tensor)
                     return output

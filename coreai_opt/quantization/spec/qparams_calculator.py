@@ -318,7 +318,22 @@ class StaticQParamsCalculator(StatefulQParamsCalculatorBase):
 
 @QParamsCalculatorBase.register("dynamic")
 class DynamicQParamsCalculator(StatelessQParamsCalculatorBase):
-    """The parameters of the tensor at hand, at inference too. Activations only."""
+    """The parameters of the tensor at hand, at inference too. Activations only.
+
+    After a forward in eager mode, ``scale``, ``zero_point`` and ``minval`` are those of its tensor, to look
+    at: they belong to no state and serve no later forward.
+    """
+
+    def forward(self, tensor: Tensor) -> QParams:
+        """See the base."""
+        qparams = super().forward(tensor)
+        self.show(qparams)
+        return qparams
+
+    def show(self, qparams: QParams) -> None:
+        """Have the attributes tell these parameters; the settings are the same generation as before."""
+        if not torch.compiler.is_compiling():
+            self.__dict__.update(zip(("scale", "zero_point", "minval"), qparams, strict=True))
 
 
 @QParamsCalculatorBase.register("moving_average")
