@@ -25,7 +25,9 @@ class CallCountingMode(TorchFunctionMode):
 class _Running(threading.local):
     """How many simulators the current thread is inside of, while a torch function mode is active."""
 
-    simulators = 0
+    def __init__(self) -> None:
+        # Not a default of the class: torch.compile would guard on the attribute's absence, and then set it.
+        self.simulators = 0
 
 
 _running = _Running()

@@ -128,7 +128,9 @@ class _Interception(CallCountingMode):
 class _Active(threading.local):
     """The interception of the current thread."""
 
-    mode: _Interception | None = None
+    def __init__(self) -> None:
+        # Not a default of the class: see CompressionSimulatorBase's.
+        self.mode: _Interception | None = None
 
 
 _active = _Active()
