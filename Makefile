@@ -65,6 +65,7 @@ test-without-native: $(SETUP)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 
 bench: $(NATIVE)

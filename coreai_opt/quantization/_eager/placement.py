@@ -196,9 +196,7 @@ def _leaf_hook(traced: ModuleTrace, sites: dict[str, Site | None]) -> LeafHook |
     others = [each for label, each in sites.items() if label != operation and each is not None]
     if site is None or others or any(position for position, *_ in (*site.inputs, *site.outputs)):
         return None
-    return LeafHook(
-        site.inputs[0][2] if site.inputs else None, site.outputs[0][1] if site.outputs else None
-    )
+    return LeafHook(site.inputs[0][2] if site.inputs else None, site.outputs[0][1] if site.outputs else None)
 
 
 def _groups(
