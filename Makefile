@@ -60,8 +60,8 @@ test-without-native: $(SETUP)
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 $(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) \
 		-m 'not slow' tests/coreai_opt/quantizer tests/coreai_opt/pruning tests/coreai_opt/palettization
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 TRITON_INTERPRET=1 COREAI_KERNELS_BACKEND=triton \
-		$(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/coreai_opt/test_fake_quantize.py \
-		tests/coreai_opt/quantizer/test_modes.py tests/coreai_opt/pruning/test_pruned_training.py
+		$(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) -k 'not compile' \
+		tests/coreai_opt/test_fake_quantize.py tests/coreai_opt/quantizer/test_modes.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

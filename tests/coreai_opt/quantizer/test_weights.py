@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
-from coreai_kernels.runtime import fast_path_counts
+from coreai_kernels.runtime import fast_path_counts, is_enabled
 from coreai_opt.quantization import QuantizationSpec, QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -231,6 +231,7 @@ def test_weights_in_bfloat16() -> None:
     assert model(X.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not is_enabled(), reason="no fast path in this installation")
 def test_weights_of_intercepted_modules_take_the_fast_path() -> None:
     model = prepared(Outer(), X)[1].train()
     for _ in range(4):
