@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coreai_kernels
-from coreai_opt.controllers.core.copies import give_own_class
 from coreai_opt.controllers.core.places import Places, computed_by
+from coreai_opt.export.torch import give_own_class
 
 __all__ = [
     "BinaryMask",
