@@ -4,8 +4,8 @@
 
 #include <string>
 
-#include "ops/captured.h"
 #include "cpu/dispatch.h"
+#include "ops/captured.h"
 
 // Given by the build: instruction sets, torch version compiled against, CUDA architectures.
 #if !defined(COREAI_ISAS) || !defined(COREAI_TORCH_VERSION) || !defined(COREAI_CUDA_ARCHS)
@@ -43,6 +43,5 @@ PYBIND11_MODULE(_C, module) {
              "Instruction set in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
   module.def("set_cpu_capability", &coreai::cpu::set_capability, pybind11::arg("name"),
              "Choose the instruction set of calls that begin from now on. RuntimeError if it cannot run.");
-  module.attr("capture_functions") =
-      pybind11::capsule(coreai::capture_functions(), coreai::kCaptureCapsule);
+  module.attr("capture_functions") = pybind11::capsule(coreai::capture_functions(), coreai::kCaptureCapsule);
 }

@@ -111,7 +111,9 @@ class Class {
   bool holds() const { return tag_ != 0 && now() == tag_; }
 
  private:
-  unsigned int now() const { return static_cast<unsigned int>(reinterpret_cast<PyTypeObject*>(type_.ptr())->tp_version_tag); }
+  unsigned int now() const {
+    return static_cast<unsigned int>(reinterpret_cast<PyTypeObject*>(type_.ptr())->tp_version_tag);
+  }
 
   py::type type_;
   unsigned int tag_;
@@ -176,8 +178,12 @@ class Entry {
  public:
   // `name`: the operator that does the same, for the profiler.
   Entry(const char* name, const Tensor& input, std::unique_ptr<CapturedCall> call)
-      : name_(name), call_(std::move(call)), sizes_(input.sizes().vec()), strides_(input.strides().vec()),
-        order_(order_of(input)), type_(input.scalar_type()) {}
+      : name_(name),
+        call_(std::move(call)),
+        sizes_(input.sizes().vec()),
+        strides_(input.strides().vec()),
+        order_(order_of(input)),
+        type_(input.scalar_type()) {}
 
   bool suits(const Tensor& input) const {
     return input.scalar_type() == type_ && input.sizes().equals(sizes_) && input.strides().equals(strides_);
@@ -214,9 +220,7 @@ const CaptureFunctions& functions() {
   return *found;
 }
 
-AtenTensorHandle handle_of(const Tensor& tensor) {
-  return torch::aot_inductor::new_tensor_handle(Tensor(tensor));
-}
+AtenTensorHandle handle_of(const Tensor& tensor) { return torch::aot_inductor::new_tensor_handle(Tensor(tensor)); }
 AtenTensorHandle handle_of(const Optional& tensor) { return tensor ? handle_of(*tensor) : nullptr; }
 
 bool is_switch(const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.element_size() == 1; }
@@ -260,12 +264,13 @@ class CapturedCalls {
 
   bool capture_step(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
                     const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& config) {
-    return add("coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max}, [&] {
-      return functions().step(handle_of(input),
-                              {handle_of(scale), handle_of(zero_point), handle_of(minval), handle_of(running_min),
-                               handle_of(running_max)},
-                              has_running, handle_of(config));
-    });
+    return add(
+        "coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max}, [&] {
+          return functions().step(
+              handle_of(input),
+              {handle_of(scale), handle_of(zero_point), handle_of(minval), handle_of(running_min), handle_of(running_max)},
+              has_running, handle_of(config));
+        });
   }
 
  private:
@@ -280,7 +285,8 @@ class CapturedCalls {
   template <class Capture>
   bool add(const char* name, const Tensor& input, const std::vector<Optional>& state, Capture capture) {
     const auto suits = [](const Optional& x) { return !x || (is_plain(*x) && x->is_contiguous()); };
-    if (!can_capture_ || !is_plain_eager() || !is_plain(input) || !std::all_of(state.begin(), state.end(), suits)) return false;
+    if (!can_capture_ || !is_plain_eager() || !is_plain(input) || !std::all_of(state.begin(), state.end(), suits))
+      return false;
     std::unique_ptr<CapturedCall> call;
     {
       const at::AutoDispatchBelowAutograd nothing_recorded;
@@ -314,8 +320,8 @@ PYBIND11_MODULE(_C_autograd, module) {
   module.doc() = "Autograd's side of coreai_kernels in eager mode. Importing it registers nodes with torch's dispatcher.";
   namespace py = pybind11;
   py::class_<CapturedCalls>(module, "CapturedCalls", "See coreai_kernels/runtime/captured.py.")
-      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&, const std::vector<at::Tensor>&, const std::vector<py::dict>&,
-                    const std::vector<py::type>&>(),
+      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&, const std::vector<at::Tensor>&,
+                    const std::vector<py::dict>&, const std::vector<py::type>&>(),
            py::arg("slots"), py::arg("switches"), py::arg("hooks"), py::arg("classes"))
       .def("__call__", &CapturedCalls::call, py::arg("input"))
       .def("is_valid", &CapturedCalls::is_valid)

@@ -15,7 +15,8 @@ using c10::OperatorHandle;
 using torch::jit::Stack;
 
 const auto& masked_gradient() {
-  static const auto op = find<Tensor(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward");
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward");
   return op;
 }
 
@@ -26,7 +27,8 @@ const auto& masked_gradients() {
 }
 
 const auto& mask_in_place() {
-  static const auto op = find<void(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward_");
+  static const auto op =
+      find<void(const Tensor&, const Tensor&, at::IntArrayRef)>("coreai_kernels::fake_quantize_backward_");
   return op;
 }
 
@@ -202,9 +204,7 @@ struct Masks {
 struct StraightThroughList {
   static constexpr bool is_traceable = false;
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    return Masks::saved(ctx).apply(grads);
-  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) { return Masks::saved(ctx).apply(grads); }
 };
 
 std::vector<Tensor> differentiable_masked_gradients(DispatchKeySet keys, TensorList grads, const Tensor& mask,

@@ -17,8 +17,8 @@ namespace coreai {
 // Exponent of the largest quantized value: that of the format, of integers that of `quant_max`.
 inline int largest_exponent(Format format, double quant_max) {
   switch (format) {
-#define COREAI_CASE(name)  \
-  case Format::name:       \
+#define COREAI_CASE(name) \
+  case Format::name:      \
     return FormatFacts<Format::name>::kMaxExponent;
     COREAI_FOR_EACH_FLOAT_FORMAT(COREAI_CASE)
 #undef COREAI_CASE
@@ -40,8 +40,8 @@ COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
   return S::select(S::unordered(x, x), x, kept);
 }
 
-// Of a floating-point format: round to nearest even at its last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa bits)
-// does it without a branch; e is clamped from below, so subnormals round at the format's own quantum.
+// Of a floating-point format: round to nearest even at its last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa
+// bits) does it without a branch; e is clamped from below, so subnormals round at the format's own quantum.
 template <class S, Format kFormat>
 COREAI_HD typename S::F round_to_format(typename S::F x) {
   using Facts = FormatFacts<kFormat>;

@@ -78,8 +78,7 @@ template <int kBits>
 void unpack_groups(const uint8_t* packed, int64_t begin, int64_t end, int64_t count, bool is_signed, uint8_t* values) {
   int64_t group = begin;
   for (; group < end && (group + 1) * kGroup <= count; ++group) {
-    store_bytes(values + group * kGroup, unpack_word<kBits>(load_bytes(packed + group * kBits, kBits), is_signed),
-                kGroup);
+    store_bytes(values + group * kGroup, unpack_word<kBits>(load_bytes(packed + group * kBits, kBits), is_signed), kGroup);
   }
   if (group < end) {
     const int64_t rest = count - group * kGroup;
@@ -128,9 +127,8 @@ void over_groups(int64_t count, Body body) {
 
 void pack_bits(const uint8_t* values, int64_t count, int bits, uint8_t* packed) {
   with_width(bits, [&](auto width) {
-    over_groups(count, [&](int64_t begin, int64_t end) {
-      pack_groups<decltype(width)::value>(values, begin, end, count, packed);
-    });
+    over_groups(count,
+                [&](int64_t begin, int64_t end) { pack_groups<decltype(width)::value>(values, begin, end, count, packed); });
   });
 }
 

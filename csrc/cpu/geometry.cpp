@@ -57,8 +57,8 @@ std::vector<int64_t> index_blocks(const Ints& grid, const Ints& order, int64_t b
 
 Layout make_layout(const Ints& shape, const Ints& order, const std::vector<int64_t>& block) {
   if (block.size() != shape.size()) {
-    throw std::invalid_argument("block_size must have one entry per dimension, that is " +
-                                std::to_string(shape.size()) + "; it has " + std::to_string(block.size()));
+    throw std::invalid_argument("block_size must have one entry per dimension, that is " + std::to_string(shape.size()) +
+                                "; it has " + std::to_string(block.size()));
   }
   Layout layout;
   Geometry& g = layout.geometry;
@@ -69,8 +69,8 @@ Layout make_layout(const Ints& shape, const Ints& order, const std::vector<int64
   for (size_t position = 0; position < order.size(); ++position) {
     const auto i = static_cast<size_t>(order[position]);
     if (block[i] < 1 || shape[i] % block[i] != 0) {
-      throw std::invalid_argument("block_size " + std::to_string(block[i]) + " does not divide axis " +
-                                  std::to_string(i) + " of size " + std::to_string(shape[i]));
+      throw std::invalid_argument("block_size " + std::to_string(block[i]) + " does not divide axis " + std::to_string(i) +
+                                  " of size " + std::to_string(shape[i]));
     }
     grid[i] = shape[i] / block[i];
     grid_axes += grid[i] > 1;

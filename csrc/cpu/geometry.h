@@ -1,8 +1,8 @@
 // Blocks of a dense tensor as loops over its memory.
 #pragma once
 
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "cpu/kernels.h"

@@ -34,12 +34,12 @@ struct Geometry {
 
 struct Affine {
   Format format;
-  float low, high;        // quantized range
+  float low, high;  // quantized range
   const float* scale;
   const int32_t* zero_point;  // null: `constant` everywhere
-  const float* offset;    // null: zero everywhere
+  const float* offset;        // null: zero everywhere
   float constant;
-  bool finite = false;    // known: no element is infinite, NaN or beyond 2^62
+  bool finite = false;  // known: no element is infinite, NaN or beyond 2^62
 };
 
 struct FakeQuantize {

@@ -13,8 +13,7 @@ void parallel_for(int64_t count, int64_t grain, Body body) {
     return;
   }
   parallel(
-      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); },
-      &body);
+      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); }, &body);
 }
 
 }  // namespace coreai::cpu

@@ -27,9 +27,7 @@ struct Simd {
   static COREAI_HD F div(F a, F b) { return _mm256_div_ps(a, b); }
   static COREAI_HD F min(F a, F b) { return _mm256_min_ps(a, b); }
   static COREAI_HD F max(F a, F b) { return _mm256_max_ps(a, b); }
-  static COREAI_HD F round(F a) {
-    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  static COREAI_HD F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static COREAI_HD M equal(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static COREAI_HD M greater(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_UNORD_Q); }
@@ -60,15 +58,14 @@ struct Simd {
     return _mm256_slli_epi32(a, kBits);
   }
   static COREAI_HD F to_float(I a) { return _mm256_cvtepi32_ps(a); }
-  static COREAI_HD I nearest(F a) { return _mm256_cvtps_epi32(a); }  // half to even; of what 32 bits hold
+  static COREAI_HD I nearest(F a) { return _mm256_cvtps_epi32(a); }    // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm256_cvttps_epi32(a); }  // NaN becomes INT32_MIN
   static COREAI_HD F round_half(F a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a, 0)); }
 
   static COREAI_HD F load(const float* p) { return _mm256_loadu_ps(p); }
   static COREAI_HD void store(float* p, F a) { _mm256_storeu_ps(p, a); }
   static COREAI_HD F load(const BFloat16* p) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static COREAI_HD void store(BFloat16* p, F a) {
     const I words = rounded_words(a);
@@ -181,13 +178,11 @@ struct Simd {
     F quads[2];
     for (int i = 0; i < 2; ++i) {
       const F ab = combine(_mm256_unpacklo_ps(v[4 * i], v[4 * i + 1]), _mm256_unpackhi_ps(v[4 * i], v[4 * i + 1]));
-      const F cd =
-          combine(_mm256_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm256_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+      const F cd = combine(_mm256_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]), _mm256_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
       const __m256d x = _mm256_castps_pd(ab), y = _mm256_castps_pd(cd);
       quads[i] = combine(_mm256_castpd_ps(_mm256_unpacklo_pd(x, y)), _mm256_castpd_ps(_mm256_unpackhi_pd(x, y)));
     }
-    return combine(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
-                   _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+    return combine(_mm256_permute2f128_ps(quads[0], quads[1], 0x20), _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
   }
 };
 

@@ -47,14 +47,12 @@ struct Simd {
     return _mm512_mask_blend_ps(_mm512_fpclass_ps_mask(product, kNan | kZero | kInfinity), corrected, product);
   }
   static COREAI_HD F with_sign_of(F a, F b) {
-    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b),
-                                                         _mm512_set1_epi32(INT32_MIN), 0xd8));
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b), _mm512_set1_epi32(INT32_MIN), 0xd8));
   }
   static COREAI_HD F min(F a, F b) { return _mm512_min_ps(a, b); }
   static COREAI_HD F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static COREAI_HD F round(F a) {
-    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  }
+  static COREAI_HD F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static COREAI_HD M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static COREAI_HD M greater(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static COREAI_HD M unordered(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q); }
@@ -81,7 +79,7 @@ struct Simd {
     return _mm512_slli_epi32(a, kBits);
   }
   static COREAI_HD F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static COREAI_HD I nearest(F a) { return _mm512_cvtps_epi32(a); }  // half to even; of what 32 bits hold
+  static COREAI_HD I nearest(F a) { return _mm512_cvtps_epi32(a); }    // half to even; of what 32 bits hold
   static COREAI_HD I truncate(F a) { return _mm512_cvttps_epi32(a); }  // NaN becomes INT32_MIN
   static COREAI_HD F round_bfloat16(F a) {
     const F kept = _mm512_castsi512_ps(_mm512_and_si512(rounded_numbers(a), _mm512_set1_epi32(-0x10000)));
@@ -143,12 +141,8 @@ struct Simd {
   static COREAI_HD void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
   static COREAI_HD F load_n(const BFloat16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
   static COREAI_HD void store_n(BFloat16* p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(a)); }
-  static COREAI_HD F load_n(const Float16* p, int n) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
-  }
-  static COREAI_HD void store_n(Float16* p, F a, int n) {
-    _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, 0));
-  }
+  static COREAI_HD F load_n(const Float16* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static COREAI_HD void store_n(Float16* p, F a, int n) { _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtps_ph(a, 0)); }
   static COREAI_HD F load_n(const double* p, int n) {
     alignas(64) double buffer[kWidth] = {};
     for (int i = 0; i < n; ++i) buffer[i] = p[i];
@@ -196,17 +190,12 @@ struct Simd {
     const I lane = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     return _mm512_add_epi32(lane, _mm512_set1_epi32(from));
   }
-  static COREAI_HD F widen(__m256i a) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
-  }
+  static COREAI_HD F widen(__m256i a) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16)); }
   // Not vcvtneps2bf16: that one flushes subnormals.
-  static COREAI_HD __m256i narrow(F a) {
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_words(a), 16));
-  }
+  static COREAI_HD __m256i narrow(F a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded_words(a), 16)); }
   static COREAI_HD I upper_halves() {
-    alignas(64) static constexpr uint16_t kIndex[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
-                                                        23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
-                                                        45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    alignas(64) static constexpr uint16_t kIndex[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                        33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     return _mm512_load_si512(kIndex);
   }
   static COREAI_HD I rounded_numbers(F a) {
@@ -229,7 +218,8 @@ struct Simd {
     constexpr M kUpper = kDistance == 1 ? 0xaaaa : kDistance == 2 ? 0xcccc : kDistance == 4 ? 0xf0f0 : 0xff00;
     alignas(64) static constexpr auto kIndex = [] {
       Indices i{};
-      for (int lane = 0; lane < kWidth; ++lane) i.lane[lane] = (lane & kDistance) ? lane + kWidth - kDistance : lane + kDistance;
+      for (int lane = 0; lane < kWidth; ++lane)
+        i.lane[lane] = (lane & kDistance) ? lane + kWidth - kDistance : lane + kDistance;
       return i;
     }();
     // A blend and one shuffle: shuffles have a single port.

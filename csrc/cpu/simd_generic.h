@@ -35,12 +35,8 @@ struct Simd {
   // a * b + 0.0: one rounding, with or without a fused operation.
   static COREAI_HD F mul_add_zero(F a, F b) { return add(mul(a, b), set(0.0f)); }
   static COREAI_HD F div(F a, F b) { return {a.half[0] / b.half[0], a.half[1] / b.half[1]}; }
-  static COREAI_HD F min(F a, F b) {
-    return select({a.half[0] < b.half[0], a.half[1] < b.half[1]}, a, b);
-  }
-  static COREAI_HD F max(F a, F b) {
-    return select({a.half[0] > b.half[0], a.half[1] > b.half[1]}, a, b);
-  }
+  static COREAI_HD F min(F a, F b) { return select({a.half[0] < b.half[0], a.half[1] < b.half[1]}, a, b); }
+  static COREAI_HD F max(F a, F b) { return select({a.half[0] > b.half[0], a.half[1] > b.half[1]}, a, b); }
   static COREAI_HD F round(F a) {
     const F big = set(0x1p23f);
     const F magnitude = as_float(iand(as_int(a), iset(0x7fffffff)));

@@ -3,14 +3,14 @@
 
 #include "cpu/masks/apply_mask.h"
 #include "cpu/masks/block_norms.h"
-#include "cpu/quantize/learnable_range.h"
-#include "cpu/quantize/masked_gradient.h"
 #include "cpu/masks/nm_mask.h"
-#include "cpu/quantize/observe_and_fake_quantize.h"
-#include "cpu/palettes/palettes.h"
-#include "cpu/quantize/quantize.h"
 #include "cpu/masks/sampled_mask.h"
 #include "cpu/masks/topk_mask.h"
+#include "cpu/palettes/palettes.h"
+#include "cpu/quantize/learnable_range.h"
+#include "cpu/quantize/masked_gradient.h"
+#include "cpu/quantize/observe_and_fake_quantize.h"
+#include "cpu/quantize/quantize.h"
 
 namespace coreai::cpu::COREAI_ISA {
 

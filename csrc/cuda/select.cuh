@@ -19,7 +19,8 @@
 #include "emulation/cuda_emulation.h"
 #else
 #include <cuda_runtime.h>
-#define COREAI_LAUNCH(kernel, blocks, stream, ...) (kernel)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(__VA_ARGS__)
+#define COREAI_LAUNCH(kernel, blocks, stream, ...) \
+  (kernel)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(__VA_ARGS__)
 #endif
 
 namespace coreai::cuda {
@@ -109,8 +110,8 @@ __global__ void start_select(State* state, Count keep) {
 }
 
 template <Element kFrom, Element kTo>
-__global__ void __launch_bounds__(kThreads)
-    count_digits(const WordOf<kFrom>* x, int64_t numel, int64_t chunk, int shift, int bits, const State* state, Count* bins) {
+__global__ void __launch_bounds__(kThreads) count_digits(const WordOf<kFrom>* x, int64_t numel, int64_t chunk, int shift,
+                                                         int bits, const State* state, Count* bins) {
   using P = Pack<kFrom>;
   __shared__ unsigned counts[kCopies * kBins];
   for (int i = static_cast<int>(threadIdx.x); i < kCopies * kBins; i += kThreads) counts[i] = 0;
@@ -200,8 +201,8 @@ __global__ void __launch_bounds__(kThreads) sum_ties(const State* state, Count* 
 }
 
 template <Element kFrom, Element kTo>
-__global__ void __launch_bounds__(kThreads)
-    write_mask(const WordOf<kFrom>* x, WordOf<kFrom>* mask, int64_t numel, int64_t chunk, const State* state, const Count* ties) {
+__global__ void __launch_bounds__(kThreads) write_mask(const WordOf<kFrom>* x, WordOf<kFrom>* mask, int64_t numel,
+                                                       int64_t chunk, const State* state, const Count* ties) {
   using P = Pack<kFrom>;
   using Key = WordOf<kTo>;
   __shared__ Count scratch[kThreads];
@@ -242,7 +243,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // Host side.
 
-inline int64_t tile_of(Element element) { return 16 / (element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2) * kThreads; }
+inline int64_t tile_of(Element element) {
+  return 16 / (element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2) * kThreads;
+}
 
 // Elements of a chunk, which one block takes: whole tiles, and not too many chunks.
 inline int64_t chunk_of(const DeviceTensor& t) {

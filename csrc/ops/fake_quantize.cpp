@@ -7,11 +7,11 @@ namespace coreai {
 namespace {
 
 std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point,
-                                         const Optional& minval, const Blocks& block_size, int64_t format,
-                                         double quant_min, double quant_max, bool with_mask) {
+                                         const Optional& minval, const Blocks& block_size, int64_t format, double quant_min,
+                                         double quant_max, bool with_mask) {
   if (is_double(input)) {
-    const auto [output, bits] = fake_quantize(to_float(input), scale, zero_point, minval, block_size, format, quant_min,
-                                              quant_max, with_mask);
+    const auto [output, bits] =
+        fake_quantize(to_float(input), scale, zero_point, minval, block_size, format, quant_min, quant_max, with_mask);
     return {to_double(output), bits};
   }
   const Tensor mask = empty_mask(input.numel(), with_mask);
@@ -23,8 +23,8 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
 }
 
 const uint8_t* bits_for(const Tensor& grad, const Tensor& mask) {
-  STD_TORCH_CHECK(mask.numel() == (grad.numel() + 7) / 8, "mask must have one bit per element of grad: ",
-                  (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
+  STD_TORCH_CHECK(mask.numel() == (grad.numel() + 7) / 8,
+                  "mask must have one bit per element of grad: ", (grad.numel() + 7) / 8, " bytes; it has ", mask.numel());
   return static_cast<const uint8_t*>(mask.const_data_ptr());
 }
 

@@ -52,10 +52,9 @@ void foreach_fake_quantize_backward_(Tensors grads, const Tensor& mask, const st
 
 std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
     const Tensors& inputs, const Tensors& scales, const Tensors& zero_points, const Tensors& minvals,
-    const Tensors& running_mins, const Tensors& running_maxs, bool has_running, const Blocks& block_sizes,
-    int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
-    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format,
-    bool with_mask) {
+    const Tensors& running_mins, const Tensors& running_maxs, bool has_running, const Blocks& block_sizes, int64_t scheme,
+    int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update, double averaging_constant,
+    std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format, bool with_mask) {
   const auto config = QuantConfig::of(block_sizes, scheme, format, quant_min, quant_max, use_minval, update,
                                       averaging_constant, range_min, range_max, scale_format);
   return StepList(scales, zero_points, minvals, running_mins, running_maxs, config, has_running).run(inputs, with_mask);

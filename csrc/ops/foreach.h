@@ -142,8 +142,13 @@ class AffineList {
  public:
   AffineList(Tensors scales, Tensors zero_points, Tensors minvals, Blocks block_sizes, int64_t format, double quant_min,
              double quant_max)
-      : scales_(std::move(scales)), zero_points_(std::move(zero_points)), minvals_(std::move(minvals)),
-        block_sizes_(std::move(block_sizes)), format_(format), quant_min_(quant_min), quant_max_(quant_max) {}
+      : scales_(std::move(scales)),
+        zero_points_(std::move(zero_points)),
+        minvals_(std::move(minvals)),
+        block_sizes_(std::move(block_sizes)),
+        format_(format),
+        quant_min_(quant_min),
+        quant_max_(quant_max) {}
 
   std::tuple<Tensors, Tensor> run(const Tensors& inputs, bool with_mask) {
     check_length("scales", scales_, inputs, false);
@@ -157,7 +162,7 @@ class AffineList {
     for (size_t i = 0; i < inputs.size(); ++i) {
       Operand x(inputs[i], inputs[i].scalar_type());
       jobs.add(x, layouts_.of(x, blocks.take(x.shape.size())), scales_[i], optional_at(zero_points_, i),
-                        optional_at(minvals_, i), format_, quant_min_, quant_max_, masks.starts[i]);
+               optional_at(minvals_, i), format_, quant_min_, quant_max_, masks.starts[i]);
       outputs.push_back(std::move(x.output));
     }
     jobs.finish();
@@ -177,9 +182,13 @@ class StepList {
  public:
   StepList(Tensors scales, Tensors zero_points, Tensors minvals, Tensors running_mins, Tensors running_maxs,
            QuantConfig config, bool has_running)
-      : scales_(std::move(scales)), zero_points_(std::move(zero_points)), minvals_(std::move(minvals)),
-        running_mins_(std::move(running_mins)), running_maxs_(std::move(running_maxs)),
-        config_(std::move(config)), has_running_(has_running) {}
+      : scales_(std::move(scales)),
+        zero_points_(std::move(zero_points)),
+        minvals_(std::move(minvals)),
+        running_mins_(std::move(running_mins)),
+        running_maxs_(std::move(running_maxs)),
+        config_(std::move(config)),
+        has_running_(has_running) {}
 
   std::tuple<Tensors, Tensor> run(const Tensors& inputs, bool with_mask) {
     check_length("scales", scales_, inputs, false);
@@ -195,9 +204,9 @@ class StepList {
     for (size_t i = 0; i < inputs.size(); ++i) {
       Operand x(inputs[i], inputs[i].scalar_type());
       jobs.add(x, layouts_.of(x, blocks.take(x.shape.size())),
-                        StepState{scales_[i], optional_at(zero_points_, i), optional_at(minvals_, i),
-                                  optional_at(running_mins_, i), optional_at(running_maxs_, i)},
-                        config_, has_running_, masks.starts[i]);
+               StepState{scales_[i], optional_at(zero_points_, i), optional_at(minvals_, i), optional_at(running_mins_, i),
+                         optional_at(running_maxs_, i)},
+               config_, has_running_, masks.starts[i]);
       outputs.push_back(std::move(x.output));
     }
     jobs.finish();

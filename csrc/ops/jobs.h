@@ -54,7 +54,10 @@ class MaskedGradientJob {
   }
   // In place.
   MaskedGradientJob(Tensor& grad, const Ints& order, const uint8_t* mask)
-      : numel_(grad.numel()), element_(element_of("grad", grad)), mask_(mask), source_(grad.const_data_ptr()),
+      : numel_(grad.numel()),
+        element_(element_of("grad", grad)),
+        mask_(mask),
+        source_(grad.const_data_ptr()),
         target_(grad.mutable_data_ptr()) {
     STD_TORCH_CHECK(is_dense(to_ints(grad.sizes()), to_ints(grad.strides()), order),
                     "grad must lie in memory as order says, to be masked in place");

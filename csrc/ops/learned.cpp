@@ -40,8 +40,7 @@ Tensor sampled_mask(Tensor weight, Tensor logits, Tensor draw, int64_t seed) {
   return w.output;
 }
 
-std::tuple<Tensor, Tensor> sampled_mask_backward(Tensor grad, Tensor weight, Tensor logits, Tensor draw,
-                                                 int64_t seed) {
+std::tuple<Tensor, Tensor> sampled_mask_backward(Tensor grad, Tensor weight, Tensor logits, Tensor draw, int64_t seed) {
   STD_TORCH_CHECK(weight.scalar_type() != ScalarType::Double, "weight must be float32, bfloat16 or float16");
   STD_TORCH_CHECK(grad.scalar_type() == weight.scalar_type(), "grad must have the weight's dtype");
   Operand w(weight, weight.scalar_type());
@@ -59,8 +58,7 @@ std::tuple<Tensor, Tensor> sampled_mask_backward(Tensor grad, Tensor weight, Ten
 }
 
 std::tuple<Tensor, Tensor, Tensor> learnable_range_backward(Tensor grad, Tensor input, Optional low, Tensor range,
-                                                            Blocks block_size, double level_low,
-                                                            double level_high) {
+                                                            Blocks block_size, double level_low, double level_high) {
   if (is_double(input)) {
     const auto [to_input, to_low, to_range] =
         learnable_range_backward(to_float(grad), to_float(input), low, range, block_size, level_low, level_high);

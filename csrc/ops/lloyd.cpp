@@ -14,8 +14,8 @@
 namespace coreai {
 namespace {
 
-using std::size_t;
 using cpu::Layout;
+using std::size_t;
 
 constexpr int64_t kPartVectors = 1 << 15, kLanes = 8;
 constexpr double kStride = 1.6;
@@ -36,9 +36,15 @@ struct Vectors {
 class Iteration {
  public:
   Iteration(const Vectors& vectors, float* centroids, double* masses, double* spread)
-      : x_(vectors), centroids_(centroids), masses_(masses), spread_(spread), width_(vectors.dim + 1),
-        size_(static_cast<size_t>(vectors.clusters * width_)), indices_(static_cast<size_t>(vectors.count)),
-        sums_(size_), part_sums_(size_ * static_cast<size_t>(vectors.parts())) {
+      : x_(vectors),
+        centroids_(centroids),
+        masses_(masses),
+        spread_(spread),
+        width_(vectors.dim + 1),
+        size_(static_cast<size_t>(vectors.clusters * width_)),
+        indices_(static_cast<size_t>(vectors.count)),
+        sums_(size_),
+        part_sums_(size_ * static_cast<size_t>(vectors.parts())) {
     if (x_.dim == 1) {
       const auto room = static_cast<size_t>(cpu::table_room(x_.clusters));
       bounds_.assign(room, std::numeric_limits<float>::infinity());
@@ -118,9 +124,13 @@ class Iteration {
     const int64_t begin = part * kPartVectors, end = std::min(x_.count, begin + kPartVectors);
     const Layout& layout = end - begin == kPartVectors ? *x_.full_part : *x_.last_part;
     if (end > begin) {
-      cpu::kernels().palettes.palettize({{&layout.geometry, x_.dim, x_.count}, x_.clusters, Element::kFloat32,
-                                         x_.values + begin, indices_.data() + begin,
-                                         x_.dim == 1 ? bounds_.data() : centroids_, order_.data()});
+      cpu::kernels().palettes.palettize({{&layout.geometry, x_.dim, x_.count},
+                                         x_.clusters,
+                                         Element::kFloat32,
+                                         x_.values + begin,
+                                         indices_.data() + begin,
+                                         x_.dim == 1 ? bounds_.data() : centroids_,
+                                         order_.data()});
     }
     over_lanes(begin, end, lanes, [](double value, float) { return value; });
   }
@@ -199,17 +209,18 @@ std::tuple<Tensor, Tensor, Tensor> lloyd(Tensor vectors, Optional mass, Tensor c
   const Tensor spread = empty(Ints(sizes, sizes + 4), ScalarType::Double);
   auto* out = static_cast<float*>(result.mutable_data_ptr());
   std::copy_n(static_cast<const float*>(centroids.const_data_ptr()), centroids.numel(), out);
-  const auto layout_of = [](int64_t length) {
-    return cpu::make_layout(one_axis(length), natural_order(1), {length});
-  };
+  const auto layout_of = [](int64_t length) { return cpu::make_layout(one_axis(length), natural_order(1), {length}); };
   const Layout full = layout_of(kPartVectors), last = layout_of(std::max<int64_t>(1, count % kPartVectors));
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task % blocks;
-      const Vectors here = {&full, &last,
+      const Vectors here = {&full,
+                            &last,
                             static_cast<const float*>(vectors.const_data_ptr()) + block * dim * count,
                             mass ? static_cast<const float*>(mass->const_data_ptr()) + block * count : nullptr,
-                            count, dim, clusters,
+                            count,
+                            dim,
+                            clusters,
                             static_cast<const double*>(center.const_data_ptr()) + block * dim,
                             static_cast<const double*>(total.const_data_ptr())[block]};
       Iteration(here, out + task * size, static_cast<double*>(masses.mutable_data_ptr()) + task * clusters,

@@ -60,8 +60,8 @@ Tensor nm_mask(Tensor weight, int64_t n, int64_t m, int64_t axis) {
   if (weight.numel() == 0) return x.output;
   int64_t inner = 1;
   for (size_t i = x.order.size(); i-- > 0 && x.order[i] != axis;) inner *= x.shape[static_cast<size_t>(x.order[i])];
-  cpu::kernels().nm_mask({element_of("weight", weight), x.data, x.output.mutable_data_ptr(),
-                          weight.numel() / (m * inner), inner, static_cast<int>(n), static_cast<int>(m)});
+  cpu::kernels().nm_mask({element_of("weight", weight), x.data, x.output.mutable_data_ptr(), weight.numel() / (m * inner),
+                          inner, static_cast<int>(n), static_cast<int>(m)});
   return x.output;
 }
 
@@ -79,8 +79,7 @@ Tensor top_blocks(Tensor weight, int64_t num_keep, Blocks block_size) {
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   Tensor chosen = empty(grid_of(x.shape, block_size), weight.scalar_type());
   if (weight.numel() > 0) {
-    cpu::top_blocks(layout, element_of("weight", weight), x.dense.const_data_ptr(), chosen.mutable_data_ptr(),
-                    num_keep);
+    cpu::top_blocks(layout, element_of("weight", weight), x.dense.const_data_ptr(), chosen.mutable_data_ptr(), num_keep);
   }
   return chosen;
 }
@@ -96,8 +95,8 @@ Tensor apply_mask(Tensor weight, Tensor mask) {
     factor = empty(x.shape, strides, mask.scalar_type());
     torch::stable::copy_(factor, mask);
   }
-  cpu::kernels().apply_mask(element_of("weight", weight), x.data, factor.const_data_ptr(),
-                            x.output.mutable_data_ptr(), weight.numel());
+  cpu::kernels().apply_mask(element_of("weight", weight), x.data, factor.const_data_ptr(), x.output.mutable_data_ptr(),
+                            weight.numel());
   return x.output;
 }
 

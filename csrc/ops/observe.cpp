@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor> observe_range(const Tensor& input, const Blocks& bloc
   Operand x(input, input.scalar_type());
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   std::vector<float> low(static_cast<size_t>(layout.geometry.blocks)), high(low.size());
-  if (input.numel() > 0) cpu::kernels().observe_range({&layout.geometry, element_of("input", input), x.data, low.data(), high.data()});
+  if (input.numel() > 0)
+    cpu::kernels().observe_range({&layout.geometry, element_of("input", input), x.data, low.data(), high.data()});
   const Ints grid = grid_of(x.shape, block_size);
   return {block_tensor(low, layout, grid, input.scalar_type()), block_tensor(high, layout, grid, input.scalar_type())};
 }
@@ -48,16 +49,16 @@ std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const T
   const Ints shape = to_ints(min_val.sizes());
   const Tensor scale = empty(shape, ScalarType::Float), zero_point = empty(shape, ScalarType::Int),
                minval = empty(shape, ScalarType::Float);
-  cpu::kernels().choose_qparams(rule, static_cast<const float*>(low.const_data_ptr()),
-                                static_cast<const float*>(high.const_data_ptr()), min_val.numel(),
-                                {static_cast<float*>(scale.mutable_data_ptr()),
-                                 static_cast<int32_t*>(zero_point.mutable_data_ptr()),
-                                 static_cast<float*>(minval.mutable_data_ptr())});
+  cpu::kernels().choose_qparams(
+      rule, static_cast<const float*>(low.const_data_ptr()), static_cast<const float*>(high.const_data_ptr()),
+      min_val.numel(),
+      {static_cast<float*>(scale.mutable_data_ptr()), static_cast<int32_t*>(zero_point.mutable_data_ptr()),
+       static_cast<float*>(minval.mutable_data_ptr())});
   return {scale, zero_point, minval};
 }
 
-std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const QuantConfig& config,
-                                bool has_running, bool with_mask) {
+std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const QuantConfig& config, bool has_running,
+                                bool with_mask) {
   if (is_double(input)) {
     StepState narrow = state;
     narrow.running_min = to_float(state.running_min);
@@ -77,19 +78,18 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
   return {x.output, mask};
 }
 
-std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const Tensor& scale,
-                                                      const Optional& zero_point, const Optional& minval,
-                                                      const Optional& running_min, const Optional& running_max,
-                                                      bool has_running, const Tensor& config, bool with_mask) {
+std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const Tensor& scale, const Optional& zero_point,
+                                                      const Optional& minval, const Optional& running_min,
+                                                      const Optional& running_max, bool has_running, const Tensor& config,
+                                                      bool with_mask) {
   return step(input, {scale, zero_point, minval, running_min, running_max}, QuantConfig::unpacked(config, input.dim()),
               has_running, with_mask);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
-    const Tensor& input, const Optional& running_min, const Optional& running_max, const Blocks& block_size,
-    int64_t scheme, int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update,
-    double averaging_constant, std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format,
-    bool with_mask) {
+    const Tensor& input, const Optional& running_min, const Optional& running_max, const Blocks& block_size, int64_t scheme,
+    int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update, double averaging_constant,
+    std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format, bool with_mask) {
   const Ints grid = grid_of(to_ints(input.sizes()), block_size);
   const Tensor scale = empty(grid, ScalarType::Float), zero_point = empty(grid, ScalarType::Int),
                minval = empty(grid, ScalarType::Float);
@@ -101,8 +101,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_f
   }
   const auto config = QuantConfig::of(block_size, scheme, format, quant_min, quant_max, use_minval, update,
                                       averaging_constant, range_min, range_max, scale_format);
-  const auto [output, mask] =
-      step(input, {scale, zero_point, minval, low, high}, config, has_running, with_mask);
+  const auto [output, mask] = step(input, {scale, zero_point, minval, low, high}, config, has_running, with_mask);
   return {output, mask, scale, zero_point, minval, low, high};
 }
 

@@ -38,8 +38,11 @@ inline int64_t row_size(const Ints& shape) {
 class Palettes {
  public:
   Palettes(const Tensor& centroids, const cpu::Layout& layout)
-      : tensor_(torch::stable::contiguous(centroids)), index_(layout.block_index), blocks_(layout.geometry.blocks),
-        clusters_(centroids.size(1)), dim_(centroids.size(2)) {
+      : tensor_(torch::stable::contiguous(centroids)),
+        index_(layout.block_index),
+        blocks_(layout.geometry.blocks),
+        clusters_(centroids.size(1)),
+        dim_(centroids.size(2)) {
     STD_TORCH_CHECK(centroids.size(0) == blocks_, "centroids must have one palette per block, that is ", blocks_,
                     "; they have ", centroids.size(0));
     STD_TORCH_CHECK(clusters_ >= 1 && clusters_ <= 256, "centroids must be 1 to 256 a block");

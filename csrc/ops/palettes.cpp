@@ -77,7 +77,11 @@ Tensor kmeans_1d(Tensor weight, Optional weights, Blocks block_size, int64_t clu
   const int64_t sizes[] = {values.blocks(), clusters, 1};
   const Tensor centroids = empty(Ints(sizes, sizes + 3), ScalarType::Float);
   auto* out = static_cast<float*>(centroids.mutable_data_ptr());
-  const cpu::Samples all = {element_of("weight", weight), nullptr, nullptr, values.count(), decimals.has_value(),
+  const cpu::Samples all = {element_of("weight", weight),
+                            nullptr,
+                            nullptr,
+                            values.count(),
+                            decimals.has_value(),
                             static_cast<float>(std::pow(10.0, static_cast<double>(decimals.value_or(0))))};
   torch::stable::parallel_for(0, values.blocks(), 1, [&](int64_t begin, int64_t end) {
     std::vector<char> value_buffer, weight_buffer;
@@ -116,8 +120,13 @@ Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size) {
   const Palettes palettes(centroids, layout);
   const Tensor output = dim > 1 ? empty(rows_times(x.shape, dim), centroids.scalar_type()) : x.output;
   if (layout.geometry.numel > 0) {
-    run_lookup(palettes, {{&layout.geometry, dim, row_size(x.shape)}, {}, nullptr, static_cast<const uint8_t*>(x.data),
-                          8, output.mutable_data_ptr(), element_size});
+    run_lookup(palettes, {{&layout.geometry, dim, row_size(x.shape)},
+                          {},
+                          nullptr,
+                          static_cast<const uint8_t*>(x.data),
+                          8,
+                          output.mutable_data_ptr(),
+                          element_size});
   }
   return output;
 }
@@ -126,16 +135,19 @@ Tensor lookup_packed(Tensor packed, Tensor centroids, Blocks sizes, Blocks block
   const int64_t dim = centroids.size(2);
   const Tensor bytes = torch::stable::contiguous(packed);
   const Ints shape(sizes.data(), sizes.data() + sizes.size());
-  const auto layout =
-      cpu::make_layout(rows_over(shape, dim), natural_order(shape.size()), index_blocks(block_size, dim));
+  const auto layout = cpu::make_layout(rows_over(shape, dim), natural_order(shape.size()), index_blocks(block_size, dim));
   STD_TORCH_CHECK(bytes.numel() == (layout.geometry.numel * bits + 7) / 8, "packed must have ",
                   (layout.geometry.numel * bits + 7) / 8, " bytes; it has ", bytes.numel());
   const Palettes palettes(centroids, layout);
   const Tensor output = empty(shape, centroids.scalar_type());
   if (layout.geometry.numel > 0) {
-    run_lookup(palettes, {{&layout.geometry, dim, row_size(shape)}, {}, nullptr,
-                          static_cast<const uint8_t*>(bytes.const_data_ptr()), static_cast<int>(bits),
-                          output.mutable_data_ptr(), static_cast<int64_t>(centroids.element_size())});
+    run_lookup(palettes, {{&layout.geometry, dim, row_size(shape)},
+                          {},
+                          nullptr,
+                          static_cast<const uint8_t*>(bytes.const_data_ptr()),
+                          static_cast<int>(bits),
+                          output.mutable_data_ptr(),
+                          static_cast<int64_t>(centroids.element_size())});
   }
   return output;
 }
@@ -160,9 +172,13 @@ Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size) {
       decision_bounds(table.data() + i * clusters, clusters, bounds.data() + i * room, order.data() + i * room);
     }
   }
-  cpu::kernels().palettes.palettize({{&layout.geometry, dim, row_size(shape)}, clusters, element_of("weight", weight),
-                                     x.data, static_cast<uint8_t*>(indices.mutable_data_ptr()),
-                                     dim == 1 ? bounds.data() : table.data(), order.data()});
+  cpu::kernels().palettes.palettize({{&layout.geometry, dim, row_size(shape)},
+                                     clusters,
+                                     element_of("weight", weight),
+                                     x.data,
+                                     static_cast<uint8_t*>(indices.mutable_data_ptr()),
+                                     dim == 1 ? bounds.data() : table.data(),
+                                     order.data()});
   return indices;
 }
 
@@ -176,8 +192,13 @@ Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t c
   STD_TORCH_CHECK(grad.numel() == numel * dim, "grad must have ", numel * dim, " elements; it has ", grad.numel());
   const int64_t parts = parts_of(numel, size);
   std::vector<double> sums(static_cast<size_t>(parts * size));
-  const cpu::SumByIndex all = {{&layout.geometry, dim, row_size(shape)}, clusters, element_of("grad", grad),
-                               grad.const_data_ptr(), static_cast<const uint8_t*>(indices.const_data_ptr()), 0, 0,
+  const cpu::SumByIndex all = {{&layout.geometry, dim, row_size(shape)},
+                               clusters,
+                               element_of("grad", grad),
+                               grad.const_data_ptr(),
+                               static_cast<const uint8_t*>(indices.const_data_ptr()),
+                               0,
+                               0,
                                nullptr};
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {

@@ -43,7 +43,17 @@ struct QuantConfig {
   // From what QuantConfig.packed() made: the fields but for the block size in order, then the block's extents.
   static QuantConfig unpacked(const Tensor& packed, int64_t axes) {
     enum Field {
-      kScheme, kFormat, kQuantMin, kQuantMax, kUseMinval, kUpdate, kConstant, kRangeMin, kRangeMax, kScaleFormat, kFields
+      kScheme,
+      kFormat,
+      kQuantMin,
+      kQuantMax,
+      kUseMinval,
+      kUpdate,
+      kConstant,
+      kRangeMin,
+      kRangeMax,
+      kScaleFormat,
+      kFields
     };
     STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Double && packed.is_contiguous() &&
                         packed.numel() == kFields + axes,

@@ -7,8 +7,7 @@ namespace coreai {
 namespace {
 
 Tensor quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                const Blocks& block_size, int64_t format,
-                double quant_min, double quant_max, ScalarType dtype) {
+                const Blocks& block_size, int64_t format, double quant_min, double quant_max, ScalarType dtype) {
   Operand x(input, dtype);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   const AffineValues values(layout, scale, zero_point, minval, format, quant_min, quant_max);
@@ -20,8 +19,7 @@ Tensor quantize(const Tensor& input, const Tensor& scale, const Optional& zero_p
 }
 
 Tensor dequantize(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                  const Blocks& block_size, int64_t format,
-                  double quant_min, ScalarType dtype) {
+                  const Blocks& block_size, int64_t format, double quant_min, ScalarType dtype) {
   Operand x(input, dtype);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   const AffineValues values(layout, scale, zero_point, minval, format, quant_min, 0.0);

@@ -16,10 +16,13 @@ constexpr double kLeastMass = 0x1p-100;
 class SoftProblem {
  public:
   SoftProblem(const Tensor& weight, const Tensor& centroids, double temperature, const Blocks& block_size)
-      : dim_(centroids.size(2)), given_(weight), weight_(dim_ > 1 ? torch::stable::contiguous(weight) : weight),
+      : dim_(centroids.size(2)),
+        given_(weight),
+        weight_(dim_ > 1 ? torch::stable::contiguous(weight) : weight),
         x_(weight_, weight.scalar_type()),
         layout_(cpu::make_layout(rows_over(x_.shape, dim_), x_.order, index_blocks(block_size, dim_))),
-        palettes_(centroids, layout_), table_(palettes_.values()) {
+        palettes_(centroids, layout_),
+        table_(palettes_.values()) {
     constexpr double kLargest = std::numeric_limits<float>::max();
     job_ = {{&layout_.geometry, dim_, row_size(x_.shape)},
             palettes_.clusters(),
@@ -152,8 +155,8 @@ std::tuple<Tensor, Tensor> soft_centroids(Tensor weight, Tensor centroids, doubl
   return {problem.tensor_of(sums, centroids.size(2)), problem.tensor_of(masses, 0)};
 }
 
-std::tuple<Tensor, Tensor> soft_centroids_backward(Tensor grad, Tensor moved, Tensor mass, Tensor weight,
-                                                   Tensor centroids, double temperature, Blocks block_size) {
+std::tuple<Tensor, Tensor> soft_centroids_backward(Tensor grad, Tensor moved, Tensor mass, Tensor weight, Tensor centroids,
+                                                   double temperature, Blocks block_size) {
   if (is_double(weight)) {
     const auto [to_weight, to_centroids] =
         soft_centroids_backward(grad, moved, mass, to_float(weight), centroids, temperature, block_size);

@@ -19,9 +19,9 @@
 namespace coreai {
 namespace {
 
+using cpu::Ints;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using cpu::Ints;
 using Blocks = std::vector<int64_t>;
 using Optional = std::optional<Tensor>;
 
@@ -67,10 +67,9 @@ inline cpu::Storage storage_of(const char* name, ScalarType type) {
 
 inline Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                               aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   return tensor;
@@ -195,7 +194,9 @@ inline void check_block_values(const char* name, const Tensor& values, ScalarTyp
                   values.numel());
 }
 
-inline Tensor empty_mask(int64_t numel, bool wanted) { return empty(one_axis(wanted ? (numel + 7) / 8 : 0), ScalarType::Byte); }
+inline Tensor empty_mask(int64_t numel, bool wanted) {
+  return empty(one_axis(wanted ? (numel + 7) / 8 : 0), ScalarType::Byte);
+}
 
 inline uint8_t* bytes_of(const Tensor& mask) {
   return mask.numel() == 0 ? nullptr : static_cast<uint8_t*>(mask.mutable_data_ptr());
@@ -217,8 +218,12 @@ class AffineValues {
       check_block_values("minval", *minval, ScalarType::Float, blocks);
       minval_.emplace(*minval, layout.block_index, true);
     }
-    affine = {static_cast<Format>(format), static_cast<float>(low),     static_cast<float>(high),
-              scale_->data(),              data_or_null(zero_point_),   data_or_null(minval_),
+    affine = {static_cast<Format>(format),
+              static_cast<float>(low),
+              static_cast<float>(high),
+              scale_->data(),
+              data_or_null(zero_point_),
+              data_or_null(minval_),
               minval ? static_cast<float>(low) : 0.0f};
   }
   cpu::Affine affine;
@@ -273,8 +278,7 @@ class RunningValues {
   void write_back() {
     if (values_) values_->write_back();
     if (wide_.empty()) return;
-    tensor_->scalar_type() == ScalarType::Half ? narrow<torch::headeronly::Half>()
-                                               : narrow<torch::headeronly::BFloat16>();
+    tensor_->scalar_type() == ScalarType::Half ? narrow<torch::headeronly::Half>() : narrow<torch::headeronly::BFloat16>();
   }
 
  private:

@@ -23,15 +23,14 @@ void apply_mask_range(const double* x, const double* mask, double* out, int64_t 
 template <class T>
 void apply_mask_shared(const void* x, const void* mask, void* out, int64_t numel) {
   parallel_for(numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
-    apply_mask_range(static_cast<const T*>(x) + begin, static_cast<const T*>(mask) + begin,
-                     static_cast<T*>(out) + begin, end - begin);
+    apply_mask_range(static_cast<const T*>(x) + begin, static_cast<const T*>(mask) + begin, static_cast<T*>(out) + begin,
+                     end - begin);
   });
 }
 
 void apply_mask(Element element, const void* x, const void* mask, void* out, int64_t numel) {
   if (element == Element::kFloat64) return apply_mask_shared<double>(x, mask, out, numel);
-  with_type(element,
-            [&](auto type) { apply_mask_shared<typename decltype(type)::type>(x, mask, out, numel); });
+  with_type(element, [&](auto type) { apply_mask_shared<typename decltype(type)::type>(x, mask, out, numel); });
 }
 
 }  // namespace

@@ -18,24 +18,24 @@ template <class T>
 bool norms_of_runs(const Bands& g, const T* x, double* norms) {
   int all_fine = 1;
   parallel_for(g.bands * g.columns, 1, max<int64_t>(1, kParallelElements / g.block_elements()),
-        [&](int64_t begin, int64_t end) {
-          float scale = 0.0f;
-          bool fine = true;
-          int64_t band = begin / g.columns, column = begin % g.columns;
-          for (int64_t i = begin; i < end; ++i, ++column) {
-            if (column == g.columns) ++band, column = 0;
-            const T* block = x + (band * g.rows * g.columns + column) * g.run;
-            if (i == begin) scale = scale_for(norm_of(block, 1, 0, min(g.run, kFirstElements), 0.0f).peak);
-            Norm norm = norm_of(block, g.rows, g.stride(), g.run, scale);
-            if (scale_for(norm.peak) != scale) {
-              scale = scale_for(norm.peak);
-              norm = norm_of(block, g.rows, g.stride(), g.run, scale);
-            }
-            fine &= !is_tiny(norm.peak);
-            norms[i] = norm.value();
-          }
-          if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
-        });
+               [&](int64_t begin, int64_t end) {
+                 float scale = 0.0f;
+                 bool fine = true;
+                 int64_t band = begin / g.columns, column = begin % g.columns;
+                 for (int64_t i = begin; i < end; ++i, ++column) {
+                   if (column == g.columns) ++band, column = 0;
+                   const T* block = x + (band * g.rows * g.columns + column) * g.run;
+                   if (i == begin) scale = scale_for(norm_of(block, 1, 0, min(g.run, kFirstElements), 0.0f).peak);
+                   Norm norm = norm_of(block, g.rows, g.stride(), g.run, scale);
+                   if (scale_for(norm.peak) != scale) {
+                     scale = scale_for(norm.peak);
+                     norm = norm_of(block, g.rows, g.stride(), g.run, scale);
+                   }
+                   fine &= !is_tiny(norm.peak);
+                   norms[i] = norm.value();
+                 }
+                 if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
+               });
   return all_fine != 0;
 }
 

@@ -17,9 +17,7 @@ struct Strip {
   alignas(64) float scales[kStrip];
   alignas(64) uint64_t units[kStrip];
 
-  Strip(int64_t columns, int64_t run_) : width(columns), run(run_) {
-    __builtin_memset(peaks, 0, sizeof(peaks));
-  }
+  Strip(int64_t columns, int64_t run_) : width(columns), run(run_) { __builtin_memset(peaks, 0, sizeof(peaks)); }
 
   // body.operator()<run>() for the runs that loops over blocks are compiled for, <0> for others.
   template <class Body>
@@ -154,17 +152,15 @@ bool norms_of_strips(const Bands& g, const T* x, double* norms) {
   width -= width % g.run;
   const int64_t strips = (g.stride() + width - 1) / width;
   int all_fine = 1;
-  parallel_for(g.bands * strips, 1, max<int64_t>(1, kParallelElements / (g.rows * width)),
-        [&](int64_t begin, int64_t end) {
-          bool fine = true;
-          for (; begin < end; ++begin) {
-            const int64_t band = begin / strips, first = begin % strips * width;
-            const int64_t some = min(width, g.stride() - first);
-            fine &= norms_of_strip(g, x + band * g.rows * g.stride() + first, some,
-                                   norms + band * g.columns + first / g.run);
-          }
-          if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
-        });
+  parallel_for(g.bands * strips, 1, max<int64_t>(1, kParallelElements / (g.rows * width)), [&](int64_t begin, int64_t end) {
+    bool fine = true;
+    for (; begin < end; ++begin) {
+      const int64_t band = begin / strips, first = begin % strips * width;
+      const int64_t some = min(width, g.stride() - first);
+      fine &= norms_of_strip(g, x + band * g.rows * g.stride() + first, some, norms + band * g.columns + first / g.run);
+    }
+    if (!fine) __atomic_store_n(&all_fine, 0, __ATOMIC_RELAXED);
+  });
   return all_fine != 0;
 }
 

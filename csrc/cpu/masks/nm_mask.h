@@ -7,9 +7,9 @@
 #pragma once
 
 #include "common/magnitude.h"
+#include "cpu/loops.h"
 #include "cpu/masks/group_lanes.h"
 #include "cpu/masks/lane_sort.h"
-#include "cpu/loops.h"
 #include "cpu/simd_words.h"
 
 namespace coreai::cpu::COREAI_ISA {
@@ -177,9 +177,8 @@ struct Groups {
         }
       }
       for (int from = 0; from < stretch; from += m) {
-        choose(keys + from, n, m, [&](int i, typename W::M each) {
-          keys[from + i] = W::where(each, bit[(from + i) & (kBits - 1)]);
-        });
+        choose(keys + from, n, m,
+               [&](int i, typename W::M each) { keys[from + i] = W::where(each, bit[(from + i) & (kBits - 1)]); });
       }
       for (int i = stretch; i < padded; ++i) keys[i] = V{};
       Word words[kLongestStretch / kBits][kLanes];

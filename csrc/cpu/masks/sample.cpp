@@ -28,7 +28,8 @@ std::vector<uint64_t> sample(const std::vector<MaskTensor>& tensors, Element com
   for (int64_t i = 0; i < count; first += tensor->numel, ++tensor) {
     with_elements(tensor->element, common, [&]<Element kFrom, Element kTo>() {
       for (; i < count; ++i) {
-        const int64_t index = i * stretch + static_cast<int64_t>(scaled(static_cast<uint64_t>(i), static_cast<uint64_t>(stretch)));
+        const int64_t index =
+            i * stretch + static_cast<int64_t>(scaled(static_cast<uint64_t>(i), static_cast<uint64_t>(stretch)));
         if (index >= first + tensor->numel) return;
         const auto bits = word_at<WordOf<kFrom>>(tensor->input, index - first);
         keys[static_cast<size_t>(i)] = widen_key<kFrom, kTo>(magnitude_key<kFrom>(bits));
@@ -60,9 +61,8 @@ Band likely_band(const std::vector<MaskTensor>& tensors, Element common, int64_t
     before += bins[--last];
     if (before <= upper) skipped = before, first = last;
   }
-  const auto end = std::partition(keys.begin(), keys.end(), [&](uint64_t key) {
-    return key >> shift >= last && key >> shift < first;
-  });
+  const auto end =
+      std::partition(keys.begin(), keys.end(), [&](uint64_t key) { return key >> shift >= last && key >> shift < first; });
   const auto at = [&](int64_t place) {
     const auto position = keys.begin() + (place - skipped);
     std::nth_element(keys.begin(), position, end, std::greater<>());

@@ -42,8 +42,7 @@ COREAI_HD PhiloxLanes product(PhiloxLanes a, PhiloxLanes b) {
 template <int first>
 COREAI_HD PhiloxLanes interleaved(PhiloxLanes a, PhiloxLanes b) {
 #if defined(__AVX512F__)
-  return __builtin_shufflevector(a, b, first, first + 8, first + 1, first + 9, first + 2, first + 10, first + 3,
-                                 first + 11);
+  return __builtin_shufflevector(a, b, first, first + 8, first + 1, first + 9, first + 2, first + 10, first + 3, first + 11);
 #elif defined(__AVX2__)
   return __builtin_shufflevector(a, b, first, first + 4, first + 1, first + 5);
 #else
@@ -108,9 +107,7 @@ COREAI_HD Logistic logistic_terms(F s, const int32_t* words) {
 }
 
 // 1 where a > b, else 0.
-COREAI_HD F kept(const Logistic& l) {
-  return Simd::select(Simd::greater(l.a, l.b), Simd::set(1.0f), Simd::set(0.0f));
-}
+COREAI_HD F kept(const Logistic& l) { return Simd::select(Simd::greater(l.a, l.b), Simd::set(1.0f), Simd::set(0.0f)); }
 
 template <class T>
 COREAI_HD void sampled_mask_some(const SampledMask& job, int64_t at, int n, const int32_t* words) {

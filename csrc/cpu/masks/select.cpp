@@ -22,7 +22,7 @@
 namespace coreai::cpu {
 namespace {
 
-constexpr int64_t kPiece = 1 << 17;      // elements of a piece: what a thread takes at a time
+constexpr int64_t kPiece = 1 << 17;       // elements of a piece: what a thread takes at a time
 constexpr int64_t kWithoutSample = 8192;  // elements that need none
 constexpr int kBins = 2048;
 
@@ -125,7 +125,12 @@ class Selection {
              p.length,
              narrow_key(element, common_, band.low),
              narrow_key_down(element, common_, band.high),
-             nullptr, nullptr, 0, 0, 0, 0};
+             nullptr,
+             nullptr,
+             0,
+             0,
+             0,
+             0};
         for (int64_t capacity = p.length / 16 + 256; s.done < p.length && room.load() >= 0; capacity *= 2) {
           grow(p, capacity, sizeof(Word));
           const int64_t before = s.count;

@@ -111,8 +111,7 @@ void topk_split(TopkSplit& job) {
 }
 
 int64_t topk_write(Element element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties) {
-  return with_element(element,
-                      [&]<Element kElement>() { return topk_write<kElement>(x, mask, n, threshold, ties); });
+  return with_element(element, [&]<Element kElement>() { return topk_write<kElement>(x, mask, n, threshold, ties); });
 }
 
 }  // namespace

@@ -68,8 +68,7 @@ struct Pair {
   static COREAI_HD Pair load(const BFloat16* x) {
     I words;
     __builtin_memcpy(&words, x, sizeof(words));
-    return {Simd::iand(Simd::template shl<16>(words), Simd::iset(0x7fffffff)),
-            Simd::iand(words, Simd::iset(0x7fff0000))};
+    return {Simd::iand(Simd::template shl<16>(words), Simd::iset(0x7fffffff)), Simd::iand(words, Simd::iset(0x7fff0000))};
   }
   // The first and the second half, and zeros from the n-th on.
   template <class T>

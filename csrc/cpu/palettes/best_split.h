@@ -16,8 +16,8 @@ COREAI_HD Doubles load_doubles(const double* p) {
   return result;
 }
 
-inline int64_t best_split(const double* gain, const double* sums, const double* masses, double sum, double mass,
-                          int64_t low, int64_t high, double* best) {
+inline int64_t best_split(const double* gain, const double* sums, const double* masses, double sum, double mass, int64_t low,
+                          int64_t high, double* best) {
   double most = -__builtin_inf();
   int64_t chosen = low, m = low;
   if (high - low >= 4 * kDoubles) {

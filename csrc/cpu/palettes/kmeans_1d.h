@@ -31,7 +31,7 @@ struct Samples {
   const void* values;
   const float* weights;  // null: all 1
   int64_t count;
-  bool rounds;    // to multiples of 1 / power
+  bool rounds;  // to multiples of 1 / power
   float power;
 };
 

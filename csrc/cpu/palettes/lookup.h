@@ -124,8 +124,7 @@ void sum_stretch(const T* grad, const uint8_t* indices, int64_t count, int64_t c
 
 // A few elements.
 template <class T>
-void sum_briefly(const T* grad, const uint8_t* indices, int64_t count, int64_t clusters, double* sums,
-                 int64_t stride) {
+void sum_briefly(const T* grad, const uint8_t* indices, int64_t count, int64_t clusters, double* sums, int64_t stride) {
   for (int64_t start = 0; start < count; start += kWidth) {
     const int size = static_cast<int>(min<int64_t>(kWidth, count - start));
     float values[kWidth];

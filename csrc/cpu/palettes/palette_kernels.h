@@ -67,17 +67,17 @@ struct Soft {
   PaletteLayout layout;
   int64_t clusters;
   Element element;
-  float sharpness;          // 1 / temperature
+  float sharpness;  // 1 / temperature
   const void* weight;
-  const float* centroids;   // (blocks, clusters, dim)
-  const void* grad;         // like the weight
-  const float* rates;       // (blocks, clusters, dim)
-  const float* offsets;     // (blocks, clusters)
-  void* output;             // like the weight
-  double* sums;             // (blocks, clusters, dim)
-  double* masses;           // (blocks, clusters)
-  float* scratch;           // soft_scratch() of them
-  int64_t first, last;      // indices to look at
+  const float* centroids;  // (blocks, clusters, dim)
+  const void* grad;        // like the weight
+  const float* rates;      // (blocks, clusters, dim)
+  const float* offsets;    // (blocks, clusters)
+  void* output;            // like the weight
+  double* sums;            // (blocks, clusters, dim)
+  double* masses;          // (blocks, clusters)
+  float* scratch;          // soft_scratch() of them
+  int64_t first, last;     // indices to look at
 };
 
 constexpr int64_t kMaxLanes = 16;
@@ -87,8 +87,8 @@ constexpr int64_t soft_scratch(int64_t clusters, int64_t dim) {
 
 struct PaletteKernels {
   // The first m in [low, high] with the greatest gain[m] + (sum - sums[m])^2 / (mass - masses[m]), and that gain.
-  int64_t (*best_split)(const double* gain, const double* sums, const double* masses, double sum, double mass,
-                        int64_t low, int64_t high, double* best);
+  int64_t (*best_split)(const double* gain, const double* sums, const double* masses, double sum, double mass, int64_t low,
+                        int64_t high, double* best);
   void (*lookup)(const Lookup&);
   void (*palettize)(const Palettize&);
   void (*soft)(SoftStep, const Soft&);

@@ -75,16 +75,15 @@ COREAI_HD I nearest_of(const T* x, int lanes, int64_t dim, int64_t row, const fl
     }
     const F less = Simd::min(distance, least);
     const M same = Simd::equal(less, least);
-    chosen = Simd::as_int(
-        Simd::select(same, Simd::as_float(chosen), Simd::as_float(Simd::iset(static_cast<int32_t>(j)))));
+    chosen = Simd::as_int(Simd::select(same, Simd::as_float(chosen), Simd::as_float(Simd::iset(static_cast<int32_t>(j)))));
     least = less;
   }
   return chosen;
 }
 
 template <class T>
-inline void nearest_vectors(const T* x, int64_t count, const PaletteLayout& layout, const float* table,
-                            int64_t clusters, uint8_t* out) {
+inline void nearest_vectors(const T* x, int64_t count, const PaletteLayout& layout, const float* table, int64_t clusters,
+                            uint8_t* out) {
   for (int64_t i = 0; i < count; i += kWidth) {
     const int lanes = static_cast<int>(min<int64_t>(kWidth, count - i));
     I chosen;
@@ -113,8 +112,8 @@ inline void palettize(const Palettize& job) {
       const int64_t grain = max<int64_t>(kAlignment, 4 * kParallelElements / (layout.dim * job.clusters));
       parallel_for(layout.geometry->numel, kAlignment, grain, [&](int64_t begin, int64_t end) {
         over_stretches(layout, begin, end, [&](int64_t position, int64_t count, int64_t block) {
-          nearest_vectors(weight + entry_of(layout, position), count, layout,
-                          job.table + block * job.clusters * layout.dim, job.clusters, job.indices + position);
+          nearest_vectors(weight + entry_of(layout, position), count, layout, job.table + block * job.clusters * layout.dim,
+                          job.clusters, job.indices + position);
         });
       });
       return;
@@ -123,8 +122,8 @@ inline void palettize(const Palettize& job) {
       using Kind = decltype(kind);
       parallel_for(layout.geometry->numel, kAlignment, kParallelElements, [&](int64_t begin, int64_t end) {
         over_stretches(layout, begin, end, [&](int64_t position, int64_t count, int64_t block) {
-          nearest_scalars<Kind>(weight + position, count, job.table + block * Kind::kRoom,
-                                job.order + block * Kind::kRoom, job.indices + position);
+          nearest_scalars<Kind>(weight + position, count, job.table + block * Kind::kRoom, job.order + block * Kind::kRoom,
+                                job.indices + position);
         });
       });
     });

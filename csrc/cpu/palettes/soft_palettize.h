@@ -1,4 +1,5 @@
-// Differentiable k-means: the attention of vectors over the centroids of their block, never stored. See kernels/coreai_kernels/reference/soft_palettize.py for the formulas.
+// Differentiable k-means: the attention of vectors over the centroids of their block, never stored. See
+// kernels/coreai_kernels/reference/soft_palettize.py for the formulas.
 #pragma once
 
 #include "cpu/simd_table.h"
@@ -35,10 +36,19 @@ class SoftStretch {
 
  public:
   SoftStretch(const Soft& job, int64_t position, int64_t block)
-      : job_(job), dim_(kScalar ? 1 : job.layout.dim), clusters_(job.clusters), row_(job.layout.row),
-        at_(entry_of(job.layout, position)), first_(block * job.clusters),
-        table_(job.centroids + first_ * dim_), x_(job.scratch), g_(x_ + kWidth * dim_), y_(g_ + kWidth * dim_),
-        a_(y_ + kWidth * dim_), mass_(a_ + kWidth * clusters_), sums_(mass_ + kWidth * clusters_) {}
+      : job_(job),
+        dim_(kScalar ? 1 : job.layout.dim),
+        clusters_(job.clusters),
+        row_(job.layout.row),
+        at_(entry_of(job.layout, position)),
+        first_(block * job.clusters),
+        table_(job.centroids + first_ * dim_),
+        x_(job.scratch),
+        g_(x_ + kWidth * dim_),
+        y_(g_ + kWidth * dim_),
+        a_(y_ + kWidth * dim_),
+        mass_(a_ + kWidth * clusters_),
+        sums_(mass_ + kWidth * clusters_) {}
 
   void run(int64_t count) {
     if (kSums) clear();

@@ -63,8 +63,8 @@ Costs add_run(const Grid& grid, const Costs& before, int64_t first, bool may_be_
     double most = -std::numeric_limits<double>::infinity();
     int64_t split = middle;
     if (range.least < middle) {
-      split = best_split(gain.data(), grid.values.data(), grid.masses.data(), grid.values[i], grid.masses[i],
-                         range.least, std::min(range.most, middle - 1), &most);
+      split = best_split(gain.data(), grid.values.data(), grid.masses.data(), grid.values[i], grid.masses[i], range.least,
+                         std::min(range.most, middle - 1), &most);
     }
     if (may_be_empty && range.most >= middle && gain[i] > most) most = gain[i], split = middle;
     after[i] = grid.squares[i] - most;

@@ -95,8 +95,7 @@ struct BlockParams {
     if (division != Division::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
   }
   COREAI_HD Params<Simd> operator[](int i) const {
-    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]),
-            Simd::set(reciprocal[i])};
+    return {Simd::set(scale[i]), Simd::set(low[i]), Simd::set(high[i]), Simd::set(offset[i]), Simd::set(reciprocal[i])};
   }
   COREAI_HD PackedBf16Params packed_bf16(int i) const {
     return {{Simd::set(reciprocal[i]), Simd::set(above[i]), Simd::set(factor[i]), Simd::set(addend[i])},
@@ -126,9 +125,8 @@ COREAI_HD Params<Simd> params_of_block(const Affine& a, int64_t block) {
 template <class = void>
 COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
   const F zero_point = a.zero_point ? Simd::to_float(Simd::load(a.zero_point + block)) : Simd::set(a.constant);
-  return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point),
-          Simd::sub(Simd::set(a.high), zero_point), a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f),
-          Simd::set(0.0f)};
+  return {Simd::load(a.scale + block), Simd::sub(Simd::set(a.low), zero_point), Simd::sub(Simd::set(a.high), zero_point),
+          a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f), Simd::set(0.0f)};
 }
 
 // Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
@@ -144,8 +142,8 @@ COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t 
   }
   for (int i = n; i < kWidth; ++i) scale[i] = 1.0f, zero_point[i] = offset[i] = 0.0f;
   const F zero = Simd::load(zero_point);
-  return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero),
-          Simd::load(offset), Simd::set(0.0f)};
+  return {Simd::load(scale), Simd::sub(Simd::set(a.low), zero), Simd::sub(Simd::set(a.high), zero), Simd::load(offset),
+          Simd::set(0.0f)};
 }
 
 // Parameters of kWidth neighbouring blocks, one a lane, and the quickest division by their scales.

@@ -80,9 +80,7 @@ struct WordExtremes {
   V low = W::set(kWithZero ? INT16_MIN : INT16_MAX), high = W::set(kWithZero ? 0 : INT16_MIN);
 
   // Elements to keys, and back.
-  static COREAI_HD V keys(V words) {
-    return kWithZero ? words : words ^ ((words >> 15) & W::set(INT16_MAX));
-  }
+  static COREAI_HD V keys(V words) { return kWithZero ? words : words ^ ((words >> 15) & W::set(INT16_MAX)); }
   static COREAI_HD V lower(V a, V b) { return kWithZero ? W::max_unsigned(a, b) : W::min(a, b); }
   COREAI_HD void take(const T* x) { take({keys(W::load(x)), keys(W::load(x))}); }
   COREAI_HD void take(const WordExtremes& other) {

@@ -7,8 +7,7 @@ namespace coreai::cpu::COREAI_ISA {
 namespace {
 
 template <class Bits, class K, class T>
-COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
-                                   typename Bits::Cursor& cursor) {
+COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p, typename Bits::Cursor& cursor) {
   M inside;
   const F q = quantize_lanes<Simd, K>(Simd::load(x), p, inside);
   Simd::store(y, dequantize_lanes<Simd, K>(q, p));
@@ -16,8 +15,7 @@ COREAI_HD void fake_quantize_lanes(const T* x, T* y, const Params<Simd>& p,
 }
 
 template <class Bits, class K, class T>
-COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
-                                  typename Bits::Cursor& cursor) {
+COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p, typename Bits::Cursor& cursor) {
   M inside[2];
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
@@ -27,8 +25,7 @@ COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p,
 }
 
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_some(const T* x, T* y, int n, const Params<Simd>& p,
-                                  Bits& bits) {
+COREAI_HD void fake_quantize_some(const T* x, T* y, int n, const Params<Simd>& p, Bits& bits) {
   M inside;
   const F q = quantize_lanes<Simd, K>(Simd::load_n(x, n), p, inside);
   Simd::store_n(y, dequantize_lanes<Simd, K>(q, p), n);
@@ -88,8 +85,7 @@ COREAI_HD void fake_quantize_pairs(const T* x, T* y, int blocks, const BlockPara
 }
 
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
-                                       Bits& bits) {
+COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
   if (run == 2 * kWidth && bits.aligned()) return fake_quantize_pairs<K>(x, y, blocks, params, bits);
   for (int i = 0; i < blocks; ++i, x += run, y += run) {
     if constexpr (K::kIsPackedBf16) {
@@ -116,8 +112,8 @@ COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, c
 
 // Elements [column, column + n) of a row whose first block is `base`.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, int64_t base, int64_t run,
-                                 const Affine& a, Bits& bits) {
+COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, int64_t base, int64_t run, const Affine& a,
+                                 Bits& bits) {
   if (run >= kWidth) {
     BlockParams params;
     while (n > 0) {
@@ -200,9 +196,8 @@ void fake_quantize_as(const FakeQuantize& job, int64_t recent) {
 void fake_quantize(const FakeQuantize& job, int64_t recent_bytes) {
   with_type(job.element, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
-      fake_quantize_as<decltype(kind), T>(job, recent_bytes / static_cast<int64_t>(sizeof(T)));
-    });
+    with_kind(job.affine.format, job.affine.offset != nullptr,
+              [&](auto kind) { fake_quantize_as<decltype(kind), T>(job, recent_bytes / static_cast<int64_t>(sizeof(T))); });
   });
 }
 

@@ -87,9 +87,9 @@ COREAI_HD void learned_lanes(const LearnableRange& job, int64_t at, int64_t bloc
   const F low = job.low ? Simd::load_n(job.low + block, n) : Simd::set(0.0f);
   // Lanes beyond the end divide by one rather than by zero.
   const F range = Simd::select(Simd::first(n), Simd::load_n(job.range + block, n), Simd::set(1.0f));
-  const LearnedTerms t = learned_terms(Simd::load_n(static_cast<const T*>(job.input) + at, n),
-                                       Simd::load_n(static_cast<const T*>(job.grad) + at, n),
-                                       learned_range(job, low, range));
+  const LearnedTerms t =
+      learned_terms(Simd::load_n(static_cast<const T*>(job.input) + at, n),
+                    Simd::load_n(static_cast<const T*>(job.grad) + at, n), learned_range(job, low, range));
   Simd::store_n(static_cast<T*>(job.output) + at, t.to_input, n);
   float to_low[kWidth], to_range[kWidth];
   Simd::store(to_low, t.to_low);
@@ -136,7 +136,7 @@ void learnable_range(const LearnableRange& job) {
     }
     const int64_t per_column = g.numel / g.columns;
     parallel_for(g.columns, kWidth, max<int64_t>(kWidth, kParallelElements / per_column),
-          [&](int64_t begin, int64_t end) { learned_columns<T>(job, begin, end); });
+                 [&](int64_t begin, int64_t end) { learned_columns<T>(job, begin, end); });
   });
 }
 

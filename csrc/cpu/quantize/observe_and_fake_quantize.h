@@ -94,13 +94,13 @@ void observe_and_quantize_rows(const Observe& job) {
   while (unit * run % 8 != 0) unit *= 2;
   const int64_t grain = max<int64_t>(1, kParallelElements / run);
   parallel_for(quantize.geometry->columns, max<int64_t>(unit, run < kAlignment ? kWidth : 1), grain,
-        [&](int64_t begin, int64_t end) {
-          if (quantize.mask) {
-            observe_and_quantize_blocks<K, T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8));
-          } else {
-            observe_and_quantize_blocks<K, T>(job, begin, end, NoBits());
-          }
-        });
+               [&](int64_t begin, int64_t end) {
+                 if (quantize.mask) {
+                   observe_and_quantize_blocks<K, T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8));
+                 } else {
+                   observe_and_quantize_blocks<K, T>(job, begin, end, NoBits());
+                 }
+               });
 }
 
 void observe_and_fake_quantize(const Observe& job) {

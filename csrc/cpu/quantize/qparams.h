@@ -85,7 +85,8 @@ COREAI_HD Range update_lanes(const UpdateRule& rule, Element element, Range batc
 template <class = void>
 COREAI_HD F power_of_two_scale(F amax, int largest_exponent) {
   const I exponent = Simd::iand(Simd::template shr<23>(Simd::as_int(amax)), Simd::iset(0xff));
-  const I biased = Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-largest_exponent))));
+  const I biased =
+      Simd::imin(Simd::iset(255), Simd::imax(Simd::iset(0), Simd::iadd(exponent, Simd::iset(-largest_exponent))));
   return Simd::max(Simd::set(ScaleFacts<ScaleFormat::kE8M0>::kSmallest), Simd::as_float(Simd::template shl<23>(biased)));
 }
 

@@ -42,8 +42,7 @@ COREAI_HD F decode_fp8(I code) {
   constexpr int kTop = kHasInfinity ? (0x7f >> kMantissaBits) << kMantissaBits : 0x7f;
   if (kHasInfinity) value = Simd::select(at_least(count, kTop), Simd::set(__builtin_inff()), value);
   value = Simd::select(at_least(count, kHasInfinity ? kTop + 1 : kTop), Simd::set(__builtin_nanf("")), value);
-  return Simd::as_float(
-      Simd::ior(Simd::as_int(value), Simd::template shl<24>(Simd::iand(code, Simd::iset(0x80)))));
+  return Simd::as_float(Simd::ior(Simd::as_int(value), Simd::template shl<24>(Simd::iand(code, Simd::iset(0x80)))));
 }
 
 // Whole numbers, of which the low byte is kept. NaN has none and becomes 0.
@@ -201,30 +200,28 @@ void quantize(const Convert& job) {
   const F low = Simd::set(job.affine.low), high = Simd::set(job.affine.high);
   with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
     using K = decltype(kind);
-    convert_elements(job, storage_of(job.element), job.storage,
-                     [&](float* values, int64_t n, int64_t column, int64_t base) {
-                       convert_row(job, values, n, column, base, [&](F x, const Params<Simd>& p) {
-                         const F q = quotient_lanes<Simd, K>(x, p);
-                         if constexpr (K::kFormat == Format::kInt) {
-                           return clamp_lanes<Simd>(Simd::add(q, zero_points(job.affine, p)), low, high);
-                         } else {
-                           return round_to_format<Simd, K::kFormat>(clamp_lanes<Simd>(q, low, high));
-                         }
-                       });
-                     });
+    convert_elements(job, storage_of(job.element), job.storage, [&](float* values, int64_t n, int64_t column, int64_t base) {
+      convert_row(job, values, n, column, base, [&](F x, const Params<Simd>& p) {
+        const F q = quotient_lanes<Simd, K>(x, p);
+        if constexpr (K::kFormat == Format::kInt) {
+          return clamp_lanes<Simd>(Simd::add(q, zero_points(job.affine, p)), low, high);
+        } else {
+          return round_to_format<Simd, K::kFormat>(clamp_lanes<Simd>(q, low, high));
+        }
+      });
+    });
   });
 }
 
 void dequantize(const Convert& job) {
   with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
     using K = decltype(kind);
-    convert_elements(job, job.storage, storage_of(job.element),
-                     [&](float* values, int64_t n, int64_t column, int64_t base) {
-                       convert_row(job, values, n, column, base, [&](F q, const Params<Simd>& p) {
-                         const F moved = K::kFormat == Format::kInt ? Simd::sub(q, zero_points(job.affine, p)) : q;
-                         return dequantize_lanes<Simd, K>(moved, p);
-                       });
-                     });
+    convert_elements(job, job.storage, storage_of(job.element), [&](float* values, int64_t n, int64_t column, int64_t base) {
+      convert_row(job, values, n, column, base, [&](F q, const Params<Simd>& p) {
+        const F moved = K::kFormat == Format::kInt ? Simd::sub(q, zero_points(job.affine, p)) : q;
+        return dequantize_lanes<Simd, K>(moved, p);
+      });
+    });
   });
 }
 
