@@ -16,6 +16,7 @@ FAST_TESTS := $(addprefix tests/kernels/test_,backends.py operators.py straight_
 	$(addprefix tests/coreai_opt/,test_fake_quantize.py test_fast_path.py test_spec.py test_import.py) \
 	$(addprefix tests/coreai_opt/,quantizer pruning/test_prune_simulator.py palettization/test_fake_palettize.py)
 ORACLE := .oracle/.coreai-opt-0.4.0
+FORMATTED := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/emulation/*.h tests/kernels/emulation/*.cpp)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/formats.py
 
 # The pinned versions hold for everything that pip installs below, build tools included.
@@ -29,7 +30,7 @@ help:
 	@echo 'make test       all tests          PYTEST_FLAGS="-k name" selects'
 	@echo 'make test-fast  the part of them for every few minutes'
 	@echo 'make test-without-native   the tests that an installation without a compiler has to pass'
-	@echo 'make lint       ruff and mypy'
+	@echo 'make lint       ruff, mypy and clang-format'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
 	@echo 'make build      set up .venv and build the native extension in place'
@@ -66,6 +67,7 @@ test-without-native: $(SETUP)
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check -q .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 bench: $(NATIVE)
