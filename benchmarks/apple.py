@@ -1,4 +1,7 @@
-"""Apple's package as a contender, in a process of its own: both packages own the import name."""
+"""Apple's package as a contender, in a process of its own: both packages own the import name.
+
+By itself, and with the plugin that puts the engine under it.
+"""
 
 import json
 import os
@@ -10,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import coreai_kernels
 from benchmarks.cases import Case
 
 __all__ = ["Apple", "AppleError"]
@@ -24,20 +28,26 @@ class AppleError(RuntimeError):
 class Apple:
     """A running worker. Close it, or use it as a context manager.
 
+    Args:
+        folder: where the package is.
+        accelerated: with the plugin.
+
     Raises:
         FileNotFoundError: there is no package in ``folder``.
         AppleError: from any method, if the package fails; the text holds its traceback.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, accelerated: bool = False) -> None:
         if not (folder / "coreai_opt").is_dir():
             raise FileNotFoundError(
                 f"no package coreai_opt in {folder}. To fix: "
                 f"pip install --no-deps --target {folder} coreai-opt==0.4.0"
             )
+        # The engine that this process runs on, and the plugin's source beside it if it is not installed.
+        engine = [str(Path(str(coreai_kernels.__file__)).parents[1]), str(_ROOT / "kernels")]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed in close())
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", str(folder.resolve())],
+            [sys.executable, "-m", "benchmarks.worker", str(folder.resolve()), *(engine * accelerated)],
             cwd=_ROOT,
             env=os.environ | {"PYTHONPATH": str(_ROOT)},
             stdin=subprocess.PIPE,

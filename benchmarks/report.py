@@ -18,7 +18,7 @@ from benchmarks.harness import COPY, MULTIPLY, NATIVE, Result
 __all__ = ["SCHEMA", "Report", "print_comparison", "print_report"]
 
 SCHEMA = 1
-_RIVALS = ("reference", "torch", "compile", "apple", "nncf", "singly", "one tensor", MULTIPLY)
+_RIVALS = ("reference", "torch", "compile", "apple", "plugin", "nncf", "singly", "one tensor", MULTIPLY)
 _STYLES = {"yes": "green", "on average": "yellow", "no": "bold red"}
 _CHANGE_WORTH_A_ROW = 1.1
 _LEGEND = """\

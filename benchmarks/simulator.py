@@ -17,7 +17,9 @@ from benchmarks.ops.operators import MASK_BYTES, REFERENCE_UP_TO
 from benchmarks.simulation import FORWARD, TRAINING, Simulation
 from coreai_kernels import use_backend
 
-__all__ = ["Suite", "add_apple"]
+__all__ = ["PLUGIN", "Suite", "add_apple"]
+
+PLUGIN = "plugin"
 
 _FULL = [
     *((fmt, granularity) for fmt in INT_FORMATS for granularity in GRANULARITIES),
@@ -32,9 +34,10 @@ _CHECKED_UP_TO = 1024
 
 @dataclass(frozen=True)
 class Suite:
-    """The simulator's cases, with Apple's package among the contenders if there is one."""
+    """The simulator's cases, with Apple's package among the contenders if there is one, and the plugin."""
 
     apple: Apple | None
+    plugin: Apple | None = None
 
     def cases(self, sweep: Sweep) -> Iterator[Case]:
         weights = sweep.select(_FULL, _QUICK)
@@ -57,6 +60,8 @@ class Suite:
             _add_torch(bench, case)
         if self.apple is not None:
             add_apple(bench, case, self.apple, fingerprint)
+        if self.plugin is not None:
+            add_apple(bench, case, self.plugin, fingerprint, PLUGIN)
         return bench
 
 
@@ -69,17 +74,23 @@ class _InWorker:
         return self.apple.sample(self.phase, calls, untimed_call=untimed_call)
 
 
-def add_apple(bench: Bench, case: Case, apple: Apple, fingerprint: str) -> None:
+def add_apple(bench: Bench, case: Case, apple: Apple, fingerprint: str, name: str = "apple") -> None:
     """Let Apple's package join, with a note if its results have another fingerprint."""
     try:
         its_fingerprint = apple.prepare(case, with_digest=bool(fingerprint))
     except AppleError as error:
-        bench.notes.append(f"apple: {str(error).splitlines()[-1]}")
+        bench.notes.append(f"{name}: {str(error).splitlines()[-1]}")
         return
     if its_fingerprint != fingerprint:
-        bench.notes.append("apple: output or gradient differ from ours")
-    bench.contenders["apple"] = _InWorker(apple, case.phase)
-    bench.release = apple.release
+        bench.notes.append(f"{name}: output or gradient differ from ours")
+    bench.contenders[name] = _InWorker(apple, case.phase)
+    others = bench.release
+
+    def release() -> None:
+        others()
+        apple.release()
+
+    bench.release = release
 
 
 def _product(case: Case) -> Contender:

@@ -107,17 +107,21 @@ def run(options: Options) -> Report:
     settle_allocator()
     results: list[Result] = []
     footprints: list[dict[str, Any]] = []
-    apple = Apple(options.apple) if options.apple is not None else None
+    apple = plugin = None
     try:
+        if options.apple is not None:
+            apple = Apple(options.apple)
+            plugin = Apple(options.apple, accelerated=True) if SIMULATOR in options.operations else None
         if SIMULATOR in options.operations:
-            results += _run_operations({SIMULATOR: simulator.Suite(apple)}, options, warm=False)
+            results += _run_operations({SIMULATOR: simulator.Suite(apple, plugin)}, options, warm=False)
         if PRUNING in options.operations:
             results += _run_operations({PRUNING: pruning_suite.Suite(apple)}, options, warm=False)
         if MEMORY in options.operations:
             footprints = [_footprint(case, apple) for case in memory.CASES]
     finally:
-        if apple is not None:
-            apple.close()
+        for worker in (apple, plugin):
+            if worker is not None:
+                worker.close()
     kernels = {name: operation for name, operation in _KERNELS.items() if name in options.operations}
     if kernels:
         results += _run_operations(kernels, options, warm=keep_freed_memory())

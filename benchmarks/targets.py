@@ -27,6 +27,10 @@ def _share_of_floor(result: Result) -> float:
     return result.share_of_floor
 
 
+def _share_of_the_plugin(result: Result) -> float:
+    return 1 / result.ratio("plugin")
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound for the geometric mean of a group of cases, and one for each of them.
@@ -95,6 +99,13 @@ def _targets() -> Iterator[Target]:
     for op in KERNELS:
         name = f"share of the floor: {op}, from 1024²"
         yield Target(name, 0.7, 0.7, _kernel(op), _share_of_floor, scales=False, unit="%")
+    yield Target(
+        "the drop-in / the plugin, simulators",
+        *(1 / 1.1, 1 / 1.25),
+        lambda result: result.case.op == "simulator",
+        _share_of_the_plugin,
+        scales=False,
+    )
     yield Target("unstructured masks, from 1024²", 25, 12, _masks(("tensor",)))
     yield Target("masks of channels, from 1024²", 3, 3, _masks(("channel 0", "channel 1")))
     for op, share in (("topk_mask", 0.4), ("nm_mask", 0.5)):

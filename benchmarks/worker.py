@@ -1,5 +1,6 @@
-"""The process that runs Apple's package: ``python -m benchmarks.worker FOLDER``.
+"""The process that runs Apple's package: ``python -m benchmarks.worker FOLDER [ENGINE ...]``.
 
+With folders of the engine's packages the plugin puts it under Apple's.
 Reads requests from standard input and answers on standard output, one JSON object a line.
 """
 
@@ -65,16 +66,20 @@ class Worker:
         return memory.of_simulation(Simulation(Case(**case)))
 
 
-def main(folder: str) -> None:
+def main(folder: str, *engine: str) -> None:
     """Serve until standard input ends."""
     # Whatever the package prints must not get between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    sys.path.insert(0, folder)
+    sys.path[:0] = [folder, *engine]
     import coreai_opt
 
     if not Path(str(coreai_opt.__file__)).resolve().is_relative_to(Path(folder).resolve()):
         raise ImportError(f"coreai_opt was imported from {coreai_opt.__file__}, not from {folder}")
+    if engine:
+        import coreai_accelerate
+
+        coreai_accelerate.activate()
     settle_allocator()
     worker = Worker()
     for line in sys.stdin:
@@ -87,4 +92,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

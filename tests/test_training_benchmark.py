@@ -10,7 +10,15 @@ from rich.console import Console
 
 from benchmarks.models import training
 from benchmarks.models.training_plot import save_plot
-from benchmarks.models.training_report import APPLE, OURS, Result, TrainingReport, print_report, targets
+from benchmarks.models.training_report import (
+    APPLE,
+    OURS,
+    PLUGIN,
+    Result,
+    TrainingReport,
+    print_report,
+    targets,
+)
 from benchmarks.models.training_step import CONFIGS, FLOAT, INT4, TrainingStep
 from benchmarks.models.zoo import MANY, MODELS, ONE, build
 
@@ -59,6 +67,14 @@ def test_targets():
     assert [row["reached"] for row in rows] == pytest.approx([0.2, 0.4, 4.5])
     assert [row["met"] for row in rows] == [True, True, False]
     assert rows[1]["where"] == "mlp, int4 weights"
+
+
+def test_target_of_the_plugin():
+    measured = result(0.1, 1.0)
+    measured.seconds[PLUGIN] = 1.3 * measured.seconds[OURS]
+    (row,) = [row for row in targets([measured]) if "plugin" in row["target"]]
+    assert row["reached"] == pytest.approx(1.3)
+    assert not row["met"]
 
 
 def test_an_overhead_that_cannot_be_seen_is_not_a_gain():

@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.apple import Apple
 from benchmarks.facts import machine_facts
-from benchmarks.models.training_report import APPLE, OURS, Result, TrainingReport, print_report
+from benchmarks.models.training_report import APPLE, OURS, PLUGIN, Result, TrainingReport, print_report
 from benchmarks.models.training_step import CONFIGS, FLOAT, INT4, TrainingStep
 from benchmarks.models.zoo import MANY, MODELS, ONE
 from benchmarks.timing import settle_allocator
@@ -25,7 +25,7 @@ __all__ = ["Options", "main", "run"]
 
 # The models of the comparison; the others are there for the sake of the tests.
 _MODELS = tuple(name for name in MODELS if name not in ("convolutions", "shared"))
-_WIDTH_OF_A_FILE = 140
+_WIDTH_OF_A_FILE = 180
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Options:
         rounds: turns that the contenders take.
         sample_seconds: least time of a turn.
         cpu_time: count what the process uses of the processors instead of the time that passes.
-        apple: folder with Apple's package, or None.
+        apple: folder with Apple's package, which runs by itself and with the plugin; or None.
         command: what the user typed.
     """
 
@@ -58,24 +58,27 @@ def run(options: Options) -> TrainingReport:
     start = time.perf_counter()
     threads_before = torch.get_num_threads()
     settle_allocator()
-    apple = Apple(options.apple) if options.apple is not None else None
+    workers: dict[str, Apple] = {}
     results = []
     try:
+        if options.apple is not None:
+            workers[APPLE] = Apple(options.apple)
+            workers[PLUGIN] = Apple(options.apple, accelerated=True)
         cases = [(model, threads) for threads in options.threads for model in options.models]
         with tqdm(cases, unit="model", disable=None) as progress:
             for model, threads in progress:
                 progress.set_description(f"{model}, {threads} thread(s)")
                 torch.set_num_threads(threads)
-                results += _measure(model, threads, options, apple)
+                results += _measure(model, threads, options, workers)
     finally:
         torch.set_num_threads(threads_before)
-        if apple is not None:
-            apple.close()
+        for worker in workers.values():
+            worker.close()
     machine = machine_facts() | {"clock": "processors" if options.cpu_time else "elapsed"}
     return TrainingReport(machine, options.command, time.perf_counter() - start, results)
 
 
-def _measure(model: str, threads: int, options: Options, apple: Apple | None) -> list[Result]:
+def _measure(model: str, threads: int, options: Options, workers: dict[str, Apple]) -> list[Result]:
     # Of the layers that are compared by their number, the weights matter.
     wanted = [config for config in options.configs if config == INT4 or model not in (MANY, ONE)]
     configs = (FLOAT, *wanted)
@@ -86,11 +89,11 @@ def _measure(model: str, threads: int, options: Options, apple: Apple | None) ->
         for config, step in steps.items()
     }
     same = dict.fromkeys(configs, True)
-    if apple is not None:
+    for package, worker in workers.items():
         for config in configs:
-            prepared = apple.prepare_training(model, config, threads)
-            same[config] = prepared["digest"] == digests[config]
-            samplers[APPLE, config] = lambda calls, config=config: apple.sample_training(  # type: ignore[misc]
+            prepared = worker.prepare_training(model, config, threads)
+            same[config] &= prepared["digest"] == digests[config]
+            samplers[package, config] = lambda calls, worker=worker, config=config: worker.sample_training(  # type: ignore[misc]
                 config, calls, options.cpu_time
             )
     calls = {who: _calls(sampler, options.sample_seconds) for who, sampler in samplers.items()}
@@ -98,8 +101,8 @@ def _measure(model: str, threads: int, options: Options, apple: Apple | None) ->
     for _ in range(options.rounds):
         for who, sampler in samplers.items():
             times[who].append(sampler(calls[who]))
-    if apple is not None:
-        apple.release()
+    for worker in workers.values():
+        worker.release()
     whose = tuple(dict.fromkeys(package for package, _ in samplers))
     return [
         Result(
@@ -110,7 +113,7 @@ def _measure(model: str, threads: int, options: Options, apple: Apple | None) ->
             float_seconds={package: statistics.median(times[package, FLOAT]) for package in whose},
             seconds={package: statistics.median(times[package, config]) for package in whose},
             overhead={package: _overhead(times[package, config], times[package, FLOAT]) for package in whose},
-            same_losses=same[config] if apple is not None else None,
+            same_losses=same[config] if workers else None,
         )
         for config in wanted
     ]

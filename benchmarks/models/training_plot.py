@@ -3,12 +3,13 @@
 import math
 from pathlib import Path
 
-from benchmarks.models.training_report import APPLE, OURS, TrainingReport
+from benchmarks.models.training_report import APPLE, OURS, PLUGIN, TrainingReport
 
 __all__ = ["save_plot"]
 
-_COLOURS = {OURS: "#0b6e99", APPLE: "#e08a1e"}
-_LABELS = {OURS: "ours", APPLE: "Apple's coreai-opt 0.4.0"}
+_COLOURS = {OURS: "#0b6e99", PLUGIN: "#6fb3c9", APPLE: "#e08a1e"}
+_LABELS = {OURS: "ours", PLUGIN: "Apple's with the engine under it", APPLE: "Apple's coreai-opt 0.4.0"}
+_WIDTH = 0.27
 
 
 def save_plot(report: TrainingReport, path: Path) -> None:
@@ -30,14 +31,14 @@ def save_plot(report: TrainingReport, path: Path) -> None:
     )
     for axis, (threads, config) in zip(axes.flat, panels, strict=True):
         results = [r for r in report.results if (r.threads, r.config) == (threads, config)]
-        for shift, package in ((-0.2, OURS), (0.2, APPLE)):
+        for place, package in enumerate((OURS, PLUGIN, APPLE), -1):
             heights = [result.slowdown(package) for result in results]
             if all(map(math.isnan, heights)):
                 continue
             bars = axis.bar(
-                [index + shift for index in range(len(results))],
+                [index + place * _WIDTH for index in range(len(results))],
                 heights,
-                0.38,
+                0.95 * _WIDTH,
                 color=_COLOURS[package],
                 label=_LABELS[package],
             )
