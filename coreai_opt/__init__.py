@@ -45,13 +45,21 @@ _SUBPACKAGES = (
     "search",
 )
 
-# Functions of coreai_opt.one_call.
-_ONE_CALLS = ("palettize", "prune", "quantize")
+# Functions, and the modules that have them.
+_FUNCTIONS = {
+    "load_checkpoint": "checkpoint",
+    "palettize": "one_call",
+    "prune": "one_call",
+    "quantize": "one_call",
+    "save_checkpoint": "checkpoint",
+}
 
 _environment.warn_of_name_clash()
 
 
 if TYPE_CHECKING:
+    from coreai_opt.checkpoint import load_checkpoint as load_checkpoint
+    from coreai_opt.checkpoint import save_checkpoint as save_checkpoint
     from coreai_opt.one_call import palettize as palettize
     from coreai_opt.one_call import prune as prune
     from coreai_opt.one_call import quantize as quantize
@@ -65,14 +73,15 @@ def __getattr__(name: str) -> ModuleType | Callable[..., Any] | str:
         return _environment.own_version()
     if name in _SUBPACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name in _ONE_CALLS:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.one_call"), name)
+    if name in _FUNCTIONS:
+        module = importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}")
+        function: Callable[..., Any] = getattr(module, name)
         return function
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBPACKAGES, *_ONE_CALLS, "__fused_version__"})
+    return sorted({*globals(), *_SUBPACKAGES, *_FUNCTIONS, "__fused_version__"})
 
 
 # The last statement: plugins find everything public in place.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Arguments", "Inputs", "keywords_added", "read_inputs"]
+__all__ = ["Arguments", "Inputs", "arguments_of", "keywords_added", "read_inputs"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_inputs(model: nn.Module, data: Any, input_fn: Callable[[Any], Any] | No
         raise TypeError(f"input_fn must be a function of a batch; got {type(input_fn).__name__}")
     if isinstance(data, Tensor | tuple | Mapping):
         found = data if input_fn is None else input_fn(data)
-        return Inputs(_bound(model, found, "inputs"), None, 1)
+        return Inputs(arguments_of(model, found, "inputs"), None, 1)
     if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise TypeError(
             f"inputs must be a tensor, a tuple of positional arguments, a mapping of keyword arguments, or "
@@ -94,14 +94,14 @@ def keywords_added(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None
 
 def _of_batch(model: nn.Module, batch: Any, input_fn: Callable[[Any], Any] | None) -> Arguments:
     if input_fn is not None:
-        return _bound(model, input_fn(batch), "what input_fn returns")
+        return arguments_of(model, input_fn(batch), "what input_fn returns")
     if isinstance(batch, tuple | list):
         if not batch:
             raise ValueError("inputs: a batch is empty")
         if isinstance(batch[0], tuple | Mapping):
-            return _bound(model, batch[0], "the first of a batch")
-        return _bound(model, tuple(batch[: max(1, _required(model))]), "a batch")
-    return _bound(model, batch, "a batch")
+            return arguments_of(model, batch[0], "the first of a batch")
+        return arguments_of(model, tuple(batch[: max(1, _required(model))]), "a batch")
+    return arguments_of(model, batch, "a batch")
 
 
 def _required(model: nn.Module) -> int:
@@ -111,8 +111,17 @@ def _required(model: nn.Module) -> int:
     return sum(each.kind in positional and each.default is each.empty for each in parameters)
 
 
-def _bound(model: nn.Module, given: Any, what: str) -> Arguments:
-    """Arguments, as far as they can be by position."""
+def arguments_of(model: nn.Module, given: Any, what: str) -> Arguments:
+    """Arguments of ``model``, as far as they can be by position, on the device of its first parameter.
+
+    Args:
+        model: has a ``forward`` with a signature.
+        given: a tensor, a tuple of positional arguments, or a mapping of keyword ones.
+        what: what it is, for errors.
+
+    Raises:
+        TypeError: it is none of these, or ``forward`` does not take it.
+    """
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     if isinstance(given, Tensor):

@@ -4,10 +4,17 @@ import importlib.metadata
 import logging
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["own_version", "quiet_torchao_import", "warn_of_name_clash"]
+__all__ = [
+    "check_state_version",
+    "own_version",
+    "quiet_torchao_import",
+    "state_versions",
+    "warn_of_name_clash",
+]
 
 _OTHER_DISTRIBUTION = "coreai-opt"
 _OWN_DISTRIBUTION = "coreai-opt-fused"
@@ -19,6 +26,31 @@ def own_version() -> str:
         return importlib.metadata.version(_OWN_DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return "0+unknown"
+
+
+# The form of what compressors and checkpoints save. A later form that this one cannot read counts one more.
+_STATE = 1
+
+
+def state_versions() -> dict[str, Any]:
+    """What a saved state was made with: its form, this package, torch."""
+    return {"state": _STATE, "coreai_opt_fused": own_version(), "torch": importlib.metadata.version("torch")}
+
+
+def check_state_version(versions: Any, what: str) -> None:
+    """ValueError unless this package reads the form of state that ``versions`` tell; none are the first's.
+
+    Args:
+        versions: of :func:`state_versions`.
+        what: where they were found, for the error.
+    """
+    state = versions.get("state", _STATE) if isinstance(versions, Mapping) else versions
+    if not isinstance(state, int) or not 1 <= state <= _STATE:
+        made_by = versions.get("coreai_opt_fused") if isinstance(versions, Mapping) else None
+        raise ValueError(
+            f"{what} has the form {state!r}, made by version {made_by} of coreai-opt-fused. This is version "
+            f"{own_version()}, which reads form {_STATE}: install a later one"
+        )
 
 
 def warn_of_name_clash() -> None:

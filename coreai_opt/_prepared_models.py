@@ -1,4 +1,4 @@
-"""What a prepared model carries: that it is, by which compressors, and how many steps they have done.
+"""What a prepared model carries: that it is, by which compressors, how, and how many steps they have done.
 
 The mark is a buffer that no ``state_dict`` holds. Steps are in the metadata that torch keeps beside a model's
 ``state_dict`` (``torch.save`` writes it, too), where a strict load by other packages does not mind them.
@@ -8,6 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,24 +20,45 @@ from coreai_opt.config.spec import CompressionSimulatorBase
 __all__ = [
     "MARKS",
     "PREPARED_MARK",
+    "Preparation",
     "count_step",
     "is_prepared",
     "load_prepared",
+    "load_simulators",
     "mark_finalized",
     "mark_prepared",
     "marks_of",
+    "preparations_of",
     "set_steps",
     "steps_of",
+    "with_all_names",
 ]
 
 # The buffer that says so.
 PREPARED_MARK = "_coreai_opt_prepared"
 # The attribute with the steps of each compressor that has prepared the model: {kind: steps}.
 _STEPS = "_coreai_opt_steps"
+# The attribute with what each of them was given: {kind: Preparation}.
+_PREPARATIONS = "_coreai_opt_preparations"
 # What a prepared model has and others have not.
-MARKS = (PREPARED_MARK, _STEPS)
+MARKS = (PREPARED_MARK, _STEPS, _PREPARATIONS)
 # The steps' key in the metadata of a state_dict.
 _METADATA = "coreai_opt_steps"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What a compressor was given, so that the same can be done to another model.
+
+    Attributes:
+        config: its configuration, a copy.
+        inputs: the example inputs' :func:`~coreai_opt._input_outlines.outline_of`.
+        options: other arguments, by name.
+    """
+
+    config: Any
+    inputs: Any
+    options: dict[str, Any]
 
 
 def is_prepared(model: nn.Module, kind: CompressionType | None = None) -> bool:
@@ -47,7 +69,10 @@ def is_prepared(model: nn.Module, kind: CompressionType | None = None) -> bool:
 
 
 def mark_prepared(
-    model: nn.Module, kind: CompressionType, state_dict: Mapping[str, Any] | None = None
+    model: nn.Module,
+    kind: CompressionType,
+    preparation: Preparation,
+    state_dict: Mapping[str, Any] | None = None,
 ) -> None:
     """Say that a compressor of this kind has prepared the model. Steps are those of ``state_dict``, or 0."""
     if getattr(model, PREPARED_MARK, None) is None:
@@ -55,17 +80,25 @@ def mark_prepared(
         device = next((tensor.device for tensor in model.parameters()), None)
         model.register_buffer(PREPARED_MARK, torch.tensor(True, device=device), persistent=False)
         setattr(model, _STEPS, {})
+    if not hasattr(model, _PREPARATIONS):
+        setattr(model, _PREPARATIONS, {})
     if _save_steps not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(_save_steps)
         model.register_load_state_dict_pre_hook(_load_steps)
     getattr(model, _STEPS)[str(kind)] = 0
+    getattr(model, _PREPARATIONS)[str(kind)] = preparation
     if state_dict is not None:
         _load_steps(model, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
 
 
 def marks_of(kind: CompressionType) -> dict[str, Any]:
     """The marks as plain attributes, for modules whose copies keep no buffers."""
-    return {PREPARED_MARK: True, _STEPS: {str(kind): 0}}
+    return {PREPARED_MARK: True, _STEPS: {str(kind): 0}, _PREPARATIONS: {}}
+
+
+def preparations_of(model: nn.Module) -> dict[CompressionType, Preparation]:
+    """What the compressors that have prepared the model were given, in their order."""
+    return {CompressionType(kind): each for kind, each in getattr(model, _PREPARATIONS, {}).items()}
 
 
 def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
@@ -74,10 +107,13 @@ def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
         return
     steps = getattr(model, _STEPS)
     steps.pop(str(kind), None)
+    # Pickles of early versions have none.
+    getattr(model, _PREPARATIONS, {}).pop(str(kind), None)
     if steps:
         return
-    delattr(model, PREPARED_MARK)
-    delattr(model, _STEPS)
+    for mark in MARKS:
+        if hasattr(model, mark):
+            delattr(model, mark)
     for hooks, function in (
         (model._state_dict_hooks, _save_steps),
         (model._load_state_dict_pre_hooks, _load_steps),
@@ -135,13 +171,13 @@ def load_prepared(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a mapping of names to tensors; got {type(state_dict).__name__}")
-    state_dict = _with_all_names(model, state_dict)
+    state_dict = with_all_names(model, state_dict)
     with _without_values(_own_tensors(model)):
         _load(model, state_dict, uninitialized)
     _load(model, state_dict, uninitialized)
 
 
-def _with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_all_names(model: nn.Module, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """``state_dict`` with all the names of the model's shared tensors and simulators of which it has one."""
     missing: dict[str, Any] = {}
     for names in _names_by_identity(model.state_dict(keep_vars=True).items()):
@@ -189,6 +225,25 @@ def _load(
             f"state_dict fits the model, but has no compression state for {', '.join(names)}: it was saved "
             f"before these were prepared"
         )
+
+
+def load_simulators(
+    model: nn.Module, state_dict: Mapping[str, Any], kind: type[CompressionSimulatorBase]
+) -> None:
+    """Load the states of the simulators of class ``kind`` alone: other compressors are yet to come.
+
+    Raises:
+        RuntimeError: names or shapes of one do not fit.
+    """
+    state_dict = with_all_names(model, state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, kind):
+            own = {
+                key.removeprefix(f"{name}."): value
+                for key, value in state_dict.items()
+                if key.startswith(f"{name}.")
+            }
+            module.load_state_dict(own, strict=True)
 
 
 # A module's table of parameters or buffers, and a name in it.

@@ -16,7 +16,7 @@ from coreai_opt._utils.config_utils import did_you_mean, is_type_named, original
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase, CompressionTargetTensor
 
-__all__ = ["CompressionSummary", "TensorSummary", "summary_of", "warn_of_unmatched"]
+__all__ = ["CompressionSummary", "TensorSummary", "parameters_of", "summary_of", "warn_of_unmatched"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def summary_of(model: nn.Module, kind: type[CompressionSimulatorBase], compresso
     tensors: dict[int, TensorSummary] = {}
     in_graph = _simulators_in_graph(model, kind) if isinstance(model, GraphModule) else {}
     of_parameters = set(in_graph.values())
-    for name, tensor, chain in _parameters(model):
+    for name, tensor, chain in parameters_of(model):
         simulator = next((each for each in chain if isinstance(each, kind)), in_graph.get(id(tensor)))
         if simulator is not None:
             of_parameters.add(simulator)
@@ -123,7 +123,7 @@ def summary_of(model: nn.Module, kind: type[CompressionSimulatorBase], compresso
     return CompressionSummary(compressor, tuple(tensors.values()), len(simulators - of_parameters))
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[nn.Module, ...]]]:
+def parameters_of(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[nn.Module, ...]]]:
     """The parameters of the model itself, with their parametrizations."""
     own: set[nn.Module] = set()
     for name, module in model.named_modules():

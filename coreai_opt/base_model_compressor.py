@@ -4,15 +4,20 @@ import logging
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_opt import _prepared_models
+from coreai_opt._call_inputs import Arguments, arguments_of, keywords_added
+from coreai_opt._environment import check_state_version, state_versions
+from coreai_opt._input_outlines import outline_of
 from coreai_opt._restoring import training_flags
 from coreai_opt._state_tensors import (
     StateTarget,
+    check_example_inputs,
     configured_targets,
     put_on_places,
     record_state_uses,
@@ -65,6 +70,9 @@ class _BaseModelCompressor(ABC):
         # In graph mode, what is prepared is another.
         self._original = model
         self._config: Any = config
+        # Whether another compressor prepares the model after this one, with a state that is for both.
+        self._is_followed = False
+        self._outline: dict[str, Any] | None = None
 
     @classmethod
     def supported_modules(cls) -> tuple[type[nn.Module], ...]:
@@ -72,12 +80,35 @@ class _BaseModelCompressor(ABC):
         return cls._supported_modules
 
     @abstractmethod
-    def prepare(self, example_inputs: tuple[Any, ...]) -> nn.Module:
+    def prepare(self, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> nn.Module:
         """Insert simulators into the model, and return it.
 
         Args:
-            example_inputs: positional arguments for one forward.
+            example_inputs: positional arguments for one forward; or a mapping of keyword arguments.
         """
+
+    @contextmanager
+    def _given(self, example_inputs: Any) -> Iterator[Any]:
+        """A context in which the model gets what cannot be given by position; yields what can.
+
+        Args:
+            example_inputs: as for :meth:`prepare`; or arguments that were read already.
+
+        Raises:
+            TypeError: ``forward`` does not take the keywords.
+        """
+        if isinstance(example_inputs, Mapping):
+            example_inputs = arguments_of(self._model, example_inputs, "example_inputs")
+        if not isinstance(example_inputs, Arguments):
+            check_example_inputs(example_inputs)
+            example_inputs = Arguments(example_inputs, {})
+        self._outline = outline_of(example_inputs)
+        with keywords_added(self._model, example_inputs.kwargs):
+            yield example_inputs.args
+
+    def _preparation_options(self) -> dict[str, Any]:
+        """Arguments beside the configuration and the inputs, that the same preparation needs again."""
+        return {}
 
     @abstractmethod
     def finalize(
@@ -107,9 +138,13 @@ class _BaseModelCompressor(ABC):
         """What this compressor needs besides the model's own ``state_dict`` to go on: plain data.
 
         Returns:
-            ``{"step_count": steps done, "config": the configuration}``.
+            ``{"step_count": steps done, "config": the configuration, "versions": what it was made with}``.
         """
-        return {"step_count": self._step_count, "config": self._plain_config()}
+        return {
+            "step_count": self._step_count,
+            "config": self._plain_config(),
+            "versions": state_versions(),
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from the step of :meth:`state_dict`.
@@ -118,8 +153,9 @@ class _BaseModelCompressor(ABC):
 
         Raises:
             RuntimeError: the model is not prepared.
-            ValueError: there is no step, or one that is no number of steps.
+            ValueError: there is no step, or one that is no number of steps; or a later version made it.
         """
+        check_state_version(state_dict.get("versions", {}), "state_dict")
         self._require_prepared(self._stepping_model, "load_state_dict")
         steps = state_dict.get("step_count")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
@@ -173,6 +209,9 @@ class _BaseModelCompressor(ABC):
                 parameters and buffers are as before then; its simulators are to be removed.
             TypeError: ``state_dict`` is no mapping.
         """
+        if self._is_followed:
+            _prepared_models.load_simulators(model, state_dict, self._simulator_class)
+            return
         _prepared_models.load_prepared(model, state_dict, self._uninitialized_compression_modules)
 
     def _mark_prepared(self, model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> None:
@@ -180,7 +219,10 @@ class _BaseModelCompressor(ABC):
 
         To be called at the end of every prepare. The log tells what is compressed.
         """
-        _prepared_models.mark_prepared(model, self._kind, state_dict)
+        preparation = _prepared_models.Preparation(
+            self._config.model_copy(deep=True), self._outline, self._preparation_options()
+        )
+        _prepared_models.mark_prepared(model, self._kind, preparation, state_dict)
         warn_of_unmatched(self._original, self._config, self._known_op_types())
         summary = self._summary_of(model)
         if summary.is_empty:

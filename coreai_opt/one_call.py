@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from coreai_opt import _left_out
-from coreai_opt._call_inputs import Inputs, keywords_added, read_inputs
+from coreai_opt._call_inputs import Inputs, read_inputs
 from coreai_opt._utils.config_utils import did_you_mean
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.common import ExportBackend
@@ -137,13 +137,7 @@ def quantize(
     _apply_filter(model, config, filter_fn)
     quantizer = Quantizer(model, config)
     found = read_inputs(model, inputs, input_fn)
-    if found.example.kwargs and config.execution_mode is ExecutionMode.GRAPH:
-        raise ValueError(
-            f"graph mode exports positional inputs, and forward takes {', '.join(found.example.kwargs)} by "
-            f"keyword only: use execution_mode='eager'"
-        )
-    with keywords_added(model, found.example.kwargs):
-        prepared = quantizer.prepare(found.example.args, dynamic_shapes)
+    prepared = quantizer.prepare(found.example, dynamic_shapes)  # type: ignore[arg-type]
     if found.batches is not None and quantizer.summary().activations:
         _calibrate(quantizer, prepared, found, num_batches)
     return _finished(prepared, quantizer, finalize)
@@ -355,8 +349,7 @@ def _of_weights(
     model: nn.Module, compressor: _C, inputs: Any, input_fn: Callable[[Any], Any] | None, finalize: Any
 ) -> Compressed[_C]:
     found = read_inputs(model, inputs, input_fn)
-    with keywords_added(model, found.example.kwargs):
-        prepared = compressor.prepare(found.example.args)
+    prepared = compressor.prepare(found.example)  # type: ignore[arg-type]
     return _finished(prepared, compressor, finalize)
 
 

@@ -22,7 +22,7 @@ from coreai_opt.quantization._export_checks import check_observed
 from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["CONFIG_KEY", "METHOD", "save_checkpoint", "stored_state"]
+__all__ = ["CONFIG_KEY", "METHOD", "save_checkpoint", "stored_state", "without_ties"]
 
 CONFIG_KEY = "quantization_config"
 """Where the configuration is: in ``config.json`` of a folder, and in the header of a single file."""
@@ -89,7 +89,7 @@ def stored_state(model: nn.Module, ignore: Iterable[str] = ()) -> tuple[dict[str
         groups.setdefault(json.dumps(group, sort_keys=True), {**group, "targets": []})["targets"].append(
             place.module_name
         )
-    return _without_ties(state), _configuration(list(groups.values()))
+    return without_ties(state), _configuration(list(groups.values()))
 
 
 def _evaluated(module: nn.Module, attribute: str) -> Tensor:
@@ -158,7 +158,7 @@ def _inputs(
     return found
 
 
-def _without_ties(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_ties(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Shared tensors once, under their first names, as safetensors wants it."""
     seen: set[tuple[Any, ...]] = set()
     result = {}

@@ -87,12 +87,16 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         super().__init__(model, config)
 
     def prepare(
-        self, example_inputs: tuple[Any, ...], *, state_dict: Mapping[str, Any] | None = None
+        self,
+        example_inputs: tuple[Any, ...] | Mapping[str, Any],
+        *,
+        state_dict: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """Put masks on the weights that the model uses, at the sparsity of step 0. Returns the model.
 
         Args:
-            example_inputs: positional arguments for one forward, which leaves no trace in the model.
+            example_inputs: positional arguments for one forward, which leaves no trace in the model; or a
+                mapping of keyword arguments.
             state_dict: the state of a model that was prepared with the same configuration. It is loaded
                 strictly, and no mask is computed.
 
@@ -100,7 +104,8 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             RuntimeError: the model is prepared already; by a Quantizer, too, which comes after the pruner.
                 Or ``state_dict`` does not fit the prepared model, or lacks masks.
             ValueError: a scheme does not fit a weight.
-            TypeError: ``example_inputs`` is no tuple. After any error the model is as it was.
+            TypeError: ``example_inputs`` is neither a tuple nor a mapping. After any error the model is as it
+                was.
         """
         self._require_unprepared()
         if _prepared_models.is_prepared(self._model):
@@ -108,7 +113,8 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
                 "prepare: the model is prepared by another compressor already. Pruning comes first: "
                 "prepare the model with MagnitudePruner, then with the Quantizer or the palettizer"
             )
-        built = [(target, self._build(target)) for target in self._find_targets(example_inputs)]
+        with self._given(example_inputs) as args:
+            built = [(target, self._build(target)) for target in self._find_targets(args)]
         if state_dict is None:
             self._refresh([(simulator, target.tensor) for target, simulator in built])
         check = self._model.register_load_state_dict_post_hook(_check_steps)

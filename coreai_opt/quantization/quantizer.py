@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from coreai_opt import _prepared_models
 from coreai_opt._restoring import undone_on_failure
-from coreai_opt._state_tensors import check_example_inputs
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES, OPERATIONS
@@ -57,6 +57,8 @@ class Quantizer(_BaseQuantizer):
         self._strict_upstream = strict_upstream
         # In graph mode: schedules by the names of the modules of the model that was exported.
         self._module_schedules: dict[str, QATSchedule] = {}
+        # In graph mode: arguments of prepare.
+        self._options: dict[str, Any] = {}
         eager = self._config.execution_mode is ExecutionMode.EAGER
         if eager and self._config.preserved_attributes is not None:
             warnings.warn("preserved_attributes has no effect in eager mode", UserWarning, stacklevel=2)
@@ -67,7 +69,7 @@ class Quantizer(_BaseQuantizer):
 
     def prepare(
         self,
-        example_inputs: tuple[Any, ...],
+        example_inputs: tuple[Any, ...] | Mapping[str, Any],
         dynamic_shapes: Any = None,
         export_with_no_grad: bool = True,
         *,
@@ -80,7 +82,7 @@ class Quantizer(_BaseQuantizer):
         before.
 
         Args:
-            example_inputs: the model's positional arguments.
+            example_inputs: the model's positional arguments; or a mapping of keyword arguments.
             dynamic_shapes: for :func:`torch.export.export`; no effect in eager mode, where all shapes are
                 dynamic.
             export_with_no_grad: export under :class:`torch.no_grad`; no effect in eager mode.
@@ -89,49 +91,74 @@ class Quantizer(_BaseQuantizer):
 
         Raises:
             NotImplementedError: the configuration names tensors of operations by other than positions.
-            TypeError: ``example_inputs`` is no tuple.
+            TypeError: ``example_inputs`` is neither a tuple nor a mapping.
             RuntimeError: the model is prepared already; parameters are on the meta device; ``state_dict``
                 does not fit the prepared model, or lacks the state of some simulator; in graph mode also:
-                torch cannot export the model.
+                torch cannot export the model, or another compressor has prepared it.
             ValueError: a granularity leaves its axis open where there is no default; in graph mode also:
-                there are no inputs, or a cache is configured that the model does not have.
+                there are no inputs, one can be given by keyword only, or a cache is configured that the
+                model does not have.
         """
         in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
         self._require_unprepared()
-        check_example_inputs(example_inputs)
         _refuse_meta(self._model)
         if in_graph_mode:
-            if not isinstance(example_inputs, tuple):
-                raise TypeError(
-                    f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
-                    f"got {type(example_inputs).__name__}"
-                )
-            if len(example_inputs) == 0:
-                raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
-            schedules = self._schedules_by_module()
-            self._model = graph_preparation.prepare(
-                self._model,
-                self._config,
-                example_inputs,
-                dynamic_shapes,
-                export_with_no_grad,
-                state_dict,
-                strict_upstream=self._strict_upstream,
-            )
-            self._module_schedules = schedules
-            self._mark_prepared(self._model, state_dict)
-            return self._model
+            return self._prepare_graph(example_inputs, dynamic_shapes, export_with_no_grad, state_dict)
         if dynamic_shapes is not None:
             warnings.warn("dynamic_shapes has no effect in eager mode", UserWarning, stacklevel=2)
         if not export_with_no_grad:
             warnings.warn("export_with_no_grad has no effect in eager mode", UserWarning, stacklevel=2)
-        with undone_on_failure(self._model):
-            preparation.prepare(self._model, self._config, example_inputs)
+        with self._given(example_inputs) as args, undone_on_failure(self._model):
+            preparation.prepare(self._model, self._config, args)
             if state_dict is not None:
                 self._load_prepared_state_dict(self._model, state_dict)
                 preparation.set_flags(simulators_of(self._model), observe=False, simulate=True)
         self._mark_prepared(self._model, state_dict)
         return self._model
+
+    def _prepare_graph(
+        self,
+        example_inputs: Any,
+        dynamic_shapes: Any,
+        export_with_no_grad: bool,
+        state_dict: Mapping[str, Any] | None,
+    ) -> nn.Module:
+        others = ", ".join(_prepared_models.preparations_of(self._model))
+        if others:
+            raise RuntimeError(
+                f"prepare: the model is prepared for {others} already, and graph mode would quantize what "
+                f"simulates that. Finalize it first, with backend='torch'; or use execution_mode='eager'"
+            )
+        with self._given(example_inputs) as args:
+            if not isinstance(args, tuple):
+                raise TypeError(
+                    f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
+                    f"got {type(args).__name__}"
+                )
+            if keywords := (self._outline or {})["kwargs"]["dict"]:
+                raise ValueError(
+                    f"graph mode exports positional inputs, and forward takes {', '.join(keywords)} by "
+                    f"keyword only: use execution_mode='eager'"
+                )
+            if len(args) == 0:
+                raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
+            schedules = self._schedules_by_module()
+            self._model = graph_preparation.prepare(
+                self._model,
+                self._config,
+                args,
+                dynamic_shapes,
+                export_with_no_grad,
+                state_dict,
+                strict_upstream=self._strict_upstream,
+            )
+        self._module_schedules = schedules
+        self._options = {"dynamic_shapes": dynamic_shapes, "export_with_no_grad": export_with_no_grad}
+        self._mark_prepared(self._model, state_dict)
+        return self._model
+
+    def _preparation_options(self) -> dict[str, Any]:
+        return {**self._options, "strict_upstream": self._strict_upstream} if self._options else {}
 
     def finalize(
         self,

@@ -60,7 +60,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
 
     def prepare(
         self,
-        example_inputs: tuple[Any, ...],
+        example_inputs: tuple[Any, ...] | Mapping[str, Any],
         sensitivity_path: str | Path | None = None,
         num_workers: int = 1,
         state_dict: Mapping[str, Any] | None = None,
@@ -70,7 +70,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         Weights that their specification does not fit are left as they are, with a warning in the log.
 
         Args:
-            example_inputs: positional arguments for one forward, which shows what reads which weight.
+            example_inputs: positional arguments for one forward, which shows what reads which weight; or a
+                mapping of keyword arguments.
             sensitivity_path: a file of sensitivities, as :meth:`save_sensitivities` writes it.
             num_workers: how many weights are clustered at a time.
             state_dict: the state of a model that was prepared with the same configuration. It is loaded
@@ -97,7 +98,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         if state_dict is not None and not isinstance(state_dict, Mapping):
             raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
         sensitivities = None if sensitivity_path is None else load_sensitivities(sensitivity_path)
-        planned = plan(self._model, self._config, example_inputs, state_dict)
+        with self._given(example_inputs) as args:
+            planned = plan(self._model, self._config, args, state_dict)
         if sensitivities is not None:
             for each in planned:
                 shape = each.target.tensor.shape

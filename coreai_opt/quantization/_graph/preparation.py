@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from coreai_opt._prepared_models import marks_of
+from coreai_opt._prepared_models import marks_of, with_all_names
 from coreai_opt._utils.config_utils import canonical_names
 from coreai_opt.common import CompressionType
 from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
@@ -174,6 +174,7 @@ def _drop_disabled(prepared: GraphModule) -> None:
 
 
 def _load(prepared: GraphModule, state_dict: Mapping[str, Tensor]) -> None:
+    state_dict = with_all_names(prepared, state_dict)
     own = prepared.state_dict()
     problems = [f"missing key {key!r}" for key in own if key not in state_dict]
     problems += [f"unexpected key {key!r}" for key in state_dict if key not in own]
