@@ -7,7 +7,7 @@ from torch import nn
 from coreai_opt.palettization.spec import PerGroupedChannelGranularity
 from coreai_opt.pruning.spec import BlockStructured, ChannelStructured, NMStructured
 from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
-from tests.coreai_opt.export import core_ai
+from tests.coreai_opt.export import core_ai, models
 from tests.coreai_opt.export.models import cnn, example, mlp, output, palettizer, pruner, quantizer
 
 pytest.importorskip("coreai_torch", reason="needs the extra coreai")
@@ -214,36 +214,40 @@ def test_pruning_then_activations(tmp_path):
     check(quantizer(model, None, {}), model, {**SPARSE, "quantize": 4, "dequantize": 4}, [], tmp_path)
 
 
-def test_half_precision(tmp_path):
+HALF = {
+    "int8": lambda model: quantizer(model, {"granularity": CHANNELS}),
+    "int4 in blocks": lambda model: quantizer(model, {"dtype": "int4", "granularity": BLOCKS_8}),
+    "float8": lambda model: quantizer(model, {"dtype": "float8_e4m3fn"}),
+    "float4": lambda model: quantizer(model, {"dtype": "float4_e2m1fn", "granularity": BLOCKS_32}),
+    "palette": lambda model: palettizer(model, n_bits=4),
+    "scale of channels": lambda model: palettizer(model, n_bits=4, enable_per_channel_scale=True),
+    "pruned": lambda model: pruner(model),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", HALF)
+def test_half_precision(case, tmp_path, monkeypatch):
+    """Compression adds nothing to what Core AI's products in half precision differ by.
+
+    The program computes bit for bit what one with the same weights uncompressed does. Both differ from torch,
+    whose products are summed in float32, by how Core AI sums 64 and 32 products in half precision: three
+    units of 2**-11 on outputs up to 1, as the uncompressed model without any quantization does.
+    """
     model = mlp().half()
-    with torch.no_grad():
-        expected = model(*(each.half() for each in example(model)))
-    made = quantizer_of_half(model)
+    inputs = tuple(each.half() for each in example(model))
+    monkeypatch.setattr(models, "example", lambda _: inputs)
+    made = HALF[case](model)
+    expected = model.eval()(*inputs)
     finalized = made.finalize()
-    program = core_ai.convert(finalized, tuple(each.half() for each in example(model)))
-    types = core_ai.constants(program)
-    assert {"32x64xsi8", "32x1xf16"} <= set(types)
-    computed = core_ai.run(program, tuple(each.half() for each in example(model)), tmp_path)
-    with torch.no_grad():
-        in_torch = finalized(*(each.half() for each in example(model)))
-    # Outputs up to 1, sums of products in half precision: two units in the last place.
-    assert (computed - in_torch).abs().max() <= 2e-3
-    assert (computed - expected).abs().max() <= 2e-2
-
-
-def quantizer_of_half(model):
-    from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
-
-    spec = QuantizationSpec(granularity=CHANNELS)
-    config = QuantizerConfig(
-        global_config=ModuleQuantizerConfig(
-            op_state_spec={"weight": spec}, op_input_spec=None, op_output_spec=None
-        ),
-        execution_mode="eager",
-    )
-    made = Quantizer(model, config)
-    made.prepare(tuple(each.half() for each in example(model)))
-    return made
+    dense = mlp().half()
+    for position in (0, 2):
+        dense[position].weight.copy_(finalized[position].weight)
+    computed = core_ai.run(core_ai.convert(finalized, inputs), inputs, tmp_path)
+    uncompressed = core_ai.run(core_ai.convert(dense, inputs), inputs, tmp_path)
+    assert torch.equal(computed, uncompressed)
+    assert (dense(*inputs) - expected).abs().max() <= 2**-11
+    assert (computed - expected).abs().max() <= 3 * 2**-11
 
 
 class Tied(nn.Module):
