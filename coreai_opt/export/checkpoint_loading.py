@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_opt.export.checkpoints import CONFIG_KEY, METHOD
-from coreai_opt.export.compressed_tensors import decoded, parameters_of
+from coreai_opt.export.compressed_tensors import NVFP4, decoded, parameters_of
 from coreai_opt.export.parametrized import places_of
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizerConfig
 from coreai_opt.quantization.config import ExecutionMode
@@ -63,7 +63,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> QuantizerConfig:
     _load(model, {**state, **_dense(layers)})
     return QuantizerConfig(
         global_config=None,
-        module_name_configs={name: _module_config(layer.group) for name, layer in layers.items()},
+        module_name_configs={name: _module_config(layer) for name, layer in layers.items()},
         execution_mode=ExecutionMode.EAGER,
     )
 
@@ -225,22 +225,27 @@ def _load(model: nn.Module, state: dict[str, Tensor]) -> None:
             own[name].copy_(tensor)
 
 
-def _module_config(group: Mapping[str, Any]) -> ModuleQuantizerConfig:
+def _module_config(layer: _Layer) -> ModuleQuantizerConfig:
+    group = layer.group
     activations = group.get("input_activations")
     inputs: dict[str | int, QuantizationSpec | None] | None = None
     if activations and not activations.get("dynamic"):
-        inputs = {0: _spec(activations)}
+        inputs = {0: _spec(activations, layer.format)}
     return ModuleQuantizerConfig(
-        op_state_spec={"weight": _spec(group["weights"])}, op_input_spec=inputs, op_output_spec=None
+        op_state_spec={"weight": _spec(group["weights"], layer.format)},
+        op_input_spec=inputs,
+        op_output_spec=None,
     )
 
 
-def _spec(arguments: Mapping[str, Any]) -> QuantizationSpec:
+def _spec(arguments: Mapping[str, Any], fmt: str) -> QuantizationSpec:
     bits, strategy = int(arguments["num_bits"]), arguments.get("strategy")
     fields: dict[str, Any] = {}
     if arguments.get("type") == "float":
         fields["dtype"] = "float4_e2m1fn" if bits == 4 else "float8_e4m3fn"
-        if arguments.get("scale_dtype"):
+        if fmt == NVFP4 and bits == 4:
+            fields["scale_dtype"] = "float8_e4m3fn"
+        elif arguments.get("scale_dtype"):
             fields["scale_dtype"] = "float8_e8m0fnu"
     else:
         fields["dtype"] = f"int{bits}"

@@ -5,24 +5,24 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from coreai_opt.export.compressed_tensors import stored
 from coreai_opt.export.parametrized import Place, places_of
+from coreai_opt.export.tensor_stream import write_tensors
 from coreai_opt.quantization._export import activations_of
 from coreai_opt.quantization._export_checks import check_observed
 from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["CONFIG_KEY", "METHOD", "save_checkpoint", "stored_state", "without_ties"]
+__all__ = ["CONFIG_KEY", "METHOD", "Content", "save_checkpoint", "without_ties"]
 
 CONFIG_KEY = "quantization_config"
 """Where the configuration is: in ``config.json`` of a folder, and in the header of a single file."""
@@ -31,11 +31,14 @@ METHOD = "compressed-tensors"
 """What the configuration calls the formats."""
 _INPUT = "linear_quantize_input"
 _WEIGHTS_FILE = "model.safetensors"
+# The most bytes of a header for a tensor's entry, a layer's own group, both without names, and for the rest.
+_ENTRY, _GROUP, _HEADER = 96, 640, 512
+# The most tensors of a layer: packed, scale, zero point, shape; or scale and zero point of the inputs.
+_MOST_OF_A_LAYER = 4
 
 
-@torch.no_grad()
-def stored_state(model: nn.Module, ignore: Iterable[str] = ()) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint of the model holds, and its configuration. The model stays as it is.
+class Content:
+    """What a checkpoint of a model holds. The model stays as it is.
 
     Args:
         model: prepared by a quantizer in eager mode, or by other compressors, whose weights are stored dense.
@@ -46,50 +49,87 @@ def stored_state(model: nn.Module, ignore: Iterable[str] = ()) -> tuple[dict[str
         NotImplementedError: parameters depend on the input.
         RuntimeError: a quantizer has observed nothing.
     """
-    if isinstance(model, GraphModule):
-        raise ValueError("model must be prepared in eager mode, execution_mode='eager', to be a checkpoint")
-    ignored = set(ignore)
-    unknown = ignored - {name for name, _ in model.named_modules()}
-    if unknown:
-        raise ValueError(f"ignore: the model has no modules {sorted(unknown)}")
-    simulators = [name for name, module in model.named_modules() if isinstance(module, FakeQuantizeImplBase)]
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if ".parametrizations." not in f".{name}"
-        and not any(name.startswith(f"{each}.") for each in simulators)
-    }
-    weights = [
-        place
-        for place in places_of(model, FakeQuantizeImplBase)
-        if is_weight(place.simulator) and place.module_name not in ignored
-    ]
-    inputs = _inputs(model, weights, ignored)
-    groups: dict[str, dict[str, Any]] = {}
-    check_observed([(place.name, place.simulator) for place in weights])
-    quantized = {place.name for place in weights}
-    for module_name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            for attribute in module.parametrizations:  # type: ignore[union-attr]
-                name = f"{module_name}.{attribute}".lstrip(".")
-                if name not in quantized:
-                    state[name] = _evaluated(module, attribute)
-    for place in weights:
-        _check_place(place, weights)
-        layer = stored(affine_weight(place.simulator, place.value()), place.name, place.module_name in inputs)
-        tensors, arguments = inputs.get(place.module_name, ({}, None))
-        for key, tensor in {**layer.tensors, **tensors}.items():
-            state[f"{place.module_name}.{key}".lstrip(".")] = tensor
+
+    def __init__(self, model: nn.Module, ignore: Iterable[str] = ()) -> None:
+        if isinstance(model, GraphModule):
+            raise ValueError(
+                "model must be prepared in eager mode, execution_mode='eager', to be a checkpoint"
+            )
+        ignored = set(ignore)
+        unknown = ignored - {name for name, _ in model.named_modules()}
+        if unknown:
+            raise ValueError(f"ignore: the model has no modules {sorted(unknown)}")
+        self._model = model
+        self._weights = [
+            place
+            for place in places_of(model, FakeQuantizeImplBase)
+            if is_weight(place.simulator) and place.module_name not in ignored
+        ]
+        with torch.no_grad():
+            self._inputs = _inputs(model, self._weights, ignored)
+        check_observed([(place.name, place.simulator) for place in self._weights])
+        for place in self._weights:
+            _check_place(place, self._weights)
+        self._groups: dict[str, dict[str, Any]] = {}
+
+    def header_size(self, with_configuration: bool) -> int:
+        """Bytes that are enough for the header of a file with all tensors."""
+        places = [place.name for place in self._weights]
+        of_layers = [name for name in places for _ in range(_MOST_OF_A_LAYER)]
+        names = {*self._dense(), *_parametrized(self._model)}.difference(places)
+        size = _HEADER + sum(_ENTRY + len(json.dumps(name)) for name in (*names, *of_layers))
+        return size + with_configuration * sum(_GROUP + 2 * len(json.dumps(name)) for name in places)
+
+    @torch.no_grad()
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name. Those of a quantized layer are made when they are asked for."""
+        yield from without_ties(self._dense()).items()
+        quantized = {place.name for place in self._weights}
+        for name, (module, attribute) in _parametrized(self._model).items():
+            if name not in quantized:
+                yield name, _evaluated(module, attribute)
+        self._groups.clear()
+        for place in self._weights:
+            for key, tensor in self._layer(place).items():
+                yield f"{place.module_name}.{key}".lstrip("."), tensor
+
+    def _dense(self) -> dict[str, Tensor]:
+        simulators = [
+            name for name, module in self._model.named_modules() if isinstance(module, FakeQuantizeImplBase)
+        ]
+        return {
+            name: tensor
+            for name, tensor in self._model.state_dict().items()
+            if ".parametrizations." not in f".{name}"
+            and not any(name.startswith(f"{each}.") for each in simulators)
+        }
+
+    def _layer(self, place: Place) -> dict[str, Tensor]:
+        record = affine_weight(place.simulator, place.value(), place.name)
+        layer = stored(record, place.name, place.module_name in self._inputs)
+        tensors, arguments = self._inputs.get(place.module_name, ({}, None))
         group = {
             "weights": layer.arguments,
             "input_activations": arguments,
             "output_activations": None,
             "format": layer.format,
         }
-        groups.setdefault(json.dumps(group, sort_keys=True), {**group, "targets": []})["targets"].append(
-            place.module_name
-        )
-    return without_ties(state), _configuration(list(groups.values()))
+        key = json.dumps(group, sort_keys=True)
+        self._groups.setdefault(key, {**group, "targets": []})["targets"].append(place.module_name)
+        return {**layer.tensors, **tensors}
+
+    def configuration(self) -> dict[str, Any]:
+        """The configuration that belongs to the tensors, once all of them were asked for."""
+        return _configuration(list(self._groups.values()))
+
+
+def _parametrized(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    return {
+        f"{module_name}.{attribute}".lstrip("."): (module, attribute)
+        for module_name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for attribute in module.parametrizations  # type: ignore[union-attr]
+    }
 
 
 def _evaluated(module: nn.Module, attribute: str) -> Tensor:
@@ -188,7 +228,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, ignore: Iterable[st
 
     Quantized weights of Linear and Embedding layers are stored in the formats of the package
     compressed-tensors; all others dense, with their compressed values. The folder is there whole or not at
-    all. The model stays as it is.
+    all. The model stays as it is. Layers are compressed one after the other: beside the model, memory for one
+    is needed.
 
     Args:
         model: a model of transformers, prepared by a :class:`.Quantizer` in eager mode; or a plain one.
@@ -214,10 +255,14 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, ignore: Iterable[st
         raise FileExistsError(f"folder: {folder} has files in it")
     if not folder.parent.is_dir():
         raise FileNotFoundError(f"folder: there is no folder {folder.parent}")
-    state, quantization = stored_state(model, ignore)
+    content = Content(model, ignore)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(state, temporary / _WEIGHTS_FILE, metadata={"format": "pt"})
+        file = temporary / _WEIGHTS_FILE
+        write_tensors(
+            file, content.tensors(), {"format": "pt"}, content.header_size(with_configuration=False)
+        )
+        quantization = content.configuration()
         saved_config: Any = copy.deepcopy(config)
         if quantization["config_groups"]:
             saved_config.quantization_config = quantization

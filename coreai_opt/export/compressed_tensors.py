@@ -7,6 +7,7 @@ The weight of a layer becomes several tensors, whose names and contents follow f
 ``int-quantized``                integers, one a byte
 ``float-quantized``              float8 (e4m3)
 ``mxfp4-pack-quantized``         float4 (e2m1), two a byte; scales are exponents of two, for blocks of 32
+``nvfp4-pack-quantized``         the same; scales are e4m3 for blocks of 16, and divided by one for the tensor
 ``mxfp8-quantized``              float8 (e4m3); scales likewise
 ================================ =====================================================================
 """
@@ -18,18 +19,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_opt.export import two_level_scales
 from coreai_opt.export.records import Affine
 
-__all__ = ["FORMATS", "Stored", "decoded", "pack_words", "parameters_of", "stored", "unpack_words"]
+__all__ = ["FORMATS", "NVFP4", "Stored", "decoded", "pack_words", "parameters_of", "stored", "unpack_words"]
 
 _PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 _NAIVE = "naive-quantized"
 _MXFP4, _MXFP8 = "mxfp4-pack-quantized", "mxfp8-quantized"
-FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, _MXFP4, _MXFP8)
+NVFP4 = "nvfp4-pack-quantized"
+FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, _MXFP4, _MXFP8, NVFP4)
+_GLOBAL_SCALE = "weight_global_scale"
 # What a layer has beside its scales; elsewhere "weight".
-_NAMES = {_PACKED: ["weight_packed", "weight_shape"], _MXFP4: ["weight_packed"]}
+_NAMES = {
+    _PACKED: ["weight_packed", "weight_shape"],
+    _MXFP4: ["weight_packed"],
+    NVFP4: ["weight_packed", _GLOBAL_SCALE],
+}
 _WORD = 32
-_MX_GROUP = 32
+_MX_GROUP, _NV_GROUP = 32, 16
 _FLOAT4 = torch.float4_e2m1fn_x2
 _FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -72,7 +80,7 @@ def stored(record: Affine, name: str, with_activations: bool) -> Stored:
     shape = _logical_shape(record)
     arguments = {"num_bits": 8, "type": "float", "symmetric": True, **_strategy(record, shape, name)}
     if record.dtype == _FLOAT4:
-        return _mxfp4(record, arguments, name)
+        return _mxfp4(record, arguments, name) if record.scale_of_tensor is None else _nvfp4(record, name)
     if record.dtype.is_floating_point:
         return _float8(record, arguments, name)
     return _integers(record, arguments, with_activations, name)
@@ -107,6 +115,30 @@ def _mxfp4(record: Affine, arguments: dict[str, Any], name: str) -> Stored:
         )
     tensors = {"weight_packed": record.values, "weight_scale": record.scale.view(torch.uint8)}
     return Stored(tensors, _MXFP4, {**arguments, "num_bits": 4, "scale_dtype": "torch.uint8"})
+
+
+def _nvfp4(record: Affine, name: str) -> Stored:
+    rows, columns = _logical_shape(record)
+    if record.scale.shape != (rows, columns // _NV_GROUP) or columns % _NV_GROUP:
+        raise ValueError(
+            f"{name!r} has float4 with e4m3 scales in other blocks than groups of {_NV_GROUP} along axis 1: "
+            f"use PerBlockGranularity(axis=1, block_size={_NV_GROUP})"
+        )
+    assert record.scale_of_tensor is not None
+    tensors = {
+        "weight_packed": record.values,
+        "weight_scale": record.scale,
+        _GLOBAL_SCALE: record.scale_of_tensor,
+    }
+    arguments = {
+        "num_bits": 4,
+        "type": "float",
+        "symmetric": True,
+        "strategy": "tensor_group",
+        "group_size": _NV_GROUP,
+        "scale_dtype": "torch.float8_e4m3fn",
+    }
+    return Stored(tensors, NVFP4, arguments)
 
 
 def _float8(record: Affine, arguments: dict[str, Any], name: str) -> Stored:
@@ -218,7 +250,10 @@ def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def decoded(tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any], name: str) -> Tensor:
-    """The dense weight of a layer in a checkpoint, in the dtype of its scales (powers of two: bfloat16).
+    """The dense weight of a layer in a checkpoint, in the dtype of its scales.
+
+    Powers of two are bfloat16 here, as they are in the package. Scales of two levels are float32, where the
+    package rounds the weight to bfloat16 after.
 
     Args:
         tensors: by name within the layer.
@@ -239,7 +274,7 @@ def decoded(tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any], nam
     if fmt == _PACKED:
         columns = int(tensors["weight_shape"][1])
         values = unpack_words(tensors["weight_packed"], int(arguments["num_bits"]), columns)
-    elif fmt == _MXFP4:
+    elif fmt in (_MXFP4, NVFP4):
         values = _unpacked_float4(tensors["weight_packed"])
     else:
         values = tensors["weight"]
@@ -257,6 +292,8 @@ def parameters_of(
     scale = tensors["weight_scale"]
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu).to(torch.bfloat16)
+    if _GLOBAL_SCALE in tensors:
+        return two_level_scales.joined(scale, tensors[_GLOBAL_SCALE]), None
     zero_point = tensors.get("weight_zero_point")
     if zero_point is not None and fmt == _PACKED:
         rows = int(tensors["weight_shape"][0])

@@ -76,7 +76,9 @@ def lowered_to_onnx(model: nn.Module) -> nn.Module:
     for place in weights:
         if not isinstance(place.simulator, FakeQuantizeImplBase):
             continue  # the second owner of a tied weight
-        replace_simulator(place, OnnxWeight(affine_weight(place.simulator, place.value()), place.name))
+        replace_simulator(
+            place, OnnxWeight(affine_weight(place.simulator, place.value(), place.name), place.name)
+        )
     for module, child, name in activations:
         simulator = getattr(module, child)
         record = quantized_activation(simulator, observed_dtype(simulator, module))
@@ -95,7 +97,9 @@ def _graph_to_onnx(prepared: GraphModule) -> GraphModule:
         tensor = attribute_of(model, weight.source)
         assert isinstance(tensor, torch.Tensor)
         name = f"{weight.name.replace('.', '_')}_{weight.node.name}"
-        model.add_submodule(name, OnnxWeight(affine_weight(weight.quantizer, tensor), weight.name))
+        model.add_submodule(
+            name, OnnxWeight(affine_weight(weight.quantizer, tensor, weight.name), weight.name)
+        )
         weight.node.target = name
         weight.node.args = ()
     for node, simulator in activations:

@@ -15,12 +15,14 @@ class Affine:
     Attributes:
         values: integers one a byte, float8 values, or 4-bit floating point (e2m1) two a byte: uint8, the last
             axis halved, the first of two in the low half.
-        scale: as many values along each axis as there are blocks; the dtype of the weight, or float8_e8m0fnu.
+        scale: as many values along each axis as there are blocks; the dtype of the weight, float8_e8m0fnu, or
+            float8_e4m3fn with ``scale_of_tensor``.
         zero_point: in the dtype of ``values`` and the shape of ``scale``; None with ``minval``, or for
             floating-point values.
         minval: value of the smallest integer of ``dtype``, in the dtype and shape of ``scale``; or None.
         dtype: what the values are: torch.int4, torch.float8_e4m3fn, ...
         output_dtype: the dtype of the weight.
+        scale_of_tensor: one number, float32, by which all of ``scale`` are divided; None for 1.
     """
 
     values: Tensor
@@ -29,6 +31,7 @@ class Affine:
     minval: Tensor | None
     dtype: torch.dtype
     output_dtype: torch.dtype
+    scale_of_tensor: Tensor | None = None
 
 
 @dataclass(frozen=True)

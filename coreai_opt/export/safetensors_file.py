@@ -2,17 +2,18 @@
 
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from coreai_opt.common import ExportBackend
 from coreai_opt.export.checkpoint_loading import read_dense
-from coreai_opt.export.checkpoints import CONFIG_KEY, stored_state
+from coreai_opt.export.checkpoints import CONFIG_KEY, Content
 from coreai_opt.export.files import Job, flat_outputs
 from coreai_opt.export.lowering import finalized_for
+from coreai_opt.export.tensor_stream import write_tensors
 
 __all__ = ["check", "run", "write"]
 
@@ -28,8 +29,14 @@ def check(job: Job) -> None:
 
 def write(job: Job, path: Path) -> None:
     """Write the prepared model's tensors, and in the header the configuration."""
-    state, config = stored_state(job.model, job.options.get("ignore", ()))
-    save_file(state, path, metadata={"format": "pt", CONFIG_KEY: json.dumps(config)})
+    content = Content(job.model, job.options.get("ignore", ()))
+    metadata = {"format": "pt"}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from content.tensors()
+        metadata[CONFIG_KEY] = json.dumps(content.configuration())
+
+    write_tensors(path, tensors(), metadata, content.header_size(with_configuration=True))
 
 
 @torch.no_grad()

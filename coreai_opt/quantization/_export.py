@@ -68,7 +68,9 @@ def _to_core_ai(
     with mapped.folder(mmap_dir) as folder:
         for place in weights:
             if place.simulator not in constants:
-                constant = coreai.weight_module(affine_weight(place.simulator, place.value()), place.name)
+                constant = coreai.weight_module(
+                    affine_weight(place.simulator, place.value(), place.name), place.name
+                )
                 constants[place.simulator] = folder.moved(constant, place.name)
         pairs: dict[FakeQuantizeImplBase, nn.Module] = {}
         for module, child, _ in activations:

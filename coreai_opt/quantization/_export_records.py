@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.export import two_level_scales
 from coreai_opt.export.records import Affine, QuantizedActivation, int_min
 from coreai_opt.quantization.spec import _numbers
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -21,18 +22,22 @@ def is_weight(simulator: FakeQuantizeImplBase) -> bool:
 
 
 @torch.no_grad()
-def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor) -> Affine:
+def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor, name: str = "weight") -> Affine:
     """What a weight is quantized to.
 
     Args:
         simulator: has observed the weight.
         weight: the weight, dense.
+        name: its qualified name, for messages.
+
+    Raises:
+        ValueError: scales of two levels are not what a simulator computes.
     """
     scale, zero_point, minval = simulator.calculate_qparams()
+    if _numbers.is_float_format(simulator.dtype):
+        return _float_weight(simulator, weight, scale, name)
     scale = scale.to(weight.dtype)
     minval = None if minval is None else minval.to(weight.dtype)
-    if _numbers.is_float_format(simulator.dtype):
-        return _float_weight(simulator, weight, scale)
     uses_minval = simulator.qformulation == QuantizationFormulation.MINVAL
     values = simulator.quantize(
         weight.float(),
@@ -48,13 +53,19 @@ def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor) -> Affine:
     return Affine(values, scale, zero_point.to(values.dtype), None, simulator.dtype, weight.dtype)
 
 
-def _float_weight(simulator: FakeQuantizeImplBase, weight: Tensor, scale: Tensor) -> Affine:
+def _float_weight(simulator: FakeQuantizeImplBase, weight: Tensor, scale: Tensor, name: str) -> Affine:
+    scale_dtype = getattr(simulator.qparams_calculator, "scale_dtype", None)
+    if scale_dtype is None:
+        scale = scale.to(weight.dtype)
     values = simulator.quantize(weight.float(), scale.float(), None, None)
     if simulator.dtype == _numbers.FLOAT4:
         values = _packed_float4(values.float())
-    if getattr(simulator.qparams_calculator, "scale_dtype", None) is not None:
-        scale = scale.float().to(torch.float8_e8m0fnu)
-    return Affine(values, scale, None, None, simulator.dtype, weight.dtype)
+    of_tensor = None
+    if scale_dtype == torch.float8_e4m3fn:
+        scale, of_tensor = two_level_scales.split(scale, name)
+    elif scale_dtype is not None:
+        scale = scale.float().to(scale_dtype)
+    return Affine(values, scale, None, None, simulator.dtype, weight.dtype, of_tensor)
 
 
 def _packed_float4(values: Tensor) -> Tensor:

@@ -99,21 +99,41 @@ def test_there_and_back(case, tmp_path):
     assert (second / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("case", ["mxfp4", "mxfp8"])
-def test_powers_of_two(case, tmp_path):
+SCALED = {
+    "mxfp4": {"dtype": "float4_e2m1fn", "scale_dtype": "float8_e8m0fnu", "granularity": GROUPS},
+    "mxfp8": {"dtype": "float8_e4m3fn", "scale_dtype": "float8_e8m0fnu", "granularity": GROUPS},
+    "nvfp4": {
+        "dtype": "float4_e2m1fn",
+        "scale_dtype": "float8_e4m3fn",
+        "granularity": PerBlockGranularity(axis=1, block_size=16),
+    },
+}
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_rounded_scales(case, tmp_path):
     pytest.importorskip("compressed_tensors", reason="needs the package compressed-tensors")
     from transformers import AutoModelForCausalLM
 
-    dtypes = {"mxfp4": "float4_e2m1fn", "mxfp8": "float8_e4m3fn"}
-    model = prepared({"dtype": dtypes[case], "scale_dtype": "float8_e8m0fnu", "granularity": GROUPS})
+    model = prepared(SCALED[case])
     folder = save_checkpoint(model, tmp_path / "checkpoint")
     ours = llama(seed=1)
-    load_checkpoint(ours, folder)
-    assert torch.equal(logits(ours), logits(model))
+    config = load_checkpoint(ours, folder)
+    if case == "nvfp4":
+        torch.testing.assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-6)
+    else:
+        assert torch.equal(logits(ours), logits(model))
+    plain = {name: value.clone() for name, value in ours.state_dict().items()}
+    again = Quantizer(ours, config).prepare((IDS,))
+    load_quantization(again, folder)
+    second = save_checkpoint(again, tmp_path / "again")
+    assert (second / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    for name, value in plain.items():
+        assert torch.equal(again.get_submodule(name.rpartition(".")[0]).weight, value)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert (logits(theirs) - logits(model)).abs().max() < 0.02  # and decompresses the weights
     name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(theirs.get_parameter(name).float(), ours.get_parameter(name))
+    assert torch.equal(theirs.get_parameter(name), plain[name].bfloat16())
 
 
 def test_files_are_smaller(tmp_path):
