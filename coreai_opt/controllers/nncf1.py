@@ -28,8 +28,8 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.config import ControllerConfig
 from coreai_opt.controllers.core.copies import copy_model
 from coreai_opt.controllers.core.create import create_compressed_model, register_default_init_args
-from coreai_opt.controllers.core.export import export_onnx
 from coreai_opt.controllers.core.losses import device_of
+from coreai_opt.export.onnx_program import DEFAULT_OPSET, exported, write_program
 
 __all__ = ["CompressionAlgorithm", "CompressionLoss", "CompressionScheduler"]
 
@@ -159,7 +159,7 @@ class CompressionAlgorithm:
             raise ValueError("export_model needs an example of the input: give input_size to the constructor")
         example = torch.ones(self.input_size, device=device_of(self.model))
         lowered = self.prepare_for_export(copy_model(self.model).eval())
-        export_onnx(lowered, (example,), {}, filename)
+        write_program(exported(lowered, (example,), {}, DEFAULT_OPSET), Path(filename))
 
 
 class _ControllerLoss(CompressionLoss):

@@ -36,6 +36,8 @@ def check(job: Job) -> None:
     if unknown:
         raise ValueError(f"there are no options {unknown} for .mlpackage; there are {list(_OPTIONS)}")
     job.require_tensors()
+    if job.dynamic_shapes is not None:
+        raise ValueError("dynamic_shapes: .mlpackage has fixed shapes, those of example_inputs")
     _warn_of_small_values(job.model)
     target = _target(job, ct)
     for name, needed, what in _needs(job.model):

@@ -95,29 +95,44 @@ def size_of(path: Path) -> int:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path of the same suffix beside ``path``, which takes its place at the end of the block.
+    """A path of the same name in a folder beside ``path``, which takes its place at the end of the block.
 
-    If the block raises, nothing is left of it, and what was at ``path`` stays. A name with dots in front of
-    it, in the same folder, so that renaming is one step.
+    So do files that the block has written beside it, whose names must begin with that of ``path``. If the
+    block raises, nothing is left of it, and what was there before stays. The folder, with dots in front of
+    its name, is in the same folder as ``path``, so that renaming is one step.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        temporary = folder / path.name
-        yield temporary
-        replaced = folder / f"replaced{path.suffix}"
-        if path.exists() and (path.is_dir() or temporary.is_dir()):  # only a file is replaced in one step
-            os.replace(path, replaced)
-        try:
-            os.replace(temporary, path)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, path)
-            raise
+        new, old = folder / "written", folder / "replaced"
+        new.mkdir()
+        old.mkdir()
+        yield new / path.name
+        _put_in_place(new, old, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(new: Path, old: Path, path: Path) -> None:
+    """Move what is in the folder ``new`` to where ``path`` is, and what was there to the folder ``old``."""
+    beside = sorted(each.name for each in new.iterdir() if each.name != path.name)
+    targets = [path.parent / name for name in (*beside, path.name)]
+    try:
+        for target in targets:
+            made = new / target.name
+            is_one_step = target == path and not target.is_dir() and not made.is_dir()
+            if target.exists() and not is_one_step:
+                os.replace(target, old / target.name)
+            os.replace(made, target)
+    except BaseException:
+        for target in targets:
+            if target.exists() and not (new / target.name).exists():
+                os.replace(target, new / target.name)
+            if (old / target.name).exists():
+                os.replace(old / target.name, target)
+        raise
 
 
 def flat_outputs(result: Any) -> list[Tensor]:

@@ -7,9 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coreai_opt.controllers.core.export import DEFAULT_OPSET, export_onnx
-from coreai_opt.controllers.core.qdq import FIRST_OPSET_OF_4_BITS
 from coreai_opt.export.files import Job
+from coreai_opt.export.onnx_program import (
+    DEFAULT_OPSET,
+    FIRST_OPSET_OF_4_BITS,
+    exported,
+    require_onnx,
+    write_program,
+)
 from coreai_opt.export.parametrized import FinalizedWeight
 from coreai_opt.export.records import Affine, QuantizedActivation
 
@@ -166,13 +171,7 @@ def check(job: Job) -> None:
         ImportError: onnx, onnxscript or onnxruntime is not installed.
         ValueError: an option is unknown, or the opset has not what the model needs.
     """
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(
-                f"ONNX files need the package {package} ({error}): pip install 'coreai-opt-fused[onnx]'"
-            ) from error
+    require_onnx("onnx", "onnxscript", "onnxruntime")
     unknown = sorted(set(job.options) - set(_OPTIONS))
     if unknown or job.half:
         raise ValueError(f"there are no options {unknown + ['half'] * job.half} for .onnx; there is 'opset'")
@@ -199,14 +198,11 @@ def _opset(job: Job) -> int:
 
 def write(job: Job, path: Path) -> None:
     """Convert the model, whose quantizers are ONNX's, and write it."""
-    export_onnx(job.model, job.args, {}, path, _opset(job), job.input_names, job.output_names)
-    ir = importlib.import_module("onnx_ir")
-    model = ir.load(path)
-    _pack(model, ir)
-    # What the exporter notes for debugging has the paths of source files.
-    for node in model.graph:
-        node.metadata_props.clear()
-    ir.save(model, path)
+    program = exported(
+        job.model, job.args, {}, _opset(job), job.input_names, job.output_names, job.dynamic_shapes
+    )
+    _pack(program, importlib.import_module("onnx_ir"))
+    write_program(program, path)
 
 
 def _pack(model: Any, ir: Any) -> None:

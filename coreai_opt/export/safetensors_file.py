@@ -23,6 +23,7 @@ _OPTIONS = ("ignore",)
 def check(job: Job) -> None:
     """ValueError for unknown options."""
     unknown = sorted(set(job.options) - set(_OPTIONS)) + ["half"] * job.half
+    unknown += ["dynamic_shapes"] * (job.dynamic_shapes is not None)
     if unknown:
         raise ValueError(f"there are no options {unknown} for .safetensors; there is 'ignore'")
 

@@ -139,7 +139,7 @@ def save(
                     f"the written model computes something else: its outputs differ by {difference:.3g} from "
                     f"those of the compressed model, relative to these; tolerance={tolerance}"
                 )
-            size = size_of(temporary)
+            size = size_of(temporary.parent)
     checked = "it was run" if difference is not None else "it was not run: Core ML models run on macOS only"
     return SavedModel(path, size, difference, checked)
 

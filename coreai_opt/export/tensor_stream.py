@@ -64,7 +64,7 @@ def write_tensors(
                     f"{name!r} has the dtype {tensor.dtype}, which safetensors files do not have"
                 )
             data = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(data.view(torch.uint8).numpy()))
+            file.write(data.view(torch.uint8).numpy().data)
             begin, end = end, end + data.nbytes
             shape = list(tensor.shape)
             entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}

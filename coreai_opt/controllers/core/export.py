@@ -1,29 +1,20 @@
 """Compressed models as ONNX files."""
 
-import importlib.util
 import logging
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from coreai_opt.controllers.core.inputs import Batch
-from coreai_opt.controllers.core.qdq import FIRST_OPSET_OF_4_BITS, needs_4_bits
+from coreai_opt.controllers.core.qdq import needs_4_bits
+from coreai_opt.export.onnx_program import DEFAULT_OPSET, FIRST_OPSET_OF_4_BITS, exported, write_program
 
-__all__ = ["export_lowered_model", "export_onnx", "opset_of", "split_arguments"]
+__all__ = ["export_lowered_model", "opset_of", "split_arguments"]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_OPSET = 20
-"""Unless there are 4-bit integers.
-
-From 21 on, ONNX Runtime 1.31 fails to load signed 8-bit inputs, with three axes, of linear layers with
-biases: its optimizer makes a QuantizeLinear with a wrong ``output_dtype``, an attribute that 20 lacks.
-"""
 _OPSETS = range(18, 24)
 _OLDEST_NAMED = 10
 
@@ -100,47 +91,5 @@ def export_lowered_model(
         raise ValueError(
             f"save_format: opset {opset} has no 4-bit integers; use 'onnx_{FIRST_OPSET_OF_4_BITS}' or later"
         )
-    export_onnx(model, (*args, *extra), {**defaults, **kwargs}, save_path, opset, input_names, output_names)
-
-
-def export_onnx(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    save_path: str | Path,
-    opset: int = DEFAULT_OPSET,
-    input_names: list[str] | None = None,
-    output_names: list[str] | None = None,
-) -> None:
-    """Write a model to an ONNX file, all or nothing.
-
-    Raises:
-        ImportError: onnx or onnxscript is not installed.
-        OSError: the path cannot be written.
-    """
-    for package in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"export to ONNX needs {package}: pip install 'coreai-opt-fused[onnx]'")
-    path = Path(save_path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; save_path names a file")
-    # Written beside its place and then renamed: nobody sees half a file. This fails first if it must.
-    handle, temporary = tempfile.mkstemp(suffix=".onnx", prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        with torch.no_grad():
-            program = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs or None,
-                dynamo=True,
-                opset_version=opset,
-                input_names=input_names,
-                output_names=output_names,
-                verbose=False,
-            )
-        program.save(temporary)  # type: ignore[union-attr]
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    arguments = (*args, *extra), {**defaults, **kwargs}
+    write_program(exported(model, *arguments, opset, input_names, output_names), Path(save_path))

@@ -9,7 +9,6 @@ from torch.nn.utils import parametrize
 from coreai_opt.controllers.core.layers import channel_axis_of
 
 __all__ = [
-    "FIRST_OPSET_OF_4_BITS",
     "SCALE",
     "ZERO_POINT",
     "QuantizeDequantize",
@@ -23,7 +22,6 @@ SCALE, ZERO_POINT = "weight_scale", "weight_zero_point"
 """Buffers, in a layer that is being exported, of its weight's parameters, in the shape of the grid. Those of
 other attributes begin with the attribute's name."""
 
-FIRST_OPSET_OF_4_BITS = 21
 # ONNX's numbers of the types, and torch's of those that it has.
 _UINT4, _INT4 = 21, 22
 _TYPES: dict[tuple[int, bool], Any] = {

@@ -25,14 +25,23 @@ def convert(model: nn.Module, args: tuple[Any, ...]) -> Any:
 
 def run(program: Any, args: tuple[torch.Tensor, ...], folder: Path) -> torch.Tensor:
     """What the program computes."""
-    import coreai.runtime
+    return _run(program.save_asset(folder / "model.aimodel"), {f"x{i}": arg for i, arg in enumerate(args)})
 
-    asset = program.save_asset(folder / "model.aimodel")
+
+def run_program(path: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a program in a file computes."""
+    from coreai.authoring import AIModelAsset
+
+    return _run(AIModelAsset.load(path), inputs)
+
+
+def _run(asset: Any, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    import coreai.runtime
 
     async def call() -> Any:
         async with asset.executable() as executable:
             function = executable.load_function("main")
-            inputs = {f"x{i}": coreai.runtime.NDArray(arg) for i, arg in enumerate(args)}
+            inputs = {name: coreai.runtime.NDArray(tensor) for name, tensor in tensors.items()}
             return await function(inputs=inputs)
 
     result = asyncio.run(call())

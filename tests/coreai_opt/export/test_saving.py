@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from coreai_opt.export import SavedModel, save
-from coreai_opt.export.files import relative_difference
+from coreai_opt.export.files import relative_difference, written
 from coreai_opt.quantization.spec import DynamicQParamsCalculator, PerBlockGranularity, PerChannelGranularity
+from tests.coreai_opt.export.core_ai import run_program
 from tests.coreai_opt.export.models import cnn, example, mlp, output, palettizer, pruner, quantizer
 
 CHANNELS = PerChannelGranularity(axis=0)
@@ -239,6 +240,98 @@ def test_what_cannot_be_written_leaves_the_old_file(case, tmp_path):
         save(model, path, options.pop("inputs", example(model)), progress=False, **options)
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".onnx", ".pt2"], indirect=True)
+def test_dynamic_shapes(suffix, tmp_path):
+    model = Scaled().eval()
+    inputs = (torch.randn(4, 64),)
+    quantizer(model, {"granularity": CHANNELS}, {})
+    batch = torch.export.Dim("batch", min=2, max=64)
+    path = tmp_path / f"model{suffix}"
+    save(model, path, inputs, dynamic_shapes=({0: batch},), progress=False)
+    with torch.no_grad():
+        expected = model(other := torch.randn(7, 64))
+    if suffix == ".pt2":
+        found = torch.export.load(path).module()(other).detach()
+    elif suffix == ".onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"x": other.numpy()})[0])
+    else:
+        found = run_program(path, {"x": other})
+    assert relative_difference([found], [expected]) < 0.02
+
+
+@pytest.mark.parametrize("suffix", [".mlpackage"], indirect=True)
+def test_fixed_shapes(suffix, tmp_path):
+    with pytest.raises(ValueError, match=r"dynamic_shapes: \.mlpackage has fixed shapes"):
+        save(mlp(), tmp_path / f"m{suffix}", example(mlp()), dynamic_shapes=({0: None},), progress=False)
+
+
+def test_onnx_weights_in_a_file_beside_it(tmp_path, monkeypatch):
+    """Files of ONNX end at 2 GiB: a small one is told to end earlier."""
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    from coreai_opt.export import onnx_program
+
+    model, path = mlp(), tmp_path / "model.onnx"
+    quantizer(model, {"dtype": "int4", "granularity": BLOCKS_8})
+    inputs = example(model)
+    whole = save(model, path, inputs, progress=False)
+    assert [each.name for each in tmp_path.iterdir()] == ["model.onnx"]
+    monkeypatch.setattr(onnx_program, "_MOST_IN_ONE_FILE", 1000)
+    for _ in range(2):  # the second time over the first
+        saved = save(model, path, inputs, progress=False)
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+        assert saved.difference <= 1e-6
+        assert saved.size >= whole.size - 1000
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).rename(moved / name)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(moved / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"input": inputs[0].numpy()})[0].shape == (4, 16)
+
+
+def test_two_files_are_both_there_or_both_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    (tmp_path / "model.onnx.data").write_text("old data")
+    replace = os.replace
+
+    def full(source, target):
+        if str(source).endswith("written/model.onnx"):
+            raise OSError("No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+
+    def write():
+        with written(path) as temporary:
+            temporary.write_text("new")
+            temporary.with_name("model.onnx.data").write_text("new data")
+
+    with pytest.raises(OSError, match="No space"):
+        write()
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {
+        "model.onnx": "old",
+        "model.onnx.data": "old data",
+    }
 
 
 def test_small_values_of_pruned_weights_are_told(tmp_path):
