@@ -88,6 +88,10 @@ class Apple:
         """See :func:`benchmarks.clustering_run.cluster`."""
         return self._ask("cluster", **case)  # type: ignore[no-any-return]
 
+    def compress_program(self, **case: Any) -> dict[str, float]:
+        """See :func:`benchmarks.core_ai_run.compress_program`."""
+        return self._ask("compress_program", **case)  # type: ignore[no-any-return]
+
     def cluster_vectors(self, **case: Any) -> dict[str, float]:
         """See :func:`benchmarks.vector_clustering_run.cluster_vectors`."""
         return self._ask("cluster_vectors", **case)  # type: ignore[no-any-return]

@@ -16,6 +16,7 @@ import torch
 from benchmarks import memory
 from benchmarks.cases import Case
 from benchmarks.clustering_run import cluster
+from benchmarks.core_ai_run import compress_program
 from benchmarks.models.training_step import TrainingStep
 from benchmarks.pruning import PRUNING, Pruning
 from benchmarks.simulation import Simulation
@@ -58,6 +59,9 @@ class Worker:
 
     def cluster(self, **case: Any) -> dict[str, float]:
         return cluster(**case)
+
+    def compress_program(self, **case: Any) -> dict[str, float]:
+        return compress_program(**case)
 
     def cluster_vectors(self, **case: Any) -> dict[str, float]:
         return cluster_vectors(**case)

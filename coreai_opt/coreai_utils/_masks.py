@@ -1,5 +1,6 @@
 """Which elements of a program's weights stay."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -7,12 +8,20 @@ import coreai_kernels
 from coreai_kernels.ops.nm_mask import LARGEST_GROUP
 from coreai_opt.coreai_utils._program import Unsuitable
 
-__all__ = ["block_mask", "magnitude_mask", "nm_mask"]
+__all__ = ["block_mask", "magnitude_mask", "nm_mask", "selected"]
 
 
 def magnitude_mask(values: Tensor, sparsity: float) -> Tensor:
     """Whether each element is larger in magnitude than the quantile of the magnitudes at ``sparsity``."""
     return _above_quantile(values.abs(), sparsity)
+
+
+def selected(values: Tensor, mask: Tensor) -> Tensor:
+    """``values[mask]``, without a list of the places."""
+    flat = values.reshape(-1)
+    numbers = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat  # numpy has no bfloat16
+    kept = np.compress(mask.reshape(-1).numpy(), numbers.numpy())
+    return torch.from_numpy(kept).view(flat.dtype)
 
 
 def block_mask(values: Tensor, sparsity: float, block_size: int, axis: int) -> Tensor:
@@ -34,10 +43,11 @@ def nm_mask(values: Tensor, n: int, m: int, axis: int) -> Tensor:
     if axis > 1 or m > channels / 2:
         raise Unsuitable(f"{n}:{m} sparsity along axis {axis} of {channels} channels")
     moved = values.movedim(axis, -1)
-    padded = torch.nn.functional.pad(moved, (0, -channels % m))
+    rest = -channels % m
+    padded = torch.nn.functional.pad(moved, (0, rest)) if rest else moved
     if 0 < n < m <= LARGEST_GROUP:
         # Of equal magnitudes the kernel keeps the first; here the first goes, as in a stable sort.
-        kept = coreai_kernels.nm_mask(padded.flip(-1).contiguous(), m - n, m).flip(-1) != 0
+        kept = (coreai_kernels.nm_mask(padded.flip(-1).contiguous(), m - n, m) != 0).flip(-1)
     else:
         groups = padded.unflatten(-1, (-1, m))
         smallest = groups.abs().argsort(dim=-1, stable=True)[..., :n]

@@ -38,6 +38,13 @@ _USERS = (*_MATMULS, "coreai.conv2d", "coreai.gather_nd", _TRANSPOSE)
 # Constants of this size are weights whatever reads them.
 _HUGE = 10**8
 _BITS_OF_A_BYTE = 8
+# So many values tell most weights from constants that hold one value.
+_HEAD = 64
+# The code of each float32 that float4 (e2m1) has, by its sign, exponent and first bit of mantissa.
+_CODE_SHIFT = 22
+_FLOAT4S = np.arange(16, dtype=np.uint8)
+_CODES = np.zeros(1 << (32 - _CODE_SHIFT), np.uint8)
+_CODES[_FLOAT4S.view(ml_dtypes.float4_e2m1fn).astype(np.float32).view(np.uint32) >> _CODE_SHIFT] = _FLOAT4S
 _HANDLE = re.compile(r"dense_resource<([^>]+)>")
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
@@ -80,7 +87,7 @@ class Builder:
         kind = RankedTensorType.get(tuple(values.shape), element_type)
         is_integer = IntegerType.isinstance(element_type)
         first = values.flatten()[:1].float()
-        if values.numel() and bool((values.float() == first).all()):
+        if _are_equal(values):
             splat = (
                 IntegerAttr.get(element_type, int(first))
                 if is_integer
@@ -91,8 +98,7 @@ class Builder:
         if width >= _BITS_OF_A_BYTE:
             return dialect.constant(_as_array(values), dtype=element_type)
         if not is_integer:
-            codes = values.numpy().astype(ml_dtypes.float4_e2m1fn).view(np.uint8)
-            values = torch.from_numpy(codes)
+            values = torch.from_numpy(_CODES.take(values.contiguous().numpy().view(np.uint32) >> _CODE_SHIFT))
         stream: Any = coreai_kernels.pack_bits(values, width).numpy()
         packed = DenseResourceElementsAttr.get_from_buffer(stream, "dense_resource", kind)
         return dialect.ConstantOp(packed).result
@@ -217,8 +223,9 @@ def _values(op: Any, stored: dict[str, memoryview]) -> Tensor | None:
     if handle is not None:
         if handle not in stored:
             return None
-        # A copy: the bytes may lie at any address, and vectors want theirs aligned.
-        flat = torch.frombuffer(bytearray(stored[handle]), dtype=dtype)
+        flat = torch.frombuffer(stored[handle], dtype=dtype)
+        if flat.data_ptr() % dtype.itemsize:  # the bytes may lie at any address
+            flat = torch.frombuffer(bytearray(stored[handle]), dtype=dtype)
         return flat.reshape(tuple(kind.shape))
     attribute = op.attributes["value"]
     if not DenseElementsAttr.isinstance(attribute):
@@ -255,6 +262,15 @@ def _axes_of_use(use: Any, rank: int, is_transposed: bool = False) -> Iterator[t
         yield (rank - 1, rank - 2) if last_is_output else (rank - 2, rank - 1)
     else:
         yield 0, min(1, rank - 1)
+
+
+def _are_equal(values: Tensor) -> bool:
+    """Whether there are values, all of them equal."""
+    flat = values.reshape(-1)
+    # Weights differ within their first values, as a rule: the others need not be read.
+    return bool(flat.numel()) and all(
+        bool((part.float() == flat[:1].float()).all()) for part in (flat[:_HEAD], flat)
+    )
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:

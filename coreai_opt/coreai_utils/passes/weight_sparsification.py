@@ -7,7 +7,7 @@ from coreai._compiler.ir import IntegerType
 from coreai.authoring import AIProgram
 from torch import Tensor
 
-from coreai_opt.coreai_utils._masks import block_mask, magnitude_mask, nm_mask
+from coreai_opt.coreai_utils._masks import block_mask, magnitude_mask, nm_mask, selected
 from coreai_opt.coreai_utils._program import Builder, Weight, check_threshold, compress, logger
 from coreai_opt.coreai_utils._quantization import element_type, scaled_symmetric
 from coreai_opt.coreai_utils.common import DType, member
@@ -67,8 +67,10 @@ def sparsify_weights(
             assert target_sparsity is not None
             mask = magnitude_mask(weight.values, target_sparsity)
         mask = mask & (weight.values != 0)
-        bitmask = builder.constant(mask.to(torch.uint8), IntegerType.get_unsigned(1))
-        return _stored(builder, weight.values[mask], bitmask, mask.dim(), quantize_dtype, palettize_nbits)
+        bitmask = builder.constant(mask.view(torch.uint8), IntegerType.get_unsigned(1))
+        return _stored(
+            builder, selected(weight.values, mask), bitmask, mask.dim(), quantize_dtype, palettize_nbits
+        )
 
     return compress(coreai_program, weight_num_threshold, in_place, replacement)
 
