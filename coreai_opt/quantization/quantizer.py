@@ -16,6 +16,12 @@ from coreai_opt.quantization._eager.preparation import simulators_of
 from coreai_opt.quantization._eager.resolution import check_positions
 from coreai_opt.quantization._export import finalize_eager
 from coreai_opt.quantization._export_graph import finalize_graph
+from coreai_opt.quantization._export_tensors import (
+    eager_tensors,
+    graph_tensors,
+    put_eager_tensors,
+    put_graph_tensors,
+)
 from coreai_opt.quantization._graph import preparation as graph_preparation
 from coreai_opt.quantization._graph.configs import check_keys
 from coreai_opt.quantization._graph.finalize import finalized_copy, fold_weights
@@ -166,6 +172,7 @@ class Quantizer(_BaseQuantizer):
         backend: ExportBackend = ExportBackend.CoreAI,
         *,
         mmap_dir: Any = None,
+        tensor_subclass: bool = False,
     ) -> nn.Module:
         """Make the quantized model of the prepared one.
 
@@ -185,6 +192,7 @@ class Quantizer(_BaseQuantizer):
             backend: ``ExportBackend.CoreAI``, ``ExportBackend.CoreML`` or ``ExportBackend.Torch``.
             mmap_dir: for Core AI: a folder, empty or not there, to which weights are written, one file each,
                 and from which they are mapped into memory. Keep the files as long as the model lives.
+            tensor_subclass: for torch: weights stay quantized, as torchao's tensors, and are for inference.
 
         Raises:
             RuntimeError: the model is not prepared, or has observed nothing.
@@ -192,27 +200,34 @@ class Quantizer(_BaseQuantizer):
             CoreMLExportError: Core ML cannot express a tensor's quantization.
             ValueError: there is no such backend; it cannot express a dtype with its granularity (in graph
                 mode the cause of a RuntimeError); or ``mmap_dir`` is given for another than Core AI, or for a
-                model that is not on the CPU; in graph mode also: nothing is quantized.
+                model that is not on the CPU; ``tensor_subclass`` is given for another than torch, or torchao
+                has no tensor for a weight; in graph mode also: nothing is quantized.
             ImportError: the backend's package is not installed.
             NotADirectoryError, FileExistsError: ``mmap_dir`` is a file, or has files in it.
         """
         model = self._require_prepared(model, "finalize")
         if mmap_dir is not None and backend != ExportBackend.CoreAI:
             raise ValueError(f"mmap_dir is for ExportBackend.CoreAI only; got backend={backend}")
+        if tensor_subclass and backend != ExportBackend.Torch:
+            raise ValueError(f"tensor_subclass is for ExportBackend.Torch only; got backend={backend}")
         if isinstance(model, GraphModule):
             if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
                 caches = self._config.kv_cache_quant_configs
                 return finalize_graph(model, ExportBackend(backend), mmap_dir, caches)
             self._require_torch(backend)
             result = finalized_copy(model)
+            tensors = graph_tensors(result) if tensor_subclass else {}
             fold_weights(result)
+            put_graph_tensors(result, tensors)
             return result
         if backend in (ExportBackend.CoreAI, ExportBackend.CoreML):
             finalize_eager(model, ExportBackend(backend), mmap_dir)
             self._mark_finalized(model)
             return model
         self._require_torch(backend)
+        parameters = eager_tensors(model) if tensor_subclass else []
         self._finalize_for_torch(model)
+        put_eager_tensors(parameters)
         return model
 
     def _known_op_types(self) -> Iterable[str] | None:
