@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt._plain_names import STEPS, from_plain_names
 from coreai_opt.common import CompressionType
 from coreai_opt.config.spec import CompressionSimulatorBase
 
@@ -85,6 +86,7 @@ def mark_prepared(
     if _save_steps not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(_save_steps)
         model.register_load_state_dict_pre_hook(_load_steps)
+        model.register_load_state_dict_pre_hook(from_plain_names)
     getattr(model, _STEPS)[str(kind)] = 0
     getattr(model, _PREPARATIONS)[str(kind)] = preparation
     if state_dict is not None:
@@ -117,6 +119,7 @@ def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
     for hooks, function in (
         (model._state_dict_hooks, _save_steps),
         (model._load_state_dict_pre_hooks, _load_steps),
+        (model._load_state_dict_pre_hooks, from_plain_names),
     ):
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is function]:
             del hooks[key]
@@ -147,6 +150,10 @@ def _load_steps(
     model: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
 ) -> None:
     saved = local_metadata.get(_METADATA, {})
+    for kind in CompressionType:
+        # As of plain states, in files without metadata.
+        if (steps := state_dict.get(f"{prefix}{STEPS}{kind}")) is not None:
+            saved = {**saved, str(kind): int(steps)}
     present = getattr(model, _STEPS, {})
     present.update({kind: int(saved[kind]) for kind in present if kind in saved})
 
@@ -243,7 +250,13 @@ def load_simulators(
                 for key, value in state_dict.items()
                 if key.startswith(f"{name}.")
             }
-            module.load_state_dict(own, strict=True)
+            try:
+                module.load_state_dict(own, strict=True)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the state does not fit the simulator {name!r}, which the configuration puts there: "
+                    f"{error}"
+                ) from error
 
 
 # A module's table of parameters or buffers, and a name in it.

@@ -168,6 +168,8 @@ def restore(
     state_dict: Mapping[str, Tensor] | None,
     example_inputs: Any = None,
     dynamic_shapes: Any = None,
+    *,
+    only_simulators: bool = False,
 ) -> Restored:
     """Prepare a float model as :func:`description_of` says.
 
@@ -177,6 +179,7 @@ def restore(
         state_dict: its state; None for simulators that observe the inputs.
         example_inputs: as for :func:`load_checkpoint`.
         dynamic_shapes: as for :func:`load_checkpoint`.
+        only_simulators: the model has its weights already; take what simulators hold from ``state_dict``.
 
     Raises:
         ValueError: the example inputs of the first time cannot be made again. Other errors as of ``prepare``.
@@ -193,7 +196,7 @@ def restore(
             strict = {"strict_upstream": True} if options.pop("strict_upstream", False) else {}
             config = compressor_class._config_class.from_yaml(io.StringIO(entry["config"]))
             compressor = compressor_class(current, config, **strict)
-            compressor._is_followed = state_dict is not None and index < len(entries) - 1
+            compressor._is_followed = only_simulators or index < len(entries) - 1
             inputs: Any = example_inputs
             if inputs is None:
                 inputs = _inputs_again(entry["inputs"], model)

@@ -29,7 +29,7 @@ from coreai_opt.pruning.spec import NMStructured, PruningSpec
 from coreai_opt.quantization import ExecutionMode, ModuleQuantizerConfig, Quantizer, QuantizerConfig
 from coreai_opt.quantization.spec import PerBlockGranularity, QuantizationSpec
 
-__all__ = ["Compressed", "palettize", "prune", "quantize"]
+__all__ = ["Compressed", "check_scheme", "palettize", "prune", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -119,19 +119,11 @@ def quantize(
         raise ValueError(f"num_batches must be an int of at least 1; got {num_batches!r}")
     _check_model(model)
 
-    def entry(name: Any) -> ModuleQuantizerConfig:
-        if name not in _SCHEMES:
-            known = ", ".join(map(repr, _SCHEMES))
-            raise ValueError(
-                f"scheme must be {known} or a QuantizerConfig; got {name!r}.{did_you_mean(name, _SCHEMES)}"
-            )
-        return _SCHEMES[name]()
-
     if isinstance(scheme, str):
-        config = QuantizerConfig(global_config=entry(scheme), execution_mode=ExecutionMode.EAGER)
+        config = QuantizerConfig(global_config=_scheme(scheme), execution_mode=ExecutionMode.EAGER)
         for each in (*_left_out.norm_types(model), *_left_out.embedding_types(model)):
             config.set_module_type(each, None)
-        _leave_out_routers_and_head(model, config, head, entry)
+        _leave_out_routers_and_head(model, config, head, _scheme)
     else:
         config = _copied(scheme, QuantizerConfig, "scheme", head)
     _apply_filter(model, config, filter_fn)
@@ -223,6 +215,20 @@ def palettize(
         _leave_out_routers_and_head(model, config, head, _palettized)
     _apply_filter(model, config, filter_fn)
     return _of_weights(model, KMeansPalettizer(model, config), inputs, input_fn, finalize)
+
+
+def check_scheme(name: Any) -> None:
+    """ValueError unless there is a scheme of this name."""
+    if not isinstance(name, str) or name not in _SCHEMES:
+        known = ", ".join(map(repr, _SCHEMES))
+        raise ValueError(
+            f"scheme must be {known} or a QuantizerConfig; got {name!r}.{did_you_mean(name, _SCHEMES)}"
+        )
+
+
+def _scheme(name: Any) -> ModuleQuantizerConfig:
+    check_scheme(name)
+    return _SCHEMES[name]()
 
 
 def _pruned(amount: Any) -> ModuleMagnitudePrunerConfig:

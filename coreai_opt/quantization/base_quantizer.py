@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from torch import nn
@@ -66,7 +66,9 @@ class _BaseQuantizer(_BaseModelCompressor):
                 self._apply_schedule(self._trained)
 
     @contextmanager
-    def training_mode(self, model: nn.Module | None = None) -> Iterator[None]:
+    def training_mode(
+        self, model: nn.Module | None = None, *, freeze_in_eval: bool = False
+    ) -> Iterator[None]:
         """A context in which the model is trained with quantization.
 
         The model is in training mode; all is observed and simulated, or what the ``qat_schedule`` of the
@@ -74,6 +76,8 @@ class _BaseQuantizer(_BaseModelCompressor):
 
         Args:
             model: a copy of the prepared model; None for the quantizer's own.
+            freeze_in_eval: observe nothing in forwards of the model while it is in evaluation mode. Without
+                it, data for validation take part in the ranges.
 
         Raises:
             RuntimeError: the model is not prepared, or is being trained already.
@@ -85,9 +89,36 @@ class _BaseQuantizer(_BaseModelCompressor):
             self._trained = model
             try:
                 self._apply_schedule(model)
-                yield
+                with self._frozen_in_eval(model) if freeze_in_eval else nullcontext():
+                    yield
             finally:
                 self._trained = None
+
+    @contextmanager
+    def _frozen_in_eval(self, model: nn.Module) -> Iterator[None]:
+        was_training = model.training
+
+        def switch(module: nn.Module, args: Any) -> None:
+            nonlocal was_training
+            if module.training == was_training:
+                return
+            was_training = module.training
+            if was_training:
+                self._apply_schedule(module)
+            else:
+                for simulator in simulators_of(module):
+                    simulator.disable_observer()
+
+        handle = model.register_forward_pre_hook(switch)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _flags(self) -> list[tuple[bool, bool]]:
+        """Of each simulator, whether it observes and whether it simulates."""
+        flags = [each._current_flags() for each in simulators_of(self._stepping_model)]
+        return [(each.observe, each.fake_quant) for each in flags]
 
     def step(self) -> None:
         """Tell the quantizer that a training step is over: the schedule goes on.

@@ -38,7 +38,7 @@ CASES = {
     "no inputs": (Mlp, eager(), (), TypeError, "missing 1 required positional argument"),
     "inputs of another shape": (Mlp, eager(), (torch.ones(3, 3),), RuntimeError, "shapes cannot be mult"),
     "a tensor for inputs": (Mlp, eager(), X, TypeError, "example_inputs must be a tuple"),
-    "a dict for inputs": (Mlp, eager(), {"x": X}, TypeError, "example_inputs must be a tuple"),
+    "a dict for inputs": (Mlp, eager(), {"y": X}, TypeError, "example_inputs does not fit Mlp.forward"),
     "meta": (lambda: Mlp().to("meta"), eager(), (X,), RuntimeError, "'first.weight' is on the meta device"),
     "second forward": (Failing, eager(), (X,), ArithmeticError, "the second time"),
     "clash": (Clashing, eager(), (X,), RuntimeError, "'first' has an attribute 'linear_quantize_input'"),

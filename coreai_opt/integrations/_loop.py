@@ -1,0 +1,101 @@
+"""A training loop's events, and what compressors and controllers do at each."""
+
+from contextlib import ExitStack
+
+from coreai_opt.base_model_compressor import _BaseModelCompressor
+from coreai_opt.controllers.core.api import CompressionAlgorithmController
+from coreai_opt.palettization import KMeansPalettizer
+from coreai_opt.palettization.kmeans._placed import placed_simulators
+from coreai_opt.pruning import MagnitudePruner
+from coreai_opt.quantization.base_quantizer import _BaseQuantizer
+
+__all__ = ["CompressionLoop", "Part"]
+
+Part = _BaseModelCompressor | CompressionAlgorithmController
+
+
+class CompressionLoop:
+    """Puts compressors and controllers through a training run.
+
+    Args:
+        parts: compressors, whose models are prepared, and controllers.
+        freeze_in_eval: quantizers observe nothing while the model is in evaluation mode.
+
+    Raises:
+        TypeError: a part is neither.
+        ValueError: there is none.
+    """
+
+    def __init__(self, *parts: Part, freeze_in_eval: bool = True) -> None:
+        if not parts:
+            raise ValueError("give at least one compressor or controller")
+        for each in parts:
+            if not isinstance(each, Part):
+                raise TypeError(f"a part must be a compressor or a controller; got {type(each).__name__}")
+        self.parts = parts
+        self._freeze_in_eval = freeze_in_eval
+        self._modes = ExitStack()
+
+    @property
+    def controllers(self) -> list[CompressionAlgorithmController]:
+        """The controllers among the parts."""
+        return [each for each in self.parts if isinstance(each, CompressionAlgorithmController)]
+
+    def begin(self) -> None:
+        """Training begins, or goes on: models enter their training modes.
+
+        Raises:
+            RuntimeError: a model is not prepared.
+        """
+        self.end()
+        with ExitStack() as modes:
+            for each in self.parts:
+                if isinstance(each, _BaseQuantizer):
+                    modes.enter_context(each.training_mode(freeze_in_eval=self._freeze_in_eval))
+                elif isinstance(each, KMeansPalettizer):
+                    modes.enter_context(each.training_mode())
+            self._modes = modes.pop_all()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """An epoch begins, counted from 0."""
+        for each in self.controllers:
+            each.scheduler.epoch_step(epoch)
+
+    def begin_step(self, step: int) -> None:
+        """An optimizer step begins, counted from 0 over all epochs."""
+        for each in self.controllers:
+            each.scheduler.step(step)
+
+    def end_step(self) -> None:
+        """The optimizer has made a step."""
+        for each in self.parts:
+            # A quantizer without a schedule counts no steps.
+            is_counted = not isinstance(each, _BaseQuantizer) or each._has_schedule()
+            if isinstance(each, _BaseModelCompressor) and is_counted:
+                each.step()
+
+    def end(self) -> None:
+        """Training ends: models leave their training modes."""
+        self._modes.close()
+
+    def figures(self) -> dict[str, float]:
+        """What schedules have reached, by names for loggers: without a pass over weights or a wait."""
+        found: dict[str, float] = {}
+        for each in self.parts:
+            if isinstance(each, MagnitudePruner):
+                levels = [(simulator.sparsity, weight.numel()) for simulator, weight in each._masked()]
+                total = sum(count for _, count in levels)
+                if total:
+                    found["compression/sparsity"] = sum(level * count for level, count in levels) / total
+            elif isinstance(each, KMeansPalettizer):
+                placed = [each.simulator.is_on() for each in placed_simulators(each._model)]
+                if placed:
+                    found["compression/palettized"] = sum(placed) / len(placed)
+            elif isinstance(each, _BaseQuantizer):
+                flags = each._flags()
+                if flags:
+                    found["compression/observing"] = sum(observes for observes, _ in flags) / len(flags)
+                    found["compression/quantized"] = sum(simulates for _, simulates in flags) / len(flags)
+            elif isinstance(each, CompressionAlgorithmController):
+                found[f"compression/{each.name}/rate"] = float(each.compression_rate)
+        return found
