@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from coreai_opt.quantization.spec import (
+    GlobalMinMaxQParamsCalculator,
     MinMaxRangeCalculator,
     MovingAverageQParamsCalculator,
     PerBlockGranularity,
@@ -209,3 +210,42 @@ def test_dynamic(make_activation, x):
         module.set_export_mode()
     with pytest.raises(AttributeError, match="keeps no parameters"):
         module.calculate_qparams()
+
+
+@pytest.mark.parametrize(
+    "cls", [StaticQParamsCalculator, MovingAverageQParamsCalculator, GlobalMinMaxQParamsCalculator]
+)
+def test_parameters_have_the_gradient_of_their_range(cls):
+    # A maximum that two elements share, a negative one that is larger, zeros alone.
+    rows = torch.tensor([[1.0, 2.0, 2.0], [0.5, -4.0, 1.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    made = calculator(cls, granularity=PerChannelGranularity(axis=0))
+    scale, zero_point, minval = made(rows)
+    # Symmetric: scale = amax / 127.5, minimum = -amax; a scale at its smallest depends on no element.
+    amax = torch.tensor([[0.0, 0.5, 0.5], [0.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert torch.equal(torch.autograd.grad(scale.sum(), rows, retain_graph=True)[0], amax / 127.5)
+    assert torch.equal(torch.autograd.grad(minval.sum(), rows)[0], -amax)
+    assert not zero_point.requires_grad
+    assert not made.scale.requires_grad
+    values = calculator(cls, granularity=PerChannelGranularity(axis=0))(rows.detach())
+    for got, wanted in zip((scale, zero_point, minval), values, strict=True):
+        assert torch.equal(got, wanted)
+        assert not wanted.requires_grad
+
+
+def test_gradient_of_a_moving_average_is_the_share_of_the_new_range():
+    made = calculator(MovingAverageQParamsCalculator, averaging_constant=0.25)
+    made(torch.tensor([4.0, -1.0]))
+    x = torch.tensor([8.0, -1.0], requires_grad=True)
+    scale, _, _ = made(x)
+    scale.backward()
+    assert scale.item() == pytest.approx(5 / 127.5)
+    assert x.grad.tolist() == pytest.approx([0.25 / 127.5, 0.0])
+
+
+def test_gradient_of_a_global_range_reaches_what_extends_it():
+    made = calculator(GlobalMinMaxQParamsCalculator)
+    made(torch.tensor([4.0, -1.0]))
+    for values, share in (([8.0, -1.0], 1.0), ([8.0, -3.0], 0.5), ([2.0, -3.0], 0.0)):
+        x = torch.tensor(values, requires_grad=True)
+        made(x)[0].backward()
+        assert x.grad.tolist() == pytest.approx([share / 127.5, 0.0])

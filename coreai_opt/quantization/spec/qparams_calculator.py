@@ -114,7 +114,8 @@ class QParamsCalculatorBase(ClassRegistryMixin, HasGeneration):
                 min_val = torch.full_like(min_val, low)
             if high is not None:
                 max_val = torch.full_like(max_val, high)
-        return min_val.clamp(max=0), max_val.clamp(min=0)
+        # Not clamp, which hands the whole gradient on to a bound that is zero; these hand on half of it.
+        return min_val.minimum(torch.zeros_like(min_val)), max_val.maximum(torch.zeros_like(max_val))
 
     def compute_qparams(self, tensor: Tensor, min_val: Tensor, max_val: Tensor) -> QParams:
         """Parameters for ranges from ``min_val`` to ``max_val``.
@@ -327,7 +328,8 @@ class DynamicQParamsCalculator(StatelessQParamsCalculatorBase):
     def forward(self, tensor: Tensor) -> QParams:
         """See the base."""
         qparams = super().forward(tensor)
-        self.show(qparams)
+        scale, zero_point, minval = (None if value is None else value.detach() for value in qparams)
+        self.show((cast(Tensor, scale), zero_point, minval))
         return qparams
 
     def show(self, qparams: QParams) -> None:
@@ -384,7 +386,9 @@ class GlobalMinMaxQParamsCalculator(RunningRangeMixin, StatefulQParamsCalculator
     def update_running_range(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
         """The smaller minimum and the larger maximum of the observation and the running range."""
         _check_same_blocks("running_min", self.running_min, min_val)
-        return torch.minimum(min_val, self.running_min), torch.maximum(max_val, self.running_max)
+        # Copies: the buffers change in place, and a gradient needs what they held.
+        low, high = self.running_min.clone(), self.running_max.clone()
+        return torch.minimum(min_val, low), torch.maximum(max_val, high)
 
 
 def _check_same_blocks(name: str, buffer: Tensor, value: Tensor) -> None:

@@ -1,5 +1,6 @@
 """``observe_range``: minimum and maximum of each block."""
 
+import torch
 from torch import Tensor
 
 from coreai_kernels.ops import checks
@@ -26,7 +27,10 @@ define(
 
 
 def observe_range(input: Tensor, *, block_size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of each block. Not differentiable.
+    """Minimum and maximum of each block.
+
+    If the input requires a gradient, the reference computes them, so that torch differentiates it: the
+    gradient of a minimum is spread evenly over the elements that are equal to it.
 
     Args:
         input: float32, bfloat16, float16 or float64 tensor of any shape and strides.
@@ -43,4 +47,6 @@ def observe_range(input: Tensor, *, block_size: tuple[int, ...]) -> tuple[Tensor
     """
     checks.check_float_input("input", input)
     checks.check_blocks("block_size", input, block_size)
+    if input.requires_grad and torch.is_grad_enabled():
+        return reference(input, block_size)
     return implementation("observe_range")(input.detach(), block_size)  # type: ignore[no-any-return]

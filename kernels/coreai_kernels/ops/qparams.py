@@ -38,7 +38,10 @@ def choose_qparams(
     format: int = Format.INT,
     scale_format: int = ScaleFormat.FLOAT32,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Quantization parameters of a range. Not differentiable.
+    """Quantization parameters of a range.
+
+    If a bound requires a gradient, the reference computes them, so that torch differentiates it. Zero points,
+    scales of the format E8M0 and those at their smallest value have no gradient.
 
     The range is widened to contain zero, ``lo = min(min_val, 0)``, ``hi = max(max_val, 0)``, and
     ``amax = max(-lo, hi)``. The arithmetic is done in the wider dtype of the two bounds, as a chain of torch
@@ -81,7 +84,11 @@ def choose_qparams(
             f"min_val and max_val must have one shape; got {tuple(min_val.shape)} and {tuple(max_val.shape)}"
         )
     checks.check_scale_format(scale_format, fmt, scheme, quant_min, quant_max)
-    scale, zero_point, minval = implementation("choose_qparams")(
-        min_val.detach(), max_val.detach(), Scheme(scheme), fmt, quant_min, quant_max, scale_format
-    )
+    arguments = (Scheme(scheme), fmt, quant_min, quant_max, scale_format)
+    if (min_val.requires_grad or max_val.requires_grad) and torch.is_grad_enabled():
+        scale, zero_point, minval = reference(min_val, max_val, *arguments)
+    else:
+        scale, zero_point, minval = implementation("choose_qparams")(
+            min_val.detach(), max_val.detach(), *arguments
+        )
     return (scale, zero_point, minval) if fmt == Format.INT else (scale, None, None)
