@@ -136,11 +136,20 @@ def _boundaries(
     """Specifications of the tensors that modules receive and return, by their identity."""
     received: dict[Identity, QuantizationSpec | None] = {}
     returned: dict[Identity, QuantizationSpec | None] = {}
+    receivers: dict[Identity, str] = {}
+    overridden: dict[str, None] = {}
     for name, tensors in trace.inputs:
         for index, identity in tensors:
             spec = _lookup(configs[name].module_input_spec, index)
-            if spec is not _MISSING:
-                received[identity] = spec
+            if spec is _MISSING:
+                continue
+            if identity in received and received[identity] != spec:
+                overridden[f"{name!r} holds, not that of {receivers[identity]!r}"] = None
+            received[identity], receivers[identity] = spec, name
+    if overridden:
+        logger.warning(
+            f"module_input_spec of several modules is for one tensor: that of {'; that of '.join(overridden)}"
+        )
     for name, tensors in trace.outputs:
         for index, identity in tensors:
             spec = _lookup(configs[name].module_output_spec, index)

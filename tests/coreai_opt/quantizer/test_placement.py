@@ -182,6 +182,22 @@ def test_boundaries_of_a_module() -> None:
     }
 
 
+def test_modules_that_disagree_about_one_input_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    def receiving(axis: int) -> ModuleQuantizerConfig:
+        return ModuleQuantizerConfig(**OFF, module_input_spec={0: channel(axis)})
+
+    names = {"inner": receiving(0), "inner.linear": receiving(1)}
+    _, model = prepared(Outer(), X, config=eager(global_config=None, module_name_configs=names))
+    assert {each.granularity.axis for each in simulators(model).values()} == {1}
+    lines = [record.getMessage() for record in caplog.records if "module_input_spec" in record.getMessage()]
+    assert len(lines) == 1
+    assert "'inner.linear' holds, not that of 'inner'" in lines[0]
+    caplog.clear()
+    names = {"inner": receiving(0), "inner.linear": receiving(0)}
+    prepared(Outer(), X, config=eager(global_config=None, module_name_configs=names))
+    assert "module_input_spec" not in caplog.text
+
+
 def test_boundaries_of_a_module_without_operations_of_ours() -> None:
     boundary = ModuleQuantizerConfig(
         **OFF, module_input_spec={"*": activation()}, module_output_spec={"*": activation()}
