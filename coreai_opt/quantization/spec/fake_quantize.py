@@ -241,7 +241,8 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         try:
             plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
-            if observes and flags.fake_quant and plan.config is not None:
+            is_fused = plan.config is not None and not torch.onnx.is_in_onnx_export()
+            if observes and flags.fake_quant and is_fused:
                 calculator: Any = self._modules["qparams_calculator"]
                 state = state_for(plan, calculator, tensor)
                 if state is not None:
@@ -368,7 +369,7 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
         )
 
     def _simulate(self, tensor: Tensor, qparams: QParams) -> Tensor:
-        if torch.compiler.is_exporting() or not self._simulates_as_built_in():
+        if _is_exporting() or not self._simulates_as_built_in():
             return super()._simulate(tensor, qparams)
         if tensor.numel() == 0:  # whatever the blocks
             return tensor.clone()
@@ -383,7 +384,12 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
 def _needs_torch_operators(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels will not do: for gradients, for export, for dtypes that nothing is stored in."""
     needs_grad = tensor.requires_grad and torch.is_grad_enabled()
-    return needs_grad or torch.compiler.is_exporting() or dtype not in STORAGE_DTYPES
+    return needs_grad or _is_exporting() or dtype not in STORAGE_DTYPES
+
+
+def _is_exporting() -> bool:
+    """Whether a program is made whose readers know torch's operators only; ONNX's older exporter traces."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def fp4_forward(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _ARGUMENTS = (
-    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, SymInt[] block_size, int format, "
+    "(Tensor input, Tensor scale, Tensor? zero_point, Tensor? minval, int[] block_size, int format, "
     "float quant_min, float quant_max, bool with_mask) -> (Tensor, Tensor)"
 )
 
@@ -61,7 +61,7 @@ def _backward_in_place_reference(grad: Tensor, mask: Tensor, order: list[int]) -
 
 
 # Eager mode calls this one, whose gradient is not known to Python's part of the dispatcher: that costs a few
-# microseconds more than a node of its own, see `straight_through`.
+# microseconds more than a node of its own, see `straight_through`. TorchScript's tracer records it, too.
 define(
     "fake_quantize_forward",
     _ARGUMENTS,
@@ -69,10 +69,11 @@ define(
     fake=_fake_forward,
     triton=triton.get("fake_quantize_forward"),
 )
-# The same kernel with its gradient known to the dispatcher, for compiled and exported programs.
+# The same kernel with its gradient known to the dispatcher, for compiled and exported programs, whose sizes
+# may be symbols.
 define(
     "fake_quantize",
-    _ARGUMENTS,
+    _ARGUMENTS.replace("int[]", "SymInt[]"),
     reference=reference.forward,
     fake=_fake_forward,
     triton=triton.get("fake_quantize_forward"),

@@ -20,6 +20,8 @@ _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 _library = torch.library.Library("coreai_kernels", "DEF")
 _functions: dict[str, dict[str, Callable[..., Any]]] = {}
 _operators: dict[str, Callable[..., Any]] = {}
+# Operators with symbolic sizes among their arguments, which TorchScript's tracer cannot record.
+_symbolic: set[str] = set()
 
 
 def define(
@@ -44,6 +46,8 @@ def define(
     """
     _library.define(name + schema)
     torch.library.register_fake(f"coreai_kernels::{name}", fake, lib=_library)
+    if "SymInt" in schema:
+        _symbolic.add(name)
     _operators[name] = getattr(torch.ops.coreai_kernels, name).default
     _functions[name] = {"reference": reference} | ({"triton": triton} if triton else {})
     on_gpu = triton if _TRITON_IS_INSTALLED else None
@@ -55,9 +59,14 @@ def define(
 def implementation(name: str) -> Callable[..., Any]:
     """The operator, or the function of the backend that is forced.
 
+    While TorchScript's tracer is active, it is the reference for operators that the tracer cannot record; in
+    the exports to ONNX that build on it, for all.
+
     Raises:
         RuntimeError: if the forced backend is missing or lacks the operation.
     """
+    if torch.jit.is_tracing() and (name in _symbolic or torch.onnx.is_in_onnx_export()):
+        return _functions[name]["reference"]
     forced = backends.forced()
     if forced is None:
         return _operators[name]

@@ -182,7 +182,9 @@ def test_boundaries_of_a_module() -> None:
     }
 
 
-def test_modules_that_disagree_about_one_input_are_named_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_modules_that_disagree_about_an_input_are_named_in_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def receiving(axis: int) -> ModuleQuantizerConfig:
         return ModuleQuantizerConfig(**OFF, module_input_spec={0: channel(axis)})
 
