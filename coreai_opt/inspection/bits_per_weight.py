@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from coreai_opt.inspection._finalized_storage import (
     bits_with_metadata,
     finalized_size,
 )
+from coreai_opt.inspection._graph_storage import is_prepared_graph, weight_quantizers
 from coreai_opt.inspection._storage import dense_bits, simulated_bits
 
 __all__ = ["BitsPerWeightResult", "bits_per_weight"]
@@ -72,12 +74,12 @@ def bits_per_weight(model: nn.Module) -> BitsPerWeightResult:
     Simulators of activations store nothing.
 
     Args:
-        model: a float model, or one prepared in eager mode by any compressors, or finalized. For torch the
+        model: a float model, or one prepared by any compressors in either mode, or finalized. For torch the
             weights are dense again; for Core AI and Core ML they count as their converters store them.
 
     Raises:
-        NotImplementedError: the model is an exported program or a graph, or has a parametrization, such as
-            weight_norm, that keeps several tensors for one.
+        NotImplementedError: the model is an exported program or a graph without quantizers, or has a
+            parametrization, such as weight_norm, that keeps several tensors for one.
     """
     stored = list(stored_tensors(model))
     total_bits = sum(tensor.bits for tensor in stored)
@@ -100,16 +102,20 @@ def stored_tensors(model: nn.Module) -> Iterator[StoredTensor]:
     Raises:
         NotImplementedError: see :func:`bits_per_weight`.
     """
-    if isinstance(model, torch.fx.GraphModule | torch.export.ExportedProgram):
+    quantizers: dict[str, Any] = {}
+    if is_prepared_graph(model):
+        quantizers = weight_quantizers(cast(torch.fx.GraphModule, model))
+    elif isinstance(model, torch.fx.GraphModule | torch.export.ExportedProgram):
         raise NotImplementedError(
-            f"bits_per_weight counts the modules of a model prepared in eager mode; a graph "
-            f"({type(model).__name__}) has none"
+            "bits_per_weight counts models and prepared graphs; this graph has no quantizers. "
+            "Count the prepared model, before it is finalized for a converter or exported"
         )
     seen: set[int] = set()
     for module_name, module in _walk(model):
         for name, tensor, chain in _own_tensors(module_name, module):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
+                chain = chain or quantizers.get(f"{module_name}.{name}".removeprefix("."), ())
                 elements, bits = _size(module, name, tensor, chain)
                 simulators = tuple(each for each in chain if isinstance(each, CompressionSimulatorBase))
                 yield StoredTensor(module_name, name, elements, bits, simulators)

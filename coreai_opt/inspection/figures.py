@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from coreai_opt._state_tensors import check_example_inputs, side_effects_undone
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.inspection._graph_storage import weight_values
 from coreai_opt.inspection._simulators import describe, ends_of
 from coreai_opt.inspection._storage import is_off
 from coreai_opt.inspection.bits_per_weight import StoredTensor, bits_per_weight, stored_tensors
@@ -23,7 +24,7 @@ def figures(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
     """The numbers of a model as plain data, ready for JSON.
 
     Args:
-        model: a float model, or one prepared in eager mode or finalized; it is left as it was.
+        model: a float model, or one prepared in either mode or finalized; it is left as it was.
         example_inputs: positional arguments for one forward, which shows how much of the activations is
             clipped; None to leave that out.
 
@@ -39,7 +40,7 @@ def figures(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
     """
     total = bits_per_weight(model)
     modules = dict(model.named_modules())
-    tensors = [_tensor(modules[stored.module_name], stored) for stored in stored_tensors(model)]
+    tensors = [_tensor(model, modules[stored.module_name], stored) for stored in stored_tensors(model)]
     weights = {id(each) for stored in stored_tensors(model) for each in stored.simulators}
     activations = {
         name: module
@@ -93,11 +94,13 @@ def _is_outermost(name: str, modules: dict[str, nn.Module]) -> bool:
     return not any(isinstance(modules.get(each), CompressionSimulatorBase) for each in above)
 
 
-def _tensor(module: nn.Module, stored: StoredTensor) -> dict[str, Any]:
+def _tensor(model: nn.Module, module: nn.Module, stored: StoredTensor) -> dict[str, Any]:
+    name = f"{stored.module_name}.{stored.name}".removeprefix(".")
+    simulators = [each for each in stored.simulators if not is_off(each)]
     with torch.no_grad():
-        value = getattr(module, stored.name).detach()
+        original, value = _values(model, module, stored)
         entry = {
-            "name": f"{stored.module_name}.{stored.name}".removeprefix("."),
+            "name": name,
             "module_type": type(module).__name__,
             "shape": list(value.shape),
             "dtype": str(value.dtype).removeprefix("torch."),
@@ -106,12 +109,20 @@ def _tensor(module: nn.Module, stored: StoredTensor) -> dict[str, Any]:
             "bits_per_weight": stored.bits / max(stored.elements, 1),
             **_distribution(value),
         }
-        simulators = [each for each in stored.simulators if not is_off(each)]
         if simulators:
-            original = module.parametrizations[stored.name].original.detach()  # type: ignore[union-attr, index]
             entry["relative_error"] = _relative_error(value, original)
             entry["compression"] = [describe(each, original) for each in simulators]
         return entry
+
+
+def _values(model: nn.Module, module: nn.Module, stored: StoredTensor) -> tuple[Tensor, Tensor]:
+    """A tensor before and behind its simulators."""
+    if stored.simulators and isinstance(model, torch.fx.GraphModule):
+        return weight_values(model, f"{stored.module_name}.{stored.name}".removeprefix("."))
+    value = getattr(module, stored.name).detach()
+    if not stored.simulators:
+        return value, value
+    return module.parametrizations[stored.name].original.detach(), value  # type: ignore[union-attr, index]
 
 
 def _distribution(value: Tensor) -> dict[str, Any]:

@@ -17,8 +17,10 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid #8884; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-dl { display: grid; grid-template-columns: max-content auto; gap: .2rem 1rem; margin: .4rem 0; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td, dd { overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .2rem 1rem; }
+dl { min-width: 18rem; margin: .4rem 0; }
 dt { opacity: .7; } dd { margin: 0; }
 .totals { display: flex; flex-wrap: wrap; gap: 1rem; }
 .totals div { border: 1px solid #8884; border-radius: .5rem; padding: .6rem 1rem; }
@@ -37,7 +39,7 @@ def report(
     The page is one file without scripts or anything to load.
 
     Args:
-        model: a float model, or one prepared in eager mode or finalized; it is left as it was.
+        model: a float model, or one prepared in either mode or finalized; it is left as it was.
         path: where to write.
         example_inputs: positional arguments for one forward, which shows how much of the activations is
             clipped; None to leave that out.
@@ -118,7 +120,12 @@ def _share(value: float | None, much: float) -> str:
 
 def _tensor_row(entry: dict[str, Any]) -> list[str]:
     histogram = entry["histogram"]
-    picture = "" if histogram is None else bars(histogram, entry["minimum"], entry["maximum"])
+    # One value throughout has no distribution to show.
+    picture = (
+        ""
+        if histogram is None or len(histogram) == 1
+        else bars(histogram, entry["minimum"], entry["maximum"])
+    )
     error = entry.get("relative_error")
     return [
         _cell(entry["name"]),

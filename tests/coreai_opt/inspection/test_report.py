@@ -1,6 +1,8 @@
 """The figures of compressed models, and the page that shows them."""
 
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,55 @@ def test_the_page_is_one_file(tmp_path: Path):
     assert found == figures(net, (X,))
 
 
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+# What the page looks like once it is laid out, written where --dump-dom shows it.
+PROBE = """<script>
+const seen = [...document.querySelectorAll("svg")].filter(each => each.getBoundingClientRect().height > 10);
+const rows = document.querySelectorAll("tr").length;
+const overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+document.title = `pictures=${seen.length} overflow=${overflow} rows=${rows}`;
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_in_a_browser(tmp_path: Path):
+    net = quantized(QuantizationSpec(dtype="int4"), QuantizationSpec(dtype="uint8"))
+    report(net, tmp_path / "report.html", (X,))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900", "--dump-dom"]
+    flags.append(f"--user-data-dir={tmp_path / 'profile'}")
+    run = subprocess.run(
+        [str(CHROMIUM), *flags, probed.as_uri()], capture_output=True, text=True, timeout=300, check=True
+    )
+    # A picture of each tensor; two headings, four tensors, and the activations.
+    assert "<title>pictures=4 overflow=0 rows=8</title>" in run.stdout
+
+
+def mean_of_two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+
+
+def test_graphs():
+    inputs = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),)
+    graph = Quantizer(mean_of_two_layers(), QuantizerConfig()).prepare(inputs)
+    state = {name: value.clone() for name, value in graph.state_dict().items()}
+    found = figures(graph, inputs)
+    assert all(torch.equal(value, state[name]) for name, value in graph.state_dict().items())
+    entry = tensors(found)["0.weight"]
+    # Values and a scale for each channel; the convolution reads its weight as the norm behind it scales it.
+    assert entry["bits"] == 108 * 8 + 4 * 32
+    assert entry["relative_error"] < 1e-3
+    norm = mean_of_two_layers()[1]
+    scaled = mean_of_two_layers()[0].weight / (norm.running_var + norm.eps).sqrt().reshape(-1, 1, 1, 1)
+    assert entry["minimum"] == pytest.approx(scaled.min().item(), abs=0.01)
+    eager = Quantizer(mean_of_two_layers(), QuantizerConfig(execution_mode="eager")).prepare(inputs)
+    assert found["model"]["total_bits"] == figures(eager)["model"]["total_bits"]
+    assert all("clipped" in each for each in found["activations"])
+
+
 def test_names_are_escaped(tmp_path: Path):
     net = nn.ModuleDict({"<b>&": nn.Linear(2, 2)})
     report(net, tmp_path / "report.html")
@@ -197,6 +248,6 @@ def test_other_models(tmp_path: Path):
     assert tensors(found)["1.num_batches_tracked"]["histogram"] == [1]
     with pytest.raises(TypeError, match="example_inputs must be a tuple"):
         figures(quantized(QuantizationSpec(dtype="int8")), X)  # type: ignore[arg-type]
-    with pytest.raises(NotImplementedError, match="graph"):
+    with pytest.raises(NotImplementedError, match="graph has no quantizers"):
         report(torch.fx.symbolic_trace(nn.ReLU()), tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
