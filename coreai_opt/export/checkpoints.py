@@ -53,7 +53,8 @@ class Content:
     def __init__(self, model: nn.Module, ignore: Iterable[str] = ()) -> None:
         if isinstance(model, GraphModule):
             raise ValueError(
-                "model must be prepared in eager mode, execution_mode='eager', to be a checkpoint"
+                "model is a graph: checkpoints hold the weights of layers by their names. Prepare it in "
+                "eager mode, execution_mode='eager'; .pt2, .onnx, .aimodel and .mlpackage hold graphs"
             )
         ignored = set(ignore)
         unknown = ignored - {name for name, _ in model.named_modules()}

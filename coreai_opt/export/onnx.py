@@ -1,6 +1,7 @@
 """ONNX files: weights as integers with DequantizeLinear, activations as pairs with QuantizeLinear."""
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ _OPTIONS = ("opset",)
 _FIRST_OPSET_OF_BLOCKS = 21
 # ONNX's numbers of the types that torch lacks.
 _UINT4, _INT4 = 21, 22
+# What ONNX Runtime calls its quantization of float weights between quantized activations.
+_QUANTIZES_WEIGHTS = "WeightBiasQuantization"
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -202,7 +205,31 @@ def write(job: Job, path: Path) -> None:
         job.model, job.args, {}, _opset(job), job.input_names, job.output_names, job.dynamic_shapes
     )
     _pack(program, importlib.import_module("onnx_ir"))
+    _warn_of_float_weights(program)
     write_program(program, path)
+
+
+def _warn_of_float_weights(program: Any) -> None:
+    """Tell which weights ONNX Runtime would quantize itself, though the file does not."""
+    found = []
+    for node in program.graph:
+        if node.op_type not in ("Gemm", "MatMul", "Conv", "ConvTranspose"):
+            continue
+        tensor, weight = node.inputs[:2]
+        producer, consumers = tensor.producer(), [use.node.op_type for use in node.outputs[0].uses()]
+        is_float = weight.const_value is not None
+        of_input = None if producer is None else producer.op_type
+        has_both = of_input == "DequantizeLinear" and set(consumers) == {"QuantizeLinear"}
+        if is_float and has_both:
+            found.append(weight.name)
+    if found:
+        warnings.warn(
+            f"inputs and outputs of layers are quantized, but not their weights {found}: ONNX Runtime "
+            f"quantizes these to 8 bits by itself, unless InferenceSession(..., "
+            f"disabled_optimizers=['{_QUANTIZES_WEIGHTS}']) tells it not to",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _pack(model: Any, ir: Any) -> None:
@@ -233,6 +260,8 @@ def run(job: Job, path: Path) -> list[Tensor]:
     # Pairs and products one by one: what the file says. Fused, CPUs that lack an instruction for it saturate
     # sums of products of 8-bit integers.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=[_QUANTIZES_WEIGHTS]
+    )
     feeds = {each.name: tensor.numpy() for each, tensor in zip(session.get_inputs(), job.inputs, strict=True)}
     return [torch.from_numpy(each) for each in session.run(None, feeds)]

@@ -21,11 +21,12 @@ _OPTIONS = ("ignore",)
 
 
 def check(job: Job) -> None:
-    """ValueError for unknown options."""
+    """Raise for unknown options, and for what checkpoints do not hold, as :class:`.Content` does."""
     unknown = sorted(set(job.options) - set(_OPTIONS)) + ["half"] * job.half
     unknown += ["dynamic_shapes"] * (job.dynamic_shapes is not None)
     if unknown:
         raise ValueError(f"there are no options {unknown} for .safetensors; there is 'ignore'")
+    Content(job.model, job.options.get("ignore", ()))  # which raises for what cannot be stored
 
 
 def write(job: Job, path: Path) -> None:

@@ -334,6 +334,30 @@ def test_two_files_are_both_there_or_both_as_before(tmp_path, monkeypatch):
     }
 
 
+def test_weights_that_onnx_runtime_would_quantize_are_told(tmp_path):
+    """By itself, it computes with int8 weights where only activations are quantized."""
+    pytest.importorskip("onnxscript", reason="needs the extra onnx")
+    import onnxruntime
+
+    model, path = mlp(), tmp_path / "model.onnx"
+    quantizer(model, None, {})
+    (inputs,) = example(model)
+    with pytest.warns(UserWarning, match=r"disabled_optimizers=\['WeightBiasQuantization'\]") as warned:
+        saved = save(model, path, (inputs,), progress=False)
+    assert saved.difference <= 1e-6
+    assert "0.weight" in str(warned[0].message)
+    expected = output(model)
+    differences = []
+    for disabled in ([], ["WeightBiasQuantization"]):
+        session = onnxruntime.InferenceSession(
+            str(path), providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+        found = torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
+        differences.append(relative_difference([found], [expected]))
+    assert differences[1] <= 1e-6
+    assert differences[0] > differences[1]
+
+
 def test_small_values_of_pruned_weights_are_told(tmp_path):
     pytest.importorskip("coremltools", reason="needs the extra coreml")
     model = mlp()

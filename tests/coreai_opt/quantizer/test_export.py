@@ -142,6 +142,12 @@ def test_weights_that_are_compressed_already_are_left_as_they_are(operators):
     assert kept.keys() == {name for name in before if "parametrizations" in name}
 
 
+BOTH = (ExportBackend.CoreAI, ExportBackend.CoreML)
+NVFP4 = {
+    "dtype": "float4_e2m1fn",
+    "scale_dtype": "float8_e4m3fn",
+    "granularity": PerBlockGranularity(axis=1, block_size=16),
+}
 REFUSED = {
     "int4 activations": (
         None, {"dtype": "int4"}, {ExportBackend.CoreAI: ValueError},
@@ -150,8 +156,11 @@ REFUSED = {
         None, {"qparam_calculator_cls": DynamicQParamsCalculator},
         {ExportBackend.CoreAI: NotImplementedError},
     ),
-    "int3": ({"dtype": "int3"}, None, {ExportBackend.CoreAI: NotImplementedError}),
-    "int7": ({"dtype": "int7"}, None, {ExportBackend.CoreAI: NotImplementedError}),
+    **{
+        dtype: ({"dtype": dtype}, None, dict.fromkeys(BOTH, NotImplementedError))
+        for dtype in ("int3", "int5", "int6", "int7", "uint6")
+    },
+    "nvfp4": (NVFP4, None, dict.fromkeys(BOTH, NotImplementedError)),
     "mxint8": (
         {"scale_dtype": "float8_e8m0fnu", "granularity": PerBlockGranularity(axis=1, block_size=32)}, None,
         {ExportBackend.CoreAI: NotImplementedError, ExportBackend.CoreML: NotImplementedError},

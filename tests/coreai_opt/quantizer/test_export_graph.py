@@ -178,6 +178,15 @@ REFUSED = {
         RuntimeError, CoreMLExportError,
     ),
     "minimum": ({"qformulation": "minval"}, None, None, RuntimeError),
+    "int5": ({"dtype": "int5"}, None, NotImplementedError, NotImplementedError),
+    "nvfp4": (
+        {
+            "dtype": "float4_e2m1fn",
+            "scale_dtype": "float8_e4m3fn",
+            "granularity": PerBlockGranularity(axis=1, block_size=16),
+        },
+        None, NotImplementedError, NotImplementedError,
+    ),
 }  # fmt: skip
 
 
