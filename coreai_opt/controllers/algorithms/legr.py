@@ -8,13 +8,16 @@ steps.
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from coreai_opt.controllers.core.config import ConfigModel
 
@@ -36,6 +39,7 @@ class LegrParams(ConfigModel):
         num_samples: of them that compete to have the next offspring.
         mutate_percent: share of the clusters that differ in an offspring.
         scale_sigma: spread of the first mutations, which shrinks over the generations.
+        state_path: a file that keeps the search, which goes on from there when it was ended.
     """
 
     generations: int = Field(default=400, ge=1)
@@ -46,6 +50,7 @@ class LegrParams(ConfigModel):
     num_samples: int = Field(default=16, ge=1)
     mutate_percent: float = Field(default=0.1, gt=0, le=1)
     scale_sigma: float = Field(default=1.0, gt=0)
+    state_path: str | None = None
 
 
 @dataclass
@@ -67,29 +72,86 @@ class Evolution:
         self._spreads = [float(each.std(correction=0)) for each in clusters]
         self._generator = torch.Generator().manual_seed(params.random_seed)
         self.population: list[_Candidate] = []
+        self.best: _Candidate | None = None
         self.history: list[float] = []
-        self.generation = 0
 
     def run(self, judge: Callable[[Coefficients], float]) -> Coefficients:
         """The coefficients of least loss.
 
         Args:
             judge: the loss of a model that is pruned with the coefficients. One that is not finite loses.
+                What it draws at random is a function of the generation.
+
+        Raises:
+            ValueError: the file of ``state_path`` belongs to another search, or is none.
         """
-        best: _Candidate | None = None
-        while self.generation < self.params.generations:
-            coefficients = self._next()
-            loss = judge(coefficients)
-            candidate = _Candidate(coefficients, loss if math.isfinite(loss) else math.inf)
-            self.population.append(candidate)
-            if len(self.population) > self.params.population_size:
-                self.population.pop(0)
-            if best is None or candidate.loss < best.loss:
-                best = candidate
-            self.history.append(best.loss)
-            self.generation += 1
-        assert best is not None  # there is a generation
-        return best.coefficients
+        path = None if self.params.state_path is None else Path(self.params.state_path)
+        if path is not None and path.exists():
+            self._load(path)
+        bar = tqdm(
+            total=self.params.generations, initial=self.generation, desc="Ranking filters", disable=None
+        )
+        with bar:
+            while self.generation < self.params.generations:
+                coefficients = self._next()
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(self.params.random_seed + self.generation)
+                    loss = judge(coefficients)
+                candidate = _Candidate(coefficients, loss if math.isfinite(loss) else math.inf)
+                self.population.append(candidate)
+                if len(self.population) > self.params.population_size:
+                    self.population.pop(0)
+                if self.best is None or candidate.loss < self.best.loss:
+                    self.best = candidate
+                self.history.append(self.best.loss)
+                bar.update()
+                if path is not None:
+                    self._save(path)
+        assert self.best is not None  # there is a generation
+        return self.best.coefficients
+
+    @property
+    def generation(self) -> int:
+        """How many candidates were judged."""
+        return len(self.history)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a search depends on, but for the data."""
+        return {"spreads": self._spreads, **self.params.model_dump(exclude={"state_path"})}
+
+    def _save(self, path: Path) -> None:
+        """Write the search, whole or not at all."""
+        assert self.best is not None
+        state = {
+            "search": self._identity(),
+            "generator": self._generator.get_state().tolist(),
+            "population": [[each.coefficients, each.loss] for each in self.population],
+            "best": [self.best.coefficients, self.best.loss],
+            "history": self.history,
+        }
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, path)
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = json.loads(path.read_text())
+            identity = state["search"]
+            best = _candidate(state["best"])
+            population = [_candidate(each) for each in state["population"]]
+            generator = torch.tensor(state["generator"], dtype=torch.uint8)
+            history = [float(each) for each in state["history"]]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"legr_params.state_path {path} holds no state of a search: {error!r}"
+            ) from error
+        if identity != self._identity():
+            raise ValueError(
+                f"legr_params.state_path {path} belongs to a search of other filters or parameters: "
+                f"remove it, or name another file"
+            )
+        self._generator.set_state(generator)
+        self.best, self.population, self.history = best, population, history
 
     def _uniform(self, count: int) -> list[int]:
         order = torch.randperm(len(self.population), generator=self._generator)
@@ -118,6 +180,11 @@ class Evolution:
         a, b = torch.randn(2, generator=self._generator).tolist()
         sigma = self.params.scale_sigma * share
         return pair[0] * math.exp(sigma * a), pair[1] + sigma * spread * b
+
+
+def _candidate(saved: Any) -> _Candidate:
+    coefficients, loss = saved
+    return _Candidate([(float(a), float(b)) for a, b in coefficients], float(loss))
 
 
 def save_coefficients(path: str | Path, coefficients: dict[str, tuple[float, float]]) -> None:

@@ -6,6 +6,7 @@ least total sensitivity with which the model has few enough bit operations.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from coreai_opt.base_model_compressor import training_flags
 from coreai_opt.controllers.algorithms.quantizers import floating
 from coreai_opt.controllers.core.inputs import Batch
+from coreai_opt.search.assigning import Option, optimal
 
 __all__ = ["assign_bits", "hessian_traces", "multiplications", "output_errors"]
 
@@ -152,10 +154,7 @@ def multiplications(
 def assign_bits(
     sensitivities: Mapping[str, Mapping[int, float]], costs: Mapping[str, int], ratio: float
 ) -> dict[str, int]:
-    """Bits of each layer, weights and inputs alike.
-
-    From the most bits on, the layer whose next fewer bits cost least sensitivity for the bit operations that
-    they save gets them, until the model with 8 bits has ``ratio`` times the bit operations.
+    """Bits of each layer, weights and inputs alike: those of least summed sensitivity.
 
     Args:
         sensitivities: of each layer to each number of bits.
@@ -165,23 +164,16 @@ def assign_bits(
     Raises:
         ValueError: the fewest bits do not reach the ratio.
     """
-    options: Sequence[int] = sorted(next(iter(sensitivities.values())), reverse=True)
-    bits = dict.fromkeys(sensitivities, options[0])
+    options = {
+        name: [Option(str(bits), lost, costs[name] * bits**2) for bits, lost in found.items()]
+        for name, found in sensitivities.items()
+    }
     full = 64 * sum(costs.values())
-
-    def operations(chosen: Mapping[str, int]) -> int:
-        return sum(costs[name] * each**2 for name, each in chosen.items())
-
-    while full < ratio * operations(bits):
-        best: tuple[float, str, int] | None = None
-        for name, now in bits.items():
-            for fewer in (each for each in options if each < now):
-                saved = costs[name] * (now**2 - fewer**2)
-                lost = sensitivities[name][fewer] - sensitivities[name][now]
-                if saved and (best is None or lost / saved < best[0]):
-                    best = lost / saved, name, fewer
-        if best is None:
-            reached = full / max(operations(bits), 1)
-            raise ValueError(f"compression_ratio: {options} bits reach {reached:g}; {ratio:g} is asked for")
-        bits[best[1]] = best[2]
-    return bits
+    chosen = optimal(options, math.floor(full / ratio))
+    if chosen is None:
+        fewest = sum(min(each.bits for each in choices) for choices in options.values())
+        widths = sorted(next(iter(sensitivities.values())), reverse=True)
+        raise ValueError(
+            f"compression_ratio: {widths} bits reach {full / max(fewest, 1):g}; {ratio:g} is asked for"
+        )
+    return {name: int(bits) for name, bits in chosen.items() if bits is not None}

@@ -38,6 +38,44 @@ def test_candidates_without_a_finite_loss_lose() -> None:
     assert Evolution([torch.rand(4)], params).run(lambda _: next(losses)) == [(1.0, 0.0)]
 
 
+def test_a_search_goes_on_where_it_was_ended(tmp_path: Path) -> None:
+    importances = [torch.linspace(0, 1, 16), torch.linspace(0, 3, 8)]
+    path = tmp_path / "search.json"
+    sizes = {"generations": 40, "population_size": 8, "num_samples": 3}
+
+    def judge(coefficients: list[tuple[float, float]]) -> float:
+        noise = float(torch.rand(()))  # as of a shuffled loader
+        return sum((a - 2) ** 2 + b**2 for a, b in coefficients) + 0.1 * noise
+
+    whole = Evolution(importances, LegrParams(**sizes))
+    found = whole.run(judge)
+    judged = 0
+
+    def ended(coefficients: list[tuple[float, float]]) -> float:
+        nonlocal judged
+        judged += 1
+        if judged in (5, 23):
+            raise KeyboardInterrupt
+        return judge(coefficients)
+
+    params = LegrParams(**sizes, state_path=str(path))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            Evolution(importances, params).run(ended)
+    resumed = Evolution(importances, params)
+    assert resumed.run(ended) == found
+    assert resumed.history == whole.history
+    assert judged == 42  # two of them in vain
+    # A finished search is not repeated.
+    assert Evolution(importances, params).run(ended) == found
+    assert judged == 42
+    with pytest.raises(ValueError, match="belongs to a search of other filters or parameters"):
+        Evolution(importances[:1], params).run(judge)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="holds no state of a search"):
+        Evolution(importances, params).run(judge)
+
+
 def pruning(**more: Any) -> Any:
     params = {
         "interlayer_ranking_type": "learned_ranking",

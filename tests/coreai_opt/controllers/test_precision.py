@@ -59,7 +59,7 @@ def test_bits_are_few_enough_and_cost_little() -> None:
         assert full >= ratio * operations(bits)
         every = (dict(zip(names, each, strict=True)) for each in itertools.product((2, 4, 8), repeat=5))
         best = min(lost(each) for each in every if full >= ratio * operations(each))
-        assert lost(bits) <= 4 * best
+        assert lost(bits) == pytest.approx(best)
     assert set(assign_bits(sensitivities, costs, 1.0).values()) == {8}
     with pytest.raises(ValueError, match="bits reach 16"):
         assign_bits(sensitivities, costs, 17)
@@ -92,8 +92,8 @@ def test_in_quantization() -> None:
     assert {name: each.n_bits for name, each in resumed.weights.items()} == bits
 
 
-def test_the_greedy_search_needs_outputs_alone() -> None:
-    config = register_default_init_args({"compression": hawq(type="autoq", compression_ratio=4.0)}, loader())
+def test_a_search_by_outputs_needs_outputs_alone() -> None:
+    config = register_default_init_args({"compression": hawq(type="autoq", compression_ratio=5.0)}, loader())
     model = make_model()
     weights = {name: model.get_submodule(name).weight for name in ("stem", "inner", "head")}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
