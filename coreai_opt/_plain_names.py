@@ -13,15 +13,36 @@ from torch.nn.utils import parametrize
 
 from coreai_opt.config.spec import CompressionSimulatorBase
 
-__all__ = ["PREFIX", "STEPS", "from_plain_names", "plain_state"]
+__all__ = ["PREFIX", "coded", "decoded", "from_plain_names", "plain_state", "steps_key"]
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "coreai_opt."
-"""In front of the names of what simulators hold."""
+"""In front of the coded names of what simulators hold."""
 
-STEPS = f"{PREFIX}steps."
-"""In front of each kind of compressor: the names of the tensors with its steps."""
+_STEPS = "steps of "
+
+
+def coded(name: str) -> str:
+    """A name in a state under plain names.
+
+    In upper-case digits: transformers renames what looks like the name of a layer as it saves and loads.
+    """
+    return PREFIX + name.encode().hex().upper()
+
+
+def decoded(key: str) -> str | None:
+    """What was :func:`coded`; None if nothing was."""
+    _, found, digits = key.rpartition(PREFIX)
+    try:
+        return bytes.fromhex(digits).decode() if found else None
+    except ValueError:
+        return None
+
+
+def steps_key(kind: str) -> str:
+    """The coded name of the steps of a kind of compressor."""
+    return coded(_STEPS + kind)
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -38,7 +59,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
         if owner is None:
             state[originals.get(name, name)] = value
         elif of_simulators[owner]:
-            state[PREFIX + name] = value
+            state[coded(name)] = value
     return state
 
 
@@ -48,9 +69,11 @@ def from_plain_names(model: nn.Module, state_dict: MutableMapping[str, Any], pre
     Warns in the log where weights come without their simulators' states, which are then of other weights.
     """
     for key in [key for key in state_dict if key.startswith(prefix + PREFIX)]:
-        value = state_dict.pop(key)
-        if not key.startswith(prefix + STEPS):  # which another hook has read
-            state_dict[prefix + key.removeprefix(prefix + PREFIX)] = value
+        name = decoded(key)
+        if name is not None:
+            value = state_dict.pop(key)
+            if not name.startswith(_STEPS):  # which another hook has read
+                state_dict[prefix + name] = value
     stale = []
     for own, plain in _compressed(model):
         if prefix + plain not in state_dict or prefix + own in state_dict:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coreai_opt._plain_names import STEPS, from_plain_names
+from coreai_opt._plain_names import from_plain_names, steps_key
 from coreai_opt.common import CompressionType
 from coreai_opt.config.spec import CompressionSimulatorBase
 
@@ -152,7 +152,7 @@ def _load_steps(
     saved = local_metadata.get(_METADATA, {})
     for kind in CompressionType:
         # As of plain states, in files without metadata.
-        if (steps := state_dict.get(f"{prefix}{STEPS}{kind}")) is not None:
+        if (steps := state_dict.get(prefix + steps_key(kind))) is not None:
             saved = {**saved, str(kind): int(steps)}
     present = getattr(model, _STEPS, {})
     present.update({kind: int(saved[kind]) for kind in present if kind in saved})

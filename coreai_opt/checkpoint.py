@@ -98,7 +98,8 @@ def load_checkpoint(
             eager mode it is changed in place.
         path: the file.
         example_inputs: what one forward takes, as for ``prepare``: it shows the operations. None for tensors
-            of the shapes of the first ones: floating-point ones are 0 and others are 1.
+            of the shapes of the first ones: floating-point ones are 0, masks are as they were, and other
+            integers are 1.
         dynamic_shapes: for graph mode; None for those of the first time.
 
     Returns:

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from coreai_opt import _prepared_models, one_call
-from coreai_opt._plain_names import PREFIX, STEPS, plain_state
+from coreai_opt._plain_names import PREFIX, decoded, plain_state, steps_key
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.checkpoint import description_of, restore
 from coreai_opt.export.checkpoints import without_ties
@@ -121,7 +121,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         state = plain_state(model)
         own = without_ties({name: value for name, value in state.items() if name.startswith(PREFIX)})
         for kind in _prepared_models.preparations_of(model):
-            own[STEPS + kind] = torch.tensor(_prepared_models.steps_of(model, kind))
+            own[steps_key(kind)] = torch.tensor(_prepared_models.steps_of(model, kind))
         return {name: value for name, value in state.items() if name not in own} | own, {}
 
 
@@ -178,7 +178,7 @@ def _preparation_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _simulators_in(files: list[str]) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): value for name, value in _read(files)}
+    return dict(_read(files))
 
 
 def _read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -186,6 +186,6 @@ def _read(files: list[str]) -> Iterator[tuple[str, Tensor]]:
         if Path(path).suffix != ".safetensors":
             raise ValueError(f"a compressed model is in safetensors files; got {path}")
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.startswith(PREFIX):
-                    yield name, file.get_tensor(name)
+            for key in file.keys():  # noqa: SIM118
+                if (name := decoded(key)) is not None:
+                    yield name, file.get_tensor(key)

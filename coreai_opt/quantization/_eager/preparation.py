@@ -1,5 +1,6 @@
 """From a model and a configuration to a model with simulators that have seen example inputs."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ from coreai_opt.quantization._eager.placement import Simulators, build, insert, 
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
 from coreai_opt.quantization._eager.unserved import warn_of_unserved_states
+from coreai_opt.quantization._observing import MASKED, first_observations
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["prepare", "set_flags", "simulators_of"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[Any]) -> None:
@@ -43,11 +47,13 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         insert(simulators)
         install_hooks(model, plan)
         set_flags(simulators.all(), observe=True, simulate=False)
-        with training_flags(model, False), torch.no_grad():
+        with training_flags(model, False), torch.no_grad(), first_observations(model) as masked:
             model(*example_inputs)
             _observe_unread_states(simulators)
         set_flags(simulators.all(), observe=False, simulate=True)
-        if _drop_disabled(simulators):
+        if masked:
+            logger.info(MASKED, ", ".join(each.tensor_fqn for each in masked))
+        if _drop(simulators, masked):
             remove_hooks(model)
             install_hooks(model, plan)
 
@@ -75,11 +81,11 @@ def _observe_unread_states(simulators: Simulators) -> None:
             simulator(getattr(state.places[0].module.parametrizations, state.places[0].name).original)
 
 
-def _drop_disabled(simulators: Simulators) -> bool:
-    """Take the simulators off whose blocks do not fit their tensor; whether there were any."""
+def _drop(simulators: Simulators, masked: set[FakeQuantizeImplBase]) -> bool:
+    """Take off the simulators whose blocks do not fit, and those of masks; whether there were any."""
     found = False
     for module, name, simulator in simulators.activations:
-        if simulator.is_disabled():
+        if simulator.is_disabled() or simulator in masked:
             delattr(module, name)
             show_simulator(module, name)
             found = True

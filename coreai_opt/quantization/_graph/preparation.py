@@ -1,5 +1,6 @@
 """From a model and a configuration to a graph module with quantizers that have seen example inputs."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,13 @@ from coreai_opt.quantization._graph.owners import keep_owners, keep_priorities
 from coreai_opt.quantization._graph.patterns import BATCH_NORM
 from coreai_opt.quantization._graph.reconcile import reconcile
 from coreai_opt.quantization._graph.resolve import Placement, resolve
+from coreai_opt.quantization._observing import MASKED, first_observations
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["place_quantizers", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare(
@@ -76,8 +80,8 @@ def prepare(
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
     with _buffers_as_before_on_failure(model):
-        _observe(prepared, example_inputs, model.training)
-        _drop_disabled(prepared)
+        masked = _observe(prepared, example_inputs, model.training)
+        _drop(prepared, masked)
         if state_dict is not None:
             _load(prepared, state_dict)
     set_flags(simulators_of(prepared), observe=False, simulate=True)
@@ -154,17 +158,27 @@ def _buffers_as_before_on_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _observe(prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool) -> None:
+def _observe(
+    prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool
+) -> set[FakeQuantizeImplBase]:
+    """Run the example; the quantizers that have seen masks."""
     set_flags(simulators_of(prepared), observe=True, simulate=False)
     prepared.eval()
-    with torch.no_grad():
+    with torch.no_grad(), first_observations(prepared) as masked:
         prepared(*example_inputs)
     prepared.train(training)
+    return masked
 
 
-def _drop_disabled(prepared: GraphModule) -> None:
-    """Take out the quantizers whose blocks do not fit their tensor."""
-    disabled = [node for node, quantizer in quantizer_nodes(prepared) if quantizer.is_disabled()]
+def _drop(prepared: GraphModule, masked: set[FakeQuantizeImplBase]) -> None:
+    """Take out the quantizers whose blocks do not fit their tensor, and those of masks."""
+    disabled = [
+        node
+        for node, quantizer in quantizer_nodes(prepared)
+        if quantizer.is_disabled() or quantizer in masked
+    ]
+    if masked:
+        logger.info(MASKED, ", ".join(str(node.target) for node in disabled))
     for node in disabled:
         node.replace_all_uses_with(node.all_input_nodes[0])
         prepared.graph.erase_node(node)
