@@ -1,7 +1,7 @@
 """From a weight to its palettes, and what has to hold before."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,11 +9,8 @@ from torch import Tensor
 import coreai_kernels
 from coreai_opt.palettization.kmeans._blocks import Blocks
 from coreai_opt.palettization.kmeans._existing import existing_palettes
-from coreai_opt.palettization.kmeans._search import Clusters, Settings, cluster_kept, padded
+from coreai_opt.palettization.kmeans._search import Clusters, KMeansSimulator, Settings, cluster_kept, padded
 from coreai_opt.palettization.kmeans._sparsity import gathered
-
-if TYPE_CHECKING:
-    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["channel_scale", "checked_sensitivities", "cluster", "cluster_means"]
 
@@ -27,9 +24,7 @@ def channel_scale(weight: Tensor) -> Tensor:
     return torch.where(largest == 0, torch.ones_like(largest), largest)
 
 
-def cluster(
-    simulator: "_KMeansFakePalettize", weight: Tensor, blocks: Blocks, scale: Tensor | None
-) -> Clusters:
+def cluster(simulator: KMeansSimulator, weight: Tensor, blocks: Blocks, scale: Tensor | None) -> Clusters:
     """Cluster a weight, masked already, as the simulator's specification says.
 
     Raises:
@@ -56,9 +51,7 @@ def cluster(
         raise ValueError(f"{name} cannot be clustered: {error}") from error
 
 
-def _clusters(
-    simulator: "_KMeansFakePalettize", weight: Tensor, blocks: Blocks, weights: Tensor | None
-) -> Clusters:
+def _clusters(simulator: KMeansSimulator, weight: Tensor, blocks: Blocks, weights: Tensor | None) -> Clusters:
     settings = Settings.of(simulator, weight)
     sparsity = simulator.sparsity
     if sparsity.positions is not None:

@@ -1,7 +1,7 @@
 """k-means of blocks: of whole ones, and of the values that pruning has left in them."""
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,12 +9,9 @@ from torch import Tensor
 
 import coreai_kernels
 from coreai_opt.palettization.config import VectorKMeansConfig
-from coreai_opt.palettization.kmeans._sparsity import counts_of
+from coreai_opt.palettization.kmeans._sparsity import Sparsity, counts_of
 
-if TYPE_CHECKING:
-    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
-
-__all__ = ["Clusters", "Settings", "cluster_kept", "padded"]
+__all__ = ["Clusters", "KMeansSimulator", "Settings", "cluster_kept", "padded"]
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -25,6 +22,23 @@ class Clusters(NamedTuple):
 
     centroids: Tensor
     indices: Tensor
+
+
+class KMeansSimulator(Protocol):
+    """What clustering reads of a simulator with palettes."""
+
+    tensor_fqn: str
+    n_bits: int
+    cluster_dim: int
+    enable_fast_kmeans_mode: bool
+    rounding_precision: int
+    vector_kmeans_config: VectorKMeansConfig | None
+
+    @property
+    def sensitivities(self) -> Tensor | None: ...
+
+    @property
+    def sparsity(self) -> Sparsity: ...
 
 
 class Settings(NamedTuple):
@@ -43,7 +57,7 @@ class Settings(NamedTuple):
     vectors: VectorKMeansConfig | None
 
     @classmethod
-    def of(cls, simulator: "_KMeansFakePalettize", weight: Tensor) -> "Settings":
+    def of(cls, simulator: KMeansSimulator, weight: Tensor) -> "Settings":
         """Those of a simulator for its weight."""
         return cls(
             2**simulator.n_bits,
@@ -177,7 +191,7 @@ def padded(centroids: Tensor, entries: int) -> Tensor:
     return torch.cat([centroids, centroids[:, -1:].expand(-1, missing, -1)], 1)
 
 
-def _decimals(simulator: "_KMeansFakePalettize", weight: Tensor) -> int | None:
+def _decimals(simulator: KMeansSimulator, weight: Tensor) -> int | None:
     """Decimals to which float16 values are rounded before clustering; None to cluster them as they are.
 
     Fast mode is for weights that float16 can hold, and that are not so small that rounding would leave fewer

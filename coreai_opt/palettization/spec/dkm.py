@@ -1,6 +1,6 @@
 """Training of the palette by soft assignment."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -8,9 +8,6 @@ from torch import nn
 
 import coreai_kernels
 from coreai_opt.palettization.spec.training_strategy import TrainingStrategy, TrainingStrategySpec
-
-if TYPE_CHECKING:
-    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["DKMTrainingSpec"]
 
@@ -22,9 +19,8 @@ class _DKMStrategy(TrainingStrategy):
         self.temperature = temperature
         self.iterations = iterations
 
-    def train_forward(  # type: ignore[override]
-        self, module: "_KMeansFakePalettize", weight: torch.Tensor
-    ) -> torch.Tensor:
+    # `module`: a k-means simulator, which knows the strategies; not named here, so that imports go one way.
+    def train_forward(self, module: Any, weight: torch.Tensor) -> torch.Tensor:
         palettes, held = module.palettes(), module.held_entries()
         if held is not None:
             palettes = torch.where(held, palettes.detach(), palettes)
@@ -37,7 +33,7 @@ class _DKMStrategy(TrainingStrategy):
         )
         return module.restored(values, weight)
 
-    def on_palette_computed(self, module: "_KMeansFakePalettize") -> None:  # type: ignore[override]
+    def on_palette_computed(self, module: Any) -> None:
         centroids = module.centroids
         assert centroids is not None
         if not isinstance(centroids, nn.Parameter):

@@ -1,15 +1,12 @@
 """Training of the weight through its palettized values."""
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 
 import coreai_kernels
 from coreai_opt.palettization.spec.training_strategy import TrainingStrategy, TrainingStrategySpec
-
-if TYPE_CHECKING:
-    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["StraightThroughTrainingSpec"]
 
@@ -21,18 +18,15 @@ class _StraightThroughStrategy(TrainingStrategy):
         self.refresh_interval = refresh_interval
         self.refresh_iterations = refresh_iterations
 
-    def train_forward(  # type: ignore[override]
-        self, module: "_KMeansFakePalettize", weight: torch.Tensor
-    ) -> torch.Tensor:
+    # `module`: a k-means simulator, which knows the strategies; not named here, so that imports go one way.
+    def train_forward(self, module: Any, weight: torch.Tensor) -> torch.Tensor:
         points, palettes = module.points(weight), module.palettes()
         indices = module.nearest(points.detach(), palettes.detach(), weight)
         block_size = module.point_blocks(weight).block_size
         values = coreai_kernels.lookup(indices, palettes, block_size=block_size, weight=points)
         return module.restored(values, weight)
 
-    def on_step(  # type: ignore[override]
-        self, module: "_KMeansFakePalettize", weight: torch.Tensor, step: int
-    ) -> None:
+    def on_step(self, module: Any, weight: torch.Tensor, step: int) -> None:
         if step % self.refresh_interval == 0:
             module.refine(weight, self.refresh_iterations)
 

@@ -1,8 +1,8 @@
 """A fake quantizer's captured calls: what they depend on, and when a forward can be captured."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from coreai_kernels.ops.observe_and_fake_quantize import is_plain
@@ -12,22 +12,19 @@ from coreai_opt.quantization.spec._plan import STATE, QuantizationPlan, same_met
 from coreai_opt.quantization.spec._switches import Flags
 from coreai_opt.quantization.spec.qparams_calculator import StatefulQParamsCalculatorBase
 
-if TYPE_CHECKING:
-    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
-
 __all__ = ["capture_simulation", "capture_step"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def capture_step(module: "FakeQuantizeImplBase", plan: QuantizationPlan, tensor: Tensor) -> None:
+def capture_step(module: nn.Module, plan: QuantizationPlan, tensor: Tensor) -> None:
     """Capture the training step on ``plan.state``, which the calculator's buffers are."""
     if is_plain(tensor, plan.state):
         args = (*plan.state, plan.keeps_range, plan.packed_config)
         _capture(module, "observe_and_fake_quantize_", tensor, args)
 
 
-def capture_simulation(module: "FakeQuantizeImplBase", plan: QuantizationPlan, tensor: Tensor) -> None:
+def capture_simulation(module: nn.Module, plan: QuantizationPlan, tensor: Tensor) -> None:
     """Capture the simulation with the calculator's parameters, if that is what the forward does."""
     calculator: Any = module._modules["qparams_calculator"]
     buffers = calculator._buffers
@@ -44,12 +41,12 @@ def capture_simulation(module: "FakeQuantizeImplBase", plan: QuantizationPlan, t
         _capture(module, "fake_quantize_forward", tensor, (*params, *plan.values))
 
 
-def _capture(module: "FakeQuantizeImplBase", operator: str, tensor: Tensor, args: tuple[Any, ...]) -> None:
+def _capture(module: nn.Module, operator: str, tensor: Tensor, args: tuple[Any, ...]) -> None:
     own = module.__dict__  # not by assignment, which would begin a new generation
     own["_captured"] = capture(own["_captured"], lambda: _guarded(module), operator, tensor, args)
 
 
-def _guarded(module: "FakeQuantizeImplBase") -> Guarded:
+def _guarded(module: nn.Module) -> Guarded:
     calculator: Any = module._modules["qparams_calculator"]
     ranges: Any = calculator._modules["range_calculator"]
     parts = (module, calculator, ranges)

@@ -4,13 +4,12 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec.qscheme import QuantizationScheme
-
-if TYPE_CHECKING:
-    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["accept_release_0_2"]
 
@@ -24,7 +23,7 @@ def accept_release_0_2(init: Callable[..., None]) -> Callable[..., None]:
     old_names = [names[0], "qscheme", *names[1:-1], "quantization_target", names[-1]]
 
     @functools.wraps(init)
-    def accept(self: "FakeQuantizeImplBase", *args: Any, **kwargs: Any) -> None:
+    def accept(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         if len(args) > 1 and isinstance(args[1], QuantizationScheme):
             kwargs |= dict(zip(old_names, args, strict=False))
             args = ()

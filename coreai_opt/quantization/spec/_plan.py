@@ -4,24 +4,24 @@ A training step calls the forward of every simulator; this takes the reading of 
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from coreai_kernels import Format, QuantConfig, RangeUpdate, grid_shape
+from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _numbers, qparams_calculator, range_calculator
 from coreai_opt.quantization.spec._generation import generation_of
 from coreai_opt.quantization.spec._state import is_shaped, reshape_buffer, same_blocks
+from coreai_opt.quantization.spec.granularity import QuantizationGranularity
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
-
-if TYPE_CHECKING:
-    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = [
     "STATE",
     "Facts",
+    "FakeQuantizer",
     "Plans",
     "QuantizationPlan",
     "facts_of",
@@ -56,6 +56,35 @@ _RANGE_UPDATES = {
 Facts = tuple[int, float, float, bool, bool, bool, bool, QuantConfig | None]
 
 
+class FakeQuantizer(Protocol):
+    """What plans are made from: a module of which this file needs no more."""
+
+    dtype: torch.dtype
+    qformulation: QuantizationFormulation
+    quant_min: int | float
+    quant_max: int | float
+    qparams_calculator: qparams_calculator.QParamsCalculatorBase
+    tensor_fqn: str
+    _plans: "Plans"
+    _modules: dict[str, nn.Module | None]
+
+    @property
+    def granularity(self) -> QuantizationGranularity: ...
+
+    @property
+    def quantization_target(self) -> CompressionTargetTensor: ...
+
+    @property
+    def is_stateless(self) -> bool: ...
+
+    @classmethod
+    def built_in_class(cls) -> type: ...
+
+    def facts(self) -> Facts: ...
+
+    def get_block_size(self, tensor_shape: torch.Size) -> tuple[int, ...]: ...
+
+
 class QuantizationPlan:
     """How to quantize tensors of one shape, with the module's settings as they are now.
 
@@ -84,7 +113,7 @@ class QuantizationPlan:
         "values",
     )
 
-    def __init__(self, module: "FakeQuantizeImplBase", shape: torch.Size) -> None:
+    def __init__(self, module: FakeQuantizer, shape: torch.Size) -> None:
         is_eager = not torch.compiler.is_compiling()
         fmt, quant_min, quant_max, *flags, config = module.facts()
         self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
@@ -128,7 +157,7 @@ class QuantizationPlan:
         return value.reshape(self.grid)
 
 
-def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> QuantizationPlan:
+def make_plan(module: FakeQuantizer, tensor: Tensor) -> QuantizationPlan:
     """The plan for ``tensor``.
 
     Raises:
@@ -142,7 +171,7 @@ def make_plan(module: "FakeQuantizeImplBase", tensor: Tensor) -> QuantizationPla
     return QuantizationPlan(module, tensor.shape)
 
 
-def plan_for(module: "FakeQuantizeImplBase", tensor: Tensor) -> QuantizationPlan:
+def plan_for(module: FakeQuantizer, tensor: Tensor) -> QuantizationPlan:
     """The same, kept for the generation of the module's settings."""
     if torch.compiler.is_compiling():
         return make_plan(module, tensor)
@@ -165,7 +194,7 @@ class Plans(dict[tuple[torch.Size, torch.dtype], QuantizationPlan]):
     generation: tuple[object, ...] = ()
 
 
-def _settings_generation(module: "FakeQuantizeImplBase") -> tuple[object, ...]:
+def _settings_generation(module: FakeQuantizer) -> tuple[object, ...]:
     """What is equal as long as no setting of the module, its calculator and its range calculator changes."""
     calculator = module._modules.get("qparams_calculator")
     ranges = calculator and calculator._modules.get("range_calculator")
@@ -247,7 +276,7 @@ def _view_as_grid(grid: tuple[int, ...], name: str, buffer: Tensor) -> Tensor:
     return buffer.view(grid)
 
 
-def facts_of(module: "FakeQuantizeImplBase") -> Facts:
+def facts_of(module: FakeQuantizer) -> Facts:
     """What a plan takes from the module, whatever the shape.
 
     Format and range of the quantized values, whether the formulation is the min-value one, whether the
@@ -281,7 +310,7 @@ def facts_of(module: "FakeQuantizeImplBase") -> Facts:
     return int(fmt), quant_min, quant_max, *flags, config
 
 
-def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:
+def _observes_for(calculator: Any, module: FakeQuantizer) -> bool:
     """Whether the calculator observes at each forward, for the blocks and values of the module."""
     ranges = calculator.range_calculator
     return (
@@ -295,16 +324,16 @@ def _observes_for(calculator: Any, module: "FakeQuantizeImplBase") -> bool:
     )
 
 
-def simulates_as_built_in(module: "FakeQuantizeImplBase") -> bool:
+def simulates_as_built_in(module: FakeQuantizer) -> bool:
     """Whether the module quantizes with the built-in methods, which the fused operators reproduce."""
     return same_methods(module, module.built_in_class(), _SIMULATION_METHODS)
 
 
-def _forwards_as_built_in(module: "FakeQuantizeImplBase") -> bool:
+def _forwards_as_built_in(module: FakeQuantizer) -> bool:
     return same_methods(module, module.built_in_class(), _FORWARD_METHODS + _SIMULATION_METHODS)
 
 
-def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
+def _range_update_of(module: FakeQuantizer) -> RangeUpdate | None:
     """What the calculator does with a range; None unless all three modules have the built-in methods."""
     if not simulates_as_built_in(module):
         return None
@@ -320,7 +349,7 @@ def _range_update_of(module: "FakeQuantizeImplBase") -> RangeUpdate | None:
     return None
 
 
-def same_methods(obj: torch.nn.Module, built_in: type, names: tuple[str, ...]) -> bool:
+def same_methods(obj: object, built_in: type, names: tuple[str, ...]) -> bool:
     """Whether the object's methods of these names are those of the class ``built_in``."""
     if not vars(obj).keys().isdisjoint(names):
         return False
