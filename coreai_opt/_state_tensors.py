@@ -21,7 +21,7 @@ __all__ = [
     "StateUse",
     "check_example_inputs",
     "configured_targets",
-    "put_on_places",
+    "put_on_owners",
     "record_state_uses",
     "side_effects_undone",
 ]
@@ -54,14 +54,14 @@ class StateTarget:
     Fields:
         spec: its specification.
         config: the module configuration that it comes from.
-        places: modules and attribute names that hold the tensor: several, where it is shared.
+        owners: modules and attribute names that hold the tensor: several, where it is shared.
         fqn: its qualified name, the first of several.
     """
 
     tensor: Tensor
     spec: CompressionSpec
     config: ModuleCompressionConfig[Any, Any]
-    places: list[tuple[nn.Module, str]]
+    owners: list[tuple[nn.Module, str]]
     fqn: str
 
 
@@ -142,7 +142,7 @@ def configured_targets(
     """The tensors that ``config`` gives a specification, in the order of the model's parameters and buffers.
 
     A specification for the state of the module that holds the tensor comes first. Else the last operation
-    that reads it there decides, by its name, its type, or what holds for all operations. Of the places that
+    that reads it there decides, by its name, its type, or what holds for all operations. Of the owners that
     share a tensor, the one that is used last with a specification decides.
     """
     configs = {
@@ -151,23 +151,23 @@ def configured_targets(
         for name, entry in level.items()
     }
     modules = dict(model.named_modules())
-    places = _places(modules)
+    owners = _owners(modules)
     by_module: dict[int, _Choice] = {}
     by_op: dict[int, dict[tuple[str, str], _Choice | None]] = {}
     for use in uses:
         for tensor in use.tensors:
             key = id(tensor)
-            for owner, attribute in places[key]:
+            for owner, attribute in owners[key]:
                 spec = _lookup(configs[owner].module_state_spec, attribute)
                 if spec is not _MISSING:
                     by_module[key] = (spec, configs[owner])
             if use.op_type is not None:
-                place = next((each for each in places[key] if each[0] == use.module_name), places[key][0])
+                named = next((each for each in owners[key] if each[0] == use.module_name), owners[key][0])
                 chosen = by_op.setdefault(key, {})
-                chosen.pop(place, None)
-                chosen[place] = _choose(use, place[1], configs[use.module_name])
+                chosen.pop(named, None)
+                chosen[named] = _choose(use, named[1], configs[use.module_name])
     targets = []
-    for key, where in places.items():
+    for key, where in owners.items():
         choice = by_module.get(key)
         if choice is None:
             choice = next((each for each in reversed(by_op.get(key, {}).values()) if each), None)
@@ -209,7 +209,7 @@ def _choose(use: StateUse, attribute: str, config: ModuleCompressionConfig[Any, 
     return None if spec is _MISSING or spec is None else (spec, config)
 
 
-def _places(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]]:
+def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]]:
     """Names of the modules and attributes that hold each parameter and buffer, by its identity."""
     found: dict[int, list[tuple[str, str]]] = {}
     for name, module in modules.items():
@@ -219,14 +219,14 @@ def _places(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]
     return found
 
 
-def put_on_places(simulator: nn.Module, places: Sequence[tuple[nn.Module, str]]) -> None:
+def put_on_owners(simulator: nn.Module, owners: Sequence[tuple[nn.Module, str]]) -> None:
     """Register one parametrization for a tensor, in all the modules that share it.
 
     Args:
         simulator: the parametrization.
-        places: the modules, and what they call the tensor. The first one owns it.
+        owners: the modules, and what they call the tensor. The first one owns it.
     """
-    for index, (module, attribute) in enumerate(places):
+    for index, (module, attribute) in enumerate(owners):
         parametrize.register_parametrization(module, attribute, simulator, unsafe=True)
         if index:
             # transformers saves no tensor twice, and asks modules which of their names stand for others:

@@ -19,7 +19,7 @@ from coreai_opt._state_tensors import (
     StateTarget,
     check_example_inputs,
     configured_targets,
-    put_on_places,
+    put_on_owners,
     record_state_uses,
 )
 from coreai_opt._summary import CompressionSummary, summary_of, warn_of_unmatched
@@ -305,9 +305,9 @@ class EagerCompressionComponentBuilderMixin:
 
     @staticmethod
     def _insert(target: StateTarget, simulator: CompressionSimulatorBase) -> None:
-        """Put ``simulator`` on the tensor; on all places of a shared one."""
+        """Put ``simulator`` on the tensor; on all owners of a shared one."""
         simulator.tensor_fqn = target.fqn
-        put_on_places(simulator, target.places)
+        put_on_owners(simulator, target.owners)
 
     @classmethod
     def _inserted(cls, model: nn.Module) -> Iterator[tuple[nn.Module, str, CompressionSimulatorBase]]:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from coreai_opt.export.checkpoints import CONFIG_KEY, METHOD
 from coreai_opt.export.compressed_tensors import NVFP4, decoded, parameters_of
-from coreai_opt.export.parametrized import places_of
+from coreai_opt.export.parametrized import slots_of
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizerConfig
 from coreai_opt.quantization.config import ExecutionMode
 from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
@@ -87,9 +87,7 @@ def load_quantization(model: nn.Module, path: str | Path) -> None:
             it was.
     """
     _, layers = _read(model, Path(path))
-    weights = {
-        place.name: place.simulator for place in places_of(model, FakeQuantizeImplBase) if place.index == 0
-    }
+    weights = {slot.name: slot.simulator for slot in slots_of(model, FakeQuantizeImplBase) if slot.index == 0}
     found: list[tuple[str, FakeQuantizeImplBase, Tensor, Tensor | None]] = []
     for name, layer in layers.items():
         weight_name = f"{name}.weight".lstrip(".")

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from coreai_opt.export.compressed_tensors import stored
-from coreai_opt.export.parametrized import Place, places_of
+from coreai_opt.export.parametrized import Slot, slots_of
 from coreai_opt.export.tensor_stream import write_tensors
 from coreai_opt.quantization._export import activations_of
 from coreai_opt.quantization._export_checks import check_observed
@@ -62,37 +62,37 @@ class Content:
             raise ValueError(f"ignore: the model has no modules {sorted(unknown)}")
         self._model = model
         self._weights = [
-            place
-            for place in places_of(model, FakeQuantizeImplBase)
-            if is_weight(place.simulator) and place.module_name not in ignored
+            slot
+            for slot in slots_of(model, FakeQuantizeImplBase)
+            if is_weight(slot.simulator) and slot.module_name not in ignored
         ]
         with torch.no_grad():
             self._inputs = _inputs(model, self._weights, ignored)
-        check_observed([(place.name, place.simulator) for place in self._weights])
-        for place in self._weights:
-            _check_place(place, self._weights)
+        check_observed([(slot.name, slot.simulator) for slot in self._weights])
+        for slot in self._weights:
+            _check_slot(slot, self._weights)
         self._groups: dict[str, dict[str, Any]] = {}
 
     def header_size(self, with_configuration: bool) -> int:
         """Bytes that are enough for the header of a file with all tensors."""
-        places = [place.name for place in self._weights]
-        of_layers = [name for name in places for _ in range(_MOST_OF_A_LAYER)]
-        names = {*self._dense(), *_parametrized(self._model)}.difference(places)
+        slots = [slot.name for slot in self._weights]
+        of_layers = [name for name in slots for _ in range(_MOST_OF_A_LAYER)]
+        names = {*self._dense(), *_parametrized(self._model)}.difference(slots)
         size = _HEADER + sum(_ENTRY + len(json.dumps(name)) for name in (*names, *of_layers))
-        return size + with_configuration * sum(_GROUP + 2 * len(json.dumps(name)) for name in places)
+        return size + with_configuration * sum(_GROUP + 2 * len(json.dumps(name)) for name in slots)
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors by name. Those of a quantized layer are made when they are asked for."""
         yield from without_ties(self._dense()).items()
-        quantized = {place.name for place in self._weights}
+        quantized = {slot.name for slot in self._weights}
         for name, (module, attribute) in _parametrized(self._model).items():
             if name not in quantized:
                 yield name, _evaluated(module, attribute)
         self._groups.clear()
-        for place in self._weights:
-            for key, tensor in self._layer(place).items():
-                yield f"{place.module_name}.{key}".lstrip("."), tensor
+        for slot in self._weights:
+            for key, tensor in self._layer(slot).items():
+                yield f"{slot.module_name}.{key}".lstrip("."), tensor
 
     def _dense(self) -> dict[str, Tensor]:
         simulators = [
@@ -105,10 +105,10 @@ class Content:
             and not any(name.startswith(f"{each}.") for each in simulators)
         }
 
-    def _layer(self, place: Place) -> dict[str, Tensor]:
-        record = affine_weight(place.simulator, place.value(), place.name)
-        layer = stored(record, place.name, place.module_name in self._inputs)
-        tensors, arguments = self._inputs.get(place.module_name, ({}, None))
+    def _layer(self, slot: Slot) -> dict[str, Tensor]:
+        record = affine_weight(slot.simulator, slot.value(), slot.name)
+        layer = stored(record, slot.name, slot.module_name in self._inputs)
+        tensors, arguments = self._inputs.get(slot.module_name, ({}, None))
         group = {
             "weights": layer.arguments,
             "input_activations": arguments,
@@ -116,7 +116,7 @@ class Content:
             "format": layer.format,
         }
         key = json.dumps(group, sort_keys=True)
-        self._groups.setdefault(key, {**group, "targets": []})["targets"].append(place.module_name)
+        self._groups.setdefault(key, {**group, "targets": []})["targets"].append(slot.module_name)
         return {**layer.tensors, **tensors}
 
     def configuration(self) -> dict[str, Any]:
@@ -143,25 +143,25 @@ def _evaluated(module: nn.Module, attribute: str) -> Tensor:
         chain.train(was_training)
 
 
-def _check_place(place: Place, weights: list[Place]) -> None:
-    if not isinstance(place.module, nn.Linear | nn.Embedding) or place.attribute != "weight":
+def _check_slot(slot: Slot, weights: list[Slot]) -> None:
+    if not isinstance(slot.module, nn.Linear | nn.Embedding) or slot.attribute != "weight":
         raise ValueError(
-            f"{place.name!r} belongs to a {type(place.module).__bases__[0].__name__}; compressed-tensors "
-            f"holds the weights of Linear and Embedding. ignore=[{place.module_name!r}] stores it dense"
+            f"{slot.name!r} belongs to a {type(slot.module).__bases__[0].__name__}; compressed-tensors "
+            f"holds the weights of Linear and Embedding. ignore=[{slot.module_name!r}] stores it dense"
         )
-    owners = [each.module_name for each in weights if each.simulator is place.simulator]
+    owners = [each.module_name for each in weights if each.simulator is slot.simulator]
     if len(owners) > 1:
         raise ValueError(
-            f"{place.name!r} is shared by the modules {owners}; a checkpoint holds shared weights once, "
+            f"{slot.name!r} is shared by the modules {owners}; a checkpoint holds shared weights once, "
             f"which compressed-tensors cannot express. ignore={owners} stores it dense"
         )
 
 
 def _inputs(
-    model: nn.Module, weights: list[Place], ignored: set[str]
+    model: nn.Module, weights: list[Slot], ignored: set[str]
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """For each layer with quantized inputs, tensors and configuration of these."""
-    layers = {place.module_name for place in weights if isinstance(place.module, nn.Linear)}
+    layers = {slot.module_name for slot in weights if isinstance(slot.module, nn.Linear)}
     found = {}
     for module, child, name in activations_of(model):
         owner = name.rpartition(".")[0]

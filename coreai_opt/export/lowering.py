@@ -6,7 +6,7 @@ from torch.fx import GraphModule
 
 from coreai_opt.common import ExportBackend
 from coreai_opt.export.onnx import OnnxActivation, OnnxWeight
-from coreai_opt.export.parametrized import FinalizedWeight, places_of, replace_simulator
+from coreai_opt.export.parametrized import FinalizedWeight, replace_simulator, slots_of
 from coreai_opt.export.torch import fold
 from coreai_opt.palettization.kmeans._export import finalize_palettes
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
@@ -51,9 +51,9 @@ def finalized_for(model: nn.Module, backend: ExportBackend) -> nn.Module:
         return finalize_graph(model, backend)
     if simulated:
         finalize_eager(model, backend)
-    if next(places_of(model, _KMeansFakePalettize), None) is not None:
+    if next(slots_of(model, _KMeansFakePalettize), None) is not None:
         finalize_palettes(model, backend)
-    if next(places_of(model, PruneImplBase), None) is not None:
+    if next(slots_of(model, PruneImplBase), None) is not None:
         finalize_pruned(model, backend)
     return model
 
@@ -69,16 +69,14 @@ def lowered_to_onnx(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, GraphModule):
         return _graph_to_onnx(model)
-    weights = [place for place in places_of(model, FakeQuantizeImplBase) if is_weight(place.simulator)]
+    weights = [slot for slot in slots_of(model, FakeQuantizeImplBase) if is_weight(slot.simulator)]
     activations = list(activations_of(model))
-    check_observed([(place.name, place.simulator) for place in weights])
+    check_observed([(slot.name, slot.simulator) for slot in weights])
     check_observed([(name, getattr(module, child)) for module, child, name in activations])
-    for place in weights:
-        if not isinstance(place.simulator, FakeQuantizeImplBase):
+    for slot in weights:
+        if not isinstance(slot.simulator, FakeQuantizeImplBase):
             continue  # the second owner of a tied weight
-        replace_simulator(
-            place, OnnxWeight(affine_weight(place.simulator, place.value(), place.name), place.name)
-        )
+        replace_simulator(slot, OnnxWeight(affine_weight(slot.simulator, slot.value(), slot.name), slot.name))
     for module, child, name in activations:
         simulator = getattr(module, child)
         record = quantized_activation(simulator, observed_dtype(simulator, module))

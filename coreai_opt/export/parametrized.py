@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["FinalizedWeight", "Place", "is_finalized", "places_of", "replace_simulator"]
+__all__ = ["FinalizedWeight", "Slot", "is_finalized", "slots_of", "replace_simulator"]
 
 
 class FinalizedWeight(nn.Module):
@@ -22,7 +22,7 @@ def is_finalized(module: nn.Module, attribute: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """A tensor with a simulator on it.
 
     Attributes:
@@ -64,25 +64,25 @@ class Place:
         return value.detach()
 
 
-def places_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[Place]:
+def slots_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[Slot]:
     """The first simulator of a kind on each tensor of the model."""
     for module_name, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for attribute, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
                 for index, each in enumerate(chain):
                     if isinstance(each, kind):
-                        yield Place(module, module_name, attribute, chain, index)
+                        yield Slot(module, module_name, attribute, chain, index)
                         break
 
 
-def replace_simulator(place: Place, constant: nn.Module) -> None:
+def replace_simulator(slot: Slot, constant: nn.Module) -> None:
     """Put a parametrization that does not depend on its input in the place of the simulator.
 
     Those before it go, as they have had their effect; those behind it stay. The tensor behind them has no
     elements then.
     """
-    chain = place.chain
-    for _ in range(place.index):
+    chain = slot.chain
+    for _ in range(slot.index):
         del chain[0]
     chain[0] = constant.train(chain.training)
     if chain.is_tensor:

@@ -12,15 +12,15 @@ from coreai_opt._restoring import training_flags
 __all__ = ["fold", "give_own_class"]
 
 # A module and the name of one of its parametrized tensors.
-_Place = tuple[nn.Module, str]
+_Slot = tuple[nn.Module, str]
 
 
-def fold(model: nn.Module, kind: type[nn.Module]) -> list[_Place]:
+def fold(model: nn.Module, kind: type[nn.Module]) -> list[_Slot]:
     """Give the tensors that have a simulator of ``kind`` their simulated values, without parametrizations.
 
     A tensor loses all its parametrizations, those of other kinds too. Values are those of evaluation mode.
     They are written into the tensor behind the parametrizations: it stays the same object, in the same
-    memory where shape and dtype allow it, and places that share it go on sharing it. Tensors are folded one
+    memory where shape and dtype allow it, and slots that share it go on sharing it. Tensors are folded one
     after the other; if a simulator raises, those before it are folded, and the others as they were.
 
     Args:
@@ -30,16 +30,16 @@ def fold(model: nn.Module, kind: type[nn.Module]) -> list[_Place]:
     Returns:
         The modules and names of the tensors that were folded.
     """
-    by_original: dict[int, list[_Place]] = {}
-    for module, name in _places_of(model, kind):
+    by_original: dict[int, list[_Slot]] = {}
+    for module, name in _slots_of(model, kind):
         chain = _chain_of(module, name)
         by_original.setdefault(id(chain.original if chain.is_tensor else chain), []).append((module, name))
-    for places in by_original.values():
-        if _chain_of(*places[0]).is_tensor:
-            _fold_shared(places)
+    for slots in by_original.values():
+        if _chain_of(*slots[0]).is_tensor:
+            _fold_shared(slots)
         else:
-            _fold_assembled(*places[0])
-    return [place for places in by_original.values() for place in places]
+            _fold_assembled(*slots[0])
+    return [slot for slots in by_original.values() for slot in slots]
 
 
 def give_own_class(module: nn.Module) -> None:
@@ -53,7 +53,7 @@ def give_own_class(module: nn.Module) -> None:
     module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
-def _places_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[_Place]:
+def _slots_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[_Slot]:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             chains: Any = module.parametrizations
@@ -67,12 +67,12 @@ def _chain_of(module: nn.Module, name: str) -> Any:
 
 
 @torch.no_grad()
-def _fold_shared(places: list[_Place]) -> None:
-    """Fold the places of one tensor. They go on sharing it where their parametrizations are the same."""
-    original: Tensor = _chain_of(*places[0]).original
+def _fold_shared(slots: list[_Slot]) -> None:
+    """Fold the slots of one tensor. They go on sharing it where their parametrizations are the same."""
+    original: Tensor = _chain_of(*slots[0]).original
     values: dict[tuple[int, ...], Tensor] = {}
-    for place in places:
-        chain = _chain_of(*place)
+    for slot in slots:
+        chain = _chain_of(*slot)
         if _members(chain) not in values:
             with training_flags(chain, False):
                 value = original
@@ -83,7 +83,7 @@ def _fold_shared(places: list[_Place]) -> None:
     tensors = {members: _like(original, values[members]) for members in others}
     _write(original, values[first])
     tensors[first] = original
-    for module, name in places:
+    for module, name in slots:
         chain = _chain_of(module, name)
         _put(chain, tensors[_members(chain)])
         give_own_class(module)

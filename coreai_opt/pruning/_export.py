@@ -5,7 +5,7 @@ from torch import nn
 
 from coreai_opt.common import ExportBackend
 from coreai_opt.export import coreai, coreml
-from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.export.parametrized import Slot, replace_simulator, slots_of
 from coreai_opt.export.records import Sparse
 from coreai_opt.export.torch import fold
 from coreai_opt.pruning.spec.prune import PruneImplBase
@@ -25,12 +25,12 @@ def finalize_pruned(model: nn.Module, backend: ExportBackend) -> None:
     Raises:
         As :meth:`.MagnitudePruner.finalize`.
     """
-    places = list(places_of(model, PruneImplBase))
+    slots = list(slots_of(model, PruneImplBase))
     if backend is ExportBackend.CoreAI:
-        _to_core_ai(places)
+        _to_core_ai(slots)
         return
     described = [
-        (place.module, place.attribute, coreml.metadata_of(sparse_of(place), place.name)) for place in places
+        (slot.module, slot.attribute, coreml.metadata_of(sparse_of(slot), slot.name)) for slot in slots
     ]
     fold(model, PruneImplBase)
     for module, attribute, each in described:
@@ -38,19 +38,19 @@ def finalize_pruned(model: nn.Module, backend: ExportBackend) -> None:
     coreml.mark(model)
 
 
-def _to_core_ai(places: list[Place]) -> None:
+def _to_core_ai(slots: list[Slot]) -> None:
     coreai.require_operators()
     constants: dict[PruneImplBase, nn.Module] = {}
-    for place in places:
-        if place.simulator not in constants:
-            constants[place.simulator] = coreai.weight_module(sparse_of(place), place.name)
-    for place in places:
-        replace_simulator(place, constants[place.simulator])
+    for slot in slots:
+        if slot.simulator not in constants:
+            constants[slot.simulator] = coreai.weight_module(sparse_of(slot), slot.name)
+    for slot in slots:
+        replace_simulator(slot, constants[slot.simulator])
 
 
 @torch.no_grad()
-def sparse_of(place: Place) -> Sparse:
-    """The weight at a place, and which elements of it stay."""
-    weight, simulator = place.value(), place.simulator
+def sparse_of(slot: Slot) -> Sparse:
+    """The weight of a slot, and which elements of it stay."""
+    weight, simulator = slot.value(), slot.simulator
     mask = simulator.mask_for(weight) if simulator.is_stale else simulator.mask
     return Sparse(weight, mask.bool())

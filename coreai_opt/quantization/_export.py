@@ -9,7 +9,7 @@ from torch import nn
 
 from coreai_opt.common import ExportBackend
 from coreai_opt.export import coreai, coreml, mapped
-from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.export.parametrized import Slot, replace_simulator, slots_of
 from coreai_opt.export.torch import fold
 from coreai_opt.quantization._export_checks import Named, check_exportable
 from coreai_opt.quantization._export_records import affine_weight, is_weight, quantized_activation
@@ -34,7 +34,7 @@ def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Pat
     """
     if mmap_dir is not None:
         mapped.check(model, mmap_dir)
-    weights = [place for place in places_of(model, FakeQuantizeImplBase) if is_weight(place.simulator)]
+    weights = [slot for slot in slots_of(model, FakeQuantizeImplBase) if is_weight(slot.simulator)]
     activations = list(activations_of(model))
     check_exportable(_named(weights, activations), backend)
     if backend is ExportBackend.CoreAI:
@@ -43,9 +43,9 @@ def finalize_eager(model: nn.Module, backend: ExportBackend, mmap_dir: str | Pat
         _to_core_ml(model, weights, activations)
 
 
-def _named(weights: list[Place], activations: list[tuple[nn.Module, str, str]]) -> Iterator[Named]:
-    for place in weights:
-        yield place.name, place.simulator, place.value().shape
+def _named(weights: list[Slot], activations: list[tuple[nn.Module, str, str]]) -> Iterator[Named]:
+    for slot in weights:
+        yield slot.name, slot.simulator, slot.value().shape
     for module, child, name in activations:
         yield name, getattr(module, child), None
 
@@ -59,26 +59,26 @@ def activations_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def _to_core_ai(
-    weights: list[Place],
+    weights: list[Slot],
     activations: list[tuple[nn.Module, str, str]],
     mmap_dir: str | Path | None,
 ) -> None:
     coreai.require_operators()
     constants: dict[FakeQuantizeImplBase, nn.Module] = {}
     with mapped.folder(mmap_dir) as folder:
-        for place in weights:
-            if place.simulator not in constants:
+        for slot in weights:
+            if slot.simulator not in constants:
                 constant = coreai.weight_module(
-                    affine_weight(place.simulator, place.value(), place.name), place.name
+                    affine_weight(slot.simulator, slot.value(), slot.name), slot.name
                 )
-                constants[place.simulator] = folder.moved(constant, place.name)
+                constants[slot.simulator] = folder.moved(constant, slot.name)
         pairs: dict[FakeQuantizeImplBase, nn.Module] = {}
         for module, child, _ in activations:
             simulator: Any = getattr(module, child)
             if simulator not in pairs:
                 pairs[simulator] = _core_ai_activation(simulator, module)
-    for place in weights:
-        replace_simulator(place, constants[place.simulator])
+    for slot in weights:
+        replace_simulator(slot, constants[slot.simulator])
     for module, child, _ in activations:
         simulator = getattr(module, child)
         setattr(module, child, pairs[simulator].train(module.training))
@@ -100,13 +100,11 @@ def observed_dtype(simulator: FakeQuantizeImplBase, owner: nn.Module) -> torch.d
     return next(floating, torch.float32)
 
 
-def _to_core_ml(
-    model: nn.Module, weights: list[Place], activations: list[tuple[nn.Module, str, str]]
-) -> None:
-    simulators = [place.simulator for place in weights]
+def _to_core_ml(model: nn.Module, weights: list[Slot], activations: list[tuple[nn.Module, str, str]]) -> None:
+    simulators = [slot.simulator for slot in weights]
     metadata = {
-        simulator: coreml.metadata_of(affine_weight(simulator, place.value()), place.name)
-        for simulator, place in zip(simulators, weights, strict=True)
+        simulator: coreml.metadata_of(affine_weight(simulator, slot.value()), slot.name)
+        for simulator, slot in zip(simulators, weights, strict=True)
     }
     pairs: dict[FakeQuantizeImplBase, nn.Module] = {}
     for module, child, _ in activations:
@@ -114,8 +112,8 @@ def _to_core_ml(
         record = quantized_activation(simulator, observed_dtype(simulator, module))
         pairs[simulator] = coreml.activation_module(record, simulator.calculate_qparams()[0].shape)
     fold(model, FakeQuantizeImplBase)
-    for place, simulator in zip(weights, simulators, strict=True):
-        coreml.add_metadata(place.module, place.attribute, metadata[simulator])
+    for slot, simulator in zip(weights, simulators, strict=True):
+        coreml.add_metadata(slot.module, slot.attribute, metadata[simulator])
     for module, child, _ in activations:
         setattr(module, child, pairs[getattr(module, child)].train(module.training))
     coreml.mark(model)

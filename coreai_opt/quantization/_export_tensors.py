@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from coreai_opt.export.parametrized import Place, places_of
+from coreai_opt.export.parametrized import Slot, slots_of
 from coreai_opt.export.torchao_tensors import quantized_tensor
 from coreai_opt.quantization._export_checks import check_observed
 from coreai_opt.quantization._export_records import affine_weight, is_weight
@@ -38,25 +38,25 @@ def eager_tensors(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]
     Raises:
         As :meth:`.Quantizer.finalize`.
     """
-    places = [place for place in places_of(model, FakeQuantizeImplBase) if is_weight(place.simulator)]
-    check_observed([(place.name, place.simulator) for place in places])
-    owners: dict[FakeQuantizeImplBase, list[Place]] = {}
-    for place in places:
-        if len(place.chain) > 1:
-            raise ValueError(f"{place.name!r} has other parametrizations: torchao's tensors cannot hold them")
-        owners.setdefault(place.simulator, []).append(place)
+    slots = [slot for slot in slots_of(model, FakeQuantizeImplBase) if is_weight(slot.simulator)]
+    check_observed([(slot.name, slot.simulator) for slot in slots])
+    owners: dict[FakeQuantizeImplBase, list[Slot]] = {}
+    for slot in slots:
+        if len(slot.chain) > 1:
+            raise ValueError(f"{slot.name!r} has other parametrizations: torchao's tensors cannot hold them")
+        owners.setdefault(slot.simulator, []).append(slot)
     found = []
     for simulator, shared in owners.items():
         name = shared[0].name
         record = affine_weight(simulator, shared[0].value(), name)
-        parameter = _parameter(quantized_tensor(record, name, [_layer_of(place) for place in shared]))
-        found += [(place.module, place.attribute, parameter) for place in shared]
+        parameter = _parameter(quantized_tensor(record, name, [_layer_of(slot) for slot in shared]))
+        found += [(slot.module, slot.attribute, parameter) for slot in shared]
     return found
 
 
-def _layer_of(place: Place) -> type[nn.Module]:
-    plain: type[nn.Module] = type(place.module).__bases__[0]
-    return plain if place.attribute == "weight" else nn.Module
+def _layer_of(slot: Slot) -> type[nn.Module]:
+    plain: type[nn.Module] = type(slot.module).__bases__[0]
+    return plain if slot.attribute == "weight" else nn.Module
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -22,7 +22,7 @@ from coreai_opt.controllers import (
     CompressionStatistics,
 )
 from coreai_opt.controllers.core.masks import bake, install, installed
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 
 
 class TernaryConfig(AlgorithmConfig):
@@ -129,9 +129,9 @@ class TernaryBuilder(BaseCompressionAlgorithmBuilder):
     config_type = TernaryConfig
 
     def _apply_to(self, model: nn.Module) -> None:
-        places = Places(model)  # a weight that layers share is made ternary in all of them
+        owners = Owners(model)  # a weight that layers share is made ternary in all of them
         for layer in self.layers(model).values():
-            install(layer, Ternary(self.config.threshold), places)
+            install(layer, Ternary(self.config.threshold), owners)
 
     def build_controller(self, model: nn.Module) -> TernaryController:
         return TernaryController(model)

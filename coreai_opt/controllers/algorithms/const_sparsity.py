@@ -13,7 +13,7 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, kept_per_mask, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["ConstSparsityBuilder", "ConstSparsityConfig", "ConstSparsityController"]
@@ -78,9 +78,9 @@ class ConstSparsityBuilder(BaseCompressionAlgorithmBuilder):
         self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        places = Places(model)
+        owners = Owners(model)
         for layer in self.layers(model).values():
-            install(layer, ConstSparsityMask(original(layer)), places)
+            install(layer, ConstSparsityMask(original(layer)), owners)
 
     def _initialize(self, model: nn.Module) -> None:
         for name, mask in installed(model, ConstSparsityMask).items():

@@ -17,7 +17,7 @@ from coreai_opt.controllers.algorithms.sparsity import (
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, keep_counts, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["MagnitudeSparsityBuilder", "MagnitudeSparsityConfig", "MagnitudeSparsityController"]
@@ -104,9 +104,9 @@ class MagnitudeSparsityBuilder(BaseCompressionAlgorithmBuilder):
         self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        places = Places(model)
+        owners = Owners(model)
         for layer in self.layers(model).values():
-            install(layer, MagnitudeSparsityMask(original(layer)), places)
+            install(layer, MagnitudeSparsityMask(original(layer)), owners)
 
     def _initialize(self, model: nn.Module) -> None:
         """Mask to the initial level: algorithms that are built in later see masked weights."""

@@ -22,7 +22,7 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.inputs import example_inputs
 from coreai_opt.controllers.core.masks import bake, install, installed, kept_per_mask, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules import curves
@@ -255,11 +255,11 @@ class MovementSparsityBuilder(BaseCompressionAlgorithmBuilder):
     def _apply_to(self, model: nn.Module) -> None:
         if not hasattr(self, "_factors"):
             self.check(model)
-        places = Places(model)
+        owners = Owners(model)
         for name, layer in self.layers(model, (nn.Linear,)).items():
             mask = MovementMask(original(layer), self._factors[name], self.gradient_factor)
             mask.threshold.fill_(float("-inf"))
-            install(layer, mask, places)
+            install(layer, mask, owners)
 
     def _get_state(self) -> State:
         return {"structures": [asdict(each) for each in self._structures]}

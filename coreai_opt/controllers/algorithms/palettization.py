@@ -16,7 +16,7 @@ from coreai_opt.controllers.core.base import (
 from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
 from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.masks import bake, install, installed, original, value_before
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
@@ -229,7 +229,7 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
     def _apply_to(self, model: nn.Module) -> None:
         config = self.config
         training = StraightThroughTrainingSpec(refresh_interval=config.params.refresh_interval)
-        places = Places(model)
+        owners = Owners(model)
         for name, layer in self.layers(model).items():
             granularity: Any = PerTensorGranularity()
             if config.group_size is not None:
@@ -239,7 +239,7 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
             simulator = self._simulator(masked, granularity, training).to(original(layer).device)
             simulator.tensor_fqn = f"{name}.weight"
             simulator.enable_fake_palett(config.params.palettization_start_epoch == 0)
-            install(layer, simulator, places)
+            install(layer, simulator, owners)
 
     def _simulator(
         self, masked: bool, granularity: PalettizationGranularity, training: StraightThroughTrainingSpec

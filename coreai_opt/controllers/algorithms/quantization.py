@@ -17,7 +17,7 @@ from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.layers import INPUT, OUTPUT
 from coreai_opt.controllers.core.masks import bake, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
@@ -217,9 +217,9 @@ class QuantizationController(BaseCompressionAlgorithmController):
         if not all(self._on.values()):
             raise RuntimeError("a model is exported once weights and activations are quantized: see params")
         found: list[tuple[nn.Module, str, Any]] = []
-        places = Places(model)
+        owners = Owners(model)
         for key in self._keys.values():
-            for _, layer, attribute in places.of(model.get_submodule(key[0]), key[1]):
+            for _, layer, attribute in owners.of(model.get_submodule(key[0]), key[1]):
                 with torch.no_grad():
                     _ = getattr(layer, attribute)  # observes once more
                 found.append((layer, attribute, weight_simulator(model, key).calculate_qparams()))
@@ -229,9 +229,9 @@ class QuantizationController(BaseCompressionAlgorithmController):
 
     def finish_lowering(self, model: nn.Module) -> None:
         """Put QuantizeLinear and DequantizeLinear where the simulators were."""
-        places = Places(model)
+        owners = Owners(model)
         for name, key in self._keys.items():
-            for _, layer, attribute in places.of(model.get_submodule(key[0]), key[1]):
+            for _, layer, attribute in owners.of(model.get_submodule(key[0]), key[1]):
                 qdq.put_on_weight(layer, attribute, self.weights[name])
         for name, simulator in self.activations.items():
             self._lower_activation(model, name, simulator)

@@ -38,7 +38,7 @@ from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.core.inputs import batches, has_example, losses, one_batch, require_loader
 from coreai_opt.controllers.core.layers import WEIGHTED, channel_axis_of
 from coreai_opt.controllers.core.masks import install, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.scopes import modules_in_scope
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -135,11 +135,11 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
             names = self._find(model)
             ranges = self._collect(model, names) if self.context.initialize else {}
             self._signed = self._signs(names, ranges)
-        places = Places(model)
+        owners = Owners(model)
         for index, key in enumerate(self._weights):
             layer, attribute = model.get_submodule(key[0]), key[1]
             simulator = self._learned(self._weight_simulator(key, layer, first=index == 0), "weights")
-            install(layer, simulator, places, attribute)
+            install(layer, simulator, owners, attribute)
         device = original(model.get_submodule(self._weights[0][0]), self._weights[0][1]).device
         outputs = []
         for name in self._signed:
@@ -183,10 +183,10 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
         return [*names, *(f"{quantizers.OUTPUT}.{index}" for index in range(self._outputs))]
 
     def _readers(self, model: nn.Module, keys: list[WeightKey], chosen: set[str]) -> dict[str, nn.Module]:
-        places = Places(model)
+        owners = Owners(model)
         found = {}
         for name, attribute in keys:
-            for path, module, _ in places.of(model.get_submodule(name), attribute):
+            for path, module, _ in owners.of(model.get_submodule(name), attribute):
                 if isinstance(module, (*WEIGHTED, nn.MultiheadAttention)) and path in chosen:
                     found[path] = module
         return {name: module for name, module in model.named_modules() if name in found}

@@ -16,7 +16,7 @@ from coreai_opt.controllers.algorithms.quantization_config import (
     TensorConfig,
 )
 from coreai_opt.controllers.core.inputs import Batch
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.scopes import matching
 
 __all__ = ["ATTENTION_WEIGHTS", "Settings", "Uses", "WeightKey", "attention_weights", "named", "observe_uses"]
@@ -168,10 +168,10 @@ def observe_uses(
     args, kwargs = batch
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     owners: dict[int, list[WeightKey]] = {}
-    places = Places(model)
+    of_model = Owners(model)
     for key in keys:
         layer = model.get_submodule(key[0])
-        for _, module, attribute in places.of(layer, key[1]):
+        for _, module, attribute in of_model.of(layer, key[1]):
             owners.setdefault(id(_parameter(module, attribute)), []).append(key)
 
     def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

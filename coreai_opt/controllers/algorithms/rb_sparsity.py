@@ -20,7 +20,7 @@ from coreai_opt.controllers.core.api import CompressionLoss
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.controllers.core.masks import bake, install, installed, original
-from coreai_opt.controllers.core.places import Places
+from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["RBSparsityBuilder", "RBSparsityConfig", "RBSparsityController", "RBSparsityLoss"]
@@ -190,11 +190,11 @@ class RBSparsityBuilder(BaseCompressionAlgorithmBuilder):
         self.layers(model)
 
     def _apply_to(self, model: nn.Module) -> None:
-        places = Places(model)
+        owners = Owners(model)
         for index, layer in enumerate(self.layers(model).values()):
             mask = RBSparsityMask(original(layer), (self.config.seed << 32) | index, self.gradient_factor)
             mask.train(layer.training)
-            install(layer, mask, places)
+            install(layer, mask, owners)
             with torch.no_grad():
                 mask.draw.zero_()  # registering ran it once
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coreai_kernels
-from coreai_opt.controllers.core.places import Places, computed_by
+from coreai_opt.controllers.core.owners import Owners, computed_by
 from coreai_opt.export.torch import give_own_class
 
 __all__ = [
@@ -44,14 +44,14 @@ class BinaryMask(nn.Module):
 
 
 def install(
-    layer: nn.Module, parametrization: nn.Module, places: Places | None = None, name: str = "weight"
+    layer: nn.Module, parametrization: nn.Module, owners: Owners | None = None, name: str = "weight"
 ) -> None:
     """Put a parametrization on a layer's tensor, after those that are there.
 
     Args:
         layer: holds the tensor.
         parametrization: what computes the tensor's value from now on.
-        places: of the model: a tensor that several modules share is parametrized in all of them.
+        owners: of the model: a tensor that several modules share is parametrized in all of them.
         name: the layer's attribute.
 
     Raises:
@@ -59,7 +59,7 @@ def install(
     """
     link: Any = parametrization
     link._of_a_controller = True
-    for path, module, attribute in [(None, layer, name)] if places is None else places.of(layer, name):
+    for path, module, attribute in [(None, layer, name)] if owners is None else owners.of(layer, name):
         if module is layer:
             link._layer_name = path
         if (other := computed_by(module, attribute)) is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.layers import WEIGHTED
 from coreai_opt.controllers.core.masks import original
-from coreai_opt.controllers.core.places import Places, computed_by
+from coreai_opt.controllers.core.owners import Owners, computed_by
 from coreai_opt.controllers.core.statistics import LeftWhole
 
 __all__ = ["matching", "modules_in_scope", "nncf_scopes", "select_layers"]
@@ -73,7 +73,7 @@ def select_layers(
     """
     ignored = matching(config.ignored_scopes, model, "ignored_scopes", config.validate_scopes)
     chosen = modules_in_scope(model, config)
-    places = Places(model)
+    owners = Owners(model)
     layers: dict[str, nn.Module] = {}
     left: list[LeftWhole] = []
     seen: set[int] = set()
@@ -88,7 +88,7 @@ def select_layers(
         if id(original(module)) in seen:
             continue
         seen.add(id(original(module)))
-        sharing = [path for path, _, _ in places.of(module) if path in ignored]
+        sharing = [path for path, _, _ in owners.of(module) if path in ignored]
         if sharing:
             left.append(LeftWhole(name, f"its weight is also that of {sharing[0]!r}, which is ignored"))
         else:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coreai_opt.common import ExportBackend
 from coreai_opt.export import coreai, coreml, mapped
-from coreai_opt.export.parametrized import Place, places_of, replace_simulator
+from coreai_opt.export.parametrized import Slot, replace_simulator, slots_of
 from coreai_opt.export.records import Palette
 from coreai_opt.export.torch import fold
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
@@ -32,17 +32,17 @@ def finalize_palettes(model: nn.Module, backend: ExportBackend, mmap_dir: str | 
     """
     if mmap_dir is not None:
         mapped.check(model, mmap_dir)
-    places = list(places_of(model, _KMeansFakePalettize))
-    for place in places:
-        _check(place, backend)
+    slots = list(slots_of(model, _KMeansFakePalettize))
+    for slot in slots:
+        _check(slot, backend)
     if backend is ExportBackend.CoreAI:
-        _to_core_ai(model, places, mmap_dir)
+        _to_core_ai(model, slots, mmap_dir)
     else:
-        _to_core_ml(model, places)
+        _to_core_ml(model, slots)
 
 
-def _check(place: Place, backend: ExportBackend) -> None:
-    simulator = place.simulator
+def _check(slot: Slot, backend: ExportBackend) -> None:
+    simulator = slot.simulator
     dtype = None if simulator.lut_qspec is None else simulator.lut_qspec.dtype
     if backend is ExportBackend.CoreML:
         features = {
@@ -50,40 +50,38 @@ def _check(place: Place, backend: ExportBackend) -> None:
             "lut_qspec": dtype is not None,
             "enable_per_channel_scale": simulator.enable_per_channel_scale,
         }
-        coreml.check_palette(place.name, [name for name, used in features.items() if used], dtype)
+        coreml.check_palette(slot.name, [name for name, used in features.items() if used], dtype)
         return
     if dtype is not None and dtype not in _LUT_DTYPES:
         raise ValueError(
-            f"finalize: the tables of {place.name!r} are quantized to {dtype}; Core AI has tables of int8, "
+            f"finalize: the tables of {slot.name!r} are quantized to {dtype}; Core AI has tables of int8, "
             f"uint8, float8_e4m3fn and float8_e5m2"
         )
 
 
-def _to_core_ai(model: nn.Module, places: list[Place], mmap_dir: str | Path | None) -> None:
+def _to_core_ai(model: nn.Module, slots: list[Slot], mmap_dir: str | Path | None) -> None:
     coreai.require_operators()
     constants: dict[_KMeansFakePalettize, nn.Module] = {}
     with mapped.folder(mmap_dir) as folder:
-        for place in places:
-            if place.simulator not in constants and not place.simulator.is_disabled():
-                record = palette_of(place.simulator, place.value())
-                constants[place.simulator] = folder.moved(
-                    coreai.weight_module(record, place.name), place.name
-                )
-    for place in places:
-        if place.simulator in constants:
-            replace_simulator(place, constants[place.simulator])
+        for slot in slots:
+            if slot.simulator not in constants and not slot.simulator.is_disabled():
+                record = palette_of(slot.simulator, slot.value())
+                constants[slot.simulator] = folder.moved(coreai.weight_module(record, slot.name), slot.name)
+    for slot in slots:
+        if slot.simulator in constants:
+            replace_simulator(slot, constants[slot.simulator])
     fold(model, _KMeansFakePalettize)  # those that do not fit their weights
 
 
-def _to_core_ml(model: nn.Module, places: list[Place]) -> None:
+def _to_core_ml(model: nn.Module, slots: list[Slot]) -> None:
     described = [
         (
-            place.module,
-            place.attribute,
-            coreml.metadata_of(palette_of(place.simulator, place.value()), place.name),
+            slot.module,
+            slot.attribute,
+            coreml.metadata_of(palette_of(slot.simulator, slot.value()), slot.name),
         )
-        for place in places
-        if not place.simulator.is_disabled()
+        for slot in slots
+        if not slot.simulator.is_disabled()
     ]
     fold(model, _KMeansFakePalettize)
     for module, attribute, metadata in described:

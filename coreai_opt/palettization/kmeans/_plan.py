@@ -100,5 +100,5 @@ def _build(
         op_to_optimize=function,
     )
     simulator.tensor_fqn = target.fqn
-    simulator.train(target.places[0][0].training)
+    simulator.train(target.owners[0][0].training)
     return simulator.to(target.tensor.device)

@@ -109,7 +109,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         with undone_on_failure(self._model):
             for each in planned:
                 self._insert(each.target, each.simulator)
-                for module, attribute in each.target.places:
+                for module, attribute in each.target.owners:
                     keep_up_to_date(module.parametrizations[attribute])  # type: ignore[index]
             if state_dict is not None:
                 self._load_prepared_state_dict(self._model, state_dict)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from coreai_opt._state_tensors import put_on_places
+from coreai_opt._state_tensors import put_on_owners
 from coreai_opt._utils.config_utils import original_type
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis, with_default_axis
@@ -66,7 +66,7 @@ def build(plan: PlacementPlan) -> Simulators:
             simulator = _construct(spec, CompressionTargetTensor.ACTIVATION, full_name, device)
             simulators.activations.append((traced.module, name, simulator))
     for state in plan.states:
-        owner = state.places[0]
+        owner = state.owners[0]
         spec = with_default_axis(state.spec, owner.module, owner.name)
         full_name = f"{owner.module_name}.{owner.name}".lstrip(".")
         if has_open_axis(spec.granularity):
@@ -120,10 +120,10 @@ def insert(simulators: Simulators) -> None:
         module.add_module(name, simulator.train(module.training))
         hide_simulator(module, name)
     for state, simulator in simulators.states:
-        for place in state.places:
-            simulator.train(place.module.training)
-            hide_simulator(place.module, "parametrizations")
-        put_on_places(simulator, [(place.module, place.name) for place in state.places])
+        for owner in state.owners:
+            simulator.train(owner.module.training)
+            hide_simulator(owner.module, "parametrizations")
+        put_on_owners(simulator, [(owner.module, owner.name) for owner in state.owners])
 
 
 def install_hooks(model: nn.Module, plan: PlacementPlan) -> None:

@@ -78,7 +78,7 @@ def _observe_unread_states(simulators: Simulators) -> None:
         calculator = simulator.qparams_calculator
         scale = getattr(calculator, "scale", None)
         if scale is not None and scale.numel() == 0 and not simulator.is_disabled():
-            simulator(getattr(state.places[0].module.parametrizations, state.places[0].name).original)
+            simulator(getattr(state.owners[0].module.parametrizations, state.owners[0].name).original)
 
 
 def _drop(simulators: Simulators, masked: set[FakeQuantizeImplBase]) -> bool:
@@ -91,10 +91,10 @@ def _drop(simulators: Simulators, masked: set[FakeQuantizeImplBase]) -> bool:
             found = True
     for state, simulator in simulators.states:
         if simulator.is_disabled():
-            for place in state.places:
-                parametrize.remove_parametrizations(place.module, place.name, leave_parametrized=False)
-                if not parametrize.is_parametrized(place.module):
-                    show_simulator(place.module, "parametrizations")
+            for owner in state.owners:
+                parametrize.remove_parametrizations(owner.module, owner.name, leave_parametrized=False)
+                if not parametrize.is_parametrized(owner.module):
+                    show_simulator(owner.module, "parametrizations")
             found = True
     return found
 

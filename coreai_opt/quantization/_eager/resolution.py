@@ -50,12 +50,12 @@ class StatePlan:
     """The simulator of a parameter or buffer.
 
     Attributes:
-        places: all the places that hold the tensor.
+        owners: all the owners that hold the tensor.
         spec: its specification.
         configured_by: the name of the module whose configuration has it.
     """
 
-    places: tuple[State, ...]
+    owners: tuple[State, ...]
     spec: QuantizationSpec
     configured_by: str
 
@@ -217,11 +217,11 @@ def _plan_states(
                     if spec is not _MISSING and operand.is_quantizable:
                         chosen[operand.identity[0]] = (operand.owners, spec, owner.module_name)
     found = [
-        StatePlan(places, spec, configured_by)
-        for places, spec, configured_by in chosen.values()
-        if spec is not None and not any(is_finalized(place.module, place.name) for place in places)
+        StatePlan(owners, spec, configured_by)
+        for owners, spec, configured_by in chosen.values()
+        if spec is not None and not any(is_finalized(owner.module, owner.name) for owner in owners)
     ]
-    return sorted(found, key=lambda plan: plan.places[0].rank)
+    return sorted(found, key=lambda plan: plan.owners[0].rank)
 
 
 def _state_spec(specs: Specs | None, operand: Operand, module_name: str) -> Any:

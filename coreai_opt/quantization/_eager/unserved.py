@@ -21,7 +21,7 @@ _OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 def warn_of_unserved_states(model: nn.Module, configs: ModuleConfigs, plan: PlacementPlan) -> None:
     """Name, in the log, the parameters with a specification that no simulator will serve."""
-    served = {(place.module, place.name) for state in plan.states for place in state.places}
+    served = {(owner.module, owner.name) for state in plan.states for owner in state.owners}
     by_name = {name: config for level in configs.values() for name, config in level.items()}
     names = [
         f"{module_name}.{name}".lstrip(".")

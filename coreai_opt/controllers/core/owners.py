@@ -1,4 +1,4 @@
-"""Where a model holds its tensors, and parametrizations on all places of a shared one."""
+"""Where a model holds its tensors, and parametrizations on all owners of a shared one."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,30 +6,30 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Place", "Places", "computed_by"]
+__all__ = ["Owner", "Owners", "computed_by"]
 
-Place = tuple[str, nn.Module, str]
+Owner = tuple[str, nn.Module, str]
 """Name of a module, the module, and the attribute that holds the tensor."""
 
 
-class Places:
-    """The places of a model's parameters, parametrized ones included: several for one that is shared.
+class Owners:
+    """The owners of a model's parameters, parametrized ones included: several for one that is shared.
 
     Args:
         model: must keep its parameters while the object is used.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._found: dict[int, list[Place]] = {}
-        for place, parameter in _parameters(model):
-            self._found.setdefault(id(parameter), []).append(place)
+        self._found: dict[int, list[Owner]] = {}
+        for owner, parameter in _parameters(model):
+            self._found.setdefault(id(parameter), []).append(owner)
 
-    def of(self, layer: nn.Module, name: str = "weight") -> list[Place]:
-        """The places of the tensor that ``layer`` holds as ``name``, in the model's order."""
+    def of(self, layer: nn.Module, name: str = "weight") -> list[Owner]:
+        """The owners of the tensor that ``layer`` holds as ``name``, in the model's order."""
         return self._found[id(_held(layer, name))]
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
+def _parameters(model: nn.Module) -> Iterator[tuple[Owner, nn.Parameter]]:
     for path, module in model.named_modules():
         if isinstance(module, parametrize.ParametrizationList):
             continue
