@@ -65,7 +65,8 @@ def implementation(name: str) -> Callable[..., Any]:
     Raises:
         RuntimeError: if the forced backend is missing or lacks the operation.
     """
-    if torch.jit.is_tracing() and (name in _symbolic or torch.onnx.is_in_onnx_export()):
+    is_tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if is_tracing and (name in _symbolic or torch.onnx.is_in_onnx_export()):
         return _functions[name]["reference"]
     forced = backends.forced()
     if forced is None:
