@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from coreai_opt import _left_out
 from coreai_opt._call_inputs import Inputs, read_inputs
+from coreai_opt._unusual_weights import UnusualWeight, quantized, unusual_weights
 from coreai_opt._utils.config_utils import did_you_mean
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.common import ExportBackend
@@ -123,6 +124,7 @@ def quantize(
         config = QuantizerConfig(global_config=_scheme(scheme), execution_mode=ExecutionMode.EAGER)
         for each in (*_left_out.norm_types(model), *_left_out.embedding_types(model)):
             config.set_module_type(each, None)
+        _add_unusual_weights(model, config, _quantized_entry(_scheme(scheme)))
         _leave_out_routers_and_head(model, config, head, _scheme)
     else:
         config = _copied(scheme, QuantizerConfig, "scheme", head)
@@ -170,6 +172,7 @@ def prune(
         config = _copied(amount, MagnitudePrunerConfig, "amount", head)
     else:
         config = MagnitudePrunerConfig(global_config=_pruned(amount))
+        _add_unusual_weights(model, config, _pruned_entry(amount))
         _leave_out_routers_and_head(model, config, head, _pruned)
         if isinstance(amount, str):
             _leave_out(model, config, _undivided(model, int(amount.partition(":")[2])))
@@ -212,6 +215,7 @@ def palettize(
         config = _copied(n_bits, KMeansPalettizerConfig, "n_bits", head)
     else:
         config = KMeansPalettizerConfig(global_config=_palettized(n_bits))
+        _add_unusual_weights(model, config, _palettized_entry(n_bits))
         _leave_out_routers_and_head(model, config, head, _palettized)
     _apply_filter(model, config, filter_fn)
     return _of_weights(model, KMeansPalettizer(model, config), inputs, input_fn, finalize)
@@ -277,6 +281,74 @@ def _palettized(n_bits: Any) -> ModuleKMeansPalettizerConfig:
     )
 
 
+def _add_unusual_weights(
+    model: nn.Module,
+    config: CompressionConfig[Any],
+    entry: Callable[[dict[str, UnusualWeight]], ModuleCompressionConfig[Any, Any]],
+) -> None:
+    """Configure the weights that no operation reads as its weight, by the modules that hold them."""
+    by_module: dict[str, dict[str, UnusualWeight]] = {}
+    for each in unusual_weights(model):
+        by_module.setdefault(each.module_name, {})[each.attribute] = each
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, found in by_module.items():
+        form = tuple((each.attribute, each.weight.dim(), each.input_axis) for each in found.values())
+        groups.setdefault(form, []).append(name)
+    for names in groups.values():
+        for pattern in _left_out.patterns(model, names):
+            config.set_module_name(pattern, entry(by_module[names[0]]))
+
+
+def _quantized_entry(
+    scheme: ModuleQuantizerConfig,
+) -> Callable[[dict[str, UnusualWeight]], ModuleQuantizerConfig]:
+    spec: Any = (scheme.op_state_spec or {})["weight"]
+    received, returned = ((each or {}).get("*") for each in (scheme.op_input_spec, scheme.op_output_spec))
+
+    def entry(found: dict[str, UnusualWeight]) -> ModuleQuantizerConfig:
+        # Which operations experts run depends on the data: their activations stay as they are.
+        has_activations = all(each.weight.dim() == 2 for each in found.values())
+        return ModuleQuantizerConfig(
+            op_input_spec=None,
+            op_output_spec=None,
+            op_state_spec=None,
+            module_state_spec={name: quantized(each, spec) for name, each in found.items()},
+            module_input_spec={0: received} if has_activations and received is not None else None,
+            module_output_spec={0: returned} if has_activations and returned is not None else None,
+        )
+
+    return entry
+
+
+def _pruned_entry(amount: float | str) -> Callable[[dict[str, UnusualWeight]], ModuleMagnitudePrunerConfig]:
+    def spec(found: UnusualWeight) -> PruningSpec:
+        if not isinstance(amount, str):
+            return PruningSpec(target_sparsity=amount)
+        n, m = map(int, amount.split(":"))
+        return PruningSpec(pruning_scheme=NMStructured(n=n, m=m, axis=found.input_axis))
+
+    def entry(found: dict[str, UnusualWeight]) -> ModuleMagnitudePrunerConfig:
+        specs = {name: spec(each) for name, each in found.items()}
+        return ModuleMagnitudePrunerConfig(op_state_spec=None, module_state_spec=specs)
+
+    return entry
+
+
+def _palettized_entry(n_bits: int) -> Callable[[dict[str, UnusualWeight]], ModuleKMeansPalettizerConfig]:
+    def spec(found: UnusualWeight) -> PalettizationSpec:
+        granularity: Any = PerTensorGranularity()
+        if n_bits != 8 and found.input_axis != 1:
+            # Channels of the output, of all experts together.
+            granularity = PerGroupedChannelGranularity(axis=1, group_size=16)
+        return PalettizationSpec(n_bits=n_bits, granularity=granularity)  # type: ignore[arg-type]
+
+    def entry(found: dict[str, UnusualWeight]) -> ModuleKMeansPalettizerConfig:
+        specs = {name: spec(each) for name, each in found.items()}
+        return ModuleKMeansPalettizerConfig(op_state_spec=None, module_state_spec=specs)
+
+    return entry
+
+
 def _undivided(model: nn.Module, m: int) -> list[str]:
     """Names of the layers whose weights have a number of inputs a channel that ``m`` does not divide."""
     found = []
@@ -290,6 +362,7 @@ def _undivided(model: nn.Module, m: int) -> list[str]:
             is_transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
             if weight.shape[0 if is_transposed else 1] % m:
                 found.append(name)
+    found += [each.module_name for each in unusual_weights(model) if each.weight.shape[each.input_axis] % m]
     if found:
         logger.info(f"left out, as {m} does not divide their inputs: {', '.join(found)}")
     return found
