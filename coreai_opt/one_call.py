@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -83,6 +84,8 @@ def quantize(
     input_fn: Callable[[Any], Any] | None = None,
     num_batches: int = 100,
     dynamic_shapes: Any = None,
+    algorithm: Any = None,
+    state_path: str | Path | None = None,
     finalize: ExportBackend | str | None = None,
 ) -> Compressed[Quantizer]:
     """Quantize a model: prepare it, calibrate activations on the data, and finalize it on request.
@@ -104,8 +107,12 @@ def quantize(
         filter_fn: gets the name and the module of each that has parameters; those for which it is false are
             left out, and the modules inside of them.
         input_fn: takes a batch and returns what one forward takes.
-        num_batches: batches that calibrate activations at most. Without activations one batch is read.
+        num_batches: batches that calibrate activations at most, and that an algorithm sees. Without either
+            one batch is read.
         dynamic_shapes: for graph mode, as in :meth:`Quantizer.prepare`.
+        algorithm: how weights are chosen, such as ``"gptq"``, ``"awq"`` or ``AWQ(steps=40)``, or several in a
+            list: see :meth:`Quantizer.calibrate`. None rounds them to nearest.
+        state_path: a folder in which an algorithm keeps finished layers, to go on there.
         finalize: the backend to finalize for; None for a model that is prepared for training.
 
     Returns:
@@ -132,7 +139,10 @@ def quantize(
     quantizer = Quantizer(model, config)
     found = read_inputs(model, inputs, input_fn)
     prepared = quantizer.prepare(found.example, dynamic_shapes)  # type: ignore[arg-type]
-    if found.batches is not None and quantizer.summary().activations:
+    if algorithm is not None:
+        batches = None if found.batches is None else list(islice(found.batches, num_batches))
+        quantizer._run_algorithms(algorithm, [found.example] if batches is None else batches, state_path)
+    elif found.batches is not None and quantizer.summary().activations:
         _calibrate(quantizer, prepared, found, num_batches)
     return _finished(prepared, quantizer, finalize)
 

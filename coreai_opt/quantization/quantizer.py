@@ -28,12 +28,13 @@ from coreai_opt.quantization._graph.finalize import finalized_copy, fold_weights
 from coreai_opt.quantization._graph.owners import quantizers_in, schedules_of
 from coreai_opt.quantization.base_quantizer import _BaseQuantizer
 from coreai_opt.quantization.config import ExecutionMode, QATSchedule, QuantizerConfig
+from coreai_opt.quantization.post_training.calibration import CalibrationMixin
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["Quantizer"]
 
 
-class Quantizer(_BaseQuantizer):
+class Quantizer(CalibrationMixin, _BaseQuantizer):
     """Quantizes a model: first in simulation, so that it can be calibrated or trained.
 
     In graph mode, the default, :func:`torch.export.export` makes a graph of the model, and simulators are put

@@ -150,6 +150,20 @@ struct LearnableRange {
   double* sums;  // (to low, to range): of each block; of a single one, for each 4096 elements
 };
 
+// `columns` columns of `rows` elements each, one after another in memory, as its results are; row j of the triangle
+// `factor` says how much of the errors before it column j has to take over, and has its pivot behind them.
+struct GptqColumns {
+  static constexpr int64_t kMaxColumns = 256;
+
+  int64_t columns, rows;
+  const float* input;
+  const float* factor;    // [columns, columns]
+  const int64_t* groups;  // of each column: its row of the affine parameters, which are [groups, rows]
+  float* output;          // the columns as they were quantized
+  float* errors;
+  Affine affine;
+};
+
 struct Kernels {
   void (*apply_mask)(Element, const void* x, const void* mask, void* out, int64_t numel);
   void (*block_norms)(const Geometry&, Element, const void* x, double* norms);
@@ -165,6 +179,7 @@ struct Kernels {
   int64_t (*topk_write)(Element, const void* x, void* mask, int64_t n, uint64_t threshold, int64_t ties);
   void (*sampled_mask)(const SampledMask&);
   void (*learnable_range)(const LearnableRange&);
+  void (*gptq_columns)(const GptqColumns&);
   PaletteKernels palettes;
 };
 

@@ -7,6 +7,7 @@
 #include "cpu/masks/sampled_mask.h"
 #include "cpu/masks/topk_mask.h"
 #include "cpu/palettes/palettes.h"
+#include "cpu/quantize/gptq_columns.h"
 #include "cpu/quantize/learnable_range.h"
 #include "cpu/quantize/masked_gradient.h"
 #include "cpu/quantize/observe_and_fake_quantize.h"
@@ -30,6 +31,7 @@ const Kernels kKernels = {
     .topk_write = topk_write,
     .sampled_mask = sampled_mask,
     .learnable_range = learnable_range,
+    .gptq_columns = gptq_columns,
     .palettes = kPaletteKernels,
 };
 

@@ -11,6 +11,7 @@ from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
 from coreai_kernels.ops.fake_quantize import fake_quantize
 from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
+from coreai_kernels.ops.gptq_columns import gptq_columns
 from coreai_kernels.ops.kmeans import kmeans, plain_kmeans
 from coreai_kernels.ops.kmeans_1d import kmeans_1d
 from coreai_kernels.ops.learnable_range import learnable_range
@@ -41,6 +42,7 @@ __all__ = [
     "fake_quantize",
     "foreach_fake_quantize",
     "foreach_observe_and_fake_quantize",
+    "gptq_columns",
     "grid_shape",
     "kmeans",
     "kmeans_1d",

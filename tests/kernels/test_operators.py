@@ -108,6 +108,7 @@ SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 # Operators with their own ``test_opcheck``, by the file that has it.
 CHECKED_ELSEWHERE = {
+    "test_gptq_columns": {"gptq_columns"},
     "test_kmeans": {"lloyd"},
     "test_kmeans_1d": {"kmeans_1d"},
     "test_learnable_range": {"learnable_range_backward"},

@@ -7,4 +7,9 @@ from coreai_opt.quantization.spec.qformulation import *
 from coreai_opt.quantization.spec.qparams_calculator import *
 from coreai_opt.quantization.spec.qscheme import *
 from coreai_opt.quantization.spec.range_calculator import *
+from coreai_opt.quantization.spec.range_estimators import EntropyRangeCalculator as EntropyRangeCalculator
+from coreai_opt.quantization.spec.range_estimators import MSERangeCalculator as MSERangeCalculator
+from coreai_opt.quantization.spec.range_estimators import (
+    PercentileRangeCalculator as PercentileRangeCalculator,
+)
 from coreai_opt.quantization.spec.spec import *

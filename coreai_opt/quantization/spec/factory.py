@@ -47,9 +47,11 @@ class QuantizationComponentFactory(CompressionComponentFactoryBase):
         quantization_target: CompressionTargetTensor = CompressionTargetTensor.WEIGHT,
     ) -> RangeCalculatorBase:
         """The specification's range calculator."""
-        return spec.range_calculator_cls(
+        result = spec.range_calculator_cls(
             granularity=spec.granularity, quantization_target=quantization_target, **spec.get_extra_args()
         )
+        result.set_spec(spec)
+        return result
 
     @classmethod
     def create_qparams_calculator(

@@ -30,6 +30,10 @@ class RangeCalculatorBase(ClassRegistryMixin, HasGeneration):
         self.granularity = granularity
         self.quantization_target = quantization_target
 
+    # An estimator may depend on how values are quantized; most ranges do not.
+    def set_spec(self, spec: Any) -> None:
+        """Tell the calculator which specification it serves. Called once, when it is made from one."""
+
     def get_block_size(self, tensor_shape: torch.Size) -> tuple[int, ...]:
         """Extent of a block along each axis of a tensor of that shape; ValueError if none fits."""
         return self.granularity.get_block_size(tensor_shape, self.quantization_target)

@@ -1,0 +1,108 @@
+"""What the layers of a prepared model read: which operation takes which weight, and with what inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from coreai_opt.quantization.post_training._layers import Layer
+
+__all__ = ["Capture", "StoppedError", "columns_of", "operation_of"]
+
+_OPERATIONS: dict[Callable[..., Any], str] = {
+    F.linear: "linear",
+    F.conv1d: "conv1d",
+    F.conv2d: "conv2d",
+    F.conv3d: "conv3d",
+}
+_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+def operation_of(function: Callable[..., Any]) -> str:
+    """The name of an operation whose weights can be treated; empty for others."""
+    return _OPERATIONS.get(function, "")
+
+
+class StoppedError(Exception):
+    """Raised in a forward that has given what was asked for."""
+
+
+class Capture(TorchFunctionMode):
+    """While it is active, the inputs of layers are handed on.
+
+    The simulators of the layers must be off: it is their parameters that the operations are recognised by.
+
+    Args:
+        layers: whose inputs are asked for.
+        receive: gets a layer and its input, at each of its calls.
+        calls: after so many calls the forward ends with :class:`StoppedError`; None to let it go on.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], receive: Callable[[Layer, Tensor], None], calls: int | None = None
+    ) -> None:
+        super().__init__()
+        self.layers = {id(layer.weight): layer for layer in layers}
+        self.receive = receive
+        self.calls = calls
+        self.seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operation = _OPERATIONS.get(func)
+        if operation is not None:
+            given = dict(zip(_CONVOLUTION, args, strict=False)) | kwargs
+            layer = self.layers.get(id(given.get("weight")))
+            if layer is not None:
+                layer.operation = operation
+                layer.settings = {name: given[name] for name in _CONVOLUTION[3:] if name in given}
+                self.receive(layer, given["input"])
+                self.seen += 1
+                if self.seen == self.calls:
+                    raise StoppedError
+        return func(*args, **kwargs)
+
+
+def columns_of(layer: Layer, given: Tensor) -> Tensor:
+    """A layer's input as what its outputs sum over: float32 of shape ``[groups, positions, columns]``.
+
+    Of a convolution the columns are input channels, each with its positions in the kernel, as in its weight.
+    """
+    given = given.detach().float()
+    if layer.operation == "linear":
+        return given.reshape(1, -1, given.shape[-1])
+    axes = layer.weight.dim() - 2
+    kernel = layer.weight.shape[2:]
+    stride, dilation = (_per_axis(layer.settings.get(name, 1), axes) for name in ("stride", "dilation"))
+    if given.dim() == axes + 1:  # a single sample
+        given = given.unsqueeze(0)
+    given = F.pad(given, _pads(layer.settings.get("padding", 0), kernel, dilation))
+    for axis in range(axes):
+        # The window moves to a new axis at the end: first all its elements, of which dilation leaves some.
+        extent = dilation[axis] * (kernel[axis] - 1) + 1
+        given = given.unfold(2 + axis, extent, stride[axis])[..., :: dilation[axis]]
+    samples, channels = given.shape[:2]
+    split = given.reshape(samples, layer.groups, channels // layer.groups, *given.shape[2:])
+    # From [samples, groups, channels, positions..., kernel...]
+    # to [groups, samples, positions..., channels, kernel...].
+    positions = list(range(3, 3 + axes))
+    order = [1, 0, *positions, 2, *range(3 + axes, 3 + 2 * axes)]
+    return split.permute(order).reshape(layer.groups, -1, layer.weight[0].numel())
+
+
+def _per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    return tuple(value) * (axes // len(value)) if isinstance(value, tuple | list) else (value,) * axes
+
+
+def _pads(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """What torch.nn.functional.pad takes: from the last axis to the first, before and behind."""
+    if padding == "same":
+        totals = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    elif padding == "valid":
+        pairs = [(0, 0)] * len(kernel)
+    else:
+        pairs = [(each, each) for each in _per_axis(padding, len(kernel))]
+    return [end for pair in reversed(pairs) for end in pair]
