@@ -131,17 +131,25 @@ class Quantize(nn.Module):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, scale: Tensor, zero_point: Tensor, dtype: torch.dtype, lowest: float | None) -> None:
+    def __init__(
+        self,
+        scale: Tensor,
+        zero_point: Tensor,
+        dtype: torch.dtype,
+        lowest: float | None,
+        highest: float | None,
+    ) -> None:
         super().__init__()
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
         self.dtype = dtype
         self.lowest = lowest
+        self.highest = highest
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Quantized values of ``tensor``."""
-        if self.lowest is not None:
-            tensor = tensor.clamp(min=self.lowest)
+        if self.lowest is not None or self.highest is not None:
+            tensor = tensor.clamp(self.lowest, self.highest)
         return torch.quantize_per_tensor(tensor, self.scale, self.zero_point, self.dtype)
 
 
@@ -162,10 +170,9 @@ def activation_module(record: QuantizedActivation, shape: torch.Size) -> nn.Modu
     """
     assert record.zero_point is not None
     dtype = torch.qint8 if int_min(record.dtype) < 0 else torch.quint8
-    lowest = None if record.lowest is None else float(record.lowest)
+    lowest, highest = (None if each is None else float(each) for each in (record.lowest, record.highest))
+    scale, zero_point = record.scale.reshape(shape), record.zero_point.reshape(shape)
     pair = nn.Sequential()
-    pair.add_module(
-        "quantize", Quantize(record.scale.reshape(shape), record.zero_point.reshape(shape), dtype, lowest)
-    )
+    pair.add_module("quantize", Quantize(scale, zero_point, dtype, lowest, highest))
     pair.add_module("dequantize", Dequantize())
     return pair

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["FinalizedWeight", "Slot", "is_finalized", "slots_of", "replace_simulator"]
+__all__ = ["FinalizedWeight", "Slot", "hold", "is_finalized", "replace_simulator", "slots_of"]
 
 
 class FinalizedWeight(nn.Module):
@@ -94,6 +94,14 @@ def replace_simulator(slot: Slot, constant: nn.Module) -> None:
     del chain.ntensors
     chain.is_tensor = True
     _hold(chain, _emptied(first))
+
+
+def hold(module: nn.Module, attribute: str, constant: nn.Module) -> None:
+    """Let ``constant`` give a plain parameter or buffer of a module, which has no elements then."""
+    # unsafe: torch would run the constant to see what it returns.
+    parametrize.register_parametrization(module, attribute, constant.train(module.training), unsafe=True)
+    chain: Any = module.parametrizations[attribute]  # type: ignore[index]
+    chain.original = _emptied(chain.original)
 
 
 def _emptied(tensor: Tensor) -> Tensor:

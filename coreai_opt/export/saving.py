@@ -20,7 +20,9 @@ from coreai_opt.export import coreai_file, coreml_file, onnx, safetensors_file, 
 from coreai_opt.export.files import Job, SavedModel, flat_outputs, relative_difference, size_of, written
 from coreai_opt.export.lowering import finalized_for, is_finalized_for_core_ai, lowered_to_onnx
 
-__all__ = ["SavedModel", "save"]
+__all__ = ["SavedModel", "outputs_of", "save", "save_lowered"]
+
+_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def save(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     half: bool = False,
-    tolerance: float = 0.05,
+    tolerance: float = _TOLERANCE,
     progress: bool = True,
     **options: Any,
 ) -> SavedModel:
@@ -108,23 +110,59 @@ def save(
         NotImplementedError: the kind of file lacks a dtype, or parameters that depend on the input.
     """
     kind, path = _checked(model, path, example_inputs)
+    original = copy.deepcopy(model).eval().cpu()
+    example_inputs = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
+    expected = outputs_of(original, example_inputs)
+    names = _input_names(model, example_inputs, input_names), _output_names(expected, output_names)
+
+    def job() -> Job:
+        return Job(kind.lower(original).eval(), example_inputs, *names, dynamic_shapes, half, options)
+
+    return _write(kind, job, path, expected, tolerance, progress)
+
+
+def save_lowered(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: tuple[Any, ...],
+    expected: list[Tensor],
+    *,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> SavedModel:
+    """Write a model that is expressed in what its kind of file holds, and check it as :func:`save` does.
+
+    Args:
+        model: in evaluation mode; it is not copied.
+        path: as for :func:`save`.
+        example_inputs: likewise.
+        expected: the outputs that it is to compute.
+        input_names: as for :func:`save`.
+        output_names: likewise.
+
+    Raises:
+        As :func:`save`.
+    """
+    kind, path = _checked(model, path, example_inputs)
+    names = _input_names(model, example_inputs, input_names), _output_names(expected, output_names)
+    job = Job(model, example_inputs, *names, dynamic_shapes=None, half=False, options={})
+    return _write(kind, lambda: job, path, expected, tolerance=_TOLERANCE, progress=False)
+
+
+def _write(
+    kind: _Kind,
+    make_job: Callable[[], Job],
+    path: Path,
+    expected: list[Tensor],
+    tolerance: float,
+    progress: bool,
+) -> SavedModel:
     steps = tqdm(total=4, desc=f"{path.name}: finalizing", disable=not progress, leave=False)
     with steps, warnings.catch_warnings():
         # Of torch, about what the converters call in it.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        original = copy.deepcopy(model).eval().cpu()
-        example_inputs = pytree.tree_map_only(Tensor, Tensor.cpu, example_inputs)
-        expected = _outputs(original, example_inputs)
-        job = Job(
-            kind.lower(original).eval(),
-            example_inputs,
-            _input_names(model, example_inputs, input_names),
-            _output_names(expected, output_names),
-            dynamic_shapes,
-            half,
-            options,
-        )
+        job = make_job()
         _advance(steps, f"{path.name}: checking")
         kind.check(job)
         with written(path) as temporary:
@@ -170,7 +208,8 @@ def _checked(model: Any, path: str | Path, example_inputs: Any) -> tuple[_Kind, 
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Tensor]:
+def outputs_of(model: nn.Module, example_inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors that a model returns; ValueError if it does not run."""
     try:
         return [each.clone() for each in flat_outputs(model(*example_inputs))]
     except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:

@@ -1,10 +1,12 @@
 """Constant sparsity: the zeros that a model has stay zeros."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.algorithms.sparsity import SparsityStatistics, sparsities
 from coreai_opt.controllers.core.api import CompressionStage
 from coreai_opt.controllers.core.base import (
@@ -12,7 +14,16 @@ from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmController,
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig
-from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, kept_per_mask, original
+from coreai_opt.controllers.core.lowering import LoweredWeight
+from coreai_opt.controllers.core.masks import (
+    BinaryMask,
+    bake,
+    install,
+    installed,
+    kept_per_mask,
+    original,
+    sparse_weights,
+)
 from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
@@ -45,6 +56,10 @@ class ConstSparsityController(BaseCompressionAlgorithmController):
     def masks(self) -> dict[str, Tensor]:
         """The masks by name of the layer."""
         return {name: mask.mask for name, mask in self._masks.items()}
+
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """See the base."""
+        return sparse_weights(model, self.masks())
 
     def _get_compression_rate(self) -> float:
         masks = list(self.masks().values())

@@ -1,12 +1,13 @@
 """Movement sparsity: weights that training moves towards zero are masked (Sanh et al., arXiv 2005.07683)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.algorithms.movement_config import MovementSparsityConfig, MovementSparsityParams
 from coreai_opt.controllers.algorithms.movement_masks import (
     MovementMask,
@@ -21,7 +22,15 @@ from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmController,
 )
 from coreai_opt.controllers.core.inputs import example_inputs
-from coreai_opt.controllers.core.masks import bake, install, installed, kept_per_mask, original
+from coreai_opt.controllers.core.lowering import LoweredWeight
+from coreai_opt.controllers.core.masks import (
+    bake,
+    install,
+    installed,
+    kept_per_mask,
+    original,
+    sparse_weights,
+)
 from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
@@ -146,6 +155,10 @@ class MovementSparsityController(BaseCompressionAlgorithmController):
     def masks(self) -> dict[str, Tensor]:
         """The masks by name of the layer."""
         return {name: mask.mask() for name, mask in self._masks.items()}
+
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """See the base."""
+        return sparse_weights(model, self.masks())
 
     @torch.no_grad()
     def set_threshold(self, threshold: float, progress: float) -> None:

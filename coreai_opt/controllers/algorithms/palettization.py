@@ -1,5 +1,6 @@
 """Palettization: weights of few distinct values, trained straight through."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coreai_opt.common import ExportBackend
+from coreai_opt.controllers.algorithms.palette_records import keep_palette, take_palette
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmBuilder,
@@ -15,6 +18,7 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.config import AlgorithmConfig, ConfigModel
 from coreai_opt.controllers.core.layers import channel_axis_of
+from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.masks import bake, install, installed, original, value_before
 from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
@@ -201,6 +205,25 @@ class PalettizationController(BaseCompressionAlgorithmController):
         for simulator in installed(model, JointPalette).values():
             simulator.eval()
         bake(model, (JointPalette,))
+
+    def lower_model(self, model: nn.Module) -> None:
+        """See the base. Tables stay in the layers: other algorithms may change the weights yet."""
+        owners = Owners(model)
+        kept = []
+        for name, simulator in installed(model, JointPalette).items() if self._on else ():
+            layer = model.get_submodule(name)
+            simulator.eval()
+            kept += [(owner, simulator, value_before(layer, JointPalette)) for owner in owners.of(layer)]
+        self.strip_model(model)
+        for (_, layer, _), simulator, weight in kept:
+            keep_palette(layer, simulator, weight)
+
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """See the base."""
+        for path, module in model.named_modules():
+            record = take_palette(module, f"{path}.weight")
+            if record is not None:
+                yield LoweredWeight(f"{path}.weight", module, "weight", record)
 
     def _get_algorithm_state(self) -> State:
         return {"on": self._on}

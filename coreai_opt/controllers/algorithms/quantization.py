@@ -1,13 +1,14 @@
 """Quantization-aware training on the fused simulators: the controller."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.algorithms import quantizers
 from coreai_opt.controllers.algorithms.learnable import LearnableRangeQuantize
 from coreai_opt.controllers.algorithms.quantization_config import QuantizationConfig
@@ -16,6 +17,12 @@ from coreai_opt.controllers.core import qdq
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.layers import INPUT, OUTPUT
+from coreai_opt.controllers.core.lowering import (
+    LoweredActivation,
+    LoweredWeight,
+    quantized_activation,
+    quantized_weight,
+)
 from coreai_opt.controllers.core.masks import bake, original
 from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
@@ -227,6 +234,33 @@ class QuantizationController(BaseCompressionAlgorithmController):
         for layer, attribute, (scale, zero_point, _) in found:
             qdq.keep_parameters(layer, attribute, scale, zero_point)
 
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """See the base."""
+        owners = Owners(model)
+        for name, key in self._keys.items():
+            for path, layer, attribute in owners.of(model.get_submodule(key[0]), key[1]):
+                scale, zero_point = qdq.take_parameters(layer, attribute)
+                weight: Any = getattr(layer, attribute)
+                record = quantized_weight(weight.detach(), scale, zero_point, self.weights[name], backend)
+                yield LoweredWeight(f"{path}.{attribute}", layer, attribute, record)
+
+    def lowered_activations(self, model: nn.Module) -> Iterator[LoweredActivation]:
+        """See the base."""
+        dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+        for name, simulator in self.activations.items():
+            scale, zero_point, _ = simulator.calculate_qparams()
+            if not scale.numel():
+                self._leave_whole(model, name)
+                continue
+            record = quantized_activation(scale, zero_point, simulator, dtype)
+            path = name if name.startswith(OUTPUT) else f"{name}.{INPUT}"
+            owner, _, child = path.rpartition(".")
+            yield LoweredActivation(path, model.get_submodule(owner), child, record)
+
+    def _leave_whole(self, model: nn.Module, name: str) -> None:
+        logger.warning("the input of %s is exported unquantized: nothing was observed there", name)
+        quantizers.take_off_input(model.get_submodule(name))
+
     def finish_lowering(self, model: nn.Module) -> None:
         """Put QuantizeLinear and DequantizeLinear where the simulators were."""
         owners = Owners(model)
@@ -245,8 +279,7 @@ class QuantizationController(BaseCompressionAlgorithmController):
     def _lower_activation(self, model: nn.Module, name: str, simulator: Any) -> None:
         scale, zero_point, _ = simulator.calculate_qparams()
         if not scale.numel():
-            logger.warning("the input of %s is exported unquantized: nothing was observed there", name)
-            quantizers.take_off_input(model.get_submodule(name))
+            self._leave_whole(model, name)
             return
         axis = None
         if scale.numel() > 1:

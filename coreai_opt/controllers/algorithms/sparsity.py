@@ -1,17 +1,19 @@
 """What the sparsity algorithms have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormInitializer
-from coreai_opt.controllers.core.masks import kept_per_mask
+from coreai_opt.controllers.core.lowering import LoweredWeight
+from coreai_opt.controllers.core.masks import kept_per_mask, sparse_weights
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.levels import LevelScheduler
 from coreai_opt.controllers.schedules.params import ScheduleParams
@@ -141,6 +143,10 @@ class SparsityController(BaseCompressionAlgorithmController):
     @abstractmethod
     def masks(self) -> dict[str, Tensor]:
         """The masks that inference has, by name of the layer."""
+
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """See the base."""
+        return sparse_weights(model, self.masks())
 
     @abstractmethod
     def _apply_level(self, level: float) -> None:

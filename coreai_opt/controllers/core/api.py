@@ -195,8 +195,9 @@ class CompressionAlgorithmController(ABC):
 
         Args:
             save_path: where to.
-            save_format: ``"onnx"`` or ``"onnx_<opset>"``; None for the former, which is opset 20,
-                or 21 where there are 4-bit integers.
+            save_format: ``"onnx"`` or ``"onnx_<opset>"``, the former opset 20, or 21 where there are 4-bit
+                integers; ``"coreai"``, ``"coreml"`` or ``"torch"``, whose paths end in ``.aimodel``,
+                ``.mlpackage`` and ``.pt2``. None for what the path's suffix says, else ``"onnx"``.
             input_names: names of the graph's inputs.
             output_names: names of the graph's outputs.
             model_args: positional arguments of the model's forward, followed by a dict of its keyword

@@ -3,13 +3,14 @@
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
 
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.core.api import (
     CompressionAlgorithmBuilder,
     CompressionAlgorithmController,
@@ -22,15 +23,24 @@ from coreai_opt.controllers.core.config import AlgorithmConfig
 from coreai_opt.controllers.core.context import BuildContext
 from coreai_opt.controllers.core.copies import copy_model
 from coreai_opt.controllers.core.distributed import synchronize
-from coreai_opt.controllers.core.export import export_lowered_model, opset_of, split_arguments
+from coreai_opt.controllers.core.export import (
+    BACKENDS,
+    export_lowered_model,
+    opset_of,
+    positional_arguments,
+    split_arguments,
+    suffix_of,
+)
 from coreai_opt.controllers.core.inputs import Batch, example_inputs
 from coreai_opt.controllers.core.layers import WEIGHTED
 from coreai_opt.controllers.core.losses import ZeroCompressionLoss
+from coreai_opt.controllers.core.lowering import LoweredActivation, LoweredWeight, lower_to
 from coreai_opt.controllers.core.plan import Plan, PlannedChange
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
 from coreai_opt.controllers.core.scopes import select_layers
 from coreai_opt.controllers.core.state import check_plain, take
 from coreai_opt.controllers.core.statistics import LeftWhole
+from coreai_opt.export.saving import outputs_of, save_lowered
 
 __all__ = ["MARK", "BaseCompressionAlgorithmBuilder", "BaseCompressionAlgorithmController"]
 
@@ -129,6 +139,14 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
     def finish_lowering(self, model: nn.Module) -> None:
         """Express in ONNX's operators what is left to be expressed, once all algorithms are stripped."""
 
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """How the algorithm compresses weights of ``model``, which is lowered: for Core AI and Core ML."""
+        return iter(())
+
+    def lowered_activations(self, model: nn.Module) -> Iterator[LoweredActivation]:
+        """How the algorithm quantizes activations of ``model``, which is lowered."""
+        return iter(())
+
     def prepare_for_export(self) -> None:
         """See :class:`CompressionAlgorithmController`."""
         self.strip(do_copy=False)
@@ -144,17 +162,44 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         """See :class:`CompressionAlgorithmController`. The model itself stays as it is.
 
         Raises:
-            ValueError: unknown format, or arguments that do not end in a dict.
-            ImportError: onnx or onnxscript is not installed.
+            ValueError: unknown format, a path with another suffix, arguments that do not end in a dict; or
+                the format cannot hold how the model is compressed.
+            ImportError: the format's package is not installed.
             OSError: the path cannot be written. No file is left half written.
         """
-        opset = opset_of(save_format)
+        suffix = suffix_of(save_format, save_path)
         split_arguments(model_args)  # raises before the work
         example = self.example_inputs()
+        if suffix is not None:
+            self._save(suffix, Path(save_path), example, input_names, output_names, model_args)
+            return
         lowered = copy_model(self._model).eval()
         self.lower_model(lowered)
         self.finish_lowering(lowered)
+        opset = opset_of(save_format)
         export_lowered_model(lowered, example, save_path, opset, input_names, output_names, model_args)
+
+    def _save(
+        self,
+        suffix: str,
+        path: Path,
+        example: Batch,
+        input_names: list[str] | None,
+        output_names: list[str] | None,
+        model_args: tuple[Any, ...] | None,
+    ) -> None:
+        """Write a kind of file of :mod:`coreai_opt.export`."""
+        stripped = self.strip().eval().cpu()
+        args = positional_arguments(stripped, example, model_args)
+        expected = outputs_of(stripped, args)
+        lowered = stripped
+        backend = BACKENDS[suffix]
+        if backend is not ExportBackend.Torch:
+            lowered = copy_model(self._model).eval().cpu()
+            self.lower_model(lowered)
+            weights, activations = self.lowered_weights(lowered, backend), self.lowered_activations(lowered)
+            lower_to(backend, lowered, list(weights), list(activations))
+        save_lowered(lowered, path, args, expected, input_names=input_names, output_names=output_names)
 
     def distributed(self) -> None:
         """See :class:`CompressionAlgorithmController`."""

@@ -1,16 +1,18 @@
 """Several algorithms on one model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.core.api import CompressionAlgorithmBuilder, CompressionStage, State
 from coreai_opt.controllers.core.base import (
     BaseCompressionAlgorithmBuilder,
     BaseCompressionAlgorithmController,
 )
 from coreai_opt.controllers.core.losses import CompositeCompressionLoss
+from coreai_opt.controllers.core.lowering import LoweredActivation, LoweredWeight
 from coreai_opt.controllers.core.plan import PlannedChange
 from coreai_opt.controllers.core.schedulers import CompositeCompressionScheduler
 from coreai_opt.controllers.core.statistics import CompressionStatistics
@@ -102,6 +104,16 @@ class CompositeCompressionAlgorithmController(BaseCompressionAlgorithmController
         """Let each algorithm finish."""
         for child in self._children:
             child.finish_lowering(model)
+
+    def lowered_weights(self, model: nn.Module, backend: ExportBackend) -> Iterator[LoweredWeight]:
+        """Those of each algorithm, the first one first."""
+        for child in self._children:
+            yield from child.lowered_weights(model, backend)
+
+    def lowered_activations(self, model: nn.Module) -> Iterator[LoweredActivation]:
+        """Those of each algorithm."""
+        for child in self._children:
+            yield from child.lowered_activations(model)
 
     def observe_over_ranks(self) -> None:
         """Let all algorithms follow the data of all ranks."""

@@ -1,22 +1,40 @@
-"""Compressed models as ONNX files."""
+"""Compressed models as files: which kind, and ONNX."""
 
+import inspect
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.core.inputs import Batch
 from coreai_opt.controllers.core.qdq import needs_4_bits
 from coreai_opt.export.onnx_program import DEFAULT_OPSET, FIRST_OPSET_OF_4_BITS, exported, write_program
 
-__all__ = ["export_lowered_model", "opset_of", "split_arguments"]
+__all__ = [
+    "BACKENDS",
+    "export_lowered_model",
+    "opset_of",
+    "positional_arguments",
+    "split_arguments",
+    "suffix_of",
+]
 
 logger = logging.getLogger(__name__)
 
 _OPSETS = range(18, 24)
 _OLDEST_NAMED = 10
+_FORMATS = {"coreai": ".aimodel", "coreml": ".mlpackage", "torch": ".pt2"}
+
+BACKENDS = {
+    ".aimodel": ExportBackend.CoreAI,
+    ".mlpackage": ExportBackend.CoreML,
+    ".pt2": ExportBackend.Torch,
+}
+"""For which backend a model is lowered to be written as a kind of file, by suffix."""
 
 
 def opset_of(save_format: str | None) -> int | None:
@@ -36,9 +54,48 @@ def opset_of(save_format: str | None) -> int | None:
         logger.warning("save_format %s: written with opset %d, the oldest there is", save_format, _OPSETS[0])
         return _OPSETS[0]
     raise ValueError(
-        f"save_format must be 'onnx' or 'onnx_<opset>' with an opset from {_OLDEST_NAMED} to {_OPSETS[-1]}; "
-        f"got {save_format!r}"
+        f"save_format must be {', '.join(map(repr, _FORMATS))}, 'onnx' or 'onnx_<opset>' with an opset from "
+        f"{_OLDEST_NAMED} to {_OPSETS[-1]}; got {save_format!r}"
     )
+
+
+def suffix_of(save_format: str | None, save_path: str | Path) -> str | None:
+    """The suffix of the kind of file that a format names, or without a format, the path; None for ONNX.
+
+    Raises:
+        ValueError: the format is unknown, or the path has another suffix.
+    """
+    suffix = Path(save_path).suffix
+    if save_format is None:
+        return suffix if suffix in BACKENDS else None
+    if save_format not in _FORMATS:
+        opset_of(save_format)
+        return None
+    if suffix != _FORMATS[save_format]:
+        raise ValueError(
+            f"save_path must end in {_FORMATS[save_format]} for save_format {save_format!r}; got "
+            f"{str(save_path)!r}"
+        )
+    return suffix
+
+
+def positional_arguments(
+    model: nn.Module, example: Batch, model_args: tuple[Any, ...] | None
+) -> tuple[Any, ...]:
+    """Arguments of a forward, all of them positional, on the CPU; see :func:`export_lowered_model`.
+
+    Raises:
+        ValueError: some cannot be.
+    """
+    extra, kwargs = split_arguments(model_args)
+    args, defaults = example
+    bound = inspect.signature(model.forward).bind(*args, *extra, **{**defaults, **kwargs})
+    if bound.kwargs:
+        raise ValueError(
+            f"model_args: this save_format takes positional arguments alone; {sorted(bound.kwargs)} are not. "
+            f"Wrap the model in a module whose forward takes them in their order"
+        )
+    return pytree.tree_map_only(Tensor, Tensor.cpu, bound.args)  # type: ignore[no-any-return]
 
 
 def split_arguments(model_args: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Masked weights: parametrizations that hold a mask, and what is counted of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coreai_kernels
+from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.owners import Owners, computed_by
+from coreai_opt.export.records import Sparse
 from coreai_opt.export.torch import give_own_class
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "keep_counts",
     "kept_per_mask",
     "original",
+    "sparse_weights",
     "value_before",
 ]
 
@@ -128,6 +131,17 @@ def bake(model: nn.Module, types: tuple[type[nn.Module], ...]) -> None:
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
         for link in rest:
             parametrize.register_parametrization(module, name, link)
+
+
+def sparse_weights(model: nn.Module, names: Iterable[str]) -> Iterator[LoweredWeight]:
+    """The weights with zeros among those of layers of a model without masks."""
+    owners = Owners(model)
+    for name in names:
+        for path, layer, attribute in owners.of(model.get_submodule(name)):
+            weight: Any = getattr(layer, attribute).detach()
+            mask = weight != 0
+            if not mask.all():
+                yield LoweredWeight(f"{path}.{attribute}", layer, attribute, Sparse(weight, mask))
 
 
 def kept_per_mask(masks: Sequence[Tensor]) -> list[int]:

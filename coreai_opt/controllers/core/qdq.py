@@ -16,6 +16,7 @@ __all__ = [
     "needs_4_bits",
     "put_on_weight",
     "quantize_dequantize",
+    "take_parameters",
 ]
 
 SCALE, ZERO_POINT = "weight_scale", "weight_zero_point"
@@ -125,11 +126,17 @@ def keep_parameters(model: nn.Module, attribute: str, scale: Tensor, zero_point:
     model.register_buffer(f"{attribute}_zero_point", zeros.detach().clone(), persistent=False)
 
 
-def put_on_weight(layer: nn.Module, attribute: str, simulator: Any) -> None:
-    """Let a weight go through the pair of its :func:`keep_parameters`, which are taken away."""
+def take_parameters(layer: nn.Module, attribute: str) -> tuple[Tensor, Tensor]:
+    """The scale and zero point of :func:`keep_parameters`, which are taken away."""
     scale, zero_point = (getattr(layer, f"{attribute}_{part}") for part in ("scale", "zero_point"))
     delattr(layer, f"{attribute}_scale")
     delattr(layer, f"{attribute}_zero_point")
+    return scale, zero_point
+
+
+def put_on_weight(layer: nn.Module, attribute: str, simulator: Any) -> None:
+    """Let a weight go through the pair of its :func:`keep_parameters`, which are taken away."""
+    scale, zero_point = take_parameters(layer, attribute)
     axis = channel_axis_of(layer) if scale.numel() > 1 else None
     pair = quantize_dequantize(simulator, scale, zero_point, axis, clips=False)
     # unsafe: torch would run the pair to see what it returns.
