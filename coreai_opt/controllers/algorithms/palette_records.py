@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coreai_opt.export.records import Palette
 from coreai_opt.palettization.kmeans._export import palette_of
