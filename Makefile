@@ -13,8 +13,9 @@ SETUP := $(VENV)/.setup-done
 NATIVE := $(VENV)/.native-done
 WITHOUT := build/without-native
 FAST_TESTS := $(addprefix tests/kernels/test_,backends.py operators.py straight_through.py columns.py) \
-	$(addprefix tests/coreai_opt/,test_fake_quantize.py test_fast_path.py test_spec.py test_import.py) \
-	$(addprefix tests/coreai_opt/,quantizer pruning/test_prune_simulator.py palettization/test_fake_palettize.py)
+	$(addprefix tests/coreai_opt/quantization/,spec/test_fake_quantize.py spec/test_fast_path.py spec/test_spec.py) \
+	$(addprefix tests/coreai_opt/quantization/test_,config.py containers.py errors.py modes.py placement.py weights.py) \
+	$(addprefix tests/coreai_opt/,test_import.py pruning/test_prune_simulator.py palettization/test_fake_palettize.py)
 ORACLE := .oracle/.coreai-opt-0.4.0
 FORMATTED := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/kernels/emulation/*.h tests/kernels/emulation/*.cpp)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/formats.py
@@ -59,10 +60,10 @@ test-without-native: $(SETUP)
 	$(PIP) install -q --no-deps --target $(WITHOUT)/site $(WITHOUT)/*.whl
 	cp -r tests pyproject.toml $(WITHOUT)/site
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 $(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) \
-		-m 'not slow' tests/coreai_opt/quantizer tests/coreai_opt/pruning tests/coreai_opt/palettization
+		-m 'not slow' tests/coreai_opt/quantization tests/coreai_opt/pruning tests/coreai_opt/palettization
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 TRITON_INTERPRET=1 COREAI_KERNELS_BACKEND=triton \
 		$(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) -k 'not compile' \
-		tests/coreai_opt/test_fake_quantize.py tests/coreai_opt/quantizer/test_modes.py
+		tests/coreai_opt/quantization/spec/test_fake_quantize.py tests/coreai_opt/quantization/test_modes.py
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
