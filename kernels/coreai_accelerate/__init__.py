@@ -1,19 +1,22 @@
 """The engine beside Apple's own package: its simulators run on the kernels, the package stays as it is.
 
-Apple's ``coreai-opt`` calls :func:`activate` at the end of its import, by the entry point of this
-distribution in the group ``coreai_opt.plugins`` (0.4.0 and newer; before, call it). From then on new fake
-quantizers, prune simulators and palettizers are subclasses of Apple's whose forward, masks and clustering are
-the engine's: the same results bit for bit. What the engine cannot do the same goes to Apple's method, and
-:func:`status` counts why.
+Apple's ``coreai-opt`` (0.3.0 and newer) calls :func:`activate` at the end of its import, by the entry point
+of this distribution in the group ``coreai_opt.plugins``. From then on new fake quantizers, prune simulators
+and palettizers are subclasses of Apple's whose forward, masks and clustering are the engine's: the same
+results bit for bit. What the engine cannot do the same goes to Apple's method, and :func:`status` counts why.
 
-``COREAI_ACCELERATE=0`` leaves Apple's package alone; :func:`disable` takes everything back.
+:func:`torchao` does the same for a model that torchao has prepared for quantization-aware training.
+
+``COREAI_ACCELERATE=0`` leaves both packages alone; :func:`disable` takes everything back.
 """
 
 import os
 
-from coreai_accelerate.state import STATE, Status
+from torch import nn
 
-__all__ = ["Status", "activate", "disable", "status"]
+from coreai_accelerate.state import STATE, Status, TorchaoReport
+
+__all__ = ["Status", "TorchaoReport", "activate", "disable", "status", "torchao"]
 
 ENVIRONMENT = "COREAI_ACCELERATE"
 
@@ -25,10 +28,7 @@ def activate() -> None:
         RuntimeError: the package that is imported as ``coreai_opt`` is not Apple's.
         ValueError: ``COREAI_ACCELERATE`` is neither 0 nor 1.
     """
-    wanted = os.environ.get(ENVIRONMENT) or "1"
-    if wanted not in ("0", "1"):
-        raise ValueError(f"{ENVIRONMENT} must be 0 or 1; got {wanted!r}")
-    if wanted == "0" or STATE.is_active:
+    if not _is_wanted() or STATE.is_active:
         return
     import coreai_opt
 
@@ -46,12 +46,55 @@ def activate() -> None:
     STATE.is_active = True
 
 
+def _is_wanted() -> bool:
+    wanted = os.environ.get(ENVIRONMENT) or "1"
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{ENVIRONMENT} must be 0 or 1; got {wanted!r}")
+    return wanted == "1"
+
+
+def torchao(model: nn.Module) -> TorchaoReport:
+    """Put the engine under the simulators of a model that torchao has prepared.
+
+    Those that give the same values, gradients and parameters bit for bit: ``IntxFakeQuantizer`` per token,
+    and symmetric per channel or group, on float32; so what ``QATConfig`` prepares for integers, in linear
+    layers and embeddings. They become instances of a subclass of torchao's class, in place: the state of the
+    model, copies, and torchao's convert step are as before.
+
+    Args:
+        model: the prepared model. What it lacks simulators of torchao's, is left as it is.
+
+    Returns:
+        Which simulators run on the engine, and why others do not.
+
+    Raises:
+        ImportError: torchao is missing, or too far from 0.18, which this was made for.
+        ValueError: ``COREAI_ACCELERATE`` is neither 0 nor 1.
+    """
+    if not _is_wanted():
+        return TorchaoReport()
+    try:
+        from coreai_accelerate import torchao_qat
+    except ImportError as error:
+        raise ImportError(
+            f"coreai_accelerate.torchao needs torchao 0.18, or a version with the same classes: {error}"
+        ) from error
+    return torchao_qat.accelerate(model)
+
+
 def disable() -> None:
-    """Give Apple's package its own classes back; simulators made meanwhile run Apple's methods again."""
+    """Give Apple's package and torchao's models their own classes back.
+
+    Apple's simulators made meanwhile run Apple's methods again.
+    """
     for replacement in reversed(STATE.replacements):
         replacement.undo()
     STATE.replacements.clear()
     STATE.is_active = False
+    if STATE.of_torchao:
+        from coreai_accelerate import torchao_qat
+
+        torchao_qat.restore()
 
 
 def status() -> Status:

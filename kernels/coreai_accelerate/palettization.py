@@ -36,11 +36,17 @@ class FusedKMeansFakePalettize(_KMeansFakePalettize):
     ) -> tuple[Tensor, Tensor] | None:
         """Centroids and the index of each value's; None where Apple's method has to decide."""
         count = 2**self.n_bits if num_clusters is None else num_clusters
-        if weight.dtype not in _DTYPES or weight.numel() < count or sensitivity is not None:
-            fall_back(
-                "clustering with sensitivities" if sensitivity is not None else "clustering of few values"
-            )
+        if weight.dtype not in _DTYPES:
+            fall_back(str(weight.dtype).removeprefix("torch."))
             return None
+        if weight.numel() < count:
+            fall_back("clustering of few values")
+            return None
+        if sensitivity is not None:
+            sensitivity = sensitivity.detach().flatten().cpu().float()
+            if not bool((sensitivity.isfinite() & (sensitivity > 0)).all()):
+                fall_back("clustering with sensitivities that are not positive")
+                return None
         values, decimals = weight.detach().flatten().cpu(), None
         if self.enable_fast_kmeans_mode:
             values, decimals = values.to(torch.float16), self.rounding_precision
@@ -48,7 +54,7 @@ class FusedKMeansFakePalettize(_KMeansFakePalettize):
             fall_back("clustering of values that are not finite")
             return None
         palette = coreai_kernels.kmeans_1d(
-            values, count, block_size=(values.numel(),), decimals=decimals
+            values, count, block_size=(values.numel(),), weights=sensitivity, decimals=decimals
         ).flatten()
         if bool((palette[1:] == palette[:-1]).any()):
             fall_back("clustering of few values")  # fewer distinct ones than clusters

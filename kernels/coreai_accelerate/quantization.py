@@ -14,6 +14,7 @@ from torch.nn.modules import module as torch_module
 
 from coreai_accelerate.state import STATE, Replacement, fall_back
 from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme, grid_shape
+from coreai_kernels.formats import NUMBER_FORMATS
 from coreai_kernels.ops import fake_quantize, observe_and_fake_quantize
 from coreai_kernels.runtime import Generation, Guarded, capture
 from coreai_opt.quantization.spec import qparams_calculator as calculators
@@ -31,17 +32,14 @@ _UPDATES = {
     calculators.StaticQParamsCalculator: RangeUpdate.LATEST,
     calculators.MovingAverageQParamsCalculator: RangeUpdate.MOVING_AVERAGE,
     calculators.GlobalMinMaxQParamsCalculator: RangeUpdate.GLOBAL_MINMAX,
+    calculators.DynamicQParamsCalculator: RangeUpdate.LATEST,
 }
 _SCHEMES = {
     "symmetric": Scheme.SYMMETRIC,
     "symmetric_with_clipping": Scheme.SYMMETRIC_WITH_CLIPPING,
     "asymmetric": Scheme.ASYMMETRIC,
 }
-_FLOAT_FORMATS = {
-    torch.float8_e4m3fn: Format.E4M3,
-    torch.float8_e5m2: Format.E5M2,
-    torch.float4_e2m1fn_x2: Format.E2M1,
-}
+_FORMATS = {getattr(torch, name): row.format for name, row in NUMBER_FORMATS.items()}
 _SCALE_FORMATS = {None: ScaleFormat.FLOAT32, torch.float8_e8m0fnu: ScaleFormat.E8M0}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -92,16 +90,22 @@ class FusedFakeQuantize(_DefaultFakeQuantizeImpl):
 
     def forward(self, tensor: Tensor) -> Tensor:
         """Observe and simulate ``tensor``, as Apple's forward does."""
-        if not torch.compiler.is_compiling():
-            captured = self.__dict__.get("_captured")
-            if captured is not None:
-                output = captured(tensor)
-                if output is not None:
-                    return output
-            output = _fused(self, tensor)
+        if torch.compiler.is_compiling():
+            _count_traced()
+            return super().forward(tensor)
+        captured = self.__dict__.get("_captured")
+        if captured is not None:
+            output = captured(tensor)
             if output is not None:
                 return output
-        return super().forward(tensor)
+        output = _fused(self, tensor)
+        return super().forward(tensor) if output is None else output
+
+
+# Evaluated while a program is traced: the counter is no part of it.
+@torch.compiler.assume_constant_result
+def _count_traced() -> None:
+    fall_back("compiled or exported program")
 
 
 def _generation_of(module: FusedFakeQuantize) -> Generation:
@@ -124,10 +128,12 @@ def _refusal(module: FusedFakeQuantize, tensor: Tensor, calculator: Any, observe
     """Why the engine does not do what Apple's forward would; None if it does."""
     if not STATE.is_active:
         return "not active"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "export"
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES or tensor.numel() == 0:
-        return "tensor"
+    if torch.jit.is_tracing():
+        return "compiled or exported program"
+    if not isinstance(tensor, Tensor) or tensor.numel() == 0:
+        return "no elements"
+    if tensor.dtype not in _DTYPES:
+        return str(tensor.dtype).removeprefix("torch.")
     if not _has_methods_of(module, _DefaultFakeQuantizeImpl, _METHODS):
         return "methods"
     its_ranges = getattr(calculator, "range_calculator", None)
@@ -140,9 +146,9 @@ def _refusal(module: FusedFakeQuantize, tensor: Tensor, calculator: Any, observe
     is_own = not {*_CALCULATOR_SLOTS[-7:]} & vars(calculator).keys()
     if not is_own or {*_RANGE_SLOTS[-3:]} & vars(its_ranges).keys():
         return "methods"
-    if calculator.scale.numel() == 0 or not vars(calculator).get("_initialized", True):
+    if not vars(calculator).get("_initialized", True) or calculator.scale.numel() == 0:
         return "first observation"
-    if observes and (None not in calculator.float_range or calculator._export_mode):
+    if observes and (None not in calculator.float_range or getattr(calculator, "_export_mode", False)):
         return "fixed range"
     if observes and not (
         calculator.dtype == module.dtype
@@ -170,9 +176,11 @@ def _has_methods_of(module: Any, apple: type, names: tuple[str, ...]) -> bool:
 def _fused(module: FusedFakeQuantize, tensor: Tensor) -> Tensor | None:
     """The forward's output from the engine; None if Apple's forward has to run."""
     disabled, simulates, observes = _flags(module)
-    if disabled or not simulates:
-        return None
     calculator: Any = module._modules["qparams_calculator"]
+    is_dynamic = type(calculator) is calculators.DynamicQParamsCalculator
+    observes |= is_dynamic
+    if disabled or not (simulates or observes):
+        return None
     reason = _refusal(module, tensor, calculator, observes)
     if reason is not None:
         fall_back(reason)
@@ -183,8 +191,10 @@ def _fused(module: FusedFakeQuantize, tensor: Tensor) -> Tensor | None:
     except (ValueError, IndexError):
         fall_back("block size")  # Apple's forward says what does not fit
         return None
-    buffers = calculator._buffers
-    state = tuple(buffers.get(name) for name in _BUFFERS)
+    arguments = _arguments(module, calculator, block_size)
+    if is_dynamic:
+        return _dynamic(calculator, tensor, grid, arguments, simulates)
+    state = tuple(calculator._buffers.get(name) for name in _BUFFERS)
     running = state[3]
     if state[0].shape != grid or state[0].device != tensor.device:
         fall_back("state of another shape")
@@ -192,14 +202,38 @@ def _fused(module: FusedFakeQuantize, tensor: Tensor) -> Tensor | None:
     if running is not None and (running.shape != grid or running.dtype != tensor.dtype):
         fall_back("running range of another dtype")
         return None
-    arguments = _arguments(module, calculator, block_size)
+    if not simulates:
+        observe_and_fake_quantize.observe(tensor, state, running is not None, _config(*arguments)[0])
+        return tensor
     return (
         _step(module, tensor, state, arguments) if observes else _simulate(module, tensor, state, arguments)
     )
 
 
+def _dynamic(
+    calculator: Any, tensor: Tensor, grid: tuple[int, ...], arguments: tuple[Any, ...], simulates: bool
+) -> Tensor:
+    """The step of a calculator that keeps no state: it shows what it has computed last, no more."""
+    config, packed = _config(*arguments)
+    scale = tensor.new_empty(grid, dtype=torch.float32)
+    zero_point = minval = None
+    if config.format == Format.INT:
+        zero_point, minval = torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
+    state = (scale, zero_point, minval, None, None)
+    if simulates:
+        output = observe_and_fake_quantize.apply(tensor, state, False, config, packed)
+    else:
+        output = tensor
+        observe_and_fake_quantize.observe(tensor, state, False, config)
+    if config.scale_format == ScaleFormat.FLOAT32:  # shown in the tensor's dtype
+        scale = scale.to(tensor.dtype)
+    calculator.scale, calculator.zero_point = scale, zero_point
+    calculator.minval = None if minval is None else minval.to(tensor.dtype)
+    return output
+
+
 def _arguments(module: FusedFakeQuantize, calculator: Any, block_size: tuple[int, ...]) -> tuple[Any, ...]:
-    fmt = _FLOAT_FORMATS.get(module.dtype, Format.INT)
+    fmt = _FORMATS.get(module.dtype, Format.INT)
     return (
         block_size,
         int(_SCHEMES[calculator.qscheme.value]),

@@ -4,10 +4,13 @@ from collections import Counter
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
+
+from torch import nn
 
 from coreai_kernels.runtime import fast_path_counts
 
-__all__ = ["STATE", "Replacement", "Status", "fall_back"]
+__all__ = ["STATE", "Replacement", "Status", "TorchaoReport", "fall_back"]
 
 
 @dataclass
@@ -48,6 +51,7 @@ class _State:
     is_active: bool = False
     replacements: list[Replacement] = field(default_factory=list)
     fallbacks: Counter[str] = field(default_factory=Counter)
+    of_torchao: "WeakSet[nn.Module]" = field(default_factory=WeakSet)
 
 
 STATE = _State()
@@ -56,6 +60,19 @@ STATE = _State()
 def fall_back(reason: str) -> None:
     """Count a call that goes to Apple's method."""
     STATE.fallbacks[reason] += 1
+
+
+@dataclass(frozen=True)
+class TorchaoReport:
+    """What :func:`coreai_accelerate.torchao` did with a model's simulators.
+
+    Attributes:
+        replaced: names of the simulators that run on the engine.
+        left: names of the others, and why.
+    """
+
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

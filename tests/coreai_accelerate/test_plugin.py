@@ -56,14 +56,50 @@ def run(script: str, **environment: str) -> list[str]:
 
 def test_training_is_the_same_and_runs_on_the_engine() -> None:
     script = """
-    _, alone = trained(steps=12)
+    from coreai_opt.inspection import bits_per_weight
+    other, alone = trained(steps=12)
     coreai_accelerate.activate()
     model, found = trained(steps=12)
+    print(vars(bits_per_weight(model)) == vars(bits_per_weight(other)))
     status = coreai_accelerate.status()
     print(alone == found, status.is_active, status.fast_path["hits"] > 20, len(status.replaced))
     print({type(each).__name__ for each in simulators(model)} == {"FusedFakeQuantize"})
     """
-    assert run(script) == ["True", "True", "True", "3", "True"]
+    assert run(script) == ["True"] * 4 + ["3", "True"]
+
+
+def test_calibration_dynamic_activations_and_compiled_programs() -> None:
+    script = """
+    coreai_accelerate.activate()
+    from coreai_accelerate import quantization
+    from coreai_opt.config.spec import CompressionTargetTensor
+    from coreai_opt.quantization.spec import QuantizationComponentFactory
+
+    engine, calls = quantization.observe_and_fake_quantize, []
+    for name in ("observe", "apply"):
+        given = getattr(engine, name)
+        setattr(engine, name, lambda *a, given=given, name=name: calls.append(name) or given(*a))
+
+    def made(**fields):
+        target = CompressionTargetTensor.ACTIVATION
+        one = QuantizationComponentFactory.construct(QuantizationSpec(**fields), target)
+        one(torch.randn(3, 8))
+        return one
+
+    calibrated, x = made(), torch.randn(3, 8)
+    calibrated.disable_fake_quant()
+    print(calibrated(x) is x, calls)
+    dynamic = made(qparam_calculator_cls="dynamic")
+    dynamic(torch.randn(5, 8))
+    dynamic.disable_fake_quant()
+    print(dynamic(x) is x, calls)
+    print(set(coreai_accelerate.status().fallbacks) == {"first observation"})
+    expected = calibrated.enable_fake_quant() or calibrated.disable_observer() or calibrated(x)
+    print(torch.equal(torch.compile(calibrated, backend="eager")(x), expected))
+    print(coreai_accelerate.status().fallbacks["compiled or exported program"] > 0)
+    """
+    seen = "True ['observe'] True ['observe', 'apply', 'observe'] True True True"
+    assert " ".join(run(script)) == seen
 
 
 def test_disabled_by_the_environment() -> None:

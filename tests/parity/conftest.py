@@ -3,7 +3,7 @@
 import fcntl
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,19 @@ class Oracle:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def ask(self, name: str, job: dict[str, Any], accelerated: bool = False) -> Any:
-        """The answer to ``job``, which must be the same whenever ``name`` is. See :func:`oracle.ask`."""
+    def ask(
+        self, name: str, job: dict[str, Any] | Callable[[], dict[str, Any]], accelerated: bool = False
+    ) -> Any:
+        """The answer to ``job``, which must be the same whenever ``name`` is. See :func:`oracle.ask`.
+
+        A function that returns the job is called only where nobody has asked before.
+        """
         name += "-accelerated" if accelerated else ""
         answer = self.folder / f"{name}.pickle"
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not answer.exists():
+                job = job() if callable(job) else job
                 answer.write_bytes(pickle.dumps(oracle.ask(job, self.folder / name, accelerated)))
         return pickle.loads(answer.read_bytes())
 

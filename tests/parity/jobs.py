@@ -17,19 +17,18 @@ def main(job_file: str, result_file: str) -> None:
     function ``answer(job)``.
     """
     job = pickle.loads(Path(job_file).read_bytes())
-    sys.path.insert(0, job["package_folder"])
+    sys.path[:0] = [job["package_folder"], *job["engine"]]
     torch.set_num_threads(1)
     import coreai_opt
 
     if Path(job["package_folder"]).resolve() not in Path(str(coreai_opt.__file__)).resolve().parents:
         raise SystemExit(f"imported {coreai_opt.__file__}, not the package in {job['package_folder']}")
-    if job["accelerated"]:
-        sys.path.append(str(Path(__file__).parents[2] / "kernels"))
+    if job["engine"]:
         import coreai_accelerate
 
         coreai_accelerate.activate()
     result = import_module(f".{job.get('module', 'runner')}", __package__).answer(job)
-    if job["accelerated"]:
+    if job["engine"]:
         status = coreai_accelerate.status()
         result["status"] = {"hits": status.fast_path["hits"], "fallbacks": status.fallbacks}
     Path(result_file).write_bytes(pickle.dumps(result))

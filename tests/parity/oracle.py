@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import coreai_kernels
+
 __all__ = ["INSTALL", "ask", "find"]
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +40,9 @@ def ask(job: dict[str, Any], folder: Path, accelerated: bool = False) -> Any:
     """
     folder.mkdir(parents=True, exist_ok=True)
     job_file, result_file = folder / "job.pickle", folder / "result.pickle"
-    facts = {"package_folder": str(FOLDER.resolve()), "accelerated": accelerated}
+    # The engine under test, and the plugin's source in case that it is not installed beside it.
+    engine = [str(Path(str(coreai_kernels.__file__)).parents[1]), str(ROOT / "kernels")]
+    facts = {"package_folder": str(FOLDER.resolve()), "engine": engine if accelerated else []}
     job_file.write_bytes(pickle.dumps(job | facts))
     # -P and no PYTHONPATH: the package under test must be the one in the oracle's folder, whoever starts us.
     program = (

@@ -154,12 +154,12 @@ def call(name: str) -> Any:
 def answer(job: dict[str, Any]) -> Any:
     """What each case shows, what the cases do after loading the states in the job, and trainings."""
     return {
-        "cases": {name: attempt(run, case) for name, case in CASES.items()},
+        "cases": {name: attempt(run, CASES[name]) for name in job.get("cases", CASES)},
         "continued": {
             name: attempt(continue_from, CASES[name], state) for name, state in job["states"].items()
         },
         "restored": {name: attempt(restore, CASES[name], state) for name, state in job["states"].items()},
-        "finalized": {name: attempt(finalize, case) for name, case in CASES.items()},
-        "trained": {name: attempt(train, name) for name in TRAINED},
-        "calls": {name: call(name) for name in CALLS},
+        "finalized": {name: attempt(finalize, CASES[name]) for name in job.get("cases", CASES)},
+        "trained": {name: attempt(train, name) for name in job.get("trained", TRAINED)},
+        "calls": {name: call(name) for name in job.get("calls", CALLS)},
     }

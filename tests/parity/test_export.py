@@ -9,15 +9,14 @@ from .export_runs import CASES, finalized
 from .snapshots import differences
 
 BACKENDS = ("coreai", "coreml")
+JOB = {"module": "export_runs", "backends": BACKENDS}
 
 
 @pytest.fixture(scope="module")
 def answers(asked_oracle: Oracle, one_thread: None) -> dict[tuple[str, str], Any]:
     pytest.importorskip("coreai_torch", reason="needs the extra coreai")
     pytest.importorskip("coremltools", reason="needs the extra coreml")
-    answer: dict[tuple[str, str], Any] = asked_oracle.ask(
-        "export", {"module": "export_runs", "backends": BACKENDS}
-    )
+    answer: dict[tuple[str, str], Any] = asked_oracle.ask("export", JOB)
     return answer
 
 

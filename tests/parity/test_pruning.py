@@ -45,8 +45,12 @@ def trained_state(model_name: str) -> Any:
 @pytest.fixture(scope="module")
 def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
     """From Apple's package, see `pruning_calls.answer`."""
-    states = {name: trained_state(name) for name in MODELS}
-    return asked_oracle.ask("pruning", {"module": "pruning_calls", "states": states})
+    return asked_oracle.ask("pruning", job)
+
+
+def job() -> dict[str, Any]:
+    """What Apple's package is asked, with the states of our models."""
+    return {"module": "pruning_calls", "states": {name: trained_state(name) for name in MODELS}}
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])

@@ -35,9 +35,14 @@ INTENDED = {
 @pytest.fixture(scope="module")
 def answers(asked_oracle: Oracle, one_thread: None) -> dict[str, Any]:
     """From Apple's package, see `quantizer_answers.answer`."""
+    return asked_oracle.ask("quantizer", job)
+
+
+def job() -> dict[str, Any]:
+    """What Apple's package is asked, with the states of our models."""
     ours = {model: train(model, "default") for model in MODELS}
     states = {model: log["trained"]["state"] for model, log in ours.items() if "raised" not in log}
-    return asked_oracle.ask("quantizer", {"module": "quantizer_answers", "states": states})
+    return {"module": "quantizer_answers", "states": states}
 
 
 def check(expected: Any, found: Any, model: str = "") -> None:

@@ -15,7 +15,7 @@ from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import RangeUpdate, grid_shape
 
-__all__ = ["apply", "check", "is_plain", "observe_and_fake_quantize"]
+__all__ = ["apply", "check", "is_plain", "observe", "observe_and_fake_quantize"]
 
 _STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
 
@@ -229,15 +229,7 @@ def _with_converted_state(
     input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: QuantConfig
 ) -> Tensor:
     """The step for state of other dtypes or strides than kernels keep, in one more pass over the input."""
-    low, high = implementation("observe_range")(input.detach(), config.block_size)
-    running_min, running_max = state[3:] if has_running else (None, None)
-    low, high = next_range(low, high, running_min, running_max, config)
-    scale, zero_point, minval = implementation("choose_qparams")(
-        low, high, config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format
-    )
-    for old, value in zip(state, (scale, zero_point, minval, low, high), strict=True):
-        if old is not None:
-            old.copy_(value)
+    scale, zero_point, minval = observe(input, state, has_running, config)
     return fake_quantize.apply(
         input,
         scale,
@@ -247,3 +239,19 @@ def _with_converted_state(
         config.quant_min,
         config.quant_max,
     )
+
+
+def observe(
+    input: Tensor, state: tuple[Tensor | None, ...], has_running: bool, config: QuantConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`apply` does to the state, without the simulation. The new scale, zero point and minimum."""
+    low, high = implementation("observe_range")(input.detach(), config.block_size)
+    running_min, running_max = state[3:] if has_running else (None, None)
+    low, high = next_range(low, high, running_min, running_max, config)
+    scale, zero_point, minval = implementation("choose_qparams")(
+        low, high, config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format
+    )
+    for old, value in zip(state, (scale, zero_point, minval, low, high), strict=True):
+        if old is not None:
+            old.copy_(value)
+    return scale, zero_point, minval

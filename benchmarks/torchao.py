@@ -1,0 +1,90 @@
+"""Simulators of torchao's training, on the engine and not: ``python -m benchmarks.torchao``.
+
+Forward and backward of one simulator on a square matrix, in turns; processor time, which others' work on the
+machine leaves alone.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.facts import save_rows
+from benchmarks.timing import seconds_per_call, settle_allocator
+
+__all__ = ["CASES", "main", "measure"]
+
+CASES: dict[str, dict[str, Any]] = {
+    "int8, tokens": {"dtype": torch.int8, "granularity": "per_token", "is_symmetric": False},
+    "int8, channels": {"dtype": torch.int8, "granularity": "per_channel"},
+    "int4, groups of 32": {"dtype": torch.int4, "group_size": 32},
+}
+_SAMPLE_SECONDS = 0.05
+
+
+def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """Medians over ``rounds``, in seconds a step."""
+    sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # in case that the plugin is not installed
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    import coreai_accelerate
+
+    settle_allocator()
+    rows = []
+    for name, fields in CASES.items():
+        for size in sizes:
+            x = torch.randn(size, size, requires_grad=True)
+            gradient = torch.randn(size, size)
+            modules = [IntxFakeQuantizer(IntxFakeQuantizeConfig(**fields)) for _ in range(2)]
+            if not coreai_accelerate.torchao(modules[1]).replaced:
+                raise RuntimeError(f"{name} does not run on the engine: is COREAI_ACCELERATE=0 set?")
+
+            def step(module: torch.nn.Module, x: torch.Tensor = x, gradient: torch.Tensor = gradient) -> None:
+                module(x).backward(gradient)
+                x.grad = None
+
+            def seconds(module: torch.nn.Module, calls: int, step: Any = step) -> float:
+                return seconds_per_call(
+                    lambda: step(module), calls, untimed_call=True, clock=time.process_time
+                )
+
+            calls = max(1, int(_SAMPLE_SECONDS / seconds(modules[0], 1)))
+            times = [[seconds(module, calls) for module in modules] for _ in range(rounds)]
+            torchaos, ours = (statistics.median(column) for column in zip(*times, strict=True))
+            rows.append({"case": name, "size": size, "torchao": torchaos, "ours": ours})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the arguments ask for; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.torchao", description=__doc__)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 2048])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    rows = measure(arguments.sizes, arguments.rounds)
+    table = Table(title="A step of torchao's simulators, processor time in µs", title_justify="left")
+    for heading in ("simulator", "size", "torchao", "on the engine", "ratio"):
+        table.add_column(heading, justify="left" if heading == "simulator" else "right")
+    for row in rows:
+        ratio = row["torchao"] / row["ours"]
+        figures = (f"{1e6 * row[whose]:,.0f}" for whose in ("torchao", "ours"))
+        table.add_row(row["case"], f"{row['size']}²", *figures, f"{ratio:.2f}×")
+    Console(width=110).print(table)
+    if arguments.json:
+        save_rows(arguments.json, "benchmarks.torchao", argv, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""The engine under models that torchao has prepared: the same bits in training, conversion, copies."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    IntxWeightOnlyConfig,
+    PerGroup,
+    quantize_,
+)
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from torchao.quantization.qat import (
+    Float8FakeQuantizeConfig,
+    IntxFakeQuantizeConfig,
+    IntxFakeQuantizer,
+    QATConfig,
+)
+from torchao.quantization.qat.fake_quantize_config import Int4WeightFakeQuantizeConfig
+from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
+
+import coreai_accelerate
+from benchmarks import torchao as benchmark
+from coreai_accelerate.torchao_qat import FusedIntxFakeQuantizer
+
+BASES = {
+    "linear": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
+    "embedding": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+}
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 64)
+        self.mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.embed(tokens))
+
+
+def apply(model: nn.Module, step: str) -> None:
+    quantize_(model.mlp, QATConfig(BASES["linear"], step=step))
+    quantize_(
+        model, QATConfig(BASES["embedding"], step=step), filter_fn=lambda m, _: isinstance(m, nn.Embedding)
+    )
+
+
+def prepared() -> nn.Module:
+    torch.manual_seed(0)
+    model = Tokens()
+    apply(model, "prepare")
+    return model
+
+
+def train(model: nn.Module, steps: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for _ in range(steps):
+        output = model(torch.randint(11, (4, 5), generator=generator))
+        optimizer.zero_grad()
+        output.square().mean().backward()
+        seen += [output.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+        optimizer.step()
+    return seen
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Bit for bit, signs of zeros and NaN among them."""
+    pairs = list(zip(one, other, strict=True))
+    return all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs) and all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs
+    )
+
+
+def test_models_train_the_same_and_convert() -> None:
+    alone, model = prepared(), prepared()
+    report = coreai_accelerate.torchao(model)
+    names = ["activation_fake_quantizer", "weight_fake_quantizer"]
+    layers = [f"mlp.{layer}.{name}" for layer in (0, 2) for name in names]
+    assert sorted(report.replaced) == sorted(["embed.weight_fake_quantizer", *layers])
+    assert not report.left
+    fallbacks = dict(coreai_accelerate.status().fallbacks)
+    assert same(train(alone), train(model))
+    assert coreai_accelerate.status().fallbacks == fallbacks
+    assert list(model.state_dict()) == list(alone.state_dict())
+    for each in (alone, model):
+        apply(each, "convert")
+    tokens = torch.arange(11)[None]
+    assert same([alone(tokens)], [model(tokens)])
+    assert [type(each) for each in model.modules()] == [type(each) for each in alone.modules()]
+
+
+SPECIALS = ("plain", "ties", "zeros", "not finite", "tiny")
+
+
+def draw(kind: str, shape: tuple[int, ...]) -> torch.Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(len(kind))) * 3
+    if kind == "ties":
+        return (x * 4).round() / 8
+    if kind == "zeros":
+        x[0], x[1], x[2] = 0, -0.0, x[2].abs()
+    if kind == "not finite":
+        x[0, ..., 0], x[1, ..., 3], x[2, ..., 4] = float("nan"), float("inf"), -float("inf")
+    return x * 1e-38 if kind == "tiny" else x
+
+
+CONFIGS = {
+    "tokens": {"dtype": torch.int8, "granularity": "per_token", "is_symmetric": False},
+    "tokens, int4": {"dtype": torch.int4, "granularity": "per_token", "is_symmetric": False, "eps": 1e-6},
+    "channels": {"dtype": torch.int8, "granularity": "per_channel"},
+    "groups": {"dtype": torch.int4, "group_size": 16},
+    "groups, int2": {"dtype": torch.int2, "group_size": 32, "eps": 1e-6},
+    "static": {"dtype": torch.int4, "group_size": 32, "is_dynamic": False},
+}
+
+
+@pytest.mark.parametrize("kind", SPECIALS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_gradients_and_parameters(name: str, kind: str) -> None:
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS[name])) for _ in range(2)):
+        if found:
+            assert coreai_accelerate.torchao(module).replaced == [""]
+        seen = []
+        shapes = [(6, 64), (6, 64), (3, 2, 64)] if "tokens" in name else [(6, 64), (6, 64)]
+        for shape in shapes:
+            x = draw(kind, shape).requires_grad_()
+            output = module(x)
+            gradient = draw(kind if kind == "not finite" else "plain", shape)
+            output.backward(gradient)
+            assert x.grad is not None
+            seen += [output.detach(), x.grad, module.scale, module.zero_point]
+            with torch.no_grad():
+                seen.append(module(x))
+        found.append(seen)
+    assert same(*found)
+
+
+def test_gradients_of_gradients() -> None:
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"])) for _ in range(2)):
+        if found:
+            coreai_accelerate.torchao(module)
+        x = draw("plain", (4, 32)).requires_grad_()
+        weight = draw("ties", (4, 32)).requires_grad_()
+        (first,) = torch.autograd.grad((module(x) * weight).square().sum(), x, create_graph=True)
+        found.append([first.detach(), *torch.autograd.grad(first.square().sum(), (x, weight))])
+    assert same(*found)
+
+
+def test_what_is_left_and_why() -> None:
+    class Mine(IntxFakeQuantizer):
+        pass
+
+    group = {"dtype": torch.int4, "group_size": 32}
+    configs: dict[str, Any] = {
+        "learning": IntxFakeQuantizeConfig(**group, range_learning=True, is_dynamic=False),
+        "asymmetric": IntxFakeQuantizeConfig(**group, is_symmetric=False),
+        "half scales": IntxFakeQuantizeConfig(**group, scale_precision=torch.bfloat16),
+        "float8": Float8FakeQuantizeConfig(),
+        "int4": Int4WeightFakeQuantizeConfig(),
+    }
+    modules = {name: FakeQuantizerBase.from_config(config) for name, config in configs.items()}
+    modules |= {"mine": Mine(IntxFakeQuantizeConfig(**group))}
+    modules |= {"pt2e": FakeQuantize(), "fused": FusedMovingAvgObsFakeQuantize()}
+    report = coreai_accelerate.torchao(nn.ModuleDict(modules))
+    assert not report.replaced
+    assert report.left == {
+        "learning": "range learning",
+        "asymmetric": "asymmetric groups",
+        "half scales": "precision of the parameters",
+        "float8": "its scale has a gradient, too",
+        "int4": "its scale has a gradient, too",
+        "mine": "a subclass",
+        "pt2e": "one kernel of torch's, which rounds by the reciprocal of the scale",
+        "fused": "one kernel of torch's, which rounds by the reciprocal of the scale",
+    }
+
+
+def test_other_dtypes_go_to_torchaos_method_and_are_counted() -> None:
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"])) for _ in range(2)):
+        if found:
+            coreai_accelerate.torchao(module)
+        found.append([module(draw("plain", (4, 32)).bfloat16())])
+    assert same(*found)
+    assert coreai_accelerate.status().fallbacks["torchao: bfloat16"] > 0
+
+
+def test_switched_off_simulators_pass_the_tensor() -> None:
+    module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(module)
+    module.enabled = False
+    x = draw("plain", (4, 32))
+    assert module(x) is x
+
+
+def test_copies_pickles_and_compiled_programs() -> None:
+    module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(module)
+    x = draw("plain", (4, 32))
+    expected = [module(x)]
+    assert same(expected, [copy.deepcopy(module)(x)])
+    assert same(expected, [pickle.loads(pickle.dumps(module))(x)])
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert same(expected, [compiled(x)])
+
+
+def test_disable_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(module)
+    assert type(module) is FusedIntxFakeQuantizer
+    coreai_accelerate.disable()
+    assert type(module) is IntxFakeQuantizer
+    monkeypatch.setenv("COREAI_ACCELERATE", "0")
+    assert not coreai_accelerate.torchao(module).replaced
+    assert type(module) is IntxFakeQuantizer
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    out = tmp_path / "torchao.json"
+    try:
+        assert benchmark.main(["--sizes", "32", "--rounds", "1", "--json", str(out)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(out.read_text())["results"]
+    assert [row["case"] for row in rows] == list(benchmark.CASES)
+    assert all(row["ours"] > 0 and row["torchao"] > 0 for row in rows)
