@@ -17,7 +17,7 @@ from coreai_opt.controllers.core.base import (
 from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.masks import bake, original
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
-from coreai_opt.controllers.schedules.levels import LevelScheduler
+from coreai_opt.controllers.schedules.of_simulators import scheduler_class_of
 from coreai_opt.controllers.structures.channels import Channels, Cluster, Span
 from coreai_opt.controllers.structures.flops import CostModel
 from coreai_opt.controllers.structures.shrink import mask_of, shrink
@@ -135,7 +135,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
             for layer in pruned_layers(channels)
             for tensor in masked_tensors(target_model.get_submodule(layer))
         }
-        scheduler_class = LevelScheduler.resolve(params.schedule)
+        scheduler_class = scheduler_class_of(params.schedule)
         self._scheduler = scheduler_class(self, config.pruning_init, self._target, params, steps_per_epoch)
 
     @property

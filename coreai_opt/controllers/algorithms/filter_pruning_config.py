@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from coreai_opt.controllers.algorithms.legr import LegrParams
 from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormInitializer
-from coreai_opt.controllers.schedules.params import ScheduleParams
+from coreai_opt.controllers.schedules.params import PrunersSchedule, ScheduleParams
 
 __all__ = ["FilterPruningConfig", "FilterPruningParams"]
 
@@ -15,7 +15,7 @@ class FilterPruningParams(ScheduleParams):
     """Parameters of filter pruning.
 
     Fields:
-        schedule: ``exponential``, ``exponential_with_bias`` or ``baseline``.
+        schedule: ``exponential``, ``exponential_with_bias`` or ``baseline``; or a schedule of the pruner.
         pruning_target: share of the filters to prune.
         pruning_flops_target: share of the FLOPs to save, instead.
         num_init_steps, pruning_steps: epochs of warm-up, and of pruning.
@@ -28,7 +28,7 @@ class FilterPruningParams(ScheduleParams):
         save_ranking_coeffs_path, load_ranking_coeffs_path: files of the learned ranking.
     """
 
-    schedule: Literal["exponential", "exponential_with_bias", "baseline"] = "exponential"
+    schedule: Literal["exponential", "exponential_with_bias", "baseline"] | PrunersSchedule = "exponential"
     pruning_target: float = Field(default=0.5, ge=0, le=1)
     pruning_flops_target: float | None = Field(default=None, ge=0, le=1)
     num_init_steps: int = Field(default=0, ge=0)
@@ -49,10 +49,10 @@ class FilterPruningParams(ScheduleParams):
             raise ValueError("pruning_target and pruning_flops_target exclude each other: give one")
         if self.interlayer_ranking_type == "learned_ranking":
             self.all_weights = True  # a ranking of all filters together
-        if self.all_weights and self.update_per_optimizer_step:
+        if self.all_weights and (self.update_per_optimizer_step or not isinstance(self.schedule, str)):
             raise ValueError(
-                "update_per_optimizer_step excludes all_weights: a ranking over all layers waits for the "
-                "device, and a step must not"
+                "a schedule that moves at optimizer steps excludes all_weights: a ranking over all layers "
+                "waits for the device, and a step must not"
             )
         return self
 

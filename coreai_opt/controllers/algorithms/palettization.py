@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -21,8 +21,9 @@ from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.masks import bake, install, installed, original, value_before
 from coreai_opt.controllers.core.owners import Owners
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change, place_of
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
+from coreai_opt.palettization.config import PATSchedule
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 from coreai_opt.palettization.spec import (
     PalettizationGranularity,
@@ -54,10 +55,29 @@ class PalettizationStatistics(AlgorithmStatistics):
 
 
 class PalettizationParams(ConfigModel):
-    """The epoch from which weights are palettized, and the steps between two refreshes of the palettes."""
+    """When weights are palettized, and the steps between two refreshes of the palettes.
+
+    Fields:
+        palettization_start_epoch: the epoch from which weights are palettized.
+        schedule: the palettizer's schedule, which counts optimizer steps, instead.
+        refresh_interval: steps between two refreshes.
+    """
 
     palettization_start_epoch: int = Field(default=0, ge=0)
+    schedule: PATSchedule | None = None
     refresh_interval: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "PalettizationParams":
+        if self.schedule is not None and self.palettization_start_epoch:
+            raise ValueError("palettization_start_epoch and schedule exclude each other: give one")
+        return self
+
+    @property
+    def starts_at_once(self) -> bool:
+        """Whether weights are palettized from the first step on."""
+        first_step = 0 if self.schedule is None else self.schedule.enable_fake_palettize
+        return not (self.palettization_start_epoch or first_step)
 
 
 class PalettizationConfig(AlgorithmConfig):
@@ -129,19 +149,26 @@ class PalettizationScheduler(BaseCompressionScheduler):
         self.controller = controller
 
     def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
-        """The epoch from which weights are palettized."""
-        start = self.controller.config.params.palettization_start_epoch
-        return [(start, 0, "weights palettized", None)] if start < epochs else []
+        """When weights begin to be palettized."""
+        params = self.controller.config.params
+        start = (params.palettization_start_epoch, 0)
+        if params.schedule is not None:
+            start = place_of(params.schedule.enable_fake_palettize, steps_per_epoch)
+        return [(*start, "weights palettized", None)] if start[0] < epochs else []
 
     def step(self, next: int | None = None) -> None:
         """See the base."""
         super().step(next)
+        schedule = self.controller.config.params.schedule
+        if schedule is not None and self.current_step >= schedule.enable_fake_palettize:
+            self.controller.switch_on()
         self.controller.refresh(self.current_step)
 
     def epoch_step(self, next: int | None = None) -> None:
         """See the base."""
         super().epoch_step(next)
-        if self.current_epoch >= self.controller.config.params.palettization_start_epoch:
+        params = self.controller.config.params
+        if params.schedule is None and self.current_epoch >= params.palettization_start_epoch:
             self.controller.switch_on()
 
 
@@ -153,7 +180,7 @@ class PalettizationController(BaseCompressionAlgorithmController):
         self.config = config
         self._simulators = installed(target_model, JointPalette)
         self._scheduler = PalettizationScheduler(self)
-        self._on = config.params.palettization_start_epoch == 0
+        self._on = config.params.starts_at_once
 
     def switch_on(self) -> None:
         """Palettize from now on."""
@@ -261,7 +288,7 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
             masked = parametrize.is_parametrized(layer, "weight")
             simulator = self._simulator(masked, granularity, training).to(original(layer).device)
             simulator.tensor_fqn = f"{name}.weight"
-            simulator.enable_fake_palett(config.params.palettization_start_epoch == 0)
+            simulator.enable_fake_palett(config.params.starts_at_once)
             install(layer, simulator, owners)
 
     def _simulator(
@@ -279,7 +306,7 @@ class PalettizationBuilder(BaseCompressionAlgorithmBuilder):
         )
 
     def _initialize(self, model: nn.Module) -> None:
-        if self.config.params.palettization_start_epoch:
+        if not self.config.params.starts_at_once:
             return
         with torch.no_grad():
             for name, simulator in installed(model, JointPalette).items():

@@ -25,8 +25,9 @@ from coreai_opt.controllers.core.lowering import (
 )
 from coreai_opt.controllers.core.masks import bake, original
 from coreai_opt.controllers.core.owners import Owners
-from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change
+from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, Change, place_of
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
+from coreai_opt.quantization.config import QATSchedule
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["QuantizationController", "RangeFinder", "StagedScheduler"]
@@ -69,6 +70,9 @@ class RangeFinder(Protocol):
     def num_init_samples(self, name: str) -> int:
         """Samples from which an activation's range is initialised; 0 where it follows the data."""
 
+    def has_fixed_range(self, key: WeightKey) -> bool:
+        """Whether a weight's range is initialised once, and does not follow the weight."""
+
 
 def weight_simulator(model: nn.Module, key: WeightKey) -> Any:
     """The simulator of a weight."""
@@ -96,8 +100,10 @@ class StagedScheduler(BaseCompressionScheduler):
         self.controller = controller
 
     def planned(self, epochs: int, steps_per_epoch: int | None) -> list[Change]:
-        """The epochs from which weights and activations are quantized."""
+        """When weights and activations begin to be quantized, and when ranges begin and end to follow."""
         params = self.controller.config.params
+        if params.schedule is not None:
+            return self._planned_by_step(params.schedule, epochs, steps_per_epoch)
         starts = {
             "weights": params.weights_quant_start_epoch,
             "activations": params.activations_quant_start_epoch,
@@ -105,10 +111,33 @@ class StagedScheduler(BaseCompressionScheduler):
         parts = sorted(starts, key=lambda part: starts[part])
         return [(starts[part], 0, f"{part} quantized", None) for part in parts if starts[part] < epochs]
 
-    def epoch_step(self, next: int | None = None) -> None:
+    def _planned_by_step(
+        self, schedule: QATSchedule, epochs: int, steps_per_epoch: int | None
+    ) -> list[Change]:
+        steps = [
+            (schedule.enable_observer, "ranges follow"),
+            (schedule.enable_fake_quant, "weights and activations quantized"),
+            (schedule.disable_observer, "ranges stay"),
+        ]
+        places = [(place_of(step, steps_per_epoch), what) for step, what in steps if step is not None]
+        return [(*place, what, None) for place, what in places if place[0] < epochs]
+
+    def step(self, next: int | None = None) -> None:
         """See the base. Where something is switched on, its ranges are initialised anew."""
+        super().step(next)
+        schedule = self.controller.config.params.schedule
+        if schedule is not None:
+            observes, simulates = schedule.flags_at(max(self.current_step, 0))
+            self.controller.let_ranges_follow(observes)
+            for part in ("weights", "activations") if simulates else ():
+                self.controller.switch_on(part)
+
+    def epoch_step(self, next: int | None = None) -> None:
+        """See :meth:`step`."""
         super().epoch_step(next)
         params = self.controller.config.params
+        if params.schedule is not None:
+            return
         if self.current_epoch >= params.weights_quant_start_epoch:
             self.controller.switch_on("weights")
         if self.current_epoch >= params.activations_quant_start_epoch:
@@ -144,10 +173,10 @@ class QuantizationController(BaseCompressionAlgorithmController):
         self.weights = {name: weight_simulator(target_model, key) for name, key in self._keys.items()}
         self.activations = {name: _activation_simulator(target_model, name) for name in activations}
         self._scheduler = StagedScheduler(self)
-        self._on = {
-            "weights": config.params.weights_quant_start_epoch == 0,
-            "activations": config.params.activations_quant_start_epoch == 0,
-        }
+        self._on = {part: config.params.starts_at_once(part) for part in ("weights", "activations")}
+        self._follows = True
+        if config.params.schedule is not None:
+            self.let_ranges_follow(config.params.schedule.flags_at(0)[0])
         for part, on in self._on.items():
             if not on:
                 self._switch(part, False)
@@ -155,6 +184,18 @@ class QuantizationController(BaseCompressionAlgorithmController):
     def _switch(self, part: str, on: bool) -> None:
         for simulator in getattr(self, part).values():
             simulator.enable_fake_quant(on)
+
+    def let_ranges_follow(self, on: bool) -> None:
+        """Let the ranges that were not initialised from data follow what is observed, or stay."""
+        if on == self._follows:
+            return
+        self._follows = on
+        for name, simulator in self.weights.items():
+            if not self._builder.has_fixed_range(self._keys[name]):
+                simulator.enable_observer(on)
+        for name, simulator in self.activations.items():
+            if not self._builder.num_init_samples(name):
+                simulator.enable_observer(on)
 
     def switch_on(self, part: str) -> None:
         """Quantize the ``weights`` or the ``activations`` from now on."""

@@ -122,6 +122,10 @@ class QuantizationBuilder(BaseCompressionAlgorithmBuilder):
         """See :class:`.quantization.RangeFinder`."""
         return self._settings.range_initializer("activations", name).num_init_samples
 
+    def has_fixed_range(self, key: WeightKey) -> bool:
+        """See :class:`.quantization.RangeFinder`."""
+        return needs_fixed_range(self._settings.range_initializer("weights", key[0]))
+
     def _apply_to(self, model: nn.Module) -> None:
         if not hasattr(self, "_settings"):
             self.check(model)

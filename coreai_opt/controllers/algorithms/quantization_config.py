@@ -7,6 +7,7 @@ import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormAdaptation, ConfigModel
+from coreai_opt.quantization.config import QATSchedule
 from coreai_opt.quantization.spec import (
     PerChannelGranularity,
     PerTensorGranularity,
@@ -186,6 +187,9 @@ class StagedParams(ConfigModel):
 
     Fields:
         activations_quant_start_epoch, weights_quant_start_epoch: when they begin.
+        schedule: the quantizer's schedule, which counts optimizer steps, instead: weights and activations are
+            quantized from ``enable_fake_quant`` on; ranges that follow what is observed do so from
+            ``enable_observer`` to ``disable_observer``.
         batch_multiplier: batches whose gradients are summed for an optimizer step.
         lr_poly_drop_start_epoch, lr_poly_drop_duration_epochs: the polynomial decay of the learning rate.
         disable_wd_start_epoch: from when on there is no weight decay.
@@ -194,12 +198,26 @@ class StagedParams(ConfigModel):
 
     activations_quant_start_epoch: int = Field(default=0, ge=0)
     weights_quant_start_epoch: int = Field(default=0, ge=0)
+    schedule: QATSchedule | None = None
     batch_multiplier: int = Field(default=1, ge=1)
     lr_poly_drop_start_epoch: int | None = Field(default=None, ge=0)
     lr_poly_drop_duration_epochs: int = Field(default=30, ge=1)
     disable_wd_start_epoch: int | None = Field(default=None, ge=0)
     base_lr: float | None = Field(default=None, gt=0)
     base_wd: float | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "StagedParams":
+        epochs = self.activations_quant_start_epoch or self.weights_quant_start_epoch
+        if self.schedule is not None and epochs:
+            raise ValueError("schedule excludes activations_quant_start_epoch and weights_quant_start_epoch")
+        return self
+
+    def starts_at_once(self, part: str) -> bool:
+        """Whether ``"weights"`` or ``"activations"`` are quantized from the first step on."""
+        if self.schedule is not None:
+            return self.schedule.enable_fake_quant == 0
+        return bool(getattr(self, f"{part}_quant_start_epoch") == 0)
 
 
 class ScopeOverrides(ConfigModel):

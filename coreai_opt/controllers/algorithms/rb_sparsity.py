@@ -22,6 +22,7 @@ from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gra
 from coreai_opt.controllers.core.masks import bake, install, installed, original
 from coreai_opt.controllers.core.owners import Owners
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
+from coreai_opt.controllers.schedules.params import Schedule
 
 __all__ = ["RBSparsityBuilder", "RBSparsityConfig", "RBSparsityController", "RBSparsityLoss"]
 
@@ -38,7 +39,7 @@ class RBSparsityStatistics(SparsityStatistics):
 class RBSparsityParams(SparsityParams):
     """Sparsity parameters; the schedule is exponential unless another is given."""
 
-    schedule: str = "exponential"
+    schedule: Schedule = "exponential"
 
 
 class RBSparsityConfig(SparsityConfig):

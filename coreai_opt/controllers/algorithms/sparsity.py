@@ -15,8 +15,8 @@ from coreai_opt.controllers.core.config import AlgorithmConfig, BatchnormInitial
 from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.masks import kept_per_mask, sparse_weights
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
-from coreai_opt.controllers.schedules.levels import LevelScheduler
-from coreai_opt.controllers.schedules.params import ScheduleParams
+from coreai_opt.controllers.schedules.of_simulators import scheduler_class_of
+from coreai_opt.controllers.schedules.params import Schedule, ScheduleParams
 
 __all__ = [
     "LayerSparsity",
@@ -68,7 +68,7 @@ class SparsityParams(ScheduleParams):
         multistep_sparsity_levels: one more than there are ``multistep_steps``.
     """
 
-    schedule: str = "polynomial"
+    schedule: Schedule = "polynomial"
     sparsity_target: float = Field(default=0.5, ge=0, le=1)
     sparsity_target_epoch: float = Field(default=90, ge=0)
     sparsity_freeze_epoch: float = Field(default=100, ge=0)
@@ -91,6 +91,11 @@ class SparsityParams(ScheduleParams):
     def target_epoch(self) -> float:
         """See the base."""
         return self.sparsity_target_epoch
+
+    @property
+    def has_own_freeze_epoch(self) -> bool:
+        """See the base."""
+        return "sparsity_freeze_epoch" in self.model_fields_set
 
     @property
     def freeze_epoch(self) -> float:
@@ -137,7 +142,7 @@ class SparsityController(BaseCompressionAlgorithmController):
         params = config.params
         target = params.levels()[-1] if params.schedule == "multistep" else params.sparsity_target
         self._target = float(target)
-        scheduler_class = LevelScheduler.resolve(params.schedule)
+        scheduler_class = scheduler_class_of(params.schedule)
         self._scheduler = scheduler_class(self, self._level, self._target, params, steps_per_epoch)
 
     @abstractmethod

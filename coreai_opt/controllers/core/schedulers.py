@@ -5,11 +5,25 @@ from collections.abc import Sequence
 from coreai_opt.controllers.core.api import CompressionScheduler, State
 from coreai_opt.controllers.core.state import take
 
-__all__ = ["BaseCompressionScheduler", "Change", "CompositeCompressionScheduler", "StubScheduler"]
+__all__ = ["BaseCompressionScheduler", "Change", "CompositeCompressionScheduler", "StubScheduler", "place_of"]
 
 
 Change = tuple[int, int, str, float | None]
 """Epoch, step of the epoch, what changes, and the level from then on if there is one."""
+
+
+def place_of(step: int, steps_per_epoch: int | None) -> tuple[int, int]:
+    """Epoch and step of the epoch of an optimizer step that is counted over all epochs.
+
+    Raises:
+        ValueError: nobody told how many steps an epoch has.
+    """
+    if step and not steps_per_epoch:
+        raise ValueError(
+            "a schedule counts steps: give the number of steps in an epoch, or register a data loader with "
+            "register_default_init_args"
+        )
+    return divmod(step, steps_per_epoch) if steps_per_epoch else (0, 0)
 
 
 class BaseCompressionScheduler(CompressionScheduler):

@@ -1,17 +1,26 @@
 """Parameters of schedules."""
 
-from pydantic import Field, field_validator
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator
 
 from coreai_opt.controllers.core.config import ConfigModel
+from coreai_opt.pruning.config.sparsity_schedule import SparsityScheduleBase
 
-__all__ = ["ScheduleParams"]
+__all__ = ["PrunersSchedule", "Schedule", "ScheduleParams"]
+
+# A schedule of the pruner, which counts optimizer steps.
+PrunersSchedule = Annotated[
+    SerializeAsAny[SparsityScheduleBase], BeforeValidator(SparsityScheduleBase.maybe_build_from_dict)
+]
+Schedule = str | PrunersSchedule
 
 
 class ScheduleParams(ConfigModel):
     """What schedulers take. Algorithms add their own, and rename these to their keys.
 
     Fields:
-        schedule: key of a scheduler.
+        schedule: key of a scheduler; or a schedule of the pruner, itself or as ``{"type": key, ...}``.
         steps_per_epoch: optimizer steps in an epoch.
         update_per_optimizer_step: move the level at each step (polynomial and exponentials).
         power, concave: of the polynomial.
@@ -19,7 +28,7 @@ class ScheduleParams(ConfigModel):
         multistep_steps: epochs at which the multistep level changes.
     """
 
-    schedule: str
+    schedule: Schedule
     steps_per_epoch: int | None = Field(default=None, gt=0)
     update_per_optimizer_step: bool = False
     power: float = Field(default=0.9, gt=0)
@@ -33,6 +42,11 @@ class ScheduleParams(ConfigModel):
         if steps != sorted(set(steps)):
             raise ValueError(f"multistep_steps must ascend; got {steps}")
         return steps
+
+    @property
+    def has_own_freeze_epoch(self) -> bool:
+        """Whether the configuration says when nothing changes any more."""
+        return False
 
     @property
     def target_epoch(self) -> float:

@@ -230,7 +230,7 @@ def test_baseline_of_pruning() -> None:
 
 
 def test_a_ranking_over_all_layers_does_not_move_by_step() -> None:
-    with pytest.raises(ValueError, match="update_per_optimizer_step excludes all_weights"):
+    with pytest.raises(ValueError, match="moves at optimizer steps excludes all_weights"):
         trace(pruning("exponential", 0.1, 0.6, all_weights=True, **BY_STEP))
 
 
