@@ -1,7 +1,8 @@
 """What a compressor has compressed in a prepared model, and what in its configuration had no effect."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,23 @@ from torch.nn.utils import parametrize
 from coreai_opt._utils.config_utils import did_you_mean, is_type_named, original_type
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSimulatorBase, CompressionTargetTensor
+from coreai_opt.config.spec.storage import dense_bits, simulated_bits
 
-__all__ = ["CompressionSummary", "TensorSummary", "parameters_of", "summary_of", "warn_of_unmatched"]
+__all__ = [
+    "SWITCHED_OFF",
+    "UNSPECIFIED",
+    "CompressionSummary",
+    "TensorSummary",
+    "parameters_of",
+    "summary_of",
+    "warn_of_unmatched",
+]
 
 logger = logging.getLogger(__name__)
+
+# Why a parameter is not compressed.
+UNSPECIFIED = "without a specification"
+SWITCHED_OFF = "by the configuration"
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,16 @@ class TensorSummary:
         name: its qualified name, as before ``prepare``; the first of a shared one.
         shape: its shape.
         simulator: what compresses it; None where nothing does.
+        bits: what it takes as it would be stored, with scales and palettes; None where a simulator does not
+            say.
+        why: why nothing compresses it; None where something does.
     """
 
     name: str
     shape: tuple[int, ...]
     simulator: CompressionSimulatorBase | None
+    bits: int | None = None
+    why: str | None = None
 
     @property
     def elements(self) -> int:
@@ -70,6 +89,18 @@ class CompressionSummary:
         return sum(each.elements for each in self.compressed) / total if total else 0.0
 
     @property
+    def bits_per_weight(self) -> float | None:
+        """Bits of an element, of all parameters; None if there is none, or a simulator does not say."""
+        bits = [each.bits for each in self.tensors if each.bits is not None]
+        total = sum(each.elements for each in self.tensors)
+        return sum(bits) / total if total and len(bits) == len(self.tensors) else None
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many parameters are not compressed, by the reason."""
+        return dict(Counter(each.why for each in self.tensors if each.why is not None))
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing is compressed."""
         return not self.compressed and not self.activations
@@ -77,20 +108,24 @@ class CompressionSummary:
     @property
     def line(self) -> str:
         """All of it in one line."""
+        bits = "" if self.bits_per_weight is None else f", {self.bits_per_weight:.2f} bits per weight"
         activations = f", and {self.activations} activations" if self.activations else ""
+        reasons = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
         return (
             f"{self.compressor}: {len(self.compressed)} of {len(self.tensors)} tensors compressed, "
-            f"{self.coverage:.1%} of the parameters{activations}"
+            f"{self.coverage:.1%} of the parameters{bits}{activations}"
+            + (f"; left out: {reasons}" if reasons else "")
         )
 
     def __rich__(self) -> Table:
         table = Table(title=self.line, title_justify="left")
-        for title in ("parameter", "shape", "elements", "compressed"):
-            table.add_column(title, justify="right" if title == "elements" else "left")
+        for title in ("parameter", "shape", "elements", "bits", "compressed"):
+            table.add_column(title, justify="right" if title in ("elements", "bits") else "left")
         for each in self.tensors:
             shape = " × ".join(map(str, each.shape))
-            how = "–" if each.simulator is None else type(each.simulator).__name__.lstrip("_")
-            table.add_row(each.name, shape, f"{each.elements:,}", how)
+            how = each.why or type(each.simulator).__name__.lstrip("_")
+            bits = "?" if each.bits is None else f"{each.bits / max(each.elements, 1):.2f}"
+            table.add_row(each.name, shape, f"{each.elements:,}", bits, how)
         return table
 
     def __str__(self) -> str:
@@ -102,13 +137,19 @@ class CompressionSummary:
     __repr__ = __str__
 
 
-def summary_of(model: nn.Module, kind: type[CompressionSimulatorBase], compressor: str) -> CompressionSummary:
+def summary_of(
+    model: nn.Module,
+    kind: type[CompressionSimulatorBase],
+    compressor: str,
+    why: Callable[[str], str],
+) -> CompressionSummary:
     """What the simulators of class ``kind`` in ``model`` compress.
 
     Args:
         model: prepared, in eager or in graph mode.
         kind: the class of the compressor's simulators.
         compressor: the name of the compressor's class.
+        why: says of a parameter without a simulator why it has none.
     """
     tensors: dict[int, TensorSummary] = {}
     in_graph = _simulators_in_graph(model, kind) if isinstance(model, GraphModule) else {}
@@ -118,9 +159,22 @@ def summary_of(model: nn.Module, kind: type[CompressionSimulatorBase], compresso
         if simulator is not None:
             of_parameters.add(simulator)
         if id(tensor) not in tensors:
-            tensors[id(tensor)] = TensorSummary(name, tuple(tensor.shape), simulator)
+            if simulator is not None and simulator not in chain:
+                chain = (*chain, simulator)
+            reason = why(name) if simulator is None else None
+            tensors[id(tensor)] = TensorSummary(
+                name, tuple(tensor.shape), simulator, _bits(tensor, chain), reason
+            )
     simulators = {each for each in model.modules() if isinstance(each, kind)}
     return CompressionSummary(compressor, tuple(tensors.values()), len(simulators - of_parameters))
+
+
+def _bits(tensor: Tensor, chain: Sequence[nn.Module]) -> int | None:
+    simulators = [each for each in chain if isinstance(each, CompressionSimulatorBase)]
+    try:
+        return simulated_bits(tensor, simulators) if simulators else dense_bits(tensor)
+    except NotImplementedError:  # of a class from elsewhere
+        return None
 
 
 def parameters_of(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[nn.Module, ...]]]:

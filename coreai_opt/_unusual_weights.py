@@ -48,13 +48,14 @@ def _is_transposed(module: Any) -> bool:
 def quantized(found: UnusualWeight, spec: QuantizationSpec) -> QuantizationSpec:
     """What ``spec``, for the weight of a linear layer, is for this one: blocks lie along its inputs."""
     granularity: Any = spec.granularity
+    along_inputs: Any
     if isinstance(granularity, PerBlockGranularity):
         along_inputs = granularity.block_size
     elif isinstance(granularity, PerChannelGranularity):
         along_inputs = -1
     else:
         return spec
-    sizes = [1] * found.weight.dim()
+    sizes: list[Any] = [1] * found.weight.dim()
     sizes[found.input_axis] = along_inputs
     blocks = PerBlockGranularity(axis=None, block_size=tuple(sizes))
     return QuantizationSpec.model_validate({**spec.model_dump(), "granularity": blocks.model_dump()})

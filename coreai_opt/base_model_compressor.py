@@ -22,7 +22,13 @@ from coreai_opt._state_tensors import (
     put_on_owners,
     record_state_uses,
 )
-from coreai_opt._summary import CompressionSummary, summary_of, warn_of_unmatched
+from coreai_opt._summary import (
+    SWITCHED_OFF,
+    UNSPECIFIED,
+    CompressionSummary,
+    summary_of,
+    warn_of_unmatched,
+)
 from coreai_opt._utils.config_utils import plain_data, qualified_name
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig
@@ -73,6 +79,8 @@ class _BaseModelCompressor(ABC):
         # Whether another compressor prepares the model after this one, with a state that is for both.
         self._is_followed = False
         self._outline: dict[str, Any] | None = None
+        # Why parameters that have a specification are not compressed, by name.
+        self._left_out: dict[str, str] = {}
 
     @classmethod
     def supported_modules(cls) -> tuple[type[nn.Module], ...]:
@@ -237,10 +245,22 @@ class _BaseModelCompressor(ABC):
         return None
 
     def _summary_of(self, model: nn.Module) -> CompressionSummary:
-        return summary_of(model, self._simulator_class, type(self).__name__)
+        disabled = self._config._disabled()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of patterns without a match: prepare gave them
+            levels = self._config.build_module_config_dict(self._original)
+        entries = {name: entry for level in levels.values() for name, entry in level.items()}
+
+        def why(name: str) -> str:
+            if name in self._left_out:
+                return self._left_out[name]
+            is_off = entries.get(name.rpartition(".")[0]) == disabled
+            return SWITCHED_OFF if is_off else UNSPECIFIED
+
+        return summary_of(model, self._simulator_class, type(self).__name__, why)
 
     def summary(self) -> CompressionSummary:
-        """Which parameters are compressed, of how many: prints as a table.
+        """Which parameters are compressed, in how many bits, and why others are not: prints as a table.
 
         Raises:
             RuntimeError: the model is not prepared.

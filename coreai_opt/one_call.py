@@ -338,8 +338,12 @@ def _pruned_entry(amount: float | str) -> Callable[[dict[str, UnusualWeight]], M
         return PruningSpec(pruning_scheme=NMStructured(n=n, m=m, axis=found.input_axis))
 
     def entry(found: dict[str, UnusualWeight]) -> ModuleMagnitudePrunerConfig:
-        specs = {name: spec(each) for name, each in found.items()}
-        return ModuleMagnitudePrunerConfig(op_state_spec=None, module_state_spec=specs)
+        return ModuleMagnitudePrunerConfig(
+            op_input_spec=None,
+            op_output_spec=None,
+            op_state_spec=None,
+            module_state_spec={name: spec(each) for name, each in found.items()},
+        )
 
     return entry
 
@@ -353,8 +357,12 @@ def _palettized_entry(n_bits: int) -> Callable[[dict[str, UnusualWeight]], Modul
         return PalettizationSpec(n_bits=n_bits, granularity=granularity)  # type: ignore[arg-type]
 
     def entry(found: dict[str, UnusualWeight]) -> ModuleKMeansPalettizerConfig:
-        specs = {name: spec(each) for name, each in found.items()}
-        return ModuleKMeansPalettizerConfig(op_state_spec=None, module_state_spec=specs)
+        return ModuleKMeansPalettizerConfig(
+            op_input_spec=None,
+            op_output_spec=None,
+            op_state_spec=None,
+            module_state_spec={name: spec(each) for name, each in found.items()},
+        )
 
     return entry
 

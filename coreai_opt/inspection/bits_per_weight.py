@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from coreai_opt._prepared_models import PREPARED_MARK
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.config.spec.storage import dense_bits, simulated_bits
 from coreai_opt.export.parametrized import FinalizedWeight
 from coreai_opt.inspection._finalized_storage import (
     ACTIVATION_MODULES,
@@ -18,7 +19,6 @@ from coreai_opt.inspection._finalized_storage import (
     finalized_size,
 )
 from coreai_opt.inspection._graph_storage import is_prepared_graph, weight_quantizers
-from coreai_opt.inspection._storage import dense_bits, simulated_bits
 
 __all__ = ["BitsPerWeightResult", "bits_per_weight"]
 

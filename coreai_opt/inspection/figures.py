@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from coreai_opt._state_tensors import check_example_inputs, side_effects_undone
 from coreai_opt.config.spec import CompressionSimulatorBase
+from coreai_opt.config.spec.storage import is_off
 from coreai_opt.inspection._graph_storage import weight_values
 from coreai_opt.inspection._simulators import describe, ends_of
-from coreai_opt.inspection._storage import is_off
 from coreai_opt.inspection.bits_per_weight import StoredTensor, bits_per_weight, stored_tensors
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 

@@ -31,7 +31,7 @@ def merge_and_unload(model: PeftModel, **kwargs: Any) -> nn.Module:
     if not isinstance(model, PeftModel):
         raise TypeError(f"model must be a PeftModel; got {type(model).__name__}")
     adapted = [
-        layer.get_base_layer()
+        _base_of(layer)
         for layer in model.modules()
         if hasattr(layer, "get_base_layer") and layer is not model
     ]
@@ -40,6 +40,10 @@ def merge_and_unload(model: PeftModel, **kwargs: Any) -> nn.Module:
     for layer in adapted:
         _observe_weights(layer)
     return merged
+
+
+def _base_of(layer: Any) -> nn.Module:
+    return layer.get_base_layer()  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["MASKED", "first_observations"]
+__all__ = ["MASKED", "first_observations", "why_disabled"]
 
 MASKED = "left as they are, as they hold masks (values at an end of the dtype, or not finite): %s"
 
@@ -56,6 +56,11 @@ def first_observations(model: nn.Module) -> Iterator[set[FakeQuantizeImplBase]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def why_disabled(simulator: FakeQuantizeImplBase) -> str:
+    """Why a simulator that has seen its tensor does not simulate it."""
+    return f"that blocks do not fit ({simulator.granularity!r})"
 
 
 def _is_masked(tensor: Any) -> bool:

@@ -116,7 +116,7 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
         if not export_with_no_grad:
             warnings.warn("export_with_no_grad has no effect in eager mode", UserWarning, stacklevel=2)
         with self._given(example_inputs) as args, undone_on_failure(self._model):
-            preparation.prepare(self._model, self._config, args)
+            self._left_out = preparation.prepare(self._model, self._config, args)
             if state_dict is not None:
                 self._load_prepared_state_dict(self._model, state_dict)
                 preparation.set_flags(simulators_of(self._model), observe=False, simulate=True)
@@ -150,6 +150,7 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
             if len(args) == 0:
                 raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
             schedules = self._schedules_by_module()
+            left_out: dict[str, str] = {}
             self._model = graph_preparation.prepare(
                 self._model,
                 self._config,
@@ -158,7 +159,9 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
                 export_with_no_grad,
                 state_dict,
                 strict_upstream=self._strict_upstream,
+                left_out=left_out,
             )
+        self._left_out = left_out
         self._module_schedules = schedules
         self._options = {"dynamic_shapes": dynamic_shapes, "export_with_no_grad": export_with_no_grad}
         self._mark_prepared(self._model, state_dict)

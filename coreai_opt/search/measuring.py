@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from coreai_opt.inspection._storage import is_off
+from coreai_opt.config.spec.storage import is_off
 from coreai_opt.inspection.bits_per_weight import stored_tensors
 from coreai_opt.search.candidates import Candidate, configurations, prepared
 

@@ -2,7 +2,7 @@
 
 import threading
 from abc import abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,7 +10,22 @@ from torch.overrides import TorchFunctionMode
 
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 
-__all__ = ["CallCountingMode", "CompressionSimulatorBase", "is_simulating"]
+__all__ = ["CallCountingMode", "CompressionSimulatorBase", "Storage", "is_simulating"]
+
+
+class Storage(NamedTuple):
+    """What a simulator makes of a tensor as it would be stored.
+
+    Attributes:
+        value_bits: of each element; None for those that it had before.
+        extra_bits: of what is stored beside the elements: scales, palettes.
+        kept: how many elements are stored; None for all.
+    """
+
+    value_bits: float | None
+    extra_bits: int
+    kept: int | None
+
 
 _function_modes = torch._C._len_torch_function_stack
 _mode_at: Any = torch._C._get_function_stack_at
@@ -67,6 +82,16 @@ class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
             return _call(self, *args, **kwargs)
         finally:
             _running.simulators -= 1
+
+    def storage(self, original: torch.Tensor) -> Storage:
+        """What is stored of ``original``, the tensor before compression.
+
+        Raises:
+            NotImplementedError: the class does not say.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say what it stores for {self.tensor_fqn!r}"
+        )
 
     @abstractmethod
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:

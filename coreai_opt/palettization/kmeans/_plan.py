@@ -42,6 +42,7 @@ def plan(
     config: KMeansPalettizerConfig,
     example_inputs: tuple[Any, ...],
     state_dict: Mapping[str, Any] | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> list[Planned]:
     """The weights that ``config`` names and that their specifications fit; of the others the log warns.
 
@@ -50,6 +51,7 @@ def plan(
         config: its configuration.
         example_inputs: for one forward.
         state_dict: of a prepared model, if its weights will take the place of those that there are.
+        left_out: gets the weights that have a specification which does not fit, and why.
     """
     uses = record_state_uses(model, example_inputs, OP_TYPES)
     functions = {id(tensor): _FUNCTIONS.get(use.op_type) for use in uses for tensor in use.tensors}
@@ -65,6 +67,8 @@ def plan(
             _check(simulator, cast(Tensor, loaded) if fits else tensor)
         except (_IncompatibleGranularityError, _IncompatibleClusterDimError) as error:
             logger.warning(f"Disabling palettization for weight {target.fqn!r}: {error}")
+            if left_out is not None:
+                left_out[target.fqn] = f"that palettes do not fit ({simulator.granularity!r})"
             continue
         planned.append(found)
     if not planned:

@@ -99,7 +99,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
         sensitivities = None if sensitivity_path is None else load_sensitivities(sensitivity_path)
         with self._given(example_inputs) as args:
-            planned = plan(self._model, self._config, args, state_dict)
+            self._left_out = {}
+            planned = plan(self._model, self._config, args, state_dict, self._left_out)
         if sensitivities is not None:
             for each in planned:
                 shape = each.target.tensor.shape

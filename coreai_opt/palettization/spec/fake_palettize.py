@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
-from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
+from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
+from coreai_opt.palettization.spec._storage import storage_of
 from coreai_opt.palettization.spec._switch import MirroredSwitch
 from coreai_opt.palettization.spec.errors import (
     _IncompatibleClusterDimError,
@@ -92,6 +93,10 @@ class _FakePalettizeImplBase(CompressionSimulatorBase):
     @abstractmethod
     def _invalidate(self) -> None:
         """Forget the palettes: the next forward computes them anew."""
+
+    def storage(self, original: Tensor) -> Storage:
+        """What is stored of ``original``. See the base class."""
+        return storage_of(self, original)
 
     def is_disabled(self) -> bool:
         """Whether the specification does not fit the weight, so that it passes unchanged."""

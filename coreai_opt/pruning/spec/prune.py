@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coreai_kernels.ops import apply_mask as apply_mask_op
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
-from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
+from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.pruning.spec.scheme import PruningScheme
 
 if TYPE_CHECKING:
@@ -202,6 +202,11 @@ class PruneImplBase(CompressionSimulatorBase):
             mask = mask.to(weight)
             # The buffer is dense: it is loaded in place, and multiplied at every step.
             return torch.empty_like(weight).copy_(mask) if 0 in mask.stride() else mask
+
+    def storage(self, original: Tensor) -> Storage:
+        """What is stored of ``original``. See the base class."""
+        mask = self.mask if self.mask.numel() else self.mask_for(original)
+        return Storage(None, 0, int(torch.count_nonzero(mask)))
 
     def set_mask(self, mask: Tensor) -> None:
         """Replace the mask by one that was computed elsewhere, for the present sparsity."""

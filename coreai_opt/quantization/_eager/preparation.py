@@ -16,8 +16,8 @@ from coreai_opt.quantization._eager.interception import remove_hooks
 from coreai_opt.quantization._eager.placement import Simulators, build, insert, install_hooks
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
-from coreai_opt.quantization._eager.unserved import warn_of_unserved_states
-from coreai_opt.quantization._observing import MASKED, first_observations
+from coreai_opt.quantization._eager.unserved import UNSERVED, warn_of_unserved_states
+from coreai_opt.quantization._observing import MASKED, first_observations, why_disabled
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -26,11 +26,14 @@ __all__ = ["prepare", "set_flags", "simulators_of"]
 logger = logging.getLogger(__name__)
 
 
-def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[Any]) -> None:
+def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[Any]) -> dict[str, str]:
     """Put simulators on the model and let them observe one forward.
 
     The model runs twice, in evaluation mode and without gradients: the first forward shows which operations
     it calls, the second one, with the parameters as they are, gives the ranges.
+
+    Returns:
+        Parameters that have a specification and no simulator, and why.
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: the configuration does not fit the model, or a part of
@@ -42,7 +45,7 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         with training_flags(model, False):
             trace = trace_forward(model, example_inputs, boundary_modules(configs))
         plan = resolve(trace, configs)
-        warn_of_unserved_states(model, configs, plan)
+        left_out = dict.fromkeys(warn_of_unserved_states(model, configs, plan), UNSERVED)
         simulators = build(plan)
         insert(simulators)
         install_hooks(model, plan)
@@ -53,9 +56,15 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         set_flags(simulators.all(), observe=False, simulate=True)
         if masked:
             logger.info(MASKED, ", ".join(each.tensor_fqn for each in masked))
+        left_out |= {
+            simulator.tensor_fqn: why_disabled(simulator)
+            for _, simulator in simulators.states
+            if simulator.is_disabled()
+        }
         if _drop(simulators, masked):
             remove_hooks(model)
             install_hooks(model, plan)
+        return left_out
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -11,7 +11,9 @@ from coreai_opt.quantization._eager.resolution import ModuleConfigs, PlacementPl
 from coreai_opt.quantization._eager.trace import is_quantizable
 from coreai_opt.quantization.config import ModuleQuantizerConfig
 
-__all__ = ["warn_of_unserved_states"]
+__all__ = ["UNSERVED", "warn_of_unserved_states"]
+
+UNSERVED = "that no operation reads which can be simulated"
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +21,8 @@ logger = logging.getLogger(__name__)
 _OPAQUE = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
-def warn_of_unserved_states(model: nn.Module, configs: ModuleConfigs, plan: PlacementPlan) -> None:
-    """Name, in the log, the parameters with a specification that no simulator will serve."""
+def warn_of_unserved_states(model: nn.Module, configs: ModuleConfigs, plan: PlacementPlan) -> list[str]:
+    """The parameters with a specification that no simulator will serve; the log names them."""
     served = {(owner.module, owner.name) for state in plan.states for owner in state.owners}
     by_name = {name: config for level in configs.values() for name, config in level.items()}
     names = [
@@ -39,6 +41,7 @@ def warn_of_unserved_states(model: nn.Module, configs: ModuleConfigs, plan: Plac
             f"The example inputs do not reach them; or what reads them is no operation that can be "
             f"simulated, such as a recurrent layer or packed attention."
         )
+    return names
 
 
 def _own_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -27,7 +27,7 @@ from coreai_opt.quantization._graph.owners import keep_owners, keep_priorities
 from coreai_opt.quantization._graph.patterns import BATCH_NORM
 from coreai_opt.quantization._graph.reconcile import reconcile
 from coreai_opt.quantization._graph.resolve import Placement, resolve
-from coreai_opt.quantization._observing import MASKED, first_observations
+from coreai_opt.quantization._observing import MASKED, first_observations, why_disabled
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -44,6 +44,7 @@ def prepare(
     no_grad: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
     strict_upstream: bool = False,
+    left_out: dict[str, str] | None = None,
 ) -> GraphModule:
     """Export the model, put quantizers into the graph, and let them observe one forward.
 
@@ -55,6 +56,7 @@ def prepare(
         no_grad: whether to export under :class:`torch.no_grad`.
         state_dict: of a model that was prepared alike, to load.
         strict_upstream: give batch norms and dropouts the numbers of Apple's package.
+        left_out: gets the parameters that have a specification and no quantizer, and why.
 
     Raises:
         ValueError, RuntimeError, pydantic.ValidationError: see the stages.
@@ -81,6 +83,9 @@ def prepare(
     _name_tensors(prepared)
     with _buffers_as_before_on_failure(model):
         masked = _observe(prepared, example_inputs, model.training)
+        for _, quantizer in quantizer_nodes(prepared):
+            if quantizer.is_disabled() and left_out is not None:
+                left_out[quantizer.tensor_fqn] = why_disabled(quantizer)
         _drop(prepared, masked)
         if state_dict is not None:
             _load(prepared, state_dict)

@@ -14,7 +14,7 @@ from coreai_kernels.ops import observe_and_fake_quantize as training_step_op
 from coreai_kernels.ops.quantize import STORAGE_DTYPES
 from coreai_kernels.runtime.captured import CapturedCalls
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
-from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase
+from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
 from coreai_opt.quantization.spec._fast_path import capture_simulation, capture_step
@@ -30,6 +30,7 @@ from coreai_opt.quantization.spec._plan import (
     state_for,
 )
 from coreai_opt.quantization.spec._state import is_shaped
+from coreai_opt.quantization.spec._storage import storage_of
 from coreai_opt.quantization.spec._switches import SwitchableFakeQuantize
 from coreai_opt.quantization.spec.errors import _BlockSizeMismatchError
 from coreai_opt.quantization.spec.granularity import QuantizationGranularity
@@ -138,6 +139,10 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
     def get_block_size(self, tensor_shape: torch.Size) -> tuple[int, ...]:
         """Extent of a block along each axis of a tensor of that shape; ValueError if none fits."""
         return self._granularity.get_block_size(tensor_shape, self.quantization_target)
+
+    def storage(self, original: Tensor) -> Storage:
+        """What is stored of ``original``. See the base class."""
+        return storage_of(self, original)
 
     def extra_repr(self) -> str:
         """Formulation and switches."""
