@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import coreai_kernels
 from coreai_opt.export import two_level_scales
 from coreai_opt.export.records import Affine
 
@@ -38,6 +39,8 @@ _NAMES = {
 }
 _WORD = 32
 _MX_GROUP, _NV_GROUP = 32, 16
+# Values that are packed at a time, so that what lies in between takes little memory.
+_PART = 1 << 20
 _FLOAT4 = torch.float4_e2m1fn_x2
 _FLOAT4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -161,7 +164,9 @@ def _integers(record: Affine, arguments: dict[str, Any], with_activations: bool,
     bits = int(label.rpartition("int")[2])
     # Integers are signed there: both the values and the zero point of unsigned ones move down.
     shift = 1 << (bits - 1) if label.startswith("uint") else 0
-    values, zero_point = ((each.to(torch.int16) - shift).to(torch.int8) for each in _values(record))
+    values, zero_point = (
+        (each.view(torch.uint8) - shift).view(torch.int8) if shift else each for each in _values(record)
+    )
     symmetric = not zero_point.any()
     arguments = {**arguments, "num_bits": bits, "type": "int", "symmetric": symmetric}
     # Loaders do not agree on packed zero points: where bytes do, those of 8 bits are not packed.
@@ -216,37 +221,24 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
         int32 ``[rows, ceil(columns * bits / 32)]``.
     """
     rows, columns = values.shape
-    codes = values.view(torch.uint8) + (1 << (bits - 1))  # wraps: the smallest integer becomes 0
-    padding = -columns % _WORD
-    if padding:
-        codes = torch.nn.functional.pad(codes, (0, padding))
-    if bits in (1, 2, 4, 8):
-        per_byte = 8 // bits
-        parts = codes.reshape(rows, -1, per_byte)
-        packed = parts[..., 0].clone()
-        for position in range(1, per_byte):
-            packed |= parts[..., position] << (bits * position)
-    else:
-        packed = _bytes_of_bits(codes.reshape(rows, -1), bits)
-    words = math.ceil(columns * bits / _WORD)
-    return packed.contiguous().view(torch.int32)[:, :words].contiguous()
-
-
-def _bytes_of_bits(codes: Tensor, bits: int) -> Tensor:
-    single = (codes.unsqueeze(-1) >> torch.arange(bits, device=codes.device)) & 1
-    octets = single.reshape(codes.shape[0], -1, 8).to(torch.uint8)
-    weights = 1 << torch.arange(8, device=codes.device)
-    return (octets * weights).sum(-1).to(torch.uint8)
+    padding, words = -columns % _WORD, math.ceil(columns * bits / _WORD)
+    packed = torch.empty(rows, words, dtype=torch.int32, device=values.device)
+    at_a_time = max(1, _PART // max(columns, 1))
+    for part, place in zip(values.split(at_a_time), packed.split(at_a_time), strict=True):
+        codes = part.view(torch.uint8) ^ (1 << (bits - 1))  # the smallest integer becomes 0, in the low bits
+        if padding:
+            codes = torch.nn.functional.pad(codes, (0, padding))
+        octets = coreai_kernels.pack_bits(codes, bits)
+        place.copy_(octets.view(torch.int32).reshape(len(part), -1)[:, :words])
+    return packed
 
 
 def unpack_words(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The integers that :func:`pack_words` has packed: int8 ``[rows, columns]``."""
-    octets = packed.contiguous().view(torch.uint8)
-    single = (octets.unsqueeze(-1) >> torch.arange(8, device=packed.device)) & 1
-    flat = single.reshape(packed.shape[0], -1)
-    codes = flat[:, : columns * bits].reshape(packed.shape[0], columns, bits)
-    values = (codes.to(torch.int16) << torch.arange(bits, device=packed.device)).sum(-1)
-    return (values - (1 << (bits - 1))).to(torch.int8)
+    missing = math.ceil(columns / _WORD) * bits - packed.shape[1]  # words, up to which rows begin anew
+    octets = torch.nn.functional.pad(packed, (0, missing)).contiguous().view(torch.uint8)
+    codes = coreai_kernels.unpack_bits(octets.flatten(), bits, octets.numel() * 8 // bits)
+    return (codes.reshape(packed.shape[0], -1)[:, :columns] - (1 << (bits - 1))).view(torch.int8)
 
 
 def decoded(tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any], name: str) -> Tensor:

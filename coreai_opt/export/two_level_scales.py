@@ -10,8 +10,8 @@ from torch import Tensor
 __all__ = ["joined", "split"]
 
 _E4M3 = torch.float8_e4m3fn
-# Each number is rounded once when the simulator multiplies, and once when the reciprocal is taken.
-_ROUNDING = 2.0**-22
+# Numbers are rounded when the simulator multiplies, when the largest one is divided by, and when compared.
+_ROUNDINGS = 4
 _NEIGHBOURS = 4
 
 
@@ -24,7 +24,7 @@ def split(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """The two levels of scales that a simulator holds.
 
     Args:
-        scale: of each block, float32.
+        scale: of each block, float32; or of a model that was cast since, which has rounded them.
         name: the weight's qualified name, for messages.
 
     Returns:
@@ -34,13 +34,14 @@ def split(scale: Tensor, name: str) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: there are no such numbers.
     """
-    exact = scale.double()
-    largest = exact.max()
+    rounding = _ROUNDINGS * torch.finfo(scale.dtype).eps
+    scale = scale.float()
+    largest = scale.max().double()
     for code in range(0x7E, 0, -1):  # all positive e4m3 numbers from 448 on, which a simulator's largest has
         of_largest = torch.tensor(code, dtype=torch.uint8).view(_E4M3).double()
         step = largest / of_largest
-        blocks = (exact / step).float().to(_E4M3)
-        if bool(((blocks.double() * step - exact).abs() <= _ROUNDING * exact).all()):
+        blocks = (scale / step.float()).to(_E4M3)
+        if bool(((blocks.float() * step.float() - scale).abs_() <= rounding * scale).all()):
             return blocks, _reciprocal(step, blocks, scale)
     raise ValueError(
         f"the scales of {name!r} are not e4m3 numbers times one number: let its simulator observe the weight "
@@ -52,5 +53,5 @@ def _reciprocal(step: Tensor, blocks: Tensor, scale: Tensor) -> Tensor:
     """The float32 number near ``1 / step`` that gives most of the scales exactly."""
     bits = (1 / step).float().reshape(1).view(torch.int32)
     found = [(bits + each).view(torch.float32) for each in range(-_NEIGHBOURS, _NEIGHBOURS + 1)]
-    wrong = [int((joined(blocks, each) != scale.float()).sum()) for each in found]
+    wrong = [int((joined(blocks, each) != scale).sum()) for each in found]
     return found[min(range(len(found)), key=lambda each: (wrong[each], abs(each - _NEIGHBOURS)))]

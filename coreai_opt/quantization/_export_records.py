@@ -3,17 +3,20 @@
 import torch
 from torch import Tensor
 
+import coreai_kernels
 from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.export import two_level_scales
 from coreai_opt.export.records import Affine, QuantizedActivation, int_min
 from coreai_opt.quantization.spec import _numbers
-from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase, _DefaultFakeQuantizeImpl
 from coreai_opt.quantization.spec.qformulation import QuantizationFormulation
 
 __all__ = ["affine_weight", "is_weight", "quantized_activation"]
 
-# The code of a magnitude of 4-bit floating point, by twice that magnitude.
-_FLOAT4_CODES = (0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7)
+# 0.5 in float8_e4m3fn.
+_HALF = 0x30
+# Values that are packed at a time, so that what lies in between takes little memory.
+_PART = 1 << 20
 
 
 def is_weight(simulator: FakeQuantizeImplBase) -> bool:
@@ -40,7 +43,7 @@ def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor, name: str = "
     minval = None if minval is None else minval.to(weight.dtype)
     uses_minval = simulator.qformulation == QuantizationFormulation.MINVAL
     values = simulator.quantize(
-        weight.float(),
+        _dense(simulator, weight),
         scale.float(),
         zero_point,
         None if minval is None else minval.float(),
@@ -55,24 +58,42 @@ def affine_weight(simulator: FakeQuantizeImplBase, weight: Tensor, name: str = "
 
 def _float_weight(simulator: FakeQuantizeImplBase, weight: Tensor, scale: Tensor, name: str) -> Affine:
     scale_dtype = getattr(simulator.qparams_calculator, "scale_dtype", None)
+    blocks = of_tensor = None
     if scale_dtype is None:
         scale = scale.to(weight.dtype)
-    values = simulator.quantize(weight.float(), scale.float(), None, None)
+    elif scale_dtype == torch.float8_e4m3fn:
+        blocks, of_tensor = two_level_scales.split(scale, name)
+        if scale.dtype != torch.float32:
+            scale = two_level_scales.joined(blocks, of_tensor)
+    values = simulator.quantize(_dense(simulator, weight), scale.float(), None, None)
     if simulator.dtype == _numbers.FLOAT4:
-        values = _packed_float4(values.float())
-    of_tensor = None
-    if scale_dtype == torch.float8_e4m3fn:
-        scale, of_tensor = two_level_scales.split(scale, name)
+        values = _packed_float4(values)
+    if blocks is not None:
+        scale = blocks
     elif scale_dtype is not None:
         scale = scale.float().to(scale_dtype)
     return Affine(values, scale, None, None, simulator.dtype, weight.dtype, of_tensor)
 
 
+def _dense(simulator: FakeQuantizeImplBase, weight: Tensor) -> Tensor:
+    """The weight for float32 arithmetic: the engine's is, whatever it gets, without a copy."""
+    return weight if isinstance(simulator, _DefaultFakeQuantizeImpl) else weight.float()
+
+
 def _packed_float4(values: Tensor) -> Tensor:
-    """Two values a byte along the last axis, the first in the low half: its sign and the magnitude's code."""
-    table = torch.tensor(_FLOAT4_CODES, dtype=torch.uint8, device=values.device)
-    codes = table[(values.abs() * 2).to(torch.int32)] | (values.signbit().to(torch.uint8) << 3)
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    """Two values a byte along the last axis, the first in the low half: its sign and the magnitude's code.
+
+    Args:
+        values: e2m1 numbers as float8_e4m3fn, which has two more bits of each: an exponent that counts from
+            another number, and a one in front of the mantissa that e2m1 lacks for its smallest number, 0.5.
+    """
+    octets = values.view(torch.uint8).flatten()
+    packed = octets.new_empty(octets.numel() // 2)
+    for part, place in zip(octets.split(_PART), packed.split(_PART // 2), strict=True):
+        magnitudes = part & 0x7F
+        codes = ((magnitudes.clamp(min=_HALF) - _HALF) >> 2) + (magnitudes == _HALF)
+        place.copy_(coreai_kernels.pack_bits(codes | (part & 0x80) >> 4, 4))
+    return packed.reshape(*values.shape[:-1], values.shape[-1] // 2)
 
 
 @torch.no_grad()

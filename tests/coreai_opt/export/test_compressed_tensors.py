@@ -146,6 +146,19 @@ def test_nvfp4_gives_the_simulated_weights(dtype):
         assert torch.equal(ours.bfloat16(), expected.bfloat16())
 
 
+def test_nvfp4_of_a_model_that_was_cast():
+    """Its scales are rounded; what is stored are those from before."""
+    torch.manual_seed(1)
+    weight = torch.randn(64, 96)
+    simulator = QuantizationComponentFactory.construct(
+        QuantizationSpec(**NVFP4), CompressionTargetTensor.WEIGHT
+    )
+    expected = simulator(weight)
+    cast = stored(affine_weight(simulator.bfloat16(), weight.bfloat16()), "layer.weight", False)
+    found = decoded(cast.tensors, cast.format, cast.arguments, "layer")
+    assert ((found - expected).abs() > 0.01 * expected.abs()).float().mean() < 0.01
+
+
 def test_scales_that_are_not_of_two_levels_are_told():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=r"scales of 'layer\.weight' are not e4m3 numbers times one number"):
