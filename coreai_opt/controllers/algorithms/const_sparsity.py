@@ -25,6 +25,7 @@ from coreai_opt.controllers.core.masks import (
     sparse_weights,
 )
 from coreai_opt.controllers.core.owners import Owners
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["ConstSparsityBuilder", "ConstSparsityConfig", "ConstSparsityController"]
@@ -99,7 +100,7 @@ class ConstSparsityBuilder(BaseCompressionAlgorithmBuilder):
 
     def _initialize(self, model: nn.Module) -> None:
         for name, mask in installed(model, ConstSparsityMask).items():
-            mask.mask.copy_(original(model.get_submodule(name)).detach() != 0)
+            mask.mask.copy_(whole(original(model.get_submodule(name)).detach()) != 0)
 
     def build_controller(self, model: nn.Module) -> ConstSparsityController:
         """See the base."""

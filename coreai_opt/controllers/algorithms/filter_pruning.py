@@ -16,6 +16,7 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.masks import bake, original
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.of_simulators import scheduler_class_of
 from coreai_opt.controllers.structures.channels import Channels, Cluster, Span
@@ -193,7 +194,7 @@ class FilterPruningController(BaseCompressionAlgorithmController):
         total: Tensor | None = None
         for name in cluster.producers:
             layer = self._model.get_submodule(name)
-            weight = original(layer).detach().float().movedim(channel_axis_of(layer), 0)
+            weight = whole(original(layer).detach()).float().movedim(channel_axis_of(layer), 0)
             filters = weight.reshape(cluster.size, -1)
             if self.config.params.filter_importance == "geometric_median":
                 own = torch.cdist(filters, filters).sum(1)

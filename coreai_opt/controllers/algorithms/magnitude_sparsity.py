@@ -18,6 +18,7 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, keep_counts, original
 from coreai_opt.controllers.core.owners import Owners
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["MagnitudeSparsityBuilder", "MagnitudeSparsityConfig", "MagnitudeSparsityController"]
@@ -62,7 +63,7 @@ class MagnitudeSparsityController(SparsityController):
 
     @torch.no_grad()
     def _apply_level(self, level: float) -> None:
-        weights = [original(self._model.get_submodule(name)).detach() for name in self._masks]
+        weights = [whole(original(self._model.get_submodule(name)).detach()) for name in self._masks]
         masks = [mask.mask for mask in self._masks.values()]
         if self.config.params.sparsity_level_setting_mode == "local":
             counts = keep_counts((weight.numel() for weight in weights), level)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import coreai_kernels
 from coreai_opt.controllers.core.api import CompressionLoss
 from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.structures.units import Structure
 
 __all__ = ["MovementMask", "MovementSparsityLoss", "kept_units", "resolve"]
@@ -62,7 +63,7 @@ class MovementMask(nn.Module):
 
     def mask(self) -> Tensor:
         """The current mask, of the weight's shape."""
-        return self.fixed_mask if self.frozen else self._spread(self.scores.detach() > self.threshold)
+        return self.fixed_mask if self.frozen else self._spread(whole(self.scores.detach()) > self.threshold)
 
     def expected_count(self) -> Tensor:
         """Sum of ``sigmoid(scores)`` over the weight's elements."""
@@ -70,7 +71,7 @@ class MovementMask(nn.Module):
 
     def trained_scores(self) -> Tensor:
         """The scores, with their scaled gradient."""
-        return scaled_gradient(self.scores, self.gradient_factor)
+        return scaled_gradient(whole(self.scores), self.gradient_factor)
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight."""

@@ -21,6 +21,7 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.controllers.core.masks import bake, install, installed, original
 from coreai_opt.controllers.core.owners import Owners
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.params import Schedule
 
@@ -72,11 +73,11 @@ class RBSparsityMask(nn.Module):
 
     def mask(self) -> Tensor:
         """The mask of evaluation, bool."""
-        return self.logits.detach() > 0
+        return whole(self.logits.detach()) > 0
 
     def trained_logits(self) -> Tensor:
         """The logits in float32, whatever the model was cast to, with their scaled gradient."""
-        return scaled_gradient(self.logits, self.gradient_factor).float()
+        return scaled_gradient(whole(self.logits), self.gradient_factor).float()
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight. In training, each call draws anew."""

@@ -38,6 +38,7 @@ from coreai_opt.controllers.core.lowering import LoweredActivation, LoweredWeigh
 from coreai_opt.controllers.core.plan import Plan, PlannedChange
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
 from coreai_opt.controllers.core.scopes import select_layers
+from coreai_opt.controllers.core.sharded import refuse
 from coreai_opt.controllers.core.state import check_plain, take
 from coreai_opt.controllers.core.statistics import LeftWhole
 from coreai_opt.export.saving import outputs_of, save_lowered
@@ -122,6 +123,7 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
 
     def strip(self, do_copy: bool = True) -> nn.Module:
         """See :class:`CompressionAlgorithmController`."""
+        refuse(self._model, "strip()")
         model = copy_model(self._model) if do_copy else self._model
         self.strip_model(model)
         if hasattr(model, MARK):
@@ -173,6 +175,7 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         if suffix is not None:
             self._save(suffix, Path(save_path), example, input_names, output_names, model_args)
             return
+        refuse(self._model, "export_model()")
         lowered = copy_model(self._model).eval()
         self.lower_model(lowered)
         self.finish_lowering(lowered)
@@ -195,6 +198,7 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
         lowered = stripped
         backend = BACKENDS[suffix]
         if backend is not ExportBackend.Torch:
+            refuse(self._model, "export_model()")
             lowered = copy_model(self._model).eval().cpu()
             self.lower_model(lowered)
             weights, activations = self.lowered_weights(lowered, backend), self.lowered_activations(lowered)

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 import coreai_kernels
 from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.owners import Owners, computed_by
+from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.export.records import Sparse
 from coreai_opt.export.torch import give_own_class
 
@@ -91,7 +92,7 @@ def original(layer: nn.Module, name: str = "weight") -> nn.Parameter:
 @torch.no_grad()
 def value_before(layer: nn.Module, kind: type[nn.Module], name: str = "weight") -> Tensor:
     """What the parametrizations of a layer's tensor hand to the first of type ``kind``; detached."""
-    value: Tensor = original(layer, name).detach()
+    value: Tensor = whole(original(layer, name).detach())
     if parametrize.is_parametrized(layer, name):
         for link in layer.parametrizations[name]:  # type: ignore[index, union-attr]
             if isinstance(link, kind):

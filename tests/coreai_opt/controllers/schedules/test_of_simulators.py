@@ -10,7 +10,7 @@ from coreai_opt.palettization.config import PATSchedule
 from coreai_opt.pruning.config import CosineSparsitySchedule, PolynomialDecaySchedule
 from coreai_opt.quantization.config import QATSchedule
 
-from .support import batch, configured, make_model
+from ..support import batch, configured, make_model
 
 COSINE = {"type": "cosine", "begin_step": 2, "total_iters": 6}
 
