@@ -8,7 +8,15 @@ from torch.fx import GraphModule
 
 from coreai_opt.quantization.config import QuantizerConfig
 
-__all__ = ["attach", "attached", "keep_metadata", "preserved_attributes", "restore_metadata"]
+__all__ = [
+    "KEPT_METADATA",
+    "OWNERS",
+    "attach",
+    "attached",
+    "keep_metadata",
+    "preserved_attributes",
+    "restore_metadata",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +25,10 @@ _PRESERVED = "_user_preserved_attributes"
 # Buffers that an earlier finalize for Core ML left on modules.
 _METADATA_PREFIX = "_COREML_"
 _METADATA = "coreai_opt_coreml_metadata"
+# The modules that quantizers belong to, see `owners`.
+OWNERS = "coreai_opt_owners"
+# What copies and files have of a graph module's metadata.
+KEPT_METADATA = (OWNERS, _PRESERVED, _METADATA)
 
 
 def preserved_attributes(model: nn.Module, config: QuantizerConfig) -> dict[str, Any]:

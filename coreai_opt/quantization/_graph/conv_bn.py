@@ -10,6 +10,7 @@ from coreai_opt.quantization._graph.modes import batch_norm_arguments
 from coreai_opt.quantization._graph.nodes import overload_name, tensor_of
 from coreai_opt.quantization._graph.patterns import BATCH_NORM
 from coreai_opt.quantization._graph.resolve import Place, Placement
+from coreai_opt.quantization._graph.unscale import unscale
 
 __all__ = ["BATCH_NORM_MARK", "output_axis", "scale_batch_norms"]
 
@@ -93,7 +94,8 @@ def _rewrite(graph: Graph, pair: _Pair) -> dict[Node, Node]:
         scaled = call(aten.mul.Tensor, (weight, call(aten.reshape.default, (scale, over_weight))))
         no_bias = None if bias is None else call(aten.zeros_like.default, (bias,))
         output = call(convolution.target, (x, scaled, no_bias, *convolution.args[3:]), convolution.kwargs)
-        found = call(aten.div.Tensor, (output, call(aten.reshape.default, (scale, over_output))))
+        over = call(aten.reshape.default, (scale, over_output))
+        found = graph.create_node("call_function", unscale, (output, over), name="div")
         if bias is not None:
             found = call(aten.add.Tensor, (found, call(aten.reshape.default, (bias, over_output))))
         result = call(batch_norm.target, (found, gamma, beta, mean, variance, training, momentum, eps, cudnn))

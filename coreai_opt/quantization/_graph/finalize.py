@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from coreai_opt._prepared_models import MARKS
 from coreai_opt.config.spec import CompressionTargetTensor
-from coreai_opt.quantization._graph.attributes import attach, attached, restore_metadata
+from coreai_opt.quantization._graph.attributes import OWNERS, attach, attached, restore_metadata
 from coreai_opt.quantization._graph.folding import fold_batch_norms, own_tensor
+from coreai_opt.quantization._graph.graph_module import QuantizedGraphModule, copied
 from coreai_opt.quantization._graph.insert import quantizer_nodes
 from coreai_opt.quantization._graph.nodes import attribute_of
-from coreai_opt.quantization._graph.owners import OWNERS
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = [
@@ -53,7 +53,7 @@ def finalized_copy(prepared: GraphModule) -> GraphModule:
     It shares tensors with the prepared one, except those that folding changes, and has its own quantizers.
     """
     # GraphModule makes modules of its own for all but the quantizers.
-    result = GraphModule(prepared, _copied(prepared.graph))
+    result = QuantizedGraphModule(prepared, copied(prepared.graph))
     copies: dict[int, Any] = {}
     for node, quantizer in quantizer_nodes(result):
         setattr(result, str(node.target), copy.deepcopy(quantizer, copies))
@@ -64,16 +64,6 @@ def finalized_copy(prepared: GraphModule) -> GraphModule:
     result.train(prepared.training)
     fold_batch_norms(result)
     return result
-
-
-def _copied(graph: Graph) -> Graph:
-    """A graph of its own, with the same form of inputs and outputs."""
-    found = Graph()
-    nodes: dict[Node, Node] = {}
-    found.output(found.graph_copy(graph, nodes))
-    # A deep copy of it would give a warning, in torch 2.13.
-    found.set_codegen(graph._codegen)
-    return found
 
 
 def quantized_weights(model: GraphModule) -> Iterator[QuantizedWeight]:

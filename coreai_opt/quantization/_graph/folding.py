@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from coreai_opt.quantization._graph.conv_bn import BATCH_NORM_MARK, output_axis
 from coreai_opt.quantization._graph.modes import batch_norm_arguments
 from coreai_opt.quantization._graph.nodes import attribute_of, overload_name
+from coreai_opt.quantization._graph.unscale import unscale
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["fold_batch_norms", "own_tensor"]
@@ -47,7 +48,7 @@ def _parts(model: GraphModule, batch_norm: Node) -> tuple[Node, Node, Node | Non
     if overload_name(found) == "add.Tensor":
         found, reshaped = found.args
         bias = reshaped.args[0]
-    if overload_name(found) != "div.Tensor":
+    if found.target is not unscale:
         return None
     convolution = found.args[0]
     if not overload_name(convolution).startswith("conv"):

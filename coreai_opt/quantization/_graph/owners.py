@@ -7,15 +7,15 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from coreai_opt.quantization._graph.annotate import Annotation
+from coreai_opt.quantization._graph.attributes import OWNERS
 from coreai_opt.quantization._graph.insert import quantizer_nodes
 from coreai_opt.quantization._graph.nodes import module_stack
 from coreai_opt.quantization.config import QATSchedule
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["OWNERS", "keep_owners", "keep_priorities", "owners_of", "quantizers_in", "schedules_of"]
+__all__ = ["keep_owners", "keep_priorities", "owners_of", "quantizers_in", "schedules_of"]
 
 _PRIORITY = "coreai_opt_priority"
-OWNERS = "coreai_opt_owners"
 
 
 def keep_priorities(annotations: dict[Node, Annotation]) -> None:

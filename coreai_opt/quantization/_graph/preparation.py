@@ -19,6 +19,7 @@ from coreai_opt.quantization._graph.axes import complete_axes, make_shared_ones_
 from coreai_opt.quantization._graph.configs import NodeConfigs
 from coreai_opt.quantization._graph.conv_bn import scale_batch_norms
 from coreai_opt.quantization._graph.export import export_model
+from coreai_opt.quantization._graph.graph_module import QuantizedGraphModule
 from coreai_opt.quantization._graph.insert import build, insert, quantizer_nodes
 from coreai_opt.quantization._graph.modes import follow_training_flag, use_upstream_numbers
 from coreai_opt.quantization._graph.nodes import attribute_of, overload_name
@@ -77,7 +78,7 @@ def prepare(
     make_shared_ones_fit(graph_module)
     complete_axes(graph_module)
     keep_owners(graph_module, canonical_names(model))
-    prepared = GraphModule(graph_module, graph)
+    prepared = QuantizedGraphModule(graph_module, graph)
     _drop_unused(prepared)
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
