@@ -76,13 +76,13 @@ class Apple:
         """Free what was prepared."""
         self._ask("release")
 
-    def prepare_training(self, model: str, config: str, threads: int) -> dict[str, Any]:
+    def prepare_training(self, model: str, config: str, mode: str, threads: int) -> dict[str, Any]:
         """Build a model's training step; a fingerprint of its first steps, and the number of simulators."""
-        return self._ask("prepare_training", model=model, config=config, threads=threads)  # type: ignore[no-any-return]
+        return self._ask("prepare_training", model=model, config=config, mode=mode, threads=threads)  # type: ignore[no-any-return]
 
-    def sample_training(self, config: str, calls: int, cpu_time: bool) -> float:
+    def sample_training(self, config: str, mode: str, calls: int, cpu_time: bool) -> float:
         """Time of a training step that was prepared."""
-        return self._ask("sample_training", config=config, calls=calls, cpu_time=cpu_time)  # type: ignore[no-any-return]
+        return self._ask("sample_training", config=config, mode=mode, calls=calls, cpu_time=cpu_time)  # type: ignore[no-any-return]
 
     def cluster(self, **case: Any) -> dict[str, float]:
         """See :func:`benchmarks.clustering_run.cluster`."""

@@ -27,12 +27,12 @@ __all__ = ["main"]
 
 
 class Worker:
-    """Answers requests; holds the simulation, or the training steps by config, that are being timed."""
+    """Answers requests; holds what is timed: the simulation, or the training steps by config and mode."""
 
     simulation: Simulation | Pruning | None = None
 
     def __init__(self) -> None:
-        self.steps: dict[str, TrainingStep] = {}
+        self.steps: dict[tuple[str, str], TrainingStep] = {}
 
     def prepare(self, case: dict[str, Any], with_digest: bool) -> str:
         parsed = Case(**case)
@@ -49,13 +49,13 @@ class Worker:
         self.simulation = None
         self.steps.clear()
 
-    def prepare_training(self, model: str, config: str, threads: int) -> dict[str, Any]:
+    def prepare_training(self, model: str, config: str, mode: str, threads: int) -> dict[str, Any]:
         torch.set_num_threads(threads)
-        step = self.steps[config] = TrainingStep(model, config)
+        step = self.steps[config, mode] = TrainingStep(model, config, mode)
         return {"digest": step.digest(), "simulators": step.simulators}
 
-    def sample_training(self, config: str, calls: int, cpu_time: bool) -> float:
-        return self.steps[config].seconds(calls, cpu_time)
+    def sample_training(self, config: str, mode: str, calls: int, cpu_time: bool) -> float:
+        return self.steps[config, mode].seconds(calls, cpu_time)
 
     def cluster(self, **case: Any) -> dict[str, float]:
         return cluster(**case)

@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.5, batch_first=True, norm_first=True)
             for _ in range(layers)
         )
         self.attention, self.norm = Attention(width, 4), nn.LayerNorm(width)

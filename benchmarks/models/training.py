@@ -17,7 +17,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from benchmarks.apple import Apple
 from benchmarks.facts import machine_facts
 from benchmarks.models.training_report import APPLE, OURS, PLUGIN, Result, TrainingReport, print_report
-from benchmarks.models.training_step import CONFIGS, FLOAT, INT4, TrainingStep
+from benchmarks.models.training_step import (
+    COMPILED,
+    CONFIGS,
+    EAGER,
+    FLOAT,
+    GRAPH,
+    INT4,
+    TrainingStep,
+)
 from benchmarks.models.zoo import MANY, MODELS, ONE
 from benchmarks.timing import settle_allocator
 
@@ -25,7 +33,9 @@ __all__ = ["Options", "main", "run"]
 
 # The models of the comparison; the others are there for the sake of the tests.
 _MODELS = tuple(name for name in MODELS if name not in ("convolutions", "shared"))
-_WIDTH_OF_A_FILE = 180
+_WIDTH_OF_A_FILE = 200
+# A package, a config, a mode.
+_Contender = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class Options:
     Attributes:
         models: names out of `benchmarks.models.zoo`.
         configs: names out of `benchmarks.models.training_step.CONFIGS`.
+        modes: of execution, out of `benchmarks.models.training_step.MODES`.
         threads: numbers of threads, one after the other.
         rounds: turns that the contenders take.
         sample_seconds: least time of a turn.
@@ -45,6 +56,7 @@ class Options:
 
     models: tuple[str, ...]
     configs: tuple[str, ...]
+    modes: tuple[str, ...] = (EAGER, GRAPH)
     threads: tuple[int, ...] = (1,)
     rounds: int = 9
     sample_seconds: float = 0.1
@@ -79,43 +91,50 @@ def run(options: Options) -> TrainingReport:
 
 
 def _measure(model: str, threads: int, options: Options, workers: dict[str, Apple]) -> list[Result]:
-    # Of the layers that are compared by their number, the weights matter.
-    wanted = [config for config in options.configs if config == INT4 or model not in (MANY, ONE)]
-    configs = (FLOAT, *wanted)
-    steps = {config: TrainingStep(model, config) for config in configs}
-    digests = {config: step.digest() for config, step in steps.items()}
-    samplers: dict[tuple[str, str], Callable[[int], float]] = {
-        (OURS, config): lambda calls, step=step: step.seconds(calls, options.cpu_time)  # type: ignore[misc]
-        for config, step in steps.items()
+    # Of the layers that are compared by their number, the weights matter, in one mode.
+    one_mode = model in (MANY, ONE)
+    configs = [config for config in options.configs if config == INT4 or not one_mode]
+    modes = [mode for mode in options.modes if mode == EAGER or not one_mode]
+    wanted = [(config, mode) for mode in modes for config in configs]
+    if not wanted:
+        return []
+    cases = [(FLOAT, EAGER), *wanted]
+    steps = {case: TrainingStep(model, *case) for case in cases}
+    digests = {case: step.digest() for case, step in steps.items()}
+    samplers: dict[_Contender, Callable[[int], float]] = {
+        (OURS, *case): lambda calls, step=step: step.seconds(calls, options.cpu_time)  # type: ignore[misc]
+        for case, step in steps.items()
     }
-    same = dict.fromkeys(configs, True)
+    same = dict.fromkeys(cases, True)
     for package, worker in workers.items():
-        for config in configs:
-            prepared = worker.prepare_training(model, config, threads)
-            same[config] &= prepared["digest"] == digests[config]
-            samplers[package, config] = lambda calls, worker=worker, config=config: worker.sample_training(  # type: ignore[misc]
-                config, calls, options.cpu_time
+        for case in cases:
+            prepared = worker.prepare_training(model, *case, threads)
+            same[case] &= prepared["digest"] == digests[case]
+            samplers[package, *case] = lambda calls, worker=worker, case=case: worker.sample_training(  # type: ignore[misc]
+                *case, calls, options.cpu_time
             )
     calls = {who: _calls(sampler, options.sample_seconds) for who, sampler in samplers.items()}
-    times: dict[tuple[str, str], list[float]] = {who: [] for who in samplers}
+    times: dict[_Contender, list[float]] = {who: [] for who in samplers}
     for _ in range(options.rounds):
         for who, sampler in samplers.items():
             times[who].append(sampler(calls[who]))
     for worker in workers.values():
         worker.release()
-    whose = tuple(dict.fromkeys(package for package, _ in samplers))
+    plain = {package: times[package, FLOAT, EAGER] for package, *_ in samplers}
     return [
         Result(
             model=model,
             config=config,
+            mode=mode,
             threads=threads,
-            simulators=steps[config].simulators,
-            float_seconds={package: statistics.median(times[package, FLOAT]) for package in whose},
-            seconds={package: statistics.median(times[package, config]) for package in whose},
-            overhead={package: _overhead(times[package, config], times[package, FLOAT]) for package in whose},
-            same_losses=same[config] if workers else None,
+            simulators=steps[config, mode].simulators,
+            float_seconds={package: statistics.median(plain[package]) for package in plain},
+            seconds={package: statistics.median(times[package, config, mode]) for package in plain},
+            overhead={package: _overhead(times[package, config, mode], plain[package]) for package in plain},
+            # The compiler may sum in another order.
+            same_losses=same[config, mode] if workers and mode != COMPILED else None,
         )
-        for config in wanted
+        for config, mode in wanted
     ]
 
 
@@ -134,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", nargs="+", choices=(*MODELS, MANY, ONE), default=(*_MODELS, MANY, ONE), metavar="NAME")
     add("--configs", nargs="+", choices=CONFIGS, default=CONFIGS)
+    add("--modes", nargs="+", choices=(EAGER, GRAPH), default=(EAGER, GRAPH))
+    add("--compiled", action="store_true", help="graphs through torch.compile, too: a minute each")
     add("--threads", nargs="+", type=int, default=(1, 2))
     add("--rounds", type=int, default=9)
     add("--apple", type=Path, metavar="PATH", help="folder with Apple's package (default: .oracle if there)")
@@ -153,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options(
         models=tuple(arguments.models),
         configs=tuple(arguments.configs),
+        modes=(*arguments.modes, *[COMPILED] * arguments.compiled),
         threads=(1,) if arguments.quick else tuple(arguments.threads),
         rounds=3 if arguments.quick else arguments.rounds,
         sample_seconds=0.02 if arguments.quick else 0.1,

@@ -13,13 +13,13 @@ _WIDTH = 0.27
 
 
 def save_plot(report: TrainingReport, path: Path) -> None:
-    """Write a PNG: a panel for each config and number of threads."""
+    """Write a PNG: a panel for each config, mode and number of threads."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((result.threads, result.config) for result in report.results))
+    panels = list(dict.fromkeys((result.threads, result.config, result.mode) for result in report.results))
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(12, 3.2 * len(panels)), squeeze=False, layout="constrained"
     )
@@ -29,8 +29,9 @@ def save_plot(report: TrainingReport, path: Path) -> None:
         f"{machine['date']}",
         fontsize=11,
     )
-    for axis, (threads, config) in zip(axes.flat, panels, strict=True):
-        results = [r for r in report.results if (r.threads, r.config) == (threads, config)]
+    for axis, panel in zip(axes.flat, panels, strict=True):
+        threads, config, mode = panel
+        results = [r for r in report.results if (r.threads, r.config, r.mode) == panel]
         for place, package in enumerate((OURS, PLUGIN, APPLE), -1):
             heights = [result.slowdown(package) for result in results]
             if all(map(math.isnan, heights)):
@@ -45,7 +46,9 @@ def save_plot(report: TrainingReport, path: Path) -> None:
             axis.bar_label(bars, [f"{height:.2f}×" for height in heights], fontsize=8)
         axis.axhline(1, color="#444444", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(results)), [result.model for result in results])
-        axis.set_title(f"{config}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10)
+        axis.set_title(
+            f"{config}, {mode}, {threads} thread{'s' if threads > 1 else ''}", loc="left", fontsize=10
+        )
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}×")
         axis.margins(y=0.15)

@@ -11,15 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.cases import geometric_mean
+from benchmarks.models.training_step import COMPILED, EAGER, GRAPH
 from benchmarks.models.zoo import MANY, ONE
 
 __all__ = ["APPLE", "OURS", "PLUGIN", "Result", "TrainingReport", "print_report", "targets"]
 
-SCHEMA = 1
+SCHEMA = 2
 OURS, APPLE, PLUGIN = "ours", "apple", "plugin"  # the last: Apple's with the engine under it
 # An overhead below this share of the float step is not told from none.
 LEAST_OVERHEAD = 0.002
-MEAN_WANTED, EACH_WANTED, MANY_WANTED, PLUGIN_WANTED = 1 / 5, 1 / 2, 3.0, 1.1
+MEAN_WANTED = {EAGER: 1 / 5, GRAPH: 0.15, COMPILED: 0.15}
+EACH_WANTED, MANY_WANTED, PLUGIN_WANTED = 1 / 2, 3.0, 1.1
 
 
 @dataclass
@@ -29,16 +31,19 @@ class Result:
     Attributes:
         model: its name.
         config: its name.
+        mode: of execution; graphs may be compiled.
         threads: that torch was allowed.
         simulators: in the prepared model.
         float_seconds: by package, a step of the unprepared model in the same process.
         seconds: by package, a step of the prepared one.
         overhead: by package, the median over the rounds of their difference.
-        same_losses: whether all packages' first losses agree bit for bit; None without Apple's package.
+        same_losses: whether all packages' first losses agree bit for bit; None without Apple's package, and
+            for compiled graphs.
     """
 
     model: str
     config: str
+    mode: str
     threads: int
     simulators: int
     float_seconds: dict[str, float]
@@ -83,10 +88,13 @@ class TrainingReport:
     def load(cls, path: Path) -> "TrainingReport":
         """Read a JSON file; ValueError if it has another schema."""
         data = json.loads(path.read_text())
-        if data.pop("schema") != SCHEMA:
+        schema = data.pop("schema")
+        if schema not in (1, SCHEMA):
             raise ValueError(f"{path} was written by another version; this one reads schema {SCHEMA}")
         data.pop("targets")
-        return cls(**data | {"results": [Result(**result) for result in data["results"]]})
+        # Before there were others.
+        mode = {"mode": EAGER} if schema == 1 else {}
+        return cls(**data | {"results": [Result(**mode | result) for result in data["results"]]})
 
 
 def targets(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -96,12 +104,22 @@ def targets(results: Iterable[Result]) -> list[dict[str, Any]]:
     for result in results:
         by_threads.setdefault(result.threads, []).append(result)
     for threads, group in by_threads.items():
-        ratios = [(r.ratio, f"{r.model}, {r.config}") for r in _models(group) if not math.isnan(r.ratio)]
-        if ratios:
-            mean, (most, where) = geometric_mean(ratio for ratio, _ in ratios), max(ratios)
-            rows.append(_row("overhead / Apple's, geometric mean", threads, MEAN_WANTED, mean))
-            rows.append(_row("overhead / Apple's, most", threads, EACH_WANTED, most, where))
-        plugin = [r.seconds[PLUGIN] / r.seconds[OURS] for r in _models(group) if PLUGIN in r.seconds]
+        for mode, wanted in MEAN_WANTED.items():
+            own = [r for r in _models(group) if r.mode == mode and not math.isnan(r.ratio)]
+            if own:
+                most = max(own, key=lambda r: r.ratio)
+                mean = geometric_mean(r.ratio for r in own)
+                rows.append(_row(f"{mode}: overhead / Apple's, geometric mean", threads, wanted, mean))
+                place = f"{most.model}, {most.config}"
+                rows.append(
+                    _row(f"{mode}: overhead / Apple's, most", threads, EACH_WANTED, most.ratio, place)
+                )
+        across = _against_compiled(_models(group))
+        if across:
+            name = f"{GRAPH}: overhead / Apple's {COMPILED}'s, geometric mean"
+            rows.append(_row(name, threads, MEAN_WANTED[COMPILED], geometric_mean(across)))
+        eager = [r for r in _models(group) if r.mode == EAGER]
+        plugin = [r.seconds[PLUGIN] / r.seconds[OURS] for r in eager if PLUGIN in r.seconds]
         if plugin:
             rows.append(
                 _row(
@@ -113,6 +131,16 @@ def targets(results: Iterable[Result]) -> list[dict[str, Any]]:
             ratio = many[config].visible_overhead(OURS) / one[config].visible_overhead(OURS)
             rows.append(_row(f"overhead of {MANY} / {ONE}", threads, MANY_WANTED, ratio, config))
     return rows
+
+
+def _against_compiled(results: Iterable[Result]) -> list[float]:
+    """Our overhead in graph mode, without the compiler, over that of Apple's graph with it."""
+    by_mode = {(r.model, r.config, r.mode): r for r in results}
+    return [
+        by_mode[model, config, GRAPH].visible_overhead(OURS) / result.visible_overhead(APPLE)
+        for (model, config, mode), result in by_mode.items()
+        if mode == COMPILED and (model, config, GRAPH) in by_mode and APPLE in result.overhead
+    ]
 
 
 def _models(results: Iterable[Result]) -> list[Result]:
@@ -140,7 +168,7 @@ def _steps_table(results: Iterable[Result]) -> Table:
         "plugin: the engine under Apple's package"
     )
     table = Table(title="Training steps", title_justify="left", caption=caption, caption_justify="left")
-    for heading in ("model", "config"):
+    for heading in ("model", "config", "mode"):
         table.add_column(heading, no_wrap=True)
     figures = ("float", "ours", "÷", "plugin", "÷", "Apple's", "÷", "overhead", "plugin", "Apple's", "ratio")
     for heading in ("threads", "simulators", *figures):
@@ -149,7 +177,7 @@ def _steps_table(results: Iterable[Result]) -> Table:
     agree = {True: "same", False: "[bold red]differ[/]", None: ""}
     for result in results:
         table.add_row(
-            *(result.model, result.config, str(result.threads), str(result.simulators)),
+            *(result.model, result.config, result.mode, str(result.threads), str(result.simulators)),
             _milliseconds(result.float_seconds[OURS]),
             *(
                 figure

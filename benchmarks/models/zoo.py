@@ -1,6 +1,7 @@
 """Models to train, each with a task: small enough for a test, or as large as a benchmark wants them.
 
 Both contenders, and the parity tests, build them from this very file. Nothing here imports coreai_opt.
+Dropouts have p = 0.5, and batch norms torch's own numbers: what Apple's graph mode gives them in any case.
 """
 
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def _mlp(large: bool) -> Task:
     width, batch = (512, 128) if large else (24, 6)
     model = nn.Sequential(
         *(nn.Linear(64, width), nn.ReLU(), nn.LayerNorm(width), nn.Linear(width, width), nn.GELU()),
-        *(nn.Dropout(0.1), nn.Linear(width, 10)),
+        *(nn.Dropout(0.5), nn.Linear(width, 10)),
     )
     return Task(model, _classification(batch, 64), F.cross_entropy)
 
@@ -147,6 +148,7 @@ def _vit(large: bool) -> Task:
         image_size=image,
         patch_size=patch,
         num_labels=10,
+        hidden_dropout_prob=0.5,
     )
     draw = _classification(16 if large else 2, 3, image, image)
     return Task(ViTForImageClassification(config), draw, F.cross_entropy, lambda returned: returned.logits)
