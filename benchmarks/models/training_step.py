@@ -45,7 +45,8 @@ class TrainingStep:
             self._mode = quantizer.training_mode()
             self._mode.__enter__()
             self.simulators = len(_simulators(prepared))
-            self._task = replace(self._task, model=torch.compile(prepared) if mode == COMPILED else prepared)
+            chosen: Any = torch.compile(prepared) if mode == COMPILED else prepared
+            self._task = replace(self._task, model=chosen)
         # Without a state: the optimizer's own time stays small, and the same for all.
         self._optimizer = torch.optim.SGD(self._task.model.parameters(), lr=1e-3)
 
@@ -76,7 +77,7 @@ def _prepare(
 
     from coreai_opt.quantization import Quantizer, QuantizerConfig
 
-    execution_mode = EAGER if mode == EAGER else GRAPH
+    execution_mode: Any = EAGER if mode == EAGER else GRAPH
     # Blocks of 32 fit not every weight, which is said of each.
     logging.getLogger("coreai_opt").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -149,10 +149,11 @@ def own_tensor(model: GraphModule, name: str, value: Tensor) -> str:
     """Put ``value`` under a dotted name, in place of what is there. Returns the name."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    module._parameters.pop(attribute, None)
-    module._buffers.pop(attribute, None)
+    # In its own table it keeps its position.
     if isinstance(value, nn.Parameter):
+        module._buffers.pop(attribute, None)
         module.register_parameter(attribute, value)
     else:
+        module._parameters.pop(attribute, None)
         module.register_buffer(attribute, value)
     return name

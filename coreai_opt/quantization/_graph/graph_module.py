@@ -86,7 +86,7 @@ def _attributes(model: GraphModule) -> dict[str, Any]:
     found["meta"] = {name: model.meta[name] for name in KEPT_METADATA if name in model.meta}
     # The branches of torch.cond and the like.
     found["_modules"] = {
-        name: QuantizedGraphModule(module, module.graph) if _is_plain(module) else module
+        name: _with_nodes(module) if isinstance(module, GraphModule) else module
         for name, module in model._modules.items()
     }
     return found
@@ -96,8 +96,8 @@ def _structures(model: GraphModule) -> dict[str, pytree.TreeSpec]:
     return {name: value for name, value in vars(model).items() if isinstance(value, pytree.TreeSpec)}
 
 
-def _is_plain(module: nn.Module | None) -> bool:
-    return isinstance(module, GraphModule) and not isinstance(module, QuantizedGraphModule)
+def _with_nodes(module: GraphModule) -> "QuantizedGraphModule":
+    return module if isinstance(module, QuantizedGraphModule) else QuantizedGraphModule(module, module.graph)
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,16 @@ class _Operator:
 
 def _written(node: Node) -> dict[str, Any]:
     name = _Operator.name_of(node.target)
+
+    def reference(each: Node) -> Any:
+        return _Reference(each.name)
+
     return {
         "op": node.op,
         "name": node.name,
         "target": node.target if name is None else _Operator(name),
-        "args": map_arg(node.args, lambda each: _Reference(each.name)),
-        "kwargs": map_arg(node.kwargs, lambda each: _Reference(each.name)),
+        "args": map_arg(node.args, reference),
+        "kwargs": map_arg(node.kwargs, reference),
         "type": node.type,
         "meta": _written_metadata(node),
     }

@@ -28,7 +28,7 @@ def build(graph: Graph, placement: Placement) -> dict[Place, FakeQuantizeImplBas
     """
     ordered = placement.in_order(graph)
     groups = _Groups(place for place, _ in ordered)
-    first_of: dict[Planned, Place] = {}
+    first_of: dict[Planned | FakeQuantizeImplBase, Place] = {}
     readers: dict[tuple[Any, ...], Place] = {}
     for place, planned in ordered:
         groups.join(first_of.setdefault(planned, place), place)
@@ -38,12 +38,20 @@ def build(graph: Graph, placement: Placement) -> dict[Place, FakeQuantizeImplBas
     for place, planned in ordered:
         root = groups.root(place)
         if root not in built:
-            built[root] = QuantizationComponentFactory.create_fake_quantizer(planned.spec, planned.target)
+            built[root] = _quantizer(planned)
         result[place] = built[root]
     return result
 
 
-def _kind(place: Place, planned: Planned) -> tuple[Any, ...]:
+def _quantizer(planned: Planned | FakeQuantizeImplBase) -> FakeQuantizeImplBase:
+    if not isinstance(planned, Planned):
+        return planned
+    return QuantizationComponentFactory.create_fake_quantizer(planned.spec, planned.target)
+
+
+def _kind(place: Place, planned: Planned | FakeQuantizeImplBase) -> tuple[Any, ...]:
+    if not isinstance(planned, Planned):
+        return place.producer, planned
     spec = planned.spec
     return place.producer, spec.dtype, spec.quant_min, spec.quant_max
 

@@ -18,6 +18,7 @@ from coreai_opt.quantization._graph.attributes import attach, keep_metadata, pre
 from coreai_opt.quantization._graph.axes import complete_axes, make_shared_ones_fit
 from coreai_opt.quantization._graph.configs import NodeConfigs
 from coreai_opt.quantization._graph.conv_bn import scale_batch_norms
+from coreai_opt.quantization._graph.earlier import EarlierQuantizers
 from coreai_opt.quantization._graph.export import export_model
 from coreai_opt.quantization._graph.graph_module import QuantizedGraphModule
 from coreai_opt.quantization._graph.insert import build, insert, quantizer_nodes
@@ -64,7 +65,10 @@ def prepare(
     """
     preserved = preserved_attributes(model, config)
     configs = NodeConfigs(model, config)
-    graph_module = export_model(model, example_inputs, dynamic_shapes, no_grad)
+    earlier = EarlierQuantizers(model)
+    with earlier.as_operators():
+        graph_module = export_model(model, example_inputs, dynamic_shapes, no_grad)
+    earlier.take_out(graph_module)
     graph = graph_module.graph
     if any(overload_name(node) == BATCH_NORM for node in graph.nodes):
         # As Apple's package does: otherwise parameters that nothing uses stay in the state_dict.
@@ -72,6 +76,7 @@ def prepare(
     if strict_upstream:
         use_upstream_numbers(graph)
     placement = place_quantizers(model, graph_module, configs, config)
+    earlier.put_back(placement)
     scale_batch_norms(graph, placement)
     insert(graph_module, build(graph, placement))
     follow_training_flag(graph, strict_upstream)
@@ -83,7 +88,7 @@ def prepare(
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
     with _buffers_as_before_on_failure(model):
-        masked = _observe(prepared, example_inputs, model.training)
+        masked = _observe(prepared, example_inputs, model.training, earlier)
         for _, quantizer in quantizer_nodes(prepared):
             if quantizer.is_disabled() and left_out is not None:
                 left_out[quantizer.tensor_fqn] = why_disabled(quantizer)
@@ -165,10 +170,12 @@ def _buffers_as_before_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _observe(
-    prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool
+    prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool, earlier: EarlierQuantizers
 ) -> set[FakeQuantizeImplBase]:
     """Run the example; the quantizers that have seen masks."""
     set_flags(simulators_of(prepared), observe=True, simulate=False)
+    # These have seen the data that they were trained on.
+    set_flags(earlier.quantizers, observe=False, simulate=False)
     prepared.eval()
     with torch.no_grad(), first_observations(prepared) as masked:
         prepared(*example_inputs)

@@ -9,6 +9,7 @@ from coreai_opt.quantization._graph.annotate import is_floating
 from coreai_opt.quantization._graph.nodes import is_quantizable
 from coreai_opt.quantization._graph.slots import INTRINSIC, OUTPUT, SPEC_FIELDS, TARGET, Proposal, Slot, Slots
 from coreai_opt.quantization.spec import QuantizationScheme, QuantizationSpec
+from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["Place", "Planned", "Placement", "resolve"]
 
@@ -36,11 +37,15 @@ class Planned:
 
 @dataclass
 class Placement:
-    """What is to be quantized, in the order of the graph: of a node its inputs, then its output."""
+    """What is to be quantized, in the order of the graph: of a node its inputs, then its output.
 
-    places: dict[Place, Planned] = field(default_factory=dict)
+    Fields:
+        places: what quantizes there; a quantizer itself where the model has one already.
+    """
 
-    def in_order(self, graph: Graph) -> list[tuple[Place, Planned]]:
+    places: dict[Place, Planned | FakeQuantizeImplBase] = field(default_factory=dict)
+
+    def in_order(self, graph: Graph) -> list[tuple[Place, Planned | FakeQuantizeImplBase]]:
         """The places in the order of ``graph``."""
         found = []
         for node in graph.nodes:
