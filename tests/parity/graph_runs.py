@@ -18,7 +18,7 @@ from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranular
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 from . import graph_networks as networks
-from .graph_calls import CALLS, call
+from .graph_calls import call
 from .graph_probes import PROBES as NAMED_PROBES
 from .graph_random import SEEDS, random_probe
 from .quantizer_runs import quiet
@@ -222,10 +222,10 @@ def continue_from(model: str, config: str, state: dict[str, Any]) -> dict[str, A
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """For the oracle's process: all probes, runs and calls, and what follows from our states."""
+    """For the oracle's process: the job's probes, runs and calls, and what follows from our states."""
     return {
-        "probes": {name: prepared(name) for name in job.get("probes", PROBES)},
-        "runs": {each: run(*each) for each in job.get("runs", RUNS)},
-        "calls": {name: call(name) for name in job.get("calls", CALLS)},
-        "continued": {each: continue_from(*each, state) for each, state in job["states"].items()},
+        "probes": {name: prepared(name) for name in job.get("probes", ())},
+        "runs": {each: run(*each) for each in job.get("runs", ())},
+        "calls": {name: call(name) for name in job.get("calls", ())},
+        "continued": {each: continue_from(*each, state) for each, state in job.get("states", {}).items()},
     }

@@ -19,6 +19,10 @@ def main(job_file: str, result_file: str) -> None:
     job = pickle.loads(Path(job_file).read_bytes())
     sys.path[:0] = [job["package_folder"], *job["engine"]]
     torch.set_num_threads(1)
+    if job.get("keep_traces"):
+        from .torchao_patterns import keep_traces
+
+        keep_traces()
     import coreai_opt
 
     if Path(job["package_folder"]).resolve() not in Path(str(coreai_opt.__file__)).resolve().parents:

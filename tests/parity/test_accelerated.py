@@ -61,7 +61,8 @@ GRAPHS = GRAPH_RUNS[:3]
 # What the package is asked with the engine under it. Alone it has been asked that, and more, for other tests.
 JOBS: dict[str, tuple[Any, dict[str, Any]]] = {
     "quantizer": (test_quantizer.job, {"module": "quantizer_answers", "states": {}}),
-    "graph": (test_graph.job, {"module": "graph_runs", "states": {}, "probes": (), "runs": GRAPHS}),
+    "graph-calls": (test_graph.CALLS_JOB, test_graph.JOB | {"calls": tuple(GRAPH_CALLS)}),
+    "graph-runs": (test_graph.runs_job, test_graph.JOB | {"runs": GRAPHS}),
     "pruning": (test_pruning.job, {"module": "pruning_calls", "states": {}}),
     "palettizer": (
         test_palettizer.job,
@@ -108,15 +109,15 @@ def test_calls(name: str, ask: Any) -> None:
 
 @pytest.mark.parametrize("run", GRAPHS, ids=str)
 def test_models_in_graph_mode(run: Any, ask: Any) -> None:
-    compare(ask("graph"), "runs", run)
+    compare(ask("graph-runs"), "runs", run)
 
 
 @pytest.mark.parametrize("name", GRAPH_CALLS)
 def test_calls_in_graph_mode(name: str, ask: Any) -> None:
-    compare(ask("graph"), "calls", name)
+    compare(ask("graph-calls"), "calls", name)
 
 
-@pytest.mark.parametrize("job", ["quantizer", "graph"])
+@pytest.mark.parametrize("job", ["quantizer", "graph-runs"])
 def test_most_calls_run_on_the_engine(job: str, ask: Any) -> None:
     status = ask(job)[1]["status"]
     assert status["hits"] > 100

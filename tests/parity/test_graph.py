@@ -1,5 +1,6 @@
 """Graph mode: where quantizers are, and every output, loss, gradient and state, bit for bit."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,21 +33,28 @@ INTENDED = {
 CONTINUED = tuple((name, "default") for name in ("residual", "transposed", "bert", "llama", "tied", "shared"))
 
 
-@pytest.fixture(scope="module")
-def ours(one_thread: None) -> dict[tuple[str, str], dict[str, Any]]:
-    return {each: run(*each) for each in RUNS}
+JOB = {"module": "graph_runs", "keep_traces": True}
+CALLS_JOB = JOB | {"probes": tuple(PROBES), "calls": tuple(CALLS)}
+
+ours = functools.cache(run)
 
 
 @pytest.fixture(scope="module")
-def answers(asked_oracle: Oracle, ours: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """From Apple's package, see `graph_runs.answer`."""
-    return asked_oracle.ask("graph", lambda: job(ours))
+def answers(asked_oracle: Oracle) -> dict[str, Any]:
+    """From Apple's package, of probes and calls: see `graph_runs.answer`."""
+    return asked_oracle.ask("graph-calls", CALLS_JOB)
 
 
-def job(ours: dict[tuple[str, str], dict[str, Any]] | None = None) -> dict[str, Any]:
-    """What Apple's package is asked, with the states of our models."""
-    ours = {each: run(*each) for each in CONTINUED} if ours is None else ours
-    return {"module": "graph_runs", "states": {each: ours[each]["trained"]["state"] for each in CONTINUED}}
+@pytest.fixture(scope="module")
+def trained(asked_oracle: Oracle) -> dict[str, Any]:
+    """The same of runs, and of what follows from our states. Another job, for another worker to wait for."""
+    return asked_oracle.ask("graph-runs", runs_job)
+
+
+def runs_job() -> dict[str, Any]:
+    """What Apple's package is asked of runs, with the states of our models."""
+    states = {each: ours(*each)["trained"]["state"] for each in CONTINUED}
+    return JOB | {"runs": RUNS, "states": states}
 
 
 def check(expected: Any, found: Any) -> None:
@@ -67,21 +75,21 @@ def test_quantizers_are_where_the_oracle_has_them(name: str, answers: dict[str, 
 
 
 @pytest.mark.parametrize("each", RUNS, ids=str)
-def test_models_train_like_the_oracles(each: Any, answers: dict[str, Any], ours: Any) -> None:
-    check(answers["runs"][each], ours[each])
+def test_models_train_like_the_oracles(each: Any, trained: dict[str, Any]) -> None:
+    check(trained["runs"][each], ours(*each))
 
 
 @pytest.mark.parametrize("each", CONTINUED, ids=str)
-def test_ours_continues_from_the_oracles_state(each: Any, answers: dict[str, Any]) -> None:
-    state = answers["runs"][each]["trained"]["state"]
-    check(answers["continued"][each], continue_from(*each, state))
+def test_ours_continues_from_the_oracles_state(each: Any, trained: dict[str, Any]) -> None:
+    state = trained["runs"][each]["trained"]["state"]
+    check(trained["continued"][each], continue_from(*each, state))
 
 
 @pytest.mark.parametrize("each", CONTINUED, ids=str)
-def test_the_oracle_continues_from_our_state(each: Any, answers: dict[str, Any], ours: Any) -> None:
-    continued = answers["continued"][each]
+def test_the_oracle_continues_from_our_state(each: Any, trained: dict[str, Any]) -> None:
+    continued = trained["continued"][each]
     assert "raised" not in continued, continued
-    check({"state": ours[each]["trained"]["state"]}, {"state": continued["state"]})
+    check({"state": ours(*each)["trained"]["state"]}, {"state": continued["state"]})
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in INTENDED])
@@ -95,9 +103,12 @@ def test_intended_differences_are_still_there_and_documented(name: str, answers:
     assert list(differences(answers["calls"][name], call(name)))
 
 
-def test_the_runs_cover_what_they_are_meant_to_cover(answers: dict[str, Any]) -> None:
-    runs = answers["runs"]
+def test_the_runs_cover_what_they_are_meant_to_cover(trained: dict[str, Any]) -> None:
+    runs = trained["runs"]
     assert not [each for each, log in runs.items() if "raised" in log]
     assert all(log["places"] for log in runs.values())
     assert all(log["step 0"]["loss"] != log["step 4"]["loss"] for log in runs.values())
+
+
+def test_the_probes_are_prepared(answers: dict[str, Any]) -> None:
     assert not [name for name, log in answers["probes"].items() if "raised" in log]
