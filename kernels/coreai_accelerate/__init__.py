@@ -25,17 +25,24 @@ def activate() -> None:
     """Put the engine under Apple's package. A second call changes nothing.
 
     Raises:
+        ImportError: Apple's package is not installed.
         RuntimeError: the package that is imported as ``coreai_opt`` is not Apple's.
         ValueError: ``COREAI_ACCELERATE`` is neither 0 nor 1.
     """
     if not _is_wanted() or STATE.is_active:
         return
-    import coreai_opt
-
+    try:
+        import coreai_opt
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "coreai_accelerate.activate needs Apple's coreai-opt, which is not installed. "
+            "To fix: pip install coreai-opt"
+        ) from error
     if hasattr(coreai_opt, "__fused_version__"):
+        # Not the plugin alone: both distributions own the engine's files, and one takes the other's along.
         raise RuntimeError(
             "coreai_opt is coreai-opt-fused, which runs on the engine already: coreai-kernels is for Apple's "
-            "coreai-opt. To fix: pip uninstall coreai-kernels, or install coreai-opt in place of the other"
+            "coreai-opt. To fix: pip uninstall coreai-kernels coreai-opt-fused, then install one of the two"
         )
     from coreai_accelerate import palettization, pruning, quantization
 

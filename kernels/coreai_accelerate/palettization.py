@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, Replacement, fall_back
+from coreai_accelerate.state import STATE, Replacement, fall_back, has_kernels
 from coreai_opt.palettization.kmeans import palettizer
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
@@ -36,6 +36,9 @@ class FusedKMeansFakePalettize(_KMeansFakePalettize):
     ) -> tuple[Tensor, Tensor] | None:
         """Centroids and the index of each value's; None where Apple's method has to decide."""
         count = 2**self.n_bits if num_clusters is None else num_clusters
+        if not has_kernels(torch.empty(0)):  # on the CPU, where clustering runs
+            fall_back("no compiled library")
+            return None
         if weight.dtype not in _DTYPES:
             fall_back(str(weight.dtype).removeprefix("torch."))
             return None

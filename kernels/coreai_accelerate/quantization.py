@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from coreai_accelerate.state import STATE, Replacement, fall_back
+from coreai_accelerate.state import STATE, Replacement, fall_back, has_kernels
 from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme, grid_shape
 from coreai_kernels.formats import NUMBER_FORMATS
 from coreai_kernels.ops import fake_quantize, observe_and_fake_quantize
@@ -134,6 +134,8 @@ def _refusal(module: FusedFakeQuantize, tensor: Tensor, calculator: Any, observe
         return "no elements"
     if tensor.dtype not in _DTYPES:
         return str(tensor.dtype).removeprefix("torch.")
+    if not has_kernels(tensor):
+        return "no compiled library"
     if not _has_methods_of(module, _DefaultFakeQuantizeImpl, _METHODS):
         return "methods"
     its_ranges = getattr(calculator, "range_calculator", None)

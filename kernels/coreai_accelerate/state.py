@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor, nn
 
+from coreai_kernels import backends, native
 from coreai_kernels.runtime import fast_path_counts
 
-__all__ = ["STATE", "Replacement", "Status", "TorchaoReport", "fall_back"]
+__all__ = ["STATE", "Replacement", "Status", "TorchaoReport", "fall_back", "has_kernels"]
 
 
 @dataclass
@@ -55,6 +56,14 @@ class _State:
 
 
 STATE = _State()
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether the engine has more than its definitions for the tensor, or is to use these.
+
+    They are no faster than the methods that they would take the place of.
+    """
+    return not tensor.is_cpu or native.extension is not None or backends.forced() is not None
 
 
 def fall_back(reason: str) -> None:

@@ -30,7 +30,7 @@ from torchao.quantization.quant_primitives import (
 from torchao.quantization.utils import get_group_qparams_symmetric
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, TorchaoReport, fall_back
+from coreai_accelerate.state import STATE, TorchaoReport, fall_back, has_kernels
 from coreai_kernels.formats import Format
 from coreai_kernels.ops.library import implementation
 
@@ -123,6 +123,8 @@ class FusedIntxFakeQuantizer(IntxFakeQuantizer):  # type: ignore[misc]
             reason = "kind of tensor"
         if reason is None and not x.is_contiguous():
             reason = "strides"
+        if reason is None and not has_kernels(x):
+            reason = "no compiled library"
         if reason is None:
             granularity, last = self.config.granularity, x.shape[-1]
             if isinstance(granularity, PerToken):

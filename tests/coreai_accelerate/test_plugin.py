@@ -10,11 +10,15 @@ import textwrap
 
 import pytest
 
+from coreai_kernels import native
 from tests.parity import oracle
 
 KERNELS = oracle.ROOT / "kernels"
 
-pytestmark = pytest.mark.skipif(not oracle.find(), reason=oracle.INSTALL)
+pytestmark = [
+    pytest.mark.skipif(not oracle.find(), reason=oracle.INSTALL),
+    pytest.mark.skipif(native.extension is None, reason="without a compiled library Apple's methods run"),
+]
 
 PRELUDE = """
 import copy, pickle, warnings
@@ -217,14 +221,23 @@ def test_a_wrong_value_of_the_variable_is_an_error() -> None:
     assert run(script, COREAI_ACCELERATE="yes") == ["True"]
 
 
-def test_beside_the_drop_in_it_says_what_is_wrong() -> None:
-    paths = os.pathsep.join([str(oracle.ROOT), str(KERNELS)])
-    script = "import coreai_opt, coreai_accelerate; coreai_accelerate.activate()"
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("import coreai_opt", "RuntimeError: coreai_opt is coreai-opt-fused"),
+        (
+            "import sys; sys.modules['coreai_opt'] = None",
+            "ImportError: coreai_accelerate.activate needs Apple's",
+        ),
+    ],
+)
+def test_without_apples_package_it_says_what_is_wrong(package: str, message: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script],
-        env={**os.environ, "PYTHONPATH": paths},
+        [sys.executable, "-P", "-c", f"{package}; import coreai_accelerate; coreai_accelerate.activate()"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(oracle.ROOT), str(KERNELS)])},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert "RuntimeError: coreai_opt is coreai-opt-fused" in done.stderr
+    assert message in done.stderr
+    assert "To fix: pip " in done.stderr

@@ -28,7 +28,11 @@ from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 import coreai_accelerate
 from benchmarks import torchao as benchmark
 from coreai_accelerate.torchao_qat import FusedIntxFakeQuantizer
+from coreai_kernels import native
 
+pytestmark = pytest.mark.skipif(
+    native.extension is None, reason="without a compiled library torchao's methods run"
+)
 BASES = {
     "linear": Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)),
     "embedding": IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
