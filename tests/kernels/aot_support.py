@@ -5,7 +5,6 @@ compiled is exactly what a launch on a GPU would compile (constants, specializat
 """
 
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu_model.compiling import NamedTarget
+from benchmarks.gpu_model.machine_code import resources
 from coreai_kernels import Format
 
 __all__ = [
@@ -43,25 +42,6 @@ ARCHITECTURES = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".forma
 # A load or store of 16 bytes or more a thread, in the spellings of the PTX versions.
 WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)")
 WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)")
-
-
-class NamedTarget:
-    """A Triton driver without a device."""
-
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 1000 + self.target.arch  # its own cache of kernels, beside those of real devices
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
 
 
 def compile_only(arch: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
@@ -130,15 +110,6 @@ def short(dtype: torch.dtype) -> str:
 def parameters(shape: tuple[int, ...], block: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
     grid = [size // part for size, part in zip(shape, block, strict=True)]
     return meta(*grid), meta(*grid, dtype=torch.int32), meta(*grid)
-
-
-def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, stack, shared and local memory, as the assembler wrote them into the machine code."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin)
-    tool = triton.knobs.nvidia.cuobjdump.path
-    printed = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", printed)}
 
 
 def check(variant: Variant, compiled: list[tuple[str, Any]], folder: Path) -> None:
