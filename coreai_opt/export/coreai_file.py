@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from coreai_opt.casting import cast_to_16_bit_precision
 from coreai_opt.export.coreai import require_operators
-from coreai_opt.export.files import Job
+from coreai_opt.export.files import Job, require_space
 
 __all__ = ["check", "run", "write"]
 
@@ -34,7 +34,12 @@ def check(job: Job) -> None:
 
 
 def write(job: Job, path: Path) -> None:
-    """Convert the model, finalized for Core AI, and write it."""
+    """Convert the model, finalized for Core AI, and write it.
+
+    Raises:
+        OSError: there is no space for it. The converter would end the process.
+    """
+    require_space(path.parent, job.model)
     coreai_torch = importlib.import_module("coreai_torch")
     program = torch.export.export(job.model, job.args, dynamic_shapes=job.dynamic_shapes, strict=False)
     program = program.run_decompositions(coreai_torch.get_decomp_table())

@@ -1,5 +1,6 @@
 """What writers of all kinds of files get and give, and files that are there whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Job", "SavedModel", "flat_outputs", "relative_difference", "size_of", "written"]
+__all__ = ["Job", "SavedModel", "flat_outputs", "relative_difference", "require_space", "size_of", "written"]
 
 
 @dataclass
@@ -91,6 +92,19 @@ def size_of(path: Path) -> int:
     if path.is_dir():
         return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
     return path.stat().st_size
+
+
+def require_space(folder: Path, model: nn.Module) -> None:
+    """OSError unless a folder has room for the tensors of a model: some writers end the process without it."""
+    needed = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"path: there is too little space, {free / 2**20:.1f} MiB; the model may take "
+            f"{needed / 2**20:.1f} MiB",
+            str(folder),
+        )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coreai_opt.export.files import Job, flat_outputs
+from coreai_opt.export.files import Job, flat_outputs, require_space
 
 __all__ = ["check", "run", "write"]
 
@@ -18,7 +18,12 @@ def check(job: Job) -> None:
 
 
 def write(job: Job, path: Path) -> None:
-    """Export the model, finalized for torch, and write it."""
+    """Export the model, finalized for torch, and write it.
+
+    Raises:
+        OSError: there is no space for it. torch would end the process.
+    """
+    require_space(path.parent, job.model)
     program = torch.export.export(job.model, job.args, dynamic_shapes=job.dynamic_shapes, strict=False)
     torch.export.save(program, path)
 

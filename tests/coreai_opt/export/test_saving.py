@@ -1,6 +1,9 @@
 """coreai_opt.export.save: from a compressed model to a file that was run."""
 
+import errno
 import os
+import shutil
+import sys
 
 import pytest
 import torch
@@ -179,6 +182,73 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match="cannot be written to"):
         save(mlp(), tmp_path / "m.pt2", (torch.zeros(4, 64),), progress=False)
+
+
+@pytest.mark.parametrize("name", ["m.pt2", "m.safetensors"])
+def test_folders_that_take_no_files(name):
+    """For root, too, whom permissions do not stop."""
+    with pytest.raises(OSError, match=r"/proc|cannot be written to"):
+        save(mlp(), f"/proc/{name}", (torch.zeros(4, 64),), progress=False)
+
+
+@pytest.fixture
+def small_files():
+    """Files end at 200 kB, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits are of POSIX")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".mlpackage"])
+def test_a_full_disk_leaves_the_old_file(suffix, tmp_path, small_files):
+    pytest.importorskip(NEEDED.get(suffix, "torch"), reason=f"needs the extra for {suffix}")
+    model, path = nn.Sequential(nn.Linear(64, 4096)).eval(), tmp_path / f"model{suffix}"
+    path.write_text("old")
+    if suffix != ".safetensors":  # what converters do once in a process may write files of its own
+        save(model, tmp_path / f"first{suffix}", example(model), progress=False)
+    before = {each.name for each in tmp_path.iterdir()}
+    small_files()
+    with pytest.raises((OSError, RuntimeError), match=r"too large|while writing"):
+        save(model, path, example(model), progress=False)
+    assert path.read_text() == "old"
+    assert {each.name for each in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("suffix", [".aimodel", ".pt2"], indirect=True)
+def test_a_full_disk_is_told_before_a_writer_ends_the_process(suffix, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    path = tmp_path / f"model{suffix}"
+    path.write_text("old")
+    with pytest.raises(OSError, match="too little space") as raised:
+        save(mlp(), path, example(mlp()), progress=False)
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_text() == "old"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "extra"),
+    [
+        (".aimodel", "coreai_torch", "coreai"),
+        (".mlpackage", "coremltools", "coreml"),
+        (".onnx", "onnxscript", "onnx"),
+        (".onnx", "onnxruntime", "onnx"),
+    ],
+)
+def test_a_missing_extra_is_told_and_no_file_is_written(suffix, package, extra, tmp_path, monkeypatch):
+    for name in [*sys.modules]:
+        if name.partition(".")[0] == package:
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"pip install 'coreai-opt-fused\[{extra}\]'"):
+        save(mlp(), tmp_path / f"m{suffix}", example(mlp()), progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 REFUSED = {
