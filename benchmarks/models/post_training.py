@@ -1,9 +1,9 @@
-"""GPTQ on the CPU: processor time and error, beside other public implementations.
+"""Post-training algorithms on the CPU: processor time and error, GPTQ beside another public implementation.
 
     python -m benchmarks.models.post_training --width 512 --blocks 4 --samples 16
 
-A Llama of transformers with random weights, on random tokens. Contenders: this package, and llm-compressor's
-``oneshot`` if it is installed, both with int4 in groups and block after block. (torchao 0.18 has a GPTQ that
+A Llama of transformers with random weights, on random tokens; weights of int4 in groups. Contenders: this
+package, and llm-compressor's GPTQ if it is installed, also block after block. (torchao 0.18 has a GPTQ that
 runs on CUDA only.) They run in one process, one after another; the time is the process's own, over all
 threads.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
-from coreai_opt.quantization.post_training import GPTQ
+from coreai_opt.quantization.post_training import GPTQ, AdaRound
 from coreai_opt.quantization.spec import PerBlockGranularity, QuantizationSpec
 
 __all__ = ["main"]
@@ -56,7 +56,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def ours(model: nn.Module, batches: list[Tensor], group: int, **options: Any) -> nn.Module:
+def ours(model: nn.Module, batches: list[Tensor], group: int, algorithm: Any) -> nn.Module:
     granularity = PerBlockGranularity(axis=1, block_size=group)
     spec = QuantizationSpec(dtype="int4", granularity=granularity)  # type: ignore[arg-type]
     layer = ModuleQuantizerConfig(op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec})
@@ -68,7 +68,7 @@ def ours(model: nn.Module, batches: list[Tensor], group: int, **options: Any) ->
     )
     quantizer = Quantizer(model, config)
     quantizer.prepare((batches[0],))
-    quantizer.calibrate(batches, GPTQ(**options), num_batches=len(batches))
+    quantizer.calibrate(batches, algorithm, num_batches=len(batches))
     return quantizer.finalize(backend="torch")  # type: ignore[arg-type]
 
 
@@ -124,8 +124,14 @@ def main() -> None:
         exact = [model(batch).logits for batch in batches[:4]]
     group = arguments.group
     contenders: dict[str, Callable[[nn.Module], nn.Module]] = {
-        "ours, int4": lambda m: ours(m, batches, group, act_order=False),
-        "ours, int4, act_order": lambda m: ours(m, batches, group),
+        "ours, int4": lambda m: ours(m, batches, group, GPTQ(act_order=False)),
+        "ours, int4, act_order": lambda m: ours(m, batches, group, "gptq"),
+        "rounding to nearest": lambda m: ours(m, batches, group, None),
+        "ours, awq": lambda m: ours(m, batches, group, "awq"),
+        "ours, smoothquant": lambda m: ours(m, batches, group, "smoothquant"),
+        "ours, adaround 100": lambda m: ours(m, batches, group, AdaRound(iterations=100)),
+        "ours, bias correction": lambda m: ours(m, batches, group, "bias_correction"),
+        "ours, equalization": lambda m: ours(m, batches, group, "cross_layer_equalization"),
         "llm-compressor, int4": lambda m: llm_compressor(m, batches, group),
     }
     results: dict[str, dict[str, float]] = {}
