@@ -23,8 +23,12 @@ PLUGIN = "plugin"
 
 _FULL = [
     *((fmt, granularity) for fmt in INT_FORMATS for granularity in GRANULARITIES),
-    *(("fp8 e4m3", granularity) for granularity in ("tensor", "channel 0", "block 32")),
-    *BLOCK_SCALED,
+    *(
+        (fmt, granularity)
+        for fmt in ("fp8 e4m3", "int6", "mxint8")
+        for granularity in ("tensor", "channel 0", "block 32")
+    ),
+    *(pair for pair in BLOCK_SCALED if pair[0] != "mxint8"),
 ]
 _QUICK = [("int4", "block 32"), ("int8", "tensor"), ("int8", "channel 0"), ("fp8 e4m3", "channel 0")]
 _ACTIVATIONS = [("int8", "tensor")]

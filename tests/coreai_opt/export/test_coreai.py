@@ -141,6 +141,11 @@ PALETTIZED = {
         {"n_bits": 4, "granularity": GROUPS, "lut_qspec": INT8, "enable_per_channel_scale": True},
         {LUT: 2, SHIFT: 2}, ["4x1x16x1xsi8", "32x1xf32", "32x1xsi8"],
     ),
+    "8 bits of int8 in groups, scale of channels": (
+        mlp,
+        {"n_bits": 8, "granularity": GROUPS, "lut_qspec": INT8, "enable_per_channel_scale": True},
+        {SHIFT: 2}, ["32x64xsi8", "32x1xf32", "16x32xsi8", "16x1xf32"],
+    ),
     "columns, int8 tables, scale of channels": (
         mlp,
         {"n_bits": 4, "granularity": COLUMNS, "lut_qspec": INT8, "enable_per_channel_scale": True},

@@ -4,8 +4,11 @@ import logging
 
 import pytest
 import torch
+from torch import nn
 
 from coreai_opt import ExportBackend
+from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, PalettizationSpec
+from coreai_opt.palettization.config import ModuleKMeansPalettizerConfig
 from coreai_opt.palettization.spec import PerGroupedChannelGranularity
 from coreai_opt.quantization.spec import QuantizationSpec
 from tests.coreai_opt.export import core_ai, core_ml
@@ -51,6 +54,42 @@ def test_core_ai(case, tmp_path):
     assert [found[name] for name in (LUT, *SPARSE, SHIFT)] == [2, 2, 2, scales]
     assert set(constants) <= set(core_ai.constants(program))
     assert (core_ai.run(program, example(model), tmp_path) - expected).abs().max() <= 3e-7
+
+
+FOURS = PerGroupedChannelGranularity(axis=0, group_size=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "indices", "lut"),
+    [
+        ({}, (134,), (1, 4, 1)),
+        # Groups that keep fewer values than the fullest, which keeps 35, store zeros.
+        ({"granularity": FOURS}, (140,), (4, 4, 1)),
+        ({"cluster_dim": 2}, (67,), (1, 4, 2)),
+    ],
+    ids=["scalars", "groups", "vectors"],
+)
+def test_sizes_are_those_of_coreai_opt_0_4_0(fields, indices, lut):
+    """Of a (16, 16) weight of which 134 values are kept."""
+    pytest.importorskip("coreai_torch", reason="needs the extra coreai")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16)).eval()
+    with torch.no_grad():
+        weight = model[0].weight
+        weight[weight.abs() < 0.12] = 0
+    assert int(weight.count_nonzero()) == 134
+    config = ModuleKMeansPalettizerConfig(
+        op_state_spec={"weight": PalettizationSpec(n_bits=2, sparsity_detection_threshold=0.2, **fields)},
+        enable_fast_kmeans_mode="cluster_dim" not in fields,
+    )
+    x = torch.randn(2, 16)
+    made = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=config))
+    made.prepare((x,))
+    expected = model(x)
+    finalized = made.finalize()
+    shapes = {name.rpartition(".")[2]: tuple(value.shape) for name, value in finalized.state_dict().items()}
+    assert (shapes["nonzero_indices"], shapes["lut"], shapes["mask"]) == (indices, lut, (16, 16))
+    assert torch.equal(finalized(x), expected)
 
 
 def test_all_zeros_are_stored_densely(caplog):

@@ -64,10 +64,11 @@ def test_results_repeat():
     assert torch.equal(first.centroids, second.centroids)
 
 
-def test_local_trials_follow_the_number_of_clusters():
-    by_default, _ = clustered({"n_init": 1})
-    asked, _ = clustered({"n_init": 1, "n_local_trials": 4})
-    other, _ = clustered({"n_init": 1, "n_local_trials": 1})
+@pytest.mark.parametrize(("n_bits", "trials"), [(4, 4), (8, 7)])
+def test_local_trials_follow_the_number_of_clusters(n_bits, trials):
+    by_default, _ = clustered({"n_init": 1}, n_bits)
+    asked, _ = clustered({"n_init": 1, "n_local_trials": trials}, n_bits)
+    other, _ = clustered({"n_init": 1, "n_local_trials": 1}, n_bits)
     assert by_default == asked != other
 
 
