@@ -22,6 +22,7 @@ WANTED = {
     ("float16", "tensor"): 10.0,
     ("bfloat16", "tensor"): 10.0,
     ("float32", "tensor"): None,
+    ("float32", "half zeros"): None,
     ("float32", "groups"): 5.0,
     ("bfloat16", "groups"): None,
 }

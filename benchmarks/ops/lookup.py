@@ -1,4 +1,4 @@
-"""``lookup``, its packed form and its gradient: 16 or 256 centroids, one palette or one a row."""
+"""``lookup``, its masked and packed forms and its gradient: 16 or 256 centroids, one palette or one a row."""
 
 from collections.abc import Iterator
 
@@ -26,7 +26,7 @@ def palette_of(case: Case) -> torch.Tensor:
 
 def cases(sweep: Sweep) -> Iterator[Case]:
     combinations = sweep.select(COMBINATIONS, QUICK_COMBINATIONS)
-    for variant in ("bytes", "packed", "backward"):
+    for variant in ("bytes", "masked", "packed", "backward"):
         yield from sweep.over("lookup", combinations, variant=variant)
 
 
@@ -39,6 +39,10 @@ def build(case: Case) -> Bench:
     if case.variant == "bytes":
         args = (indices, palette, block)
         return bench_of(case, "lookup", args, case.numel + weight_bytes, weight_bytes)
+    if case.variant == "masked":
+        mask = torch.rand(shape, generator=generator) < 0.5
+        args = (indices, palette, block, mask)
+        return bench_of(case, "lookup", args, 2 * case.numel + weight_bytes, weight_bytes)
     if case.variant == "packed":
         packed = coreai_kernels.pack_bits(indices, bits)
         args = (packed, palette, list(shape), block, bits)

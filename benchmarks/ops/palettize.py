@@ -1,4 +1,4 @@
-"""``palettize``: the nearest of 16 or 256 centroids, one palette or one a row."""
+"""``palettize``: the nearest of 16 or 256 centroids, one palette or one a row, also of rounded values."""
 
 from collections.abc import Iterator
 
@@ -11,10 +11,12 @@ __all__ = ["build", "cases"]
 
 
 def cases(sweep: Sweep) -> Iterator[Case]:
-    return sweep.over("palettize", sweep.select(COMBINATIONS, QUICK_COMBINATIONS))
+    for variant in ("", "decimals"):
+        yield from sweep.over("palettize", sweep.select(COMBINATIONS, QUICK_COMBINATIONS), variant=variant)
 
 
 def build(case: Case) -> Bench:
-    args = (make_input(case), palette_of(case), case.block_size)
+    decimals = 4 if case.variant == "decimals" else None
+    args = (make_input(case), palette_of(case), case.block_size, decimals)
     floor = case.numel * (case.element_bytes + 1)
     return bench_of(case, "palettize", args, floor, case.numel)

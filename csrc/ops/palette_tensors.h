@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -103,6 +104,47 @@ inline void decision_bounds(const float* centroids, int64_t clusters, float* bou
     if (bound > middle) bound = std::nextafter(bound, kBelow);
     if (indices[j + 1] < indices[j] && bound == middle) bound = std::nextafter(bound, kBelow);
     bounds[j] = std::isnan(bound) ? std::numeric_limits<float>::infinity() : bound;
+  }
+}
+
+inline float power_of_ten(int64_t decimals) { return static_cast<float>(std::pow(10.0, static_cast<double>(decimals))); }
+
+// Float32 values in ascending order as whole numbers without a gap, and back.
+inline int32_t ordinal(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits < 0 ? std::numeric_limits<int32_t>::min() - bits - 1 : bits;
+}
+
+inline float from_ordinal(int32_t number) {
+  const int32_t bits = number < 0 ? std::numeric_limits<int32_t>::min() - number - 1 : number;
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// Instead of each bound the largest value that, rounded to multiples of 1 / power, is not above it: what exceeds the
+// one is what exceeds the other once it is rounded, since rounding keeps the order.
+inline void bounds_before_rounding(float* bounds, int64_t count, float power) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    const float bound = bounds[i];
+    if (bound == kInfinity) continue;
+    const auto is_below = [&](int64_t number) {
+      return std::nearbyint(from_ordinal(static_cast<int32_t>(number)) * power) / power <= bound;
+    };
+    // From half a step above the bound, in growing strides to both sides; then by halving.
+    const int64_t lowest = ordinal(-kInfinity), highest = ordinal(kInfinity);
+    const float guess = (std::floor(bound * power) + 0.5f) / power;
+    int64_t low = std::isnan(guess) ? 0 : ordinal(guess), high = low;
+    for (int64_t stride = 1; low > lowest && !is_below(low); stride *= 4) high = low, low = std::max(low - stride, lowest);
+    for (int64_t stride = 1; high < highest && is_below(high); stride *= 4)
+      low = high, high = std::min(high + stride, highest);
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (is_below(middle) ? low : high) = middle;
+    }
+    bounds[i] = from_ordinal(static_cast<int32_t>(low));
   }
 }
 

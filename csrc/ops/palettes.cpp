@@ -70,26 +70,29 @@ class BlockReader {
 
 Tensor kmeans_1d(Tensor weight, Optional weights, Blocks block_size, int64_t clusters, std::optional<int64_t> decimals) {
   if (is_double(weight)) weight = to_float(weight);
-  if (weights && weights->scalar_type() != ScalarType::Float) weights = to_float(*weights);
+  const bool chooses = weights && weights->scalar_type() == ScalarType::Bool;
+  if (weights && !chooses && weights->scalar_type() != ScalarType::Float) weights = to_float(*weights);
   const BlockReader values(weight, block_size);
   std::optional<BlockReader> masses;
   if (weights) masses.emplace(*weights, block_size);
   const int64_t sizes[] = {values.blocks(), clusters, 1};
   const Tensor centroids = empty(Ints(sizes, sizes + 3), ScalarType::Float);
   auto* out = static_cast<float*>(centroids.mutable_data_ptr());
-  const cpu::Samples all = {element_of("weight", weight),
-                            nullptr,
-                            nullptr,
-                            values.count(),
-                            decimals.has_value(),
-                            static_cast<float>(std::pow(10.0, static_cast<double>(decimals.value_or(0))))};
+  const cpu::Samples all = {
+      element_of("weight", weight),      nullptr, nullptr, nullptr, values.count(), decimals.has_value(),
+      power_of_ten(decimals.value_or(0))};
   torch::stable::parallel_for(0, values.blocks(), 1, [&](int64_t begin, int64_t end) {
     std::vector<char> value_buffer, weight_buffer;
     cpu::Points points;
     for (int64_t block = begin; block < end; ++block) {
       cpu::Samples samples = all;
       samples.values = values.read(block, value_buffer);
-      if (masses) samples.weights = static_cast<const float*>(masses->read(block, weight_buffer));
+      const void* mass = masses ? masses->read(block, weight_buffer) : nullptr;
+      if (chooses) {
+        samples.kept = static_cast<const uint8_t*>(mass);
+      } else {
+        samples.weights = static_cast<const float*>(mass);
+      }
       float* here = out + block * clusters;
       if (samples.count > 0 && cpu::distinct_points(samples, points)) {
         cpu::best_centroids(points, static_cast<int>(clusters), here);
@@ -111,7 +114,37 @@ void run_lookup(const Palettes& palettes, cpu::Lookup job) {
   cpu::kernels().palettes.lookup(job);
 }
 
-Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size) {
+// The flags of a mask in the memory order of a tensor.
+Tensor in_order_of(const Tensor& x, const Tensor& mask) {
+  const Ints shape = to_ints(x.sizes()), strides = to_ints(x.strides());
+  const Ints its_strides = to_ints(mask.strides());
+  if (std::equal(strides.begin(), strides.end(), its_strides.begin())) return mask;
+  Tensor copy = empty(shape, strides, ScalarType::Bool);
+  torch::stable::copy_(copy, mask);
+  return copy;
+}
+
+// Zeros, of the same sign, where nothing is kept.
+template <class Word>
+void keep(const uint8_t* kept, int64_t numel, void* output) {
+  constexpr auto kSign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
+  auto* out = static_cast<Word*>(output);
+  torch::stable::parallel_for(0, numel, int64_t{1} << 15, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] &= kept[i] != 0 ? static_cast<Word>(-1) : kSign;
+  });
+}
+
+void keep(const Tensor& output, const Tensor& mask) {
+  const Tensor ordered = in_order_of(output, mask);
+  const auto* kept = static_cast<const uint8_t*>(ordered.const_data_ptr());
+  const int64_t numel = output.numel(), size = static_cast<int64_t>(output.element_size());
+  void* out = output.mutable_data_ptr();
+  if (size == 2) return keep<uint16_t>(kept, numel, out);
+  if (size == 4) return keep<uint32_t>(kept, numel, out);
+  keep<uint64_t>(kept, numel, out);
+}
+
+Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size, Optional mask) {
   const int64_t dim = centroids.size(2);
   const auto element_size = static_cast<int64_t>(centroids.element_size());
   if (dim > 1) indices = torch::stable::contiguous(indices);
@@ -119,6 +152,7 @@ Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size) {
   const auto layout = cpu::make_layout(x.shape, x.order, index_blocks(block_size, dim));
   const Palettes palettes(centroids, layout);
   const Tensor output = dim > 1 ? empty(rows_times(x.shape, dim), centroids.scalar_type()) : x.output;
+  STD_TORCH_CHECK(!mask || dim == 1, "mask is for scalars; centroids have ", dim, " entries");
   if (layout.geometry.numel > 0) {
     run_lookup(palettes, {{&layout.geometry, dim, row_size(x.shape)},
                           {},
@@ -127,6 +161,7 @@ Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size) {
                           8,
                           output.mutable_data_ptr(),
                           element_size});
+    if (mask) keep(output, *mask);
   }
   return output;
 }
@@ -152,7 +187,8 @@ Tensor lookup_packed(Tensor packed, Tensor centroids, Blocks sizes, Blocks block
   return output;
 }
 
-Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size) {
+Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size, std::optional<int64_t> decimals) {
+  STD_TORCH_CHECK(!decimals || centroids.size(2) == 1, "decimals are for scalars");
   if (is_double(weight)) weight = to_float(weight);
   const int64_t dim = centroids.size(2);
   if (dim > 1) weight = torch::stable::contiguous(weight);
@@ -170,6 +206,7 @@ Tensor palettize(Tensor weight, Tensor centroids, Blocks block_size) {
     order.resize(static_cast<size_t>(blocks * room));
     for (int64_t i = 0; i < blocks; ++i) {
       decision_bounds(table.data() + i * clusters, clusters, bounds.data() + i * room, order.data() + i * room);
+      if (decimals) bounds_before_rounding(bounds.data() + i * room, clusters - 1, power_of_ten(*decimals));
     }
   }
   cpu::kernels().palettes.palettize({{&layout.geometry, dim, row_size(shape)},

@@ -181,6 +181,31 @@ def test_values_that_have_no_mean(
                 ck.kmeans_1d(values, 4, block_size=(1, size))
 
 
+@pytest.mark.parametrize("size", [7, 300, 20_000])
+@pytest.mark.parametrize("decimals", [None, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_bool_weights_leave_elements_out(size: int, decimals: int | None, dtype: torch.dtype) -> None:
+    """As if they were not there, whatever they are; a block that keeps nothing counts whole."""
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(size, 3, generator=generator).to(dtype)
+    kept = torch.rand(size, 3, generator=generator) < 0.5
+    kept[:3, 0], kept[:, 2] = True, False
+    values[~kept[:, 0], 0] = torch.nan
+    results = []
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            found = ck.kmeans_1d(values, 3, block_size=(size, 1), weights=kept, decimals=decimals)
+            compact = values[kept[:, 0], 0]
+            alone = ck.kmeans_1d(compact, 3, block_size=(len(compact),), decimals=decimals)
+            whole = ck.kmeans_1d(values[:, 2], 3, block_size=(size,), decimals=decimals)
+        assert_same_bits(found[:1], alone)
+        assert_same_bits(found[2:], whole)
+        results.append(found)
+    if size < 1000:
+        assert_same_bits(*results)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("error", "text", "arguments"),
     [
@@ -190,7 +215,7 @@ def test_values_that_have_no_mean(
         (ValueError, r"num_clusters must be at most 8.*\(2, 4\).*values; got 9", {"num_clusters": 9}),
         (ValueError, "block_size.*does not divide", {"block_size": (3, 8)}),
         (ValueError, "weights must have the shape of weight", {"weights": torch.ones(8, 4)}),
-        (TypeError, "weights must be one of", {"weights": torch.ones(4, 8, dtype=torch.bool)}),
+        (TypeError, "weights must be one of", {"weights": torch.ones(4, 8, dtype=torch.int32)}),
         (ValueError, "decimals must be in", {"decimals": 99}),
     ],
 )

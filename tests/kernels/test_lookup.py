@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import coreai_kernels as ck
@@ -29,6 +30,51 @@ def test_backends_agree(case: PaletteCase) -> None:
         results[backend] = found
     assert_same_bits(results["auto"], results["reference"])
     assert_same_memory_format(results["auto"], results["reference"])
+
+
+@many
+@given(palette_cases(), st.booleans())
+def test_masked_backends_agree(case: PaletteCase, transposed: bool) -> None:
+    """Zeros where the mask is False, with the sign of what was looked up; whatever the mask's strides."""
+    indices, centroids = case.indices(), case.centroids()
+    mask = torch.rand(indices.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    if transposed and mask.dim() > 1:
+        mask = mask.transpose(0, 1).contiguous().transpose(0, 1)
+    results = []
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            if case.dim > 1:
+                with pytest.raises(ValueError, match=r"mask is for scalars"):
+                    ck.lookup(indices, centroids, block_size=case.block_size, mask=mask)
+                continue
+            found = ck.lookup(indices, centroids, block_size=case.block_size, mask=mask)
+            whole = ck.lookup(indices, centroids, block_size=case.block_size)
+        assert_same_bits(found[mask], whole[mask])
+        assert not found[~mask].any()
+        assert torch.equal(found[~mask].signbit(), whole[~mask].signbit())
+        results.append(found)
+    if results:
+        assert_same_bits(*results)
+        assert_same_memory_format(*results)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("compiles", [False, True])
+def test_masked_gradients(backend: str, compiles: bool) -> None:
+    indices = torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.uint8)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    weight, centroids = torch.zeros(2, 3, requires_grad=True), torch.ones(1, 2, 1, requires_grad=True)
+
+    def step(weight: Tensor, centroids: Tensor) -> Tensor:
+        return ck.lookup(indices, centroids, block_size=(2, 3), weight=weight, mask=mask)
+
+    function = torch.compile(step, fullgraph=True, backend="aot_eager") if compiles else step
+    with ck.use_backend(backend):
+        function(weight, centroids).backward(torch.tensor([[1.0, 2, 4], [8, 16, 32]]))
+    assert weight.grad is not None
+    assert centroids.grad is not None
+    assert weight.grad.tolist() == [[1, 0, 4], [8, 16, 0]]
+    assert centroids.grad.flatten().tolist() == [17, 12]
 
 
 @many
@@ -115,6 +161,8 @@ def test_opcheck(dim: int) -> None:
     centroids = torch.randn(2, 4, dim, requires_grad=True)
     ops = torch.ops.coreai_kernels
     torch.library.opcheck(ops.lookup.default, (indices, centroids, [4, 6]))
+    if dim == 1:
+        torch.library.opcheck(ops.lookup.default, (indices, centroids, [4, 6], torch.rand(8, 6) < 0.5))
     torch.library.opcheck(ops.lookup_backward.default, (torch.randn(8, 6), indices, [4, 6], 4, dim))
     packed = ck.pack_bits(indices, 2)
     torch.library.opcheck(ops.lookup_packed.default, (packed, centroids.detach(), [8, 6], [4, 6], 2))
@@ -149,6 +197,8 @@ GOOD = {
         (ValueError, "one palette per block, 2", {"centroids": torch.ones(1, 4, 1)}),
         (ValueError, "weight must have the shape looked up", {"weight": torch.ones(4, 7)}),
         (ValueError, "must divide the 2 rows", {"centroids": torch.ones(2, 4, 3)}),
+        (TypeError, "mask must be bool; got torch.uint8", {"mask": torch.ones(4, 8, dtype=torch.uint8)}),
+        (ValueError, "mask must have the shape and device", {"mask": torch.ones(4, 7, dtype=torch.bool)}),
     ],
 )
 def test_bad_arguments(error: type[Exception], text: str, arguments: dict[str, object]) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 import coreai_kernels as ck
 from coreai_kernels import native
+from coreai_kernels.reference.kmeans_1d import round_decimals
 from coreai_kernels.reference.layout import to_vectors
+from coreai_kernels.reference.palettize import bounds_before_rounding
 from tests.kernels.palette_support import PaletteCase, many, palette_cases
 from tests.kernels.support import assert_same_bits, assert_same_memory_format
 
@@ -83,10 +86,51 @@ def test_the_midpoint_is_exact() -> None:
     assert ck.palettize(weight, far, block_size=(1, 3)).tolist() == [[0, 1, 1]]
 
 
+@many
+@given(palette_cases(), st.integers(-2, 5))
+def test_decimals_are_those_of_rounded_values(case: PaletteCase, decimals: int) -> None:
+    weight, centroids = case.tensor(), case.centroids()
+    if case.dim > 1:
+        with pytest.raises(ValueError, match="decimals are for scalars"):
+            ck.palettize(weight, centroids, block_size=case.block_size, decimals=decimals)
+        return
+    rounded = round_decimals(weight.float(), decimals)
+    wanted = ck.palettize(rounded, centroids, block_size=case.block_size)
+    for backend in ("reference", "auto"):
+        with ck.use_backend(backend):
+            found = ck.palettize(weight, centroids, block_size=case.block_size, decimals=decimals)
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("decimals", [-30, -3, 0, 4, 7, 30])
+def test_bounds_before_rounding_are_exact(decimals: int) -> None:
+    """Bounds at, and just beside, multiples of a step and half-way between them; subnormal and huge ones."""
+    exponents = torch.arange(-140.0, 128.0, 3.7)
+    bounds = torch.cat([torch.randn(200), torch.exp2(exponents), -torch.exp2(exponents), torch.zeros(1)])
+    steps = torch.arange(-20, 21) / 2 * (1.0 if decimals in (-30, 30) else 10.0**-decimals)
+    bounds = torch.cat([bounds, steps, torch.nextafter(steps, torch.tensor(1e9)), torch.tensor([-torch.inf])])
+    found = bounds_before_rounding(bounds, decimals)
+    after = torch.nextafter(found, torch.tensor(torch.inf))
+    assert bool((round_decimals(found, decimals) <= bounds).all())
+    assert bool((round_decimals(after, decimals) > bounds).all())
+    at_end = bounds_before_rounding(torch.tensor([torch.inf]), decimals)
+    assert at_end.tolist() == [torch.inf]
+    # The palettes whose midpoints these are have the same bounds in native code: neighbours tell them apart.
+    for bound, low, high in zip(bounds.tolist(), found, after, strict=True):
+        if abs(bound) > 1e30 or bound == 0 or float(torch.tensor(bound) * 2) / 2 != bound:
+            continue
+        pair = torch.tensor([[[bound - abs(bound)], [bound + abs(bound)]]])
+        if float((pair[0, 0].double() + pair[0, 1].double()) / 2) == bound:
+            weight = torch.stack([low, high])[None]
+            assert ck.palettize(weight, pair, block_size=(1, 2), decimals=decimals).tolist() == [[0, 1]]
+
+
 def test_opcheck() -> None:
     for dim, shape in ((1, (8, 6)), (2, (4, 2))):
         args = (torch.randn(8, 6), torch.randn(2, 4, dim), [4, 6])
         torch.library.opcheck(torch.ops.coreai_kernels.palettize.default, args)
+        if dim == 1:
+            torch.library.opcheck(torch.ops.coreai_kernels.palettize.default, (*args, 2))
         assert torch.ops.coreai_kernels.palettize(*args).dim() == len(shape)
 
 
@@ -111,6 +155,8 @@ BAD = [
     (ValueError, "one palette per block, 2", {"centroids": torch.ones(3, 4, 1)}),
     (ValueError, "must divide the 2 rows of a block; got 3", {"centroids": torch.ones(2, 4, 3)}),
     (ValueError, "block_size.*does not divide", {"block_size": (3, 8)}),
+    (ValueError, "decimals must be in", {"decimals": 31}),
+    (ValueError, "decimals are for scalars", {"decimals": 3, "centroids": torch.ones(2, 4, 2)}),
 ]
 
 

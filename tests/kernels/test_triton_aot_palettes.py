@@ -27,6 +27,11 @@ def lookup(blocks: list[int], clusters: int, dim: int, dtype: torch.dtype) -> Ca
     return lambda: palettes.lookup(indices, centroids(blocks, clusters, dim, dtype), blocks)
 
 
+def masked(clusters: int, dtype: torch.dtype) -> Callable[[], Any]:
+    indices, mask = meta(1024, 4096, dtype=BYTES), meta(1024, 4096, dtype=torch.bool)
+    return lambda: palettes.lookup(indices, centroids(WHOLE, clusters, 1, dtype), WHOLE, mask)
+
+
 def packed(bits: int, dtype: torch.dtype) -> Callable[[], Any]:
     data = meta(1024 * 4096 * bits // 8, dtype=BYTES)
     table = centroids(GROUPS, 2**bits, 1, dtype)
@@ -62,6 +67,7 @@ VARIANTS: dict[str, tuple[tuple[str, ...], Callable[[], Any]]] = {
     "lookup-16-fp32": (("lookup",), lookup(WHOLE, 16, 1, FP32)),
     "lookup-256-bf16": (("lookup",), lookup(GROUPS, 256, 1, BF16)),
     "lookup-vectors-bf16": (("lookup",), lookup(WHOLE, 16, 2, BF16)),
+    "lookup-masked-16-bf16": (("lookup",), masked(16, BF16)),
     "lookup-packed-4-bf16": (("lookup",), packed(4, BF16)),
     "lookup-packed-3-fp32": (("lookup",), packed(3, FP32)),
     "backward-16-fp32": (("sum_by_index",), backward(16, 1, FP32)),

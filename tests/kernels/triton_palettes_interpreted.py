@@ -51,9 +51,16 @@ def test_palettize_and_lookup(shape, block_size, dim, clusters, dtype) -> None:
         with ck.use_backend(backend):
             indices = ck.palettize(weight, centroids, block_size=block_size)
             found = ck.lookup(indices, centroids, block_size=block_size)
+            extra = []
+            if dim == 1:
+                mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+                extra = [
+                    ck.palettize(weight, centroids, block_size=block_size, decimals=1),
+                    ck.lookup(indices, centroids, block_size=block_size, mask=mask),
+                ]
             packed = ck.pack_bits(indices, bits)
             unpacked = ck.lookup_packed(packed, centroids, shape, block_size=block_size, bits=bits)
-            results[backend] = [indices, found, unpacked]
+            results[backend] = [indices, found, unpacked, *extra]
     for got, wanted in zip(results["triton"], results["reference"], strict=True):
         assert_same_bits(got, wanted)
         assert_same_memory_format(got, wanted)

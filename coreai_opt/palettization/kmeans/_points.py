@@ -111,21 +111,19 @@ class WeightPoints(_FakePalettizeImplBase):
             return gathered(self.scaled(weight), self._stored_positions, self.cluster_dim)
         return self.scaled(self.masked(weight))
 
-    def restored(self, points: Tensor, weight: Tensor, overwrite: bool = False) -> Tensor:
+    def restored(self, points: Tensor, weight: Tensor, are_masked: bool = False) -> Tensor:
         """The values, of the shape and dtype of ``weight``, of which these are the :meth:`points`.
 
         Args:
             points: the points.
             weight: the weight.
-            overwrite: whether ``points`` need not be kept.
+            are_masked: whether ``points`` are zero where the weight is masked.
         """
         if self._stored_positions is not None:
             points = scattered(points, self._stored_positions, tuple(weight.shape))
             return self.unscale(points).to(weight.dtype)
         values = self.unscale(points).to(weight.dtype)
-        if not overwrite or self._sparsity_mask is None or values.requires_grad:
-            return self.masked(values)
-        return values.mul_(self._sparsity_mask)
+        return values if are_masked else self.masked(values)
 
     def masked(self, weight: Tensor) -> Tensor:
         """The weight times its mask."""

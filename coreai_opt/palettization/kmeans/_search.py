@@ -3,18 +3,14 @@
 import math
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import coreai_kernels
 from coreai_opt.palettization.config import VectorKMeansConfig
-from coreai_opt.palettization.kmeans._sparsity import Sparsity, counts_of
+from coreai_opt.palettization.kmeans._sparsity import Sparsity
 
 __all__ = ["Clusters", "KMeansSimulator", "Settings", "cluster_kept", "padded"]
-
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Clusters(NamedTuple):
@@ -79,23 +75,19 @@ class Settings(NamedTuple):
             centroids = coreai_kernels.kmeans_1d(
                 weight, count, block_size=block_size, weights=weights, decimals=self.decimals
             )
-            weight = self.rounded(weight)
         centroids = padded(centroids, self.entries)
-        return Clusters(centroids, coreai_kernels.palettize(weight, centroids, block_size=block_size))
+        # Each value belongs to the cluster that it was rounded into.
+        decimals = self.decimals if self.cluster_dim == 1 else None
+        indices = coreai_kernels.palettize(weight, centroids, block_size=block_size, decimals=decimals)
+        return Clusters(centroids, indices)
 
-    def scalars(self, values: Tensor, weights: Tensor | None, entries: int) -> Tensor:
+    def scalars(self, values: Tensor, weights: Tensor, entries: int) -> Tensor:
         """Palettes of scalars ``(blocks, n)``, those of no weight left out: ``(blocks, entries, 1)``."""
         count = values.shape[1]
         centroids = coreai_kernels.kmeans_1d(
             values, min(entries, count), block_size=(1, count), weights=weights, decimals=self.decimals
         )
         return padded(centroids, entries)
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The values that are assigned: each belongs to the cluster that it was rounded into."""
-        if self.decimals is None:
-            return weight
-        return weight.to(torch.float32).round_(decimals=self.decimals)
 
     def searched(self, weight: Tensor) -> Tensor:
         """The values that are clustered."""
@@ -137,50 +129,27 @@ def cluster_kept(
         reserving: blocks whose entry 0 is the value zero, bool ``(blocks,)``; None for none of them.
     """
     values = settings.searched(values)
-    counts = counts_of(kept)
-    rows = _compacted(values, kept, counts)
-    # Blocks that keep fewer values have the same shape: what has no mass is left out.
-    masses = None
+    weights = kept
     if mass is not None:
-        masses = _compacted(mass[:, :, 0], kept, counts)
-        for block, count in enumerate(counts):
-            if not bool(masses[block].any()):
-                masses[block, :count] = 1
-    elif min(counts) < max(counts):
-        masses = rows.new_zeros(rows.shape, dtype=torch.float32)
-        for block, count in enumerate(counts):
-            masses[block, :count] = 1
-    reserves = [False] * len(rows) if reserving is None else reserving.tolist()
-    found = torch.zeros(len(rows), settings.entries, 1, device=values.device)
-    for reserved in set(reserves) if rows.shape[1] else ():
+        weights = mass[:, :, 0] * kept
+        # Where none of the kept values has any weight, they have equal ones.
+        weights = torch.where(weights.any(1, keepdim=True), weights, kept.to(weights.dtype))
+    reserves = [False] * len(values) if reserving is None else reserving.tolist()
+    found = torch.empty(len(values), settings.entries, 1, device=values.device)
+    for reserved in set(reserves):
         its = [block for block, each in enumerate(reserves) if each == reserved]
-        chosen = slice(None) if len(its) == len(rows) else its
-        its_masses = None if masses is None else masses[chosen]
-        palettes = settings.scalars(rows[chosen], its_masses, settings.entries - reserved)
+        chosen = slice(None) if len(its) == len(reserves) else its
+        palettes = settings.scalars(values[chosen], weights[chosen], settings.entries - reserved)
         found[chosen] = padded(palettes, settings.entries)
     # Without the entry for zero; instead the last one twice, of which the second is never nearest.
-    labels = coreai_kernels.palettize(settings.rounded(values), found, block_size=(1, values.shape[1]))
+    labels = coreai_kernels.palettize(
+        values, found, block_size=(1, values.shape[1]), decimals=settings.decimals
+    )
     if reserving is not None:
         labels += reserving[:, None]
         shifted = torch.cat([torch.zeros_like(found[:, :1]), found[:, :-1]], 1)
         found = torch.where(reserving[:, None, None], shifted, found)
     return Clusters(found, labels.mul_(kept.view(torch.uint8)))
-
-
-def _compacted(values: Tensor, kept: Tensor, counts: list[int]) -> Tensor:
-    """The values that are kept in each row, and zeros behind them where it keeps fewer than another."""
-    found = values.new_zeros(len(values), max(counts))
-    if values.device.type != "cpu":
-        for row, inside, count, out in zip(values, kept, counts, found, strict=True):
-            out[:count] = row[inside]
-        return found
-    # In a fraction of the time that torch takes.
-    bits, out_bits = (
-        each.view(_BITS[values.element_size()]).numpy() for each in (values.contiguous(), found)
-    )
-    for row, inside, count, out in zip(bits, kept.numpy(), counts, out_bits, strict=True):
-        np.compress(inside, row, out=out[:count])
-    return found
 
 
 def padded(centroids: Tensor, entries: int) -> Tensor:

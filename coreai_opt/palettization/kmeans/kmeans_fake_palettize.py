@@ -124,8 +124,9 @@ class _KMeansFakePalettize(PaletteState):
         self.detect_sparsity(weight)
         self.refresh_indices(weight)
         block_size = self.point_blocks(weight).block_size
-        values = coreai_kernels.lookup(self.index_rows(), self.palettes(), block_size=block_size)
-        return self.restored(values, weight, overwrite=True)
+        mask = self._sparsity_mask if self._stored_positions is None else None
+        values = coreai_kernels.lookup(self.index_rows(), self.palettes(), block_size=block_size, mask=mask)
+        return self.restored(values, weight, are_masked=True)
 
     def refresh_indices(self, weight: Tensor) -> None:
         """Assign the values of ``weight`` to the palettes anew if the stored indices are out of date."""

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._graph.nodes import attribute_of, tensor_of
 from coreai_opt.quantization._graph.resolve import Place, Placement, Planned
-from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
+from coreai_opt.quantization.spec import QuantizationComponentFactory
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["PREFIX", "build", "insert", "quantizer_nodes"]
@@ -45,20 +44,15 @@ def build(graph: Graph, placement: Placement) -> dict[Place, FakeQuantizeImplBas
 
 
 def _quantizer(planned: Planned | FakeQuantizeImplBase) -> FakeQuantizeImplBase:
-    if isinstance(planned, FakeQuantizeImplBase):
+    if not isinstance(planned, Planned):
         return planned
-    spec, target = _of(planned)
-    return QuantizationComponentFactory.create_fake_quantizer(spec, target)
-
-
-def _of(planned: Planned) -> tuple[QuantizationSpec, CompressionTargetTensor]:
-    return planned.spec, planned.target
+    return QuantizationComponentFactory.create_fake_quantizer(planned.spec, planned.target)
 
 
 def _kind(place: Place, planned: Planned | FakeQuantizeImplBase) -> tuple[Any, ...]:
-    if isinstance(planned, FakeQuantizeImplBase):
+    if not isinstance(planned, Planned):
         return place.producer, planned
-    spec, _ = _of(planned)
+    spec = planned.spec
     return place.producer, spec.dtype, spec.quant_min, spec.quant_max
 
 

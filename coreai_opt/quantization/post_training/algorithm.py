@@ -111,7 +111,6 @@ class Task:
         granularity: Granularity = "block",
         simulate: bool = True,
         keep: bool = True,
-        freeze: bool = True,
     ) -> Iterator[Stage]:
         """See :func:`run_stages`. What is done with a stage is kept; what was kept is not handed out again.
 
@@ -122,7 +121,6 @@ class Task:
             granularity: see :func:`run_stages`.
             simulate: see :func:`run_stages`.
             keep: False if a stage changes nothing.
-            freeze: whether a stage chooses parameters, which a layer that was kept goes on to keep.
         """
         restored: set[Layer] = set()
 
@@ -145,7 +143,7 @@ class Task:
                 simulate=simulate,
             ):
                 if restored.issuperset(stage.layers):
-                    for layer in stage.layers if freeze else ():
+                    for layer in stage.layers:
                         layer.keep_parameters()
                 elif stage.statistic.count == 0:
                     for layer in stage.layers:

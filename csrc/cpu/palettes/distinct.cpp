@@ -14,6 +14,8 @@ namespace {
 using std::size_t;
 
 constexpr int64_t kPatterns = 1 << 16;
+// Counts that nobody reads: neighbours that are left out go to different ones, so that none waits for the one before.
+constexpr int64_t kUnread = 16;
 // Blocks from this size on count all 65,536 patterns; sorting fewer elements is quicker than clearing the counts.
 constexpr int64_t kCountFrom = 1 << 14;
 constexpr int64_t kParallelCount = 1 << 20;
@@ -59,28 +61,62 @@ bool any_weight(const Samples& samples) {
   return false;
 }
 
+bool any_kept(const Samples& samples) {
+  return std::any_of(samples.kept, samples.kept + samples.count, [](uint8_t kept) { return kept != 0; });
+}
+
+template <class T>
+void count_patterns(const T* values, int64_t count, uint32_t* counts) {
+  for (int64_t i = 0; i < count; ++i) ++counts[values[i].bits];
+}
+
+// Without branches, which random zeros would mispredict, and in two loops, of which the first is for vectors.
+template <class T>
+void count_kept_patterns(const T* values, const uint8_t* kept, int64_t count, uint32_t* counts) {
+  constexpr int64_t kPiece = 256;
+  uint32_t places[kPiece];
+  for (int64_t start = 0; start < count; start += kPiece) {
+    const int64_t size = std::min(kPiece, count - start);
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t skip = kept[start + i] != 0 ? 0 : ~uint32_t{0};
+      const auto unread = static_cast<uint32_t>(kPatterns + i % kUnread);
+      places[i] = (values[start + i].bits & ~skip) | (unread & skip);
+    }
+    for (int64_t i = 0; i < size; ++i) ++counts[places[i]];
+  }
+}
+
 // Counts of all bit patterns, on several threads: whole numbers, so their order does not matter.
 template <class T>
-void count_patterns(const T* values, int64_t count, std::vector<double>& masses) {
+void count_patterns(const T* values, const uint8_t* kept, int64_t count, std::vector<double>& masses) {
+  constexpr int64_t kCounts = kPatterns + kUnread;
   const int64_t parts = count < kParallelCount ? 1 : threads();
-  std::vector<uint32_t> counts(static_cast<size_t>(parts * kPatterns));
+  std::vector<uint32_t> counts(static_cast<size_t>(parts * kCounts));
   struct Context {
     const T* values;
+    const uint8_t* kept;
     int64_t count, parts;
     uint32_t* counts;
-  } context{values, count, parts, counts.data()};
+  } context{values, kept, count, parts, counts.data()};
   parallel(
       0, parts, 1,
       [](int64_t begin, int64_t end, void* raw) {
         auto* c = static_cast<Context*>(raw);
         for (int64_t part = begin; part < end; ++part) {
-          uint32_t* own = c->counts + part * kPatterns;
-          const int64_t last = c->count * (part + 1) / c->parts;
-          for (int64_t i = c->count * part / c->parts; i < last; ++i) ++own[c->values[i].bits];
+          uint32_t* own = c->counts + part * kCounts;
+          const int64_t first = c->count * part / c->parts, size = c->count * (part + 1) / c->parts - first;
+          if (c->kept == nullptr) {
+            count_patterns(c->values + first, size, own);
+          } else {
+            count_kept_patterns(c->values + first, c->kept + first, size, own);
+          }
         }
       },
       &context);
-  for (size_t i = 0; i < counts.size(); ++i) masses[i % kPatterns] += counts[i];
+  for (int64_t part = 0; part < parts; ++part) {
+    for (int64_t i = 0; i < kPatterns; ++i)
+      masses[static_cast<size_t>(i)] += counts[static_cast<size_t>(part * kCounts + i)];
+  }
 }
 
 template <class T>
@@ -88,7 +124,7 @@ bool points_of_patterns(const Samples& samples, const float* weights, Points& po
   const auto* values = static_cast<const T*>(samples.values);
   std::vector<double> masses(kPatterns);
   if (weights == nullptr) {
-    count_patterns(values, samples.count, masses);
+    count_patterns(values, samples.kept, samples.count, masses);
   } else {
     // A value that no element has any mass at is left out, but must be finite.
     std::vector<bool> seen(kPatterns);
@@ -155,14 +191,18 @@ bool points_by_sorting(const Samples& samples, const float* weights, Points& poi
   bool finite = true;
   if (weights == nullptr) {
     std::vector<uint32_t> keys(count);
+    size_t size = 0;
     for (size_t i = 0; i < count; ++i) {
+      const bool kept = samples.kept == nullptr || samples.kept[i] != 0;
       const float value = round(widen(values[i]));
-      finite &= std::isfinite(value);
-      keys[i] = ordered(value);
+      finite &= !kept || std::isfinite(value);
+      keys[size] = ordered(value);
+      size += kept;
     }
     if (!finite) return false;
+    keys.resize(size);
     radix_sort(keys);
-    points.reserve(count);
+    points.reserve(size);
     for (const uint32_t key : keys) points.add(unordered(key), 1.0);
     return true;
   }
@@ -187,10 +227,12 @@ bool points_of_steps(const Samples& samples, const float* weights, Points& point
   const auto* values = static_cast<const float*>(samples.values);
   float low = 0, high = 0;
   bool finite = true;
+  const auto is_kept = [&](int64_t i) { return samples.kept == nullptr || samples.kept[i] != 0; };
   for (int64_t i = 0; i < samples.count; ++i) {
-    low = std::min(low, values[i]);
-    high = std::max(high, values[i]);
-    finite &= std::isfinite(values[i]);
+    const float value = is_kept(i) ? values[i] : 0.0f;
+    low = std::min(low, value);
+    high = std::max(high, value);
+    finite &= std::isfinite(value);
   }
   const float first = std::nearbyint(low * samples.power), last = std::nearbyint(high * samples.power);
   if (!finite || !(std::max(-first, last) < kSteps / 2)) return false;
@@ -200,9 +242,9 @@ bool points_of_steps(const Samples& samples, const float* weights, Points& point
   std::vector<double> masses(steps);
   for (int64_t i = 0; i < samples.count; ++i) {
     // Rounds to a whole number, ties to even, where magnitudes are below 2^22; and a library call less.
-    const float whole = values[i] * samples.power + 0x1.8p23f - 0x1.8p23f;
+    const float whole = (is_kept(i) ? values[i] : 0.0f) * samples.power + 0x1.8p23f - 0x1.8p23f;
     const auto step = static_cast<int32_t>(whole);
-    masses[static_cast<size_t>(step - offset)] += weights == nullptr ? 1.0 : weights[i];
+    masses[static_cast<size_t>(step - offset)] += weights == nullptr ? is_kept(i) : weights[i];
   }
   for (size_t step = 0; step < steps; ++step) {
     if (masses[step] > 0) {
@@ -224,8 +266,10 @@ bool points_of(const Samples& samples, const float* weights, Points& points) {
 
 }  // namespace
 
-bool distinct_points(const Samples& samples, Points& points) {
+bool distinct_points(const Samples& all, Points& points) {
   points.clear();
+  Samples samples = all;
+  if (samples.kept != nullptr && !any_kept(samples)) samples.kept = nullptr;
   const float* weights = samples.weights;
   if (weights != nullptr) {
     for (int64_t i = 0; i < samples.count; ++i) {

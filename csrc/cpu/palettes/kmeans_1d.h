@@ -30,6 +30,7 @@ struct Samples {
   Element element;  // no float64
   const void* values;
   const float* weights;  // null: all 1
+  const uint8_t* kept;   // null: all; else which of them count. Not together with weights.
   int64_t count;
   bool rounds;  // to multiples of 1 / power
   float power;

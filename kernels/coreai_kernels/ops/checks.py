@@ -14,6 +14,7 @@ __all__ = [
     "check_axis",
     "check_blocks",
     "check_centroids",
+    "check_decimals",
     "check_float_input",
     "check_num_clusters",
     "check_num_keep",
@@ -63,6 +64,12 @@ def check_centroids(centroids: Tensor, shape: tuple[int, ...], block_size: tuple
             f"centroids must have one palette per block, {blocks} for block_size {tuple(block_size)} "
             f"and shape {tuple(shape)}; got {centroids.size(0)}"
         )
+
+
+def check_decimals(decimals: int | None) -> None:
+    """ValueError unless float32 has the power of ten."""
+    if decimals is not None and not -30 <= decimals <= 30:
+        raise ValueError(f"decimals must be in -30..30; got {decimals}")
 
 
 def check_num_clusters(num_clusters: int, block_size: tuple[int, ...], dim: int = 1) -> None:

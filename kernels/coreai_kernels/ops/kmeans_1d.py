@@ -48,8 +48,8 @@ def kmeans_1d(
         weight: float32, bfloat16, float16 or float64 tensor; the latter is rounded to float32.
         num_clusters: 1 to 256, and no more than a block has elements.
         block_size: extent of a block along each axis; must divide the shape.
-        weights: importance of each element, at least 0, in the shape of ``weight``. A block of which all are
-            0 counts as unweighted.
+        weights: importance of each element, at least 0, in the shape of ``weight``; or bool, which elements
+            count: the others may have any value. A block of which all are 0 counts as unweighted.
         decimals: cluster the values rounded to so many decimal places, as :func:`numpy.round` rounds float32.
 
     Returns:
@@ -59,20 +59,20 @@ def kmeans_1d(
     Raises:
         ValueError: shapes do not fit; a block has fewer elements than ``num_clusters``; NaN or an infinity in
             ``weight`` or ``weights``, or a negative one in ``weights``.
-        TypeError: ``weight`` or ``weights`` is not floating point.
+        TypeError: ``weight`` is not floating point, or ``weights`` neither that nor bool.
     """
     checks.check_float_input("weight", weight)
     checks.check_blocks("block_size", weight, block_size)
     checks.check_num_clusters(num_clusters, block_size)
     if weights is not None:
-        checks.check_float_input("weights", weights)
+        if weights.dtype != torch.bool:
+            checks.check_float_input("weights", weights)
         if weights.shape != weight.shape:
             raise ValueError(
                 f"weights must have the shape of weight, {tuple(weight.shape)}; got {tuple(weights.shape)}"
             )
         weights = weights.detach().cpu()
-    if decimals is not None and not -30 <= decimals <= 30:
-        raise ValueError(f"decimals must be in -30..30; got {decimals}")
+    checks.check_decimals(decimals)
     centroids: Tensor = implementation("kmeans_1d")(
         weight.detach().cpu(), weights, block_size, num_clusters, decimals
     )

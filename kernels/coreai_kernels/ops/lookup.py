@@ -17,7 +17,7 @@ def _weight_shape(indices: Tensor, dim: int) -> tuple[int, ...]:
     return (indices.size(0) * dim, *indices.shape[1:]) if indices.dim() else ()
 
 
-def _fake(indices: Tensor, centroids: Tensor, block_size: list[int]) -> Tensor:
+def _fake(indices: Tensor, centroids: Tensor, block_size: list[int], mask: Tensor | None = None) -> Tensor:
     dim = centroids.size(2)
     if dim == 1:
         return torch.empty_like(indices, dtype=centroids.dtype)
@@ -33,7 +33,7 @@ def _fake_backward(
 
 define(
     "lookup",
-    "(Tensor indices, Tensor centroids, int[] block_size) -> Tensor",
+    "(Tensor indices, Tensor centroids, int[] block_size, Tensor? mask=None) -> Tensor",
     reference=reference.lookup,
     fake=_fake,
     triton=triton.get("lookup"),
@@ -55,18 +55,19 @@ define(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    indices, centroids, block_size = inputs[:3]
-    ctx.save_for_backward(indices)
+    indices, centroids, block_size, mask = inputs
+    ctx.save_for_backward(indices, mask)
     ctx.block_size, ctx.palette, ctx.dtype = block_size, centroids.shape, centroids.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.needs_input_grad[1]:
-        return None, None, None
-    (indices,) = ctx.saved_tensors
+        return None, None, None, None
+    indices, mask = ctx.saved_tensors
     _, clusters, dim = ctx.palette
+    grad = grad if mask is None else grad * mask
     sums = implementation("lookup_backward")(grad, indices, ctx.block_size, clusters, dim)
-    return None, sums.to(ctx.dtype), None
+    return None, sums.to(ctx.dtype), None, None
 
 
 torch.library.register_autograd("coreai_kernels::lookup", _backward, setup_context=_setup_context)
@@ -77,37 +78,53 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, indices: Tensor, centroids: Tensor, block_size: tuple[int, ...], weight: Tensor | None
+        ctx: Any,
+        indices: Tensor,
+        centroids: Tensor,
+        block_size: tuple[int, ...],
+        mask: Tensor | None,
+        weight: Tensor | None,
     ) -> Tensor:
         """The weights looked up."""
-        output: Tensor = implementation("lookup")(indices, centroids, block_size)
-        _setup_context(ctx, (indices, centroids, block_size), output)
+        output: Tensor = implementation("lookup")(indices, centroids, block_size, mask)
+        _setup_context(ctx, (indices, centroids, block_size, mask), output)
         ctx.weight_dtype = None if weight is None else weight.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """To the centroids, and unchanged to the weight."""
-        return *_backward(ctx, grad), grad.to(ctx.weight_dtype) if ctx.needs_input_grad[3] else None
+        """To the centroids, and to the weight, unchanged where nothing is masked."""
+        to_weight = None
+        if ctx.needs_input_grad[4]:
+            mask = ctx.saved_tensors[1]
+            to_weight = (grad if mask is None else grad * mask).to(ctx.weight_dtype)
+        return *_backward(ctx, grad), to_weight
 
 
 class _StraightThrough(torch.autograd.Function):
     """The first argument's value with a gradient to both."""
 
     @staticmethod
-    def forward(ctx: Any, looked_up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, looked_up: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         """``looked_up``, unchanged."""
         ctx.dtype = weight.dtype
+        ctx.save_for_backward(mask)
         return looked_up.view_as(looked_up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The gradient, twice."""
-        return grad, grad.to(ctx.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """The gradient, and what of it is not masked."""
+        (mask,) = ctx.saved_tensors
+        return grad, (grad if mask is None else grad * mask).to(ctx.dtype), None
 
 
 def lookup(
-    indices: Tensor, centroids: Tensor, *, block_size: tuple[int, ...], weight: Tensor | None = None
+    indices: Tensor,
+    centroids: Tensor,
+    *,
+    block_size: tuple[int, ...],
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Weights that indices into a palette stand for.
 
@@ -123,6 +140,8 @@ def lookup(
         block_size: extent of a block *of the weight* along each axis.
         weight: the weight that was palettized; the gradient passes to it unchanged (straight-through
             estimator, Bengio et al., arXiv 1308.3432).
+        mask: for scalars, bool of the shape of ``indices``: where it is False the result is zero, with the
+            sign of what was looked up, and gradients are zero.
 
     Returns:
         Tensor of the dtype of ``centroids``; its first axis is ``dim`` times that of ``indices``. For scalars
@@ -130,7 +149,7 @@ def lookup(
 
     Raises:
         ValueError: shapes do not fit.
-        TypeError: ``indices`` is not uint8, or ``centroids`` is not floating point.
+        TypeError: ``indices`` is not uint8, ``mask`` not bool, or ``centroids`` not floating point.
     """
     if indices.dtype != torch.uint8:
         raise TypeError(f"indices must be uint8; got {indices.dtype}")
@@ -139,13 +158,28 @@ def lookup(
     checks.check_centroids(centroids, shape, block_size)
     if weight is not None and weight.shape != torch.Size(shape):
         raise ValueError(f"weight must have the shape looked up, {shape}; got {tuple(weight.shape)}")
+    if mask is not None:
+        _check_mask(mask, indices, dim)
     if torch.compiler.is_compiling():
-        found = implementation("lookup")(indices, centroids, block_size)
-        return found if weight is None else _StraightThrough.apply(found, weight)  # type: ignore[no-any-return]
+        found = implementation("lookup")(indices, centroids, block_size, mask)
+        return found if weight is None else _StraightThrough.apply(found, weight, mask)  # type: ignore[no-any-return]
     needs_grad = centroids.requires_grad or (weight is not None and weight.requires_grad)
     if not (needs_grad and torch.is_grad_enabled()):
-        return implementation("lookup")(indices, centroids.detach(), block_size)  # type: ignore[no-any-return]
-    return _Lookup.apply(indices, centroids, block_size, weight)  # type: ignore[no-any-return]
+        centroids = centroids.detach()
+        return implementation("lookup")(indices, centroids, block_size, mask)  # type: ignore[no-any-return]
+    return _Lookup.apply(indices, centroids, block_size, mask, weight)  # type: ignore[no-any-return]
+
+
+def _check_mask(mask: Tensor, indices: Tensor, dim: int) -> None:
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool; got {mask.dtype}")
+    if dim > 1:
+        raise ValueError(f"mask is for scalars; got centroids of {dim} entries")
+    if mask.shape != indices.shape or mask.device != indices.device:
+        raise ValueError(
+            f"mask must have the shape and device of indices, {tuple(indices.shape)} on {indices.device}; "
+            f"got {tuple(mask.shape)} on {mask.device}"
+        )
 
 
 def lookup_packed(

@@ -11,7 +11,7 @@ from coreai_kernels.triton import registry as triton
 __all__ = ["palettize"]
 
 
-def _fake(weight: Tensor, centroids: Tensor, block_size: list[int]) -> Tensor:
+def _fake(weight: Tensor, centroids: Tensor, block_size: list[int], decimals: int | None = None) -> Tensor:
     dim = centroids.size(2)
     if dim == 1:
         return torch.empty_like(weight, dtype=torch.uint8)
@@ -20,14 +20,16 @@ def _fake(weight: Tensor, centroids: Tensor, block_size: list[int]) -> Tensor:
 
 define(
     "palettize",
-    "(Tensor weight, Tensor centroids, int[] block_size) -> Tensor",
+    "(Tensor weight, Tensor centroids, int[] block_size, int? decimals=None) -> Tensor",
     reference=reference.palettize,
     fake=_fake,
     triton=triton.get("palettize"),
 )
 
 
-def palettize(weight: Tensor, centroids: Tensor, *, block_size: tuple[int, ...]) -> Tensor:
+def palettize(
+    weight: Tensor, centroids: Tensor, *, block_size: tuple[int, ...], decimals: int | None = None
+) -> Tensor:
     """Indices of the nearest centroids.
 
     Scalars are compared exactly, with the midpoints between centroids; vectors by their squared distance,
@@ -39,17 +41,22 @@ def palettize(weight: Tensor, centroids: Tensor, *, block_size: tuple[int, ...])
         centroids: ``(blocks, k, dim)``, at most 256 a block, in any order; a vector is ``dim`` consecutive
             entries of axis 0.
         block_size: extent of a block of ``weight`` along each axis; ``dim`` must divide the first.
+        decimals: compare scalars rounded to so many decimal places, as :func:`coreai_kernels.kmeans_1d`
+            rounds them. It costs nothing: what is moved is the bounds between the centroids.
 
     Returns:
         uint8 tensor of the shape of ``weight``, its first axis divided by ``dim``. For scalars in the memory
         format of ``weight``, for vectors contiguous. No gradient.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit; ``decimals`` out of range, or for vectors.
         TypeError: ``weight`` or ``centroids`` is not floating point.
     """
     checks.check_float_input("weight", weight)
     checks.check_centroids(centroids, weight.shape, block_size)
+    checks.check_decimals(decimals)
+    if decimals is not None and centroids.size(2) > 1:
+        raise ValueError(f"decimals are for scalars; got centroids of {centroids.size(2)} entries")
     return implementation("palettize")(  # type: ignore[no-any-return]
-        weight.detach(), centroids.detach(), block_size
+        weight.detach(), centroids.detach(), block_size, decimals
     )

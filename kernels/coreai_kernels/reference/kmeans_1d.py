@@ -23,7 +23,7 @@ __all__ = ["kmeans_1d", "round_decimals"]
 
 def round_decimals(x: Tensor, decimals: int) -> Tensor:
     """Float32 values rounded as ``numpy.round`` does: by a product and a quotient, each rounded."""
-    power = 10.0**decimals
+    power = x.new_full((), 10.0**decimals)  # a tensor: GPUs multiply by the inverse of a number
     return torch.round(x * power) / power
 
 
@@ -38,16 +38,18 @@ def kmeans_1d(
 
     A block with fewer distinct values than clusters has each of them, and repeats the largest. One whose
     ``weights`` are all zero counts as unweighted. A block with NaN or an infinity, or with a negative or
-    non-finite weight, has NaN centroids.
+    non-finite weight, has NaN centroids. ``weights`` of bool leave elements out, whatever they are.
     """
     values = to_vectors(weight, block_size)[:, :, 0].float()
     if decimals is not None:
         values = round_decimals(values, decimals)
-    masses = None if weights is None else to_vectors(weights, block_size)[:, :, 0].double()
+    masses = None if weights is None else to_vectors(weights, block_size)[:, :, 0]
     result = torch.empty(values.size(0), num_clusters, 1, device=weight.device)
     for block in range(values.size(0)):
-        mass = None if masses is None else masses[block]
-        result[block, :, 0] = _centroids(values[block], mass, num_clusters)
+        inside, mass = values[block], None if masses is None else masses[block]
+        if mass is not None and mass.dtype == torch.bool:
+            inside, mass = inside[mass] if bool(mass.any()) else inside, None
+        result[block, :, 0] = _centroids(inside, None if mass is None else mass.double(), num_clusters)
     return result
 
 

@@ -13,13 +13,20 @@ def _index_blocks(block_size: tuple[int, ...], dim: int) -> tuple[int, ...]:
     return (block_size[0] // dim, *block_size[1:]) if block_size else ()
 
 
-def lookup(indices: Tensor, centroids: Tensor, block_size: tuple[int, ...]) -> Tensor:
-    """Weights of the dtype of ``centroids (blocks, k, dim)``, in the memory format of scalars' indices."""
+def lookup(
+    indices: Tensor, centroids: Tensor, block_size: tuple[int, ...], mask: Tensor | None = None
+) -> Tensor:
+    """Weights of the dtype of ``centroids (blocks, k, dim)``, in the memory format of scalars' indices.
+
+    Where the ``mask`` of scalars is False they are zero, with the sign of what was looked up.
+    """
     blocks, _, dim = centroids.shape
     flat = to_vectors(indices, _index_blocks(block_size, dim)).reshape(blocks, -1, 1).long()
     values = centroids.gather(1, flat.expand(-1, -1, dim))
     shape = (indices.size(0) * dim, *indices.shape[1:]) if indices.dim() else ()
     result = from_vectors(values, shape, block_size)
+    if mask is not None:
+        result = torch.where(mask, result, torch.zeros_like(result).copysign(result))
     if dim == 1:
         return torch.empty_like(indices, dtype=centroids.dtype).copy_(result)
     return result.contiguous()

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from coreai_kernels.reference.kmeans_1d import round_decimals
 from coreai_kernels.reference.layout import from_vectors, to_vectors
 
-__all__ = ["decision_bounds", "palettize"]
+__all__ = ["bounds_before_rounding", "decision_bounds", "palettize"]
 
 
 def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,11 +37,38 @@ def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(goes_up, torch.nextafter(bounds, below), bounds), indices
 
 
-def palettize(weight: Tensor, centroids: Tensor, block_size: tuple[int, ...]) -> Tensor:
+def bounds_before_rounding(bounds: Tensor, decimals: int) -> Tensor:
+    """The largest float32 values that are not above ``bounds`` once they are rounded to decimal places.
+
+    Rounding keeps the order of values: what exceeds these bounds is what exceeds the given ones after it. So
+    a backend rounds a few bounds in the place of all elements. Found by halving the range of float32.
+    """
+    low = torch.full_like(bounds, -torch.inf).view(torch.int32).long()
+    high = torch.full_like(bounds, torch.inf).view(torch.int32).long()
+    least = torch.iinfo(torch.int32).min
+
+    def turned(bits: Tensor) -> Tensor:
+        # Between bits and numbers that ascend as the values do, both ways.
+        return torch.where(bits < 0, least - bits - 1, bits)
+
+    low, high = turned(low), turned(high)
+    for _ in range(32):
+        middle = (low + high).div(2, rounding_mode="floor")
+        values = turned(middle).to(torch.int32).view(torch.float32)
+        below = round_decimals(values, decimals) <= bounds
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    found = turned(low).to(torch.int32).view(torch.float32)
+    return torch.where(bounds == torch.inf, bounds, found)
+
+
+def palettize(
+    weight: Tensor, centroids: Tensor, block_size: tuple[int, ...], decimals: int | None = None
+) -> Tensor:
     """Indices, uint8, of the nearest of the block's centroids ``(blocks, k, dim)``.
 
-    Scalars (``dim`` 1) compare with the midpoints between centroids; NaN exceeds none. Vectors have squared
-    distances, summed in float32 from the first entry on; the first smallest wins, and NaN is never smaller.
+    Scalars (``dim`` 1), rounded to ``decimals`` if these are given, compare with the midpoints between
+    centroids; NaN exceeds none. Vectors have squared distances, summed in float32 from the first entry on;
+    the first smallest wins, and NaN is never smaller.
     """
     dim = centroids.size(2)
     vectors = to_vectors(weight, block_size, dim).float()
@@ -48,7 +76,8 @@ def palettize(weight: Tensor, centroids: Tensor, block_size: tuple[int, ...]) ->
     if dim == 1:
         bounds, indices = decision_bounds(table[:, :, 0])
         # searchsorted ranks NaN last, and comparisons rank it first.
-        values = vectors[:, :, 0].nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        values = vectors[:, :, 0] if decimals is None else round_decimals(vectors[:, :, 0], decimals)
+        values = values.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         bounds = bounds.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
         nearest = indices.gather(1, torch.searchsorted(bounds, values.contiguous()))
     else:

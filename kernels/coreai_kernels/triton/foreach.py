@@ -72,9 +72,16 @@ def _register_tile_list(
     GIVEN: tl.constexpr,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    SHAPE: tl.constexpr,
+    LEVELS: tl.constexpr,
+    WIDTH_UNIT: tl.constexpr,
+    RUN_UNIT: tl.constexpr,
+    BLOCKS_UNIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    RUN: tl.constexpr,
 ):
-    LEVELS: tl.constexpr = SHAPE.levels
     record = table + (tl.program_id(0) // most).to(tl.int64) * (_LEVELS + 2 * LEVELS)
     program = tl.program_id(0) % most
     if program >= tl.load(record + _PROGRAMS):
@@ -117,7 +124,14 @@ def _register_tile_list(
         OBSERVE,
         CONFIG,
         DTYPE,
-        SHAPE,
+        WIDTH_UNIT,
+        RUN_UNIT,
+        BLOCKS_UNIT,
+        WIDE,
+        FULL,
+        DEPTH,
+        BLOCKS,
+        RUN,
     )
 
 

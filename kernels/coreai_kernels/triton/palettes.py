@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coreai_kernels.reference.layout import from_vectors, to_vectors
-from coreai_kernels.reference.palettize import decision_bounds
+from coreai_kernels.reference.palettize import bounds_before_rounding, decision_bounds
 from coreai_kernels.triton.launch import launch
 
 __all__ = ["lookup", "lookup_backward", "lookup_packed", "palettize", "tile_of"]
@@ -18,6 +18,8 @@ __all__ = ["lookup", "lookup_backward", "lookup_packed", "palettize", "tile_of"]
 # Sums over clusters: how many clusters a program looks at, and how many vectors.
 _CLUSTERS = 16
 _PART = 8192
+# Whole numbers of so many bytes.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def tile_of(count: int, largest: int = 1024) -> int:
@@ -72,6 +74,7 @@ def _nearest_vectors(
 def _lookup(
     indices,
     table,
+    kept,
     output,
     count,
     size,
@@ -79,9 +82,14 @@ def _lookup(
     CLUSTERS: tl.constexpr,
     DIM: tl.constexpr,
     BITS: tl.constexpr,
+    SIGN: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``count`` elements a block; ``size`` bytes of packed indices, if they are packed."""
+    """``count`` elements a block; ``size`` bytes of packed indices, if they are packed.
+
+    With SIGN, the bit of a word that holds it, words are whole numbers: only that bit is left where nothing
+    is ``kept``.
+    """
     program = tl.program_id(0)
     block = program // tiles
     at = program % tiles * TILE + tl.arange(0, TILE)
@@ -98,6 +106,9 @@ def _lookup(
         index = ((low | (high << 8)) >> (bit % 8).to(tl.int32)) & ((1 << BITS) - 1)
     index = tl.minimum(index, CLUSTERS - 1)
     value = tl.load(table + (block * CLUSTERS + index) * DIM + at % DIM, mask=valid)
+    if SIGN != 0:
+        here = tl.load(kept + block.to(tl.int64) * count + at, mask=valid, other=0)
+        value = tl.where(here != 0, value, value & SIGN)
     tl.store(output + block.to(tl.int64) * count + at, value, mask=valid)
 
 
@@ -133,7 +144,9 @@ def _sum_by_index(
         tl.store(partial + place, total, mask=cluster < CLUSTERS)
 
 
-def palettize(weight: Tensor, centroids: Tensor, block_size: list[int]) -> Tensor:
+def palettize(
+    weight: Tensor, centroids: Tensor, block_size: list[int], decimals: int | None = None
+) -> Tensor:
     """See ``reference/palettize.py``."""
     blocks, clusters, dim = centroids.shape
     vectors = to_vectors(weight, tuple(block_size), dim).contiguous()
@@ -148,6 +161,8 @@ def palettize(weight: Tensor, centroids: Tensor, block_size: list[int]) -> Tenso
     if nearest.numel() and dim == 1:
         bounds, order = decision_bounds(table[:, :, 0])
         order = order.to(torch.uint8)
+        if decimals is not None:
+            bounds = bounds_before_rounding(bounds, decimals)
         launch(
             _nearest_scalars, blocks * tiles, weight, vectors, bounds, order, nearest, count, tiles, **sizes
         )
@@ -163,10 +178,11 @@ def palettize(weight: Tensor, centroids: Tensor, block_size: list[int]) -> Tenso
     return result if result.stride() == like.stride() else like.copy_(result)
 
 
-def _look_up(indices: Tensor, centroids: Tensor, count: int, bits: int) -> Tensor:
-    """``(blocks, count, dim)`` from indices in the blocks' order."""
+def _look_up(indices: Tensor, centroids: Tensor, count: int, bits: int, kept: Tensor | None = None) -> Tensor:
+    """``(blocks, count, dim)`` from indices in the blocks' order, in which ``kept`` are, too."""
     blocks, clusters, dim = centroids.shape
     output = centroids.new_empty(blocks, count, dim)
+    words = _WORDS[centroids.element_size()]
     tile = tile_of(count * dim)
     tiles = triton.cdiv(count * dim, tile)
     if output.numel():
@@ -175,26 +191,31 @@ def _look_up(indices: Tensor, centroids: Tensor, count: int, bits: int) -> Tenso
             blocks * tiles,
             output,
             indices,
-            centroids.contiguous(),
-            output,
+            centroids.contiguous() if kept is None else centroids.contiguous().view(words),
+            indices if kept is None else kept,
+            output if kept is None else output.view(words),
             count * dim,
             indices.numel(),
             tiles,
             CLUSTERS=clusters,
             DIM=dim,
             BITS=bits,
+            SIGN=0 if kept is None else torch.iinfo(words).min,
             TILE=tile,
             warps=4,
         )
     return output
 
 
-def lookup(indices: Tensor, centroids: Tensor, block_size: list[int]) -> Tensor:
+def lookup(indices: Tensor, centroids: Tensor, block_size: list[int], mask: Tensor | None = None) -> Tensor:
     """See ``reference/lookup.py``."""
     dim = centroids.size(2)
     flat = to_vectors(indices, _index_shape(block_size, dim)).contiguous()
+    kept = None
+    if mask is not None:
+        kept = to_vectors(mask, tuple(block_size)).contiguous().view(torch.uint8)
     shape = (indices.size(0) * dim, *indices.shape[1:]) if indices.dim() else ()
-    result = from_vectors(_look_up(flat, centroids, flat.size(1), 8), shape, tuple(block_size))
+    result = from_vectors(_look_up(flat, centroids, flat.size(1), 8, kept), shape, tuple(block_size))
     if dim > 1:
         return result.contiguous()
     like = torch.empty_like(indices, dtype=centroids.dtype)
