@@ -24,37 +24,40 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_timing import Timer, figures
+from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 COMPILED_SIZES = (4096,)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Name: format, quant_min, quant_max, scale format.
+ALL = ("tensor", "channel", "block32")
+# Name: format, quant_min, quant_max, scale format, granularities.
 FORMATS = {
-    "int8": (0, -128.0, 127.0, 0),
-    "int4": (0, -8.0, 7.0, 0),
-    "fp8": (1, -448.0, 448.0, 0),
-    "fp4": (3, -6.0, 6.0, 1),
+    "int8": (Format.INT, -128.0, 127.0, ScaleFormat.FLOAT32, ALL),
+    "int4": (Format.INT, -8.0, 7.0, ScaleFormat.FLOAT32, ALL),
+    "fp8": (Format.E4M3, -448.0, 448.0, ScaleFormat.FLOAT32, ALL),
+    "fp4": (Format.E2M1, -6.0, 6.0, ScaleFormat.E8M0, ALL),
+    "mxint8": (Format.INT, -128.0, 127.0, ScaleFormat.E8M0, ("block32",)),
+    "nvfp4": (Format.E2M1, -6.0, 6.0, ScaleFormat.E4M3, ("block16",)),
 }
-GRANULARITIES = ("tensor", "channel", "block32")
 
 
 def blocks_of(granularity: str, size: int) -> tuple[int, int]:
-    return {"tensor": (size, size), "channel": (1, size), "block32": (1, 32)}[granularity]
+    return {"tensor": (size, size), "channel": (1, size), "block32": (1, 32), "block16": (1, 16)}[granularity]
 
 
 class Case:
     """One tensor with its parameters; each operation as ours, torch's own and the reference's."""
 
     def __init__(self, size: int, dtype: torch.dtype, format_name: str, granularity: str) -> None:
-        self.format, self.low, self.high, self.scale_format = FORMATS[format_name]
+        self.format, self.low, self.high, self.scale_format, _ = FORMATS[format_name]
         self.granularity = granularity
         self.block_size = list(blocks_of(granularity, size))
         self.grid = [size // block for block in self.block_size]
         generator = torch.Generator(device="cuda").manual_seed(0)
         self.x = torch.randn(size, size, device="cuda", generator=generator).to(dtype)
         self.scale = torch.full(self.grid, 0.05, device="cuda")
-        self.is_int = self.format == 0
+        self.is_int = self.format == Format.INT
         self.zero_point = torch.zeros(self.grid, dtype=torch.int32, device="cuda") if self.is_int else None
         self.running = (torch.zeros(self.grid, device="cuda", dtype=dtype),) * 2
         self.mask = torch.randint(0, 256, ((size * size + 7) // 8,), dtype=torch.uint8, device="cuda")
@@ -90,7 +93,7 @@ class Case:
 
     def torchs_own(self, operation: str) -> Callable[[], Any] | None:
         """ATen's fused integer operators; the step is the one that observes, too."""
-        if not self.is_int or self.granularity == "block32" or self.zero_point is None:
+        if not self.is_int or self.granularity.startswith("block") or self.zero_point is None:
             return None
         low, high = int(self.low), int(self.high)
         scale, zero_point = self.scale.view(-1), self.zero_point.view(-1)
@@ -114,22 +117,22 @@ class Case:
     def floor_bytes(self, operation: str) -> float:
         """The least traffic (LIMITS): a read and a write, a bit, and a second read for the whole tensor."""
         element = self.x.element_size()
-        reads = 2 if operation == "step" and self.granularity == "tensor" else 1
+        # The scales of NVFP4 follow from one of the tensor, too.
+        sees_all = self.granularity == "tensor" or self.scale_format == ScaleFormat.E4M3
+        reads = 2 if operation == "step" and sees_all else 1
         return self.x.numel() * ((reads + 1) * element + 1 / 8)
 
     def _element_config(self) -> tuple[Any, ...]:
         return self.block_size, self.format, self.low, self.high, True
 
     def _config(self) -> Any:
-        from coreai_kernels import QuantConfig, RangeUpdate, Scheme
-
         return QuantConfig(
             block_size=tuple(self.block_size),
-            scheme=int(Scheme.SYMMETRIC),
+            scheme=Scheme.SYMMETRIC,
             format=self.format,
             quant_min=self.low,
             quant_max=self.high,
-            update=int(RangeUpdate.MOVING_AVERAGE),
+            update=RangeUpdate.MOVING_AVERAGE,
             scale_format=self.scale_format,
         )
 
@@ -143,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             y = torch.empty_like(x)
             copy = timer(lambda y=y, x=x: y.copy_(x))  # type: ignore[misc]
             for format_name in FORMATS:
-                for granularity in GRANULARITIES:
+                for granularity in FORMATS[format_name][-1]:
                     for operation in ("forward", "backward", "step"):
                         # The backward pass does not know the format nor the blocks.
                         if operation == "backward" and (format_name, granularity) != ("int8", "tensor"):
