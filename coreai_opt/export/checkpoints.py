@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
-from coreai_opt.export.compressed_tensors import stored
+from coreai_opt.export.compressed_tensors import PACKED, stored
 from coreai_opt.export.parametrized import Slot, slots_of
 from coreai_opt.export.tensor_stream import write_tensors
 from coreai_opt.quantization._export import activations_of
@@ -264,6 +265,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, ignore: Iterable[st
             file, content.tensors(), {"format": "pt"}, content.header_size(with_configuration=False)
         )
         quantization = content.configuration()
+        _warn_of_packed_zero_points(quantization)
         saved_config: Any = copy.deepcopy(config)
         if quantization["config_groups"]:
             saved_config.quantization_config = quantization
@@ -277,6 +279,22 @@ def save_checkpoint(model: nn.Module, folder: str | Path, *, ignore: Iterable[st
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _warn_of_packed_zero_points(quantization: dict[str, Any]) -> None:
+    layers = [
+        name
+        for group in quantization["config_groups"].values()
+        if group["format"] == PACKED and not group["weights"]["symmetric"]
+        for name in group["targets"]
+    ]
+    if layers:
+        warnings.warn(
+            f"the {len(layers)} layers {layers[:3]} ... have packed zero points: transformers 5.23 does not "
+            f"load them, the package compressed-tensors does. qscheme 'symmetric', or 8 bits, have none",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _umask() -> int:

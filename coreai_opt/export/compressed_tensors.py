@@ -23,17 +23,27 @@ import coreai_kernels
 from coreai_opt.export import two_level_scales
 from coreai_opt.export.records import Affine
 
-__all__ = ["FORMATS", "NVFP4", "Stored", "decoded", "pack_words", "parameters_of", "stored", "unpack_words"]
+__all__ = [
+    "FORMATS",
+    "NVFP4",
+    "PACKED",
+    "Stored",
+    "decoded",
+    "pack_words",
+    "parameters_of",
+    "stored",
+    "unpack_words",
+]
 
-_PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
+PACKED, _INT, _FLOAT = "pack-quantized", "int-quantized", "float-quantized"
 _NAIVE = "naive-quantized"
 _MXFP4, _MXFP8 = "mxfp4-pack-quantized", "mxfp8-quantized"
 NVFP4 = "nvfp4-pack-quantized"
-FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE, _MXFP4, _MXFP8, NVFP4)
+FORMATS = (PACKED, _INT, _FLOAT, _NAIVE, _MXFP4, _MXFP8, NVFP4)
 _GLOBAL_SCALE = "weight_global_scale"
 # What a layer has beside its scales; elsewhere "weight".
 _NAMES = {
-    _PACKED: ["weight_packed", "weight_shape"],
+    PACKED: ["weight_packed", "weight_shape"],
     _MXFP4: ["weight_packed"],
     NVFP4: ["weight_packed", _GLOBAL_SCALE],
 }
@@ -194,7 +204,7 @@ def _integers(record: Affine, arguments: dict[str, Any], with_activations: bool,
     }
     if not symmetric:
         tensors["weight_zero_point"] = pack_words(zero_point.T, bits).T.contiguous()
-    return Stored(tensors, _PACKED, arguments)
+    return Stored(tensors, PACKED, arguments)
 
 
 def _values(record: Affine) -> tuple[Tensor, Tensor]:
@@ -263,7 +273,7 @@ def decoded(tensors: dict[str, Tensor], fmt: str, arguments: dict[str, Any], nam
     if missing:
         raise ValueError(f"{name!r} is stored in the format {fmt!r}, but {missing} are missing")
     scale, zero_point = parameters_of(tensors, fmt, arguments)
-    if fmt == _PACKED:
+    if fmt == PACKED:
         columns = int(tensors["weight_shape"][1])
         values = unpack_words(tensors["weight_packed"], int(arguments["num_bits"]), columns)
     elif fmt in (_MXFP4, NVFP4):
@@ -287,7 +297,7 @@ def parameters_of(
     if _GLOBAL_SCALE in tensors:
         return two_level_scales.joined(scale, tensors[_GLOBAL_SCALE]), None
     zero_point = tensors.get("weight_zero_point")
-    if zero_point is not None and fmt == _PACKED:
+    if zero_point is not None and fmt == PACKED:
         rows = int(tensors["weight_shape"][0])
         zero_point = unpack_words(zero_point.T, int(arguments["num_bits"]), rows).T
     return scale, zero_point

@@ -136,6 +136,16 @@ def test_rounded_scales(case, tmp_path):
     assert torch.equal(theirs.get_parameter(name), plain[name].bfloat16())
 
 
+def test_packed_zero_points_are_told_and_come_back(tmp_path):
+    """transformers does not load them."""
+    model = prepared({"dtype": "uint4", "qscheme": "asymmetric", "granularity": GROUPS})
+    with pytest.warns(UserWarning, match=r"8 layers .*packed zero points: transformers 5\.23"):
+        folder = save_checkpoint(model, tmp_path / "checkpoint")
+    ours = llama(seed=1)
+    load_checkpoint(ours, folder)
+    assert torch.equal(logits(ours), logits(model))
+
+
 def test_files_are_smaller(tmp_path):
     def size(weight):
         name = str(weight.get("dtype"))

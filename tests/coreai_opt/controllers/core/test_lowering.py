@@ -12,7 +12,7 @@ from coreai_opt.controllers import create_compressed_model
 from coreai_opt.controllers.nncf1 import CompressionAlgorithm
 from tests.coreai_opt.export import core_ai
 
-from .support import configured, make_model, make_transformer
+from ..support import configured, make_model, make_transformer
 
 NEEDED = {"coreai": "coreai_torch", "coreml": "coremltools", "torch": "torch"}
 SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "torch": ".pt2"}
@@ -111,7 +111,7 @@ def test_formats(case: str, save_format: str, tmp_path: Path) -> None:
 
 
 def test_removed_filters(save_format: str, tmp_path: Path) -> None:
-    from .test_filter_pruning import Net16
+    from ..algorithms.test_filter_pruning import Net16
 
     pruned = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"prune_first_conv": True}}
     controller, model = create_compressed_model(Net16().eval(), configured(INT8, pruned))
@@ -132,7 +132,7 @@ def test_removed_filters(save_format: str, tmp_path: Path) -> None:
 
 def test_removed_filters_of_groups_are_named(tmp_path: Path) -> None:
     pytest.importorskip("coreai_torch", reason="needs the extra coreai")
-    from .test_filter_pruning import Net16
+    from ..algorithms.test_filter_pruning import Net16
 
     pruned = {"algorithm": "filter_pruning", "pruning_init": 0.5, "params": {"prune_first_conv": True}}
     grouped = {**PALETTES, "group_size": 2}
