@@ -178,7 +178,7 @@ class Task:
     def warn_of_left_out(self, algorithm: str) -> None:
         """Name, in the log, the weights that the algorithm left as they were."""
         for name, reason in self.left_out.items():
-            logger.warning(f"{algorithm} left {name} as it was, rounded to nearest: {reason}")
+            logger.warning(f"{algorithm} left {name} as it was: {reason}")
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class CalibrationMixin:
             RuntimeError: the model is not prepared.
             NotImplementedError: the model is prepared in graph mode.
             ValueError: there is no such algorithm, no data where it is needed, no layer to work on; or an
-                algorithm cannot go on, with the layer's name.
+                algorithm cannot go on, with the layer's name. Layers before that one stay changed then.
             TypeError: an argument has the wrong type.
         """
         model = self._require_prepared(None, "calibrate")

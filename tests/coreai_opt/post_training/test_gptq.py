@@ -124,6 +124,19 @@ def test_each_block_dtype_and_formulation_has_a_smaller_error() -> None:
             assert ratio < 0.8, (spec, act_order, ratio)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_have_a_smaller_error(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Linear(64, 24).to(dtype), correlated(300, 64).to(dtype)
+    exact = model(x).float()
+    rounded, _ = prepared(copy.deepcopy(model), x)
+    chosen, quantizer = prepared(model, x)
+    quantizer.calibrate(x, "gptq")
+    assert model.layer.parametrizations.weight.original.dtype == dtype
+    error = (chosen(x).float() - exact).square().sum()
+    assert error < 0.6 * (rounded(x).float() - exact).square().sum()
+
+
 @pytest.mark.parametrize(
     "layer",
     [
