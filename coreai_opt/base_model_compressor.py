@@ -111,8 +111,17 @@ class _BaseModelCompressor(ABC):
             check_example_inputs(example_inputs)
             example_inputs = Arguments(example_inputs, {})
         self._outline = outline_of(example_inputs)
-        with keywords_added(self._model, example_inputs.kwargs):
-            yield example_inputs.args
+        args = example_inputs.args
+        try:
+            with keywords_added(self._model, example_inputs.kwargs):
+                yield args
+        except Exception as error:
+            if len(args) == 1 and isinstance(args[0], Mapping):
+                error.add_note(
+                    "example_inputs is a tuple with one mapping, which forward gets as it is. For keyword "
+                    "arguments, give the mapping itself"
+                )
+            raise
 
     def _preparation_options(self) -> dict[str, Any]:
         """Arguments beside the configuration and the inputs, that the same preparation needs again."""
@@ -204,6 +213,18 @@ class _BaseModelCompressor(ABC):
                 f"prepare: the model is prepared already, by a {type(self).__name__}; "
                 f"it can be prepared again once it is finalized"
             )
+        for name, module in self._model.named_modules():
+            if "_orig_mod" in module._modules:  # torch's OptimizedModule, whose import takes long
+                raise RuntimeError(
+                    f"prepare: {name or 'the model'!r} is the result of torch.compile, which hides the "
+                    f"module's operations and names. Prepare the module that was compiled (its _orig_mod), "
+                    f"and compile the prepared one."
+                )
+            if module._compiled_call_impl is not None:
+                raise RuntimeError(
+                    f"prepare: {name or 'the model'!r} is compiled in place, which hides its operations. "
+                    f"Call compile() on the prepared model."
+                )
 
     @abstractmethod
     def _uninitialized_compression_modules(self, model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ import difflib
 from abc import ABC
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
@@ -110,12 +110,19 @@ class ConfigRegistryMixin(ClassRegistryMixin):
     def maybe_build_from_dict(cls: type[ConfigType], data: ConfigType | dict[str, Any]) -> ConfigType:
         """Build the variant that ``data["type"]`` names from the other entries.
 
-        What is not a dict is returned as it is.
+        What is neither a dict nor a string is returned as it is.
 
         Raises:
-            ValueError: the dict has no ``type``.
+            ValueError: the dict has no ``type``; or ``data`` is a string.
             KeyError: ``type`` is no key of the registry.
         """
+        if isinstance(data, str):
+            key = data if data in cls.REGISTRY else next(iter(cls.REGISTRY), data)
+            raise ValueError(
+                f"a {cls.__name__} is given as an object or as a dict with its type and arguments, such as "
+                f"{_example(cls, key)}; got the string {data!r}."
+                + ("" if data in cls.REGISTRY else f" {cls._known_keys(data)}")
+            )
         if not isinstance(data, dict):
             return data
         if "type" not in data:
@@ -126,6 +133,23 @@ class ConfigRegistryMixin(ClassRegistryMixin):
         arguments = dict(data)
         variant = cls.get_class(arguments.pop("type"))
         return cast(ConfigType, variant(**arguments))
+
+
+def _example(cls: Any, key: Any) -> str:
+    """An object of the class under ``key``, and the same as a dict, as one may write them."""
+    variant = cls.REGISTRY.get(key, cls)
+    fields = getattr(variant, "model_fields", {})
+    # Literal[None] and the like say that there is nothing to choose.
+    usual = {"axis": 0, "block_size": 32, "group_size": 16, "n": 2, "m": 4}
+    has_axis = fields.get("axis") is not None and int in _types_in(fields["axis"].annotation)
+    given = {name: usual[name] for name in fields if name in usual and (name != "axis" or has_axis)}
+    call = ", ".join(f"{name}={value}" for name, value in given.items())
+    return f"{variant.__name__}({call}) or { ({'type': key} | given)!r}"
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    inner = get_args(annotation)
+    return {annotation} if not inner else set().union(*map(_types_in, inner))
 
 
 def registry_key(cls: type) -> Any:

@@ -108,6 +108,8 @@ class CompressionConfig(Config, Generic[_T]):
     @field_validator("module_name_configs")
     @classmethod
     def _disable_none(cls, configs: dict[str, _T | None]) -> dict[str, _T]:
+        for pattern in configs:
+            full_match(pattern, "")
         return {key: config or cls._disabled() for key, config in configs.items()}
 
     def set_global(self, config: _T | None) -> Self:
@@ -126,7 +128,11 @@ class CompressionConfig(Config, Generic[_T]):
         return self
 
     def set_module_name(self, module_name: str, config: _T | None) -> Self:
-        """Set the entry of a name, a regular expression. Returns self."""
+        """Set the entry of a name, a regular expression. Returns self.
+
+        Raises:
+            re.error: it is none.
+        """
         self.module_name_configs = {**self.module_name_configs, module_name: config}
         return self
 
@@ -214,11 +220,16 @@ class CompressionConfig(Config, Generic[_T]):
 
         Raises:
             RuntimeError: the key is missing, or there is another one.
-            TypeError: what stands there is no dict.
+            TypeError: ``config_dict``, or what stands there, is no dict.
             pydantic.ValidationError: it does not describe a configuration.
         """
         if not hasattr(cls, "_CONFIG_KEY"):
             raise RuntimeError(f"{cls.__name__} has no key in dicts: use a subclass")
+        if not isinstance(config_dict, Mapping):
+            raise TypeError(
+                f"config_dict must be a dict with the key {cls._CONFIG_KEY!r}, as to_dict() returns it; got "
+                f"{type(config_dict).__name__}"
+            )
         known = (cls._CONFIG_KEY, cls._SPEC_KEY)
         for key in config_dict:
             if key not in known:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.utils import parametrize
 
 from coreai_opt._restoring import side_effects_undone, training_flags, undone_on_failure
@@ -36,10 +35,9 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
         Parameters that have a specification and no simulator, and why.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: the configuration does not fit the model, or a part of
-            it is compiled; what the model raises passes. The model is as before then.
+        ValueError, RuntimeError, NotImplementedError: the configuration does not fit the model; what the
+            model raises passes. The model is as before then.
     """
-    _refuse_compiled(model)
     configs = config.build_module_config_dict(model)
     with undone_on_failure(model), side_effects_undone(model):
         with training_flags(model, False):
@@ -65,20 +63,6 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
             remove_hooks(model)
             install_hooks(model, plan)
         return left_out
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, OptimizedModule):
-            raise RuntimeError(
-                f"{name or 'the model'!r} is the result of torch.compile, whose operations cannot be seen. "
-                f"Prepare the module that was compiled (its _orig_mod), and compile the prepared one."
-            )
-        if module._compiled_call_impl is not None:
-            raise RuntimeError(
-                f"{name or 'the model'!r} is compiled in place, so that its operations cannot be seen. Call "
-                f"compile() on the prepared model."
-            )
 
 
 def _observe_unread_states(simulators: Simulators) -> None:

@@ -49,6 +49,20 @@ CASES = {
         ValueError,
         "need an axis.*first.linear_quantize_input, second.linear_quantize_input",
     ),
+    "an axis that a weight has not": (
+        Mlp,
+        globally(op_state_spec={"weight": QuantizationSpec(granularity=PerChannelGranularity(axis=7))}),
+        (X,),
+        ValueError,
+        r"'first\.weight' cannot be quantized with PerChannelGranularity\(axis=7\): axis must be .* or none",
+    ),
+    "an axis that an activation has not": (
+        Mlp,
+        globally(op_input_spec={"*": QuantizationSpec(granularity=PerChannelGranularity(axis=7))}),
+        (X,),
+        ValueError,
+        r"'first\.linear_quantize_input' cannot be quantized with PerChannelGranularity\(axis=7\)",
+    ),
     "state without an axis": (
         Mlp,
         globally(op_state_spec={"*": OPEN_AXIS}),

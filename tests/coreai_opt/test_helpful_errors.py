@@ -1,0 +1,95 @@
+"""Mistakes of the first minutes: the error says what was given, and what to do."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import coreai_opt
+from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, PalettizationSpec
+from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig
+from coreai_opt.pruning.spec import PruningSpec
+from coreai_opt.quantization import QuantizationSpec, Quantizer, QuantizerConfig
+
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+CONFIGS = [QuantizerConfig, MagnitudePrunerConfig, KMeansPalettizerConfig]
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (
+            lambda: QuantizationSpec(granularity="per_channel"),
+            "PerChannelGranularity(axis=0) or {'type': 'per_channel', 'axis': 0}; got the string",
+        ),
+        (lambda: QuantizationSpec(granularity="per_chanel"), "Did you mean 'per_channel'"),
+        (
+            lambda: PalettizationSpec(granularity="per_grouped_channel"),
+            "PerGroupedChannelGranularity(axis=0, group_size=16)",
+        ),
+        (lambda: PruningSpec(pruning_scheme="n_m_structured"), "NMStructured(axis=0, n=2, m=4)"),
+    ],
+)
+def test_a_string_for_an_object(make, cure):
+    with pytest.raises(ValueError, match=re.escape(cure)):
+        make()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("given", [3, None, [1]])
+def test_from_dict_of_something_else(config, given):
+    with pytest.raises(TypeError, match=f"config_dict must be a dict .*; got {type(given).__name__}"):
+        config.from_dict(given)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_name_that_is_no_regular_expression_is_refused_when_it_is_set(config):
+    with pytest.raises(re.error, match=r"'\*\.fc' is not a valid regular expression"):
+        config(module_name_configs={"*.fc": None})
+    made = config()
+    with pytest.raises(re.error, match=r"'layers\[0' is not"):
+        made.set_module_name("layers[0", None)
+    assert made == config()
+
+
+COMPRESSORS = {
+    "eager": lambda model: Quantizer(model, QuantizerConfig(execution_mode="eager")),
+    "graph": Quantizer,
+    "pruner": MagnitudePruner,
+    "palettizer": KMeansPalettizer,
+}
+
+
+@pytest.mark.parametrize("make", COMPRESSORS.values(), ids=COMPRESSORS)
+def test_compiled_models(make):
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(RuntimeError, match=r"'the model' is the result of torch\.compile.*its _orig_mod"):
+        make(compiled).prepare((X,))
+    with pytest.raises(RuntimeError, match=r"'0' is the result of torch\.compile"):
+        make(nn.Sequential(compiled)).prepare((X,))
+    make(compiled._orig_mod).prepare((X,))
+    in_place = network()
+    in_place[0].compile(backend="eager")
+    with pytest.raises(RuntimeError, match=r"'0' is compiled in place.*on the prepared model"):
+        make(in_place).prepare((X,))
+
+
+def test_a_mapping_in_a_tuple():
+    with pytest.raises(TypeError) as caught:
+        COMPRESSORS["eager"](network()).prepare(({"input": X},))
+    assert "give the mapping itself" in caught.value.__notes__[0]
+    COMPRESSORS["eager"](network()).prepare({"input": X})
+    with pytest.raises(TypeError, match=r"example_inputs does not fit Sequential\.forward\(input\)"):
+        COMPRESSORS["eager"](network()).prepare({"x": X})
+
+
+def test_presets_pass_over_what_they_do_not_fit():
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 3))
+    result = coreai_opt.quantize(model, torch.randn(2, 32), "w4")
+    assert len(result.compressor.summary().compressed) == 2
