@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.quantization._eager.axes import has_open_axis
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["MASKED", "first_observations", "why_disabled"]
@@ -60,6 +61,8 @@ def first_observations(model: nn.Module) -> Iterator[set[FakeQuantizeImplBase]]:
 
 def why_disabled(simulator: FakeQuantizeImplBase) -> str:
     """Why a simulator that has seen its tensor does not simulate it."""
+    if has_open_axis(simulator.granularity):
+        return "with one axis, where the granularity names none"
     return f"that blocks do not fit ({simulator.granularity!r})"
 
 

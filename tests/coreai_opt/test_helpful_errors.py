@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-import coreai_opt
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, PalettizationSpec
 from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig
 from coreai_opt.pruning.spec import PruningSpec
-from coreai_opt.quantization import QuantizationSpec, Quantizer, QuantizerConfig
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 CONFIGS = [QuantizerConfig, MagnitudePrunerConfig, KMeansPalettizerConfig]
@@ -89,7 +88,24 @@ def test_a_mapping_in_a_tuple():
         COMPRESSORS["eager"](network()).prepare({"x": X})
 
 
-def test_presets_pass_over_what_they_do_not_fit():
-    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.Linear(32, 3))
-    result = coreai_opt.quantize(model, torch.randn(2, 32), "w4")
-    assert len(result.compressor.summary().compressed) == 2
+class Norm(nn.Module):
+    """As in language models: its weight is read by a multiplication."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("preset", ["w4", "w4_per_block", "w8"])
+def test_presets_pass_over_the_weights_of_norms(mode, preset):
+    config = getattr(ModuleQuantizerConfig.presets, preset)()
+    model = nn.Sequential(nn.Linear(32, 32), Norm(), nn.Linear(32, 8))
+    quantizer = Quantizer(model, QuantizerConfig(global_config=config, execution_mode=mode))
+    quantizer.prepare((torch.randn(2, 32),))
+    summary = quantizer.summary()
+    assert [each.name for each in summary.compressed] == ["0.weight", "2.weight"]
+    assert summary.left_out["with one axis, where the granularity names none"] == 1

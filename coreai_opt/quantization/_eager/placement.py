@@ -69,11 +69,14 @@ def build(plan: PlacementPlan) -> Simulators:
         owner = state.owners[0]
         spec = with_default_axis(state.spec, owner.module, owner.name)
         full_name = f"{owner.module_name}.{owner.name}".lstrip(".")
-        if has_open_axis(spec.granularity):
+        tensor = getattr(owner.module, owner.name)
+        if has_open_axis(spec.granularity) and (state.is_asked_for or tensor.dim() > 1):
             open_axes.append(full_name)
             continue
-        tensor = getattr(owner.module, owner.name)
         simulator = _construct(spec, CompressionTargetTensor.WEIGHT, full_name, tensor.device)
+        if has_open_axis(spec.granularity):
+            # Presets and the like are for weights of layers: they pass over the weights of norms.
+            simulator._disable()
         # Its schedule is that of the configuration that its specification comes from.
         simulator.configured_by = state.configured_by
         simulators.states.append((state, simulator))

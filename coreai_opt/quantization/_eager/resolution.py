@@ -53,11 +53,13 @@ class StatePlan:
         owners: all the owners that hold the tensor.
         spec: its specification.
         configured_by: the name of the module whose configuration has it.
+        is_asked_for: whether it is the specification of a module's state, not of whatever operations read.
     """
 
     owners: tuple[State, ...]
     spec: QuantizationSpec
     configured_by: str
+    is_asked_for: bool
 
 
 @dataclass
@@ -199,7 +201,7 @@ def _plan_states(
 ) -> list[StatePlan]:
     names = list(_in_order_of_precedence(configs))
     traces = {traced.name: traced for traced in trace.modules.values()}
-    chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None, str]] = {}
+    chosen: dict[int, tuple[tuple[State, ...], QuantizationSpec | None, str, bool]] = {}
     for traced in (traces[name] for name in names if name in traces):
         for call in traced.calls.values():
             entry = _entry_for(traced, call, by_name[traced.name])
@@ -207,7 +209,7 @@ def _plan_states(
                 if operand.owners and operand.is_quantizable and entry is not None:
                     spec = _state_spec(entry.op_state_spec, operand, traced.name)
                     if spec is not _MISSING:
-                        chosen[operand.identity[0]] = (operand.owners, spec, traced.name)
+                        chosen[operand.identity[0]] = (operand.owners, spec, traced.name, False)
     rank = {name: index for index, name in enumerate(names)}
     for traced in trace.modules.values():
         for call in traced.calls.values():
@@ -215,10 +217,10 @@ def _plan_states(
                 for owner in sorted(operand.owners, key=lambda each: rank[each.module_name]):
                     spec = _lookup(by_name[owner.module_name].module_state_spec, owner.name)
                     if spec is not _MISSING and operand.is_quantizable:
-                        chosen[operand.identity[0]] = (operand.owners, spec, owner.module_name)
+                        chosen[operand.identity[0]] = (operand.owners, spec, owner.module_name, True)
     found = [
-        StatePlan(owners, spec, configured_by)
-        for owners, spec, configured_by in chosen.values()
+        StatePlan(owners, spec, configured_by, is_asked_for)
+        for owners, spec, configured_by, is_asked_for in chosen.values()
         if spec is not None and not any(is_finalized(owner.module, owner.name) for owner in owners)
     ]
     return sorted(found, key=lambda plan: plan.owners[0].rank)

@@ -49,6 +49,10 @@ def complete_axes(model: GraphModule) -> None:
         is_block = isinstance(quantizer.granularity, PerBlockGranularity)
         for reader in node.users:
             axes = _CHANNELS_AND_BLOCKS.get(packet_name(reader))
+            if axes is None and packet_name(reader) in _ELEMENTWISE and _has_one_axis(node):
+                # Presets and the like are for weights of layers: they pass over the weights of norms.
+                quantizer._disable()
+                continue
             if axes is None:
                 raise ValueError(
                     f"the granularity of {node.args[0]}, which {reader.name!r} reads, needs an axis, and "
@@ -64,6 +68,14 @@ def complete_axes(model: GraphModule) -> None:
     for quantizer, candidates in found.items():
         granularity = quantizer.granularity
         quantizer.granularity = granularity.model_copy(update={"axis": next(iter(candidates))})
+
+
+_ELEMENTWISE = frozenset({"add", "mul", "sub"})
+
+
+def _has_one_axis(node: Node) -> bool:
+    tensor = tensor_of(node.all_input_nodes[0])
+    return tensor is not None and tensor.dim() == 1
 
 
 _POOLS = frozenset({f"{kind}_pool{axes}d" for kind in ("max", "avg", "adaptive_avg") for axes in (1, 2, 3)})

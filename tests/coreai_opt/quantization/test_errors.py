@@ -65,7 +65,9 @@ CASES = {
     ),
     "state without an axis": (
         Mlp,
-        globally(op_state_spec={"*": OPEN_AXIS}),
+        eager(
+            module_type_configs={nn.Linear: ModuleQuantizerConfig(module_state_spec={"bias": OPEN_AXIS})},
+        ),
         (X,),
         ValueError,
         "need an axis.*: first.bias, second.bias",
