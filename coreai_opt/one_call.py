@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coreai_opt import _left_out
@@ -72,6 +72,8 @@ _SCHEMES: dict[str, Callable[[], ModuleQuantizerConfig]] = {
     "mxfp4": _mxfp4,
 }
 _BITS = (1, 2, 3, 4, 6, 8)
+# Channels that share a palette.
+_GROUP = 16
 
 
 def quantize(
@@ -206,8 +208,8 @@ def palettize(
         model: is changed in place.
         inputs: as for :func:`quantize`; one batch is read.
         n_bits: of an index into a palette: 1, 2, 3, 4 or 6, with a palette for every 16 channels of the
-            output (weights that 16 does not divide are left out, with a warning in the log); 8, with one for
-            each weight; or a configuration, which is taken as it is.
+            output (one for the weight, where 16 does not divide these); 8, with one for each weight; or a
+            configuration, which is taken as it is.
         head: for a number of bits: False leaves the layer of the output out, True does not, another number is
             for it.
         filter_fn: as for :func:`quantize`.
@@ -225,8 +227,12 @@ def palettize(
         config = _copied(n_bits, KMeansPalettizerConfig, "n_bits", head)
     else:
         config = KMeansPalettizerConfig(global_config=_palettized(n_bits))
+        ungrouped = _ungrouped(model)
+        for pattern in _left_out.patterns(model, ungrouped):
+            config.set_module_name(pattern, _palettized(n_bits, in_groups=False))
         _add_unusual_weights(model, config, _palettized_entry(n_bits))
-        _leave_out_routers_and_head(model, config, head, _palettized)
+        in_groups = _left_out.find_head(model) not in ungrouped
+        _leave_out_routers_and_head(model, config, head, lambda given: _palettized(given, in_groups))
     _apply_filter(model, config, filter_fn)
     return _of_weights(model, KMeansPalettizer(model, config), inputs, input_fn, finalize)
 
@@ -277,18 +283,29 @@ def _pruned(amount: Any) -> ModuleMagnitudePrunerConfig:
     )
 
 
-def _palettized(n_bits: Any) -> ModuleKMeansPalettizerConfig:
+def _palettized(n_bits: Any, in_groups: bool = True) -> ModuleKMeansPalettizerConfig:
     if not isinstance(n_bits, int) or isinstance(n_bits, bool):
         raise TypeError(f"n_bits must be an int or a KMeansPalettizerConfig; got {type(n_bits).__name__}")
     if n_bits not in _BITS:
         raise ValueError(f"n_bits must be one of {', '.join(map(str, _BITS))}; got {n_bits}")
+    grouped = in_groups and n_bits != 8
     granularity = (
-        PerTensorGranularity() if n_bits == 8 else PerGroupedChannelGranularity(axis=0, group_size=16)
+        PerGroupedChannelGranularity(axis=0, group_size=_GROUP) if grouped else PerTensorGranularity()
     )
     spec = PalettizationSpec(n_bits=n_bits, granularity=granularity)  # type: ignore[arg-type]
     return ModuleKMeansPalettizerConfig(
         op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec, "in_proj_weight": spec}
     )
+
+
+def _ungrouped(model: nn.Module) -> list[str]:
+    """Names of the layers whose weights have a number of channels that groups do not divide."""
+    weights = (
+        (name, module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.MultiheadAttention, *_left_out.Weighted))
+    )
+    return [name for name, weight in weights if isinstance(weight, Tensor) and weight.shape[0] % _GROUP]
 
 
 def _add_unusual_weights(
@@ -353,7 +370,7 @@ def _palettized_entry(n_bits: int) -> Callable[[dict[str, UnusualWeight]], Modul
         granularity: Any = PerTensorGranularity()
         if n_bits != 8 and found.input_axis != 1:
             # Channels of the output, of all experts together.
-            granularity = PerGroupedChannelGranularity(axis=1, group_size=16)
+            granularity = PerGroupedChannelGranularity(axis=1, group_size=_GROUP)
         return PalettizationSpec(n_bits=n_bits, granularity=granularity)  # type: ignore[arg-type]
 
     def entry(found: dict[str, UnusualWeight]) -> ModuleKMeansPalettizerConfig:

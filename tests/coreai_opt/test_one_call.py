@@ -1,5 +1,6 @@
 """From a model to a compressed one in one call, with data in the forms that people have."""
 
+import copy
 import logging
 from collections import UserDict
 
@@ -229,6 +230,15 @@ def test_input_fn():
     assert names(result) == {"0.weight", "2.weight"}
     with pytest.raises(TypeError, match=r"a batch does not fit Sequential.forward.*input_fn"):
         coreai_opt.quantize(small(), data)
+
+
+def test_a_palette_for_the_whole_weight_where_groups_do_not_divide_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 10))
+    for head, colours in ((None, 16), (True, 16), (2, 4)):
+        result = coreai_opt.palettize(copy.deepcopy(model), x(), 4, head=head, finalize="torch")
+        assert len(result.model[1].weight.unique()) == colours
+        assert all(len(rows.unique()) == 16 for rows in result.model[0].weight.split(16))
 
 
 @pytest.mark.parametrize("call", [coreai_opt.quantize, coreai_opt.prune, coreai_opt.palettize])
