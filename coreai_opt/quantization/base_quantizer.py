@@ -11,6 +11,7 @@ from coreai_opt._restoring import training_flags
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.common import CompressionType
 from coreai_opt.quantization._eager.preparation import set_flags, simulators_of
+from coreai_opt.quantization._ranges import reduce_ranges
 from coreai_opt.quantization.config import ModuleQuantizerConfig, QATSchedule, QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -43,7 +44,9 @@ class _BaseQuantizer(_BaseModelCompressor):
         return found
 
     @contextmanager
-    def calibration_mode(self, model: nn.Module | None = None) -> Iterator[None]:
+    def calibration_mode(
+        self, model: nn.Module | None = None, *, sync_ranges: bool = False
+    ) -> Iterator[None]:
         """A context in which forwards collect the ranges of activations.
 
         The model is in evaluation mode; activations are observed and not simulated, weights both. Afterwards
@@ -51,15 +54,18 @@ class _BaseQuantizer(_BaseModelCompressor):
 
         Args:
             model: a copy of the prepared model; None for the quantizer's own.
+            sync_ranges: at the end, :meth:`sync_ranges`.
 
         Raises:
-            RuntimeError: the model is not prepared.
+            RuntimeError: the model is not prepared; or there is no process group to synchronize with.
         """
         model = self._require_prepared(model, "calibration_mode")
         try:
             with self._leaving_simulation_on(model), training_flags(model, False):
                 set_flags(simulators_of(model), observe=True, simulate=False, simulate_weights=True)
                 yield
+                if sync_ranges:
+                    self.sync_ranges(model)
         finally:
             if self._trained is not None:
                 # Within training_mode(), which goes on.
@@ -67,7 +73,7 @@ class _BaseQuantizer(_BaseModelCompressor):
 
     @contextmanager
     def training_mode(
-        self, model: nn.Module | None = None, *, freeze_in_eval: bool = False
+        self, model: nn.Module | None = None, *, freeze_in_eval: bool = False, sync_ranges: bool = False
     ) -> Iterator[None]:
         """A context in which the model is trained with quantization.
 
@@ -78,6 +84,7 @@ class _BaseQuantizer(_BaseModelCompressor):
             model: a copy of the prepared model; None for the quantizer's own.
             freeze_in_eval: observe nothing in forwards of the model while it is in evaluation mode. Without
                 it, data for validation take part in the ranges.
+            sync_ranges: at the end, :meth:`sync_ranges`.
 
         Raises:
             RuntimeError: the model is not prepared, or is being trained already.
@@ -91,8 +98,24 @@ class _BaseQuantizer(_BaseModelCompressor):
                 self._apply_schedule(model)
                 with self._frozen_in_eval(model) if freeze_in_eval else nullcontext():
                     yield
+                if sync_ranges:
+                    self.sync_ranges(model)
             finally:
                 self._trained = None
+
+    def sync_ranges(self, model: nn.Module | None = None) -> None:
+        """Give activations the same ranges in all processes of a distributed training, which see other data.
+
+        To be called by all of them. Of moving averages the mean is taken, of global ranges the widest;
+        calculators without a running range stay.
+
+        Args:
+            model: a copy of the prepared model; None for the quantizer's own.
+
+        Raises:
+            RuntimeError: the model is not prepared, or there is no process group.
+        """
+        reduce_ranges(simulators_of(self._require_prepared(model, "sync_ranges")))
 
     @contextmanager
     def _frozen_in_eval(self, model: nn.Module) -> Iterator[None]:

@@ -298,6 +298,13 @@ class RunningRangeMixin:
         return super().compute_qparams(tensor, min_val, max_val)  # type: ignore[misc]
 
     @abstractmethod
+    def set_running_range(self, min_val: Tensor, max_val: Tensor) -> None:
+        """Go on from another running range, of the shape that there is, and keep the parameters for it."""
+        module: Any = self
+        _copy_to_buffer("running_min", self.running_min, min_val)
+        _copy_to_buffer("running_max", self.running_max, max_val)
+        module._store(super().compute_qparams(min_val, min_val, max_val))  # type: ignore[misc]
+
     def update_running_range(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
         """The new running minimum and maximum, from an observation and the buffers."""
 
