@@ -88,6 +88,13 @@ def test_a_mapping_in_a_tuple():
         COMPRESSORS["eager"](network()).prepare({"x": X})
 
 
+@pytest.mark.parametrize("mode", ["eager", "pruner", "palettizer"])
+def test_a_compressed_weight_that_is_assigned(mode):
+    model = COMPRESSORS[mode](network()).prepare((X,))
+    with pytest.raises(NotImplementedError, match=r"'0\.weight' is compressed.*before prepare"):
+        model[0].weight = torch.zeros(8, 8)
+
+
 class Norm(nn.Module):
     """As in language models: its weight is read by a multiplication."""
 

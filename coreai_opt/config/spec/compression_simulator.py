@@ -93,6 +93,17 @@ class CompressionSimulatorBase(ClassRegistryMixin, nn.Module):
             f"{type(self).__name__} does not say what it stores for {self.tensor_fqn!r}"
         )
 
+    def right_inverse(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What torch calls where a compressed parameter is assigned: an error that says what to do.
+
+        Raises:
+            NotImplementedError: always; torch takes it for the identity while it registers a simulator.
+        """
+        raise NotImplementedError(
+            f"{self.tensor_fqn!r} is compressed, and cannot be assigned. Tie weights and resize embeddings "
+            f"before prepare, or after finalize; values are written into parametrizations.<name>.original"
+        )
+
     @abstractmethod
     def forward(self, tensor: torch.Tensor) -> torch.Tensor:
         """Compressed values of ``tensor``, of its shape and dtype, through which gradients flow."""
