@@ -5,8 +5,6 @@ blocks are clustered by :func:`coreai_kernels.kmeans_1d`, which is exact as Appl
 and all else go Apple's way.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -23,16 +21,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class FusedKMeansFakePalettize(_KMeansFakePalettize):
     """Apple's simulator, which clusters scalars on the engine."""
 
-    def _cluster_weights_1d(self, block_weight: Tensor, block_sensitivity: Tensor | None, *args: Any) -> Any:
-        found = self._clustered(block_weight, block_sensitivity, *args) if STATE.is_active else None
-        return (
-            found
-            if found is not None
-            else super()._cluster_weights_1d(block_weight, block_sensitivity, *args)
-        )
+    def _cluster_weights_1d(
+        self, block_weight: Tensor, block_sensitivity: Tensor | None, num_clusters: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        found = self._clustered(block_weight, block_sensitivity, num_clusters) if STATE.is_active else None
+        if found is None:
+            found = super()._cluster_weights_1d(block_weight, block_sensitivity, num_clusters)
+        return found  # type: ignore[no-any-return]
 
     def _clustered(
-        self, weight: Tensor, sensitivity: Tensor | None, num_clusters: int | None = None
+        self, weight: Tensor, sensitivity: Tensor | None, num_clusters: int | None
     ) -> tuple[Tensor, Tensor] | None:
         """Centroids and the index of each value's; None where Apple's method has to decide."""
         count = 2**self.n_bits if num_clusters is None else num_clusters

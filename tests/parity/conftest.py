@@ -20,6 +20,7 @@ class Oracle:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.failed: dict[str, str] = {}
 
     def ask(
         self, name: str, job: dict[str, Any] | Callable[[], dict[str, Any]], accelerated: bool = False
@@ -33,8 +34,15 @@ class Oracle:
         with (self.folder / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not answer.exists():
+                if name in self.failed:  # it would take as long to fail again
+                    raise RuntimeError(self.failed[name])
                 job = job() if callable(job) else job
-                answer.write_bytes(pickle.dumps(oracle.ask(job, self.folder / name, accelerated)))
+                try:
+                    found = oracle.ask(job, self.folder / name, accelerated)
+                except RuntimeError as error:
+                    self.failed[name] = str(error)
+                    raise
+                answer.write_bytes(pickle.dumps(found))
         return pickle.loads(answer.read_bytes())
 
 
