@@ -95,7 +95,7 @@ def size_of(path: Path) -> int:
 
 
 def require_space(folder: Path, model: nn.Module) -> None:
-    """OSError unless a folder has room for the tensors of a model: some writers end the process without it."""
+    """OSError unless a folder has room for the tensors of a model: some writers end the process without."""
     needed = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     free = shutil.disk_usage(folder).free
     if free < needed:

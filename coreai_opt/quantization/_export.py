@@ -53,6 +53,8 @@ def _named(weights: list[Slot], activations: list[tuple[nn.Module, str, str]]) -
 def activations_of(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Each module with a simulator of an activation, the name under which it has it, and the whole name."""
     for name, module in model.named_modules():
+        if ".parametrizations." in f".{name}.":
+            continue  # palettes have simulators for their tables
         for child, simulator in module._modules.items():
             if isinstance(simulator, FakeQuantizeImplBase) and not is_weight(simulator):
                 yield module, child, f"{name}.{child}".lstrip(".")

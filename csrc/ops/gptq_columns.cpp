@@ -16,7 +16,8 @@ std::tuple<Tensor, Tensor> gptq_columns(const Tensor& columns, const Tensor& fac
   const int64_t n = shape[0], rows = shape[1];
   STD_TORCH_CHECK(n <= cpu::GptqColumns::kMaxColumns, "there must be at most ", cpu::GptqColumns::kMaxColumns,
                   " columns at a time; got ", n);
-  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == n && factor.size(1) == n, "factor must have shape [", n, ", ", n, "]");
+  STD_TORCH_CHECK(factor.dim() == 2 && factor.size(0) == n && factor.size(1) == n, "factor must have shape [", n, ", ", n,
+                  "]");
   STD_TORCH_CHECK(static_cast<int64_t>(groups.size()) == n, "groups must have one entry a column, that is ", n);
   const auto is_float32 = [](const Tensor& x) { return x.is_cpu() && x.scalar_type() == ScalarType::Float; };
   STD_TORCH_CHECK(is_float32(columns) && is_float32(factor), "columns and factor must be float32 on the CPU");
@@ -30,16 +31,13 @@ std::tuple<Tensor, Tensor> gptq_columns(const Tensor& columns, const Tensor& fac
   cpu::Layout layout;
   layout.geometry.blocks = scale.numel();
   const AffineValues values(layout, scale, zero_point, minval, format, quant_min, quant_max);
-  cpu::kernels().gptq_columns({n, rows, static_cast<const float*>(x.const_data_ptr()),
-                               static_cast<const float*>(u.const_data_ptr()), groups.data(),
-                               static_cast<float*>(output.mutable_data_ptr()),
-                               static_cast<float*>(errors.mutable_data_ptr()), values.affine});
+  cpu::kernels().gptq_columns(
+      {n, rows, static_cast<const float*>(x.const_data_ptr()), static_cast<const float*>(u.const_data_ptr()), groups.data(),
+       static_cast<float*>(output.mutable_data_ptr()), static_cast<float*>(errors.mutable_data_ptr()), values.affine});
   return {output, errors};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("gptq_columns", TORCH_BOX(&gptq_columns));
-}
+STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { library.impl("gptq_columns", TORCH_BOX(&gptq_columns)); }
 
 }  // namespace
 }  // namespace coreai

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._graph.nodes import attribute_of, tensor_of
 from coreai_opt.quantization._graph.resolve import Place, Placement, Planned
-from coreai_opt.quantization.spec import QuantizationComponentFactory
+from coreai_opt.quantization.spec import QuantizationComponentFactory, QuantizationSpec
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["PREFIX", "build", "insert", "quantizer_nodes"]
@@ -44,15 +45,20 @@ def build(graph: Graph, placement: Placement) -> dict[Place, FakeQuantizeImplBas
 
 
 def _quantizer(planned: Planned | FakeQuantizeImplBase) -> FakeQuantizeImplBase:
-    if not isinstance(planned, Planned):
+    if isinstance(planned, FakeQuantizeImplBase):
         return planned
-    return QuantizationComponentFactory.create_fake_quantizer(planned.spec, planned.target)
+    spec, target = _of(planned)
+    return QuantizationComponentFactory.create_fake_quantizer(spec, target)
+
+
+def _of(planned: Planned) -> tuple[QuantizationSpec, CompressionTargetTensor]:
+    return planned.spec, planned.target
 
 
 def _kind(place: Place, planned: Planned | FakeQuantizeImplBase) -> tuple[Any, ...]:
-    if not isinstance(planned, Planned):
+    if isinstance(planned, FakeQuantizeImplBase):
         return place.producer, planned
-    spec = planned.spec
+    spec, _ = _of(planned)
     return place.producer, spec.dtype, spec.quant_min, spec.quant_max
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from tqdm.auto import tqdm
 
 from coreai_opt._prepared_models import marks_of, with_all_names
 from coreai_opt._utils.config_utils import canonical_names
@@ -34,6 +35,9 @@ from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["place_quantizers", "prepare"]
+
+# Most models take less; a large one's export may take minutes.
+_SECONDS_WITHOUT_A_BAR = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +70,42 @@ def prepare(
     preserved = preserved_attributes(model, config)
     configs = NodeConfigs(model, config)
     earlier = EarlierQuantizers(model)
-    with earlier.as_operators():
-        graph_module = export_model(model, example_inputs, dynamic_shapes, no_grad)
-    earlier.take_out(graph_module)
+    with tqdm(total=3, desc="Exporting the model", delay=_SECONDS_WITHOUT_A_BAR, leave=False) as bar:
+        with earlier.as_operators():
+            graph_module = export_model(model, example_inputs, dynamic_shapes, no_grad)
+        earlier.take_out(graph_module)
+        _next_stage(bar, "Placing quantizers")
+        prepared = _with_quantizers(model, config, configs, graph_module, earlier, strict_upstream)
+        _next_stage(bar, "Observing the example inputs")
+        with _buffers_as_before_on_failure(model):
+            masked = _observe(prepared, example_inputs, model.training, earlier)
+            for _, quantizer in quantizer_nodes(prepared):
+                if quantizer.is_disabled() and left_out is not None:
+                    left_out[quantizer.tensor_fqn] = why_disabled(quantizer)
+            _drop(prepared, masked)
+            if state_dict is not None:
+                _load(prepared, state_dict)
+    set_flags(simulators_of(prepared), observe=False, simulate=True)
+    keep_metadata(model, prepared)
+    # As attributes: copies of a graph module get those that are attached, and no buffers of their own.
+    attach(prepared, preserved | marks_of(CompressionType.QUANTIZATION))
+    return prepared
+
+
+def _next_stage(bar: Any, name: str) -> None:
+    bar.set_description(name, refresh=False)
+    bar.update()
+
+
+def _with_quantizers(
+    model: nn.Module,
+    config: QuantizerConfig,
+    configs: NodeConfigs,
+    graph_module: GraphModule,
+    earlier: EarlierQuantizers,
+    strict_upstream: bool,
+) -> GraphModule:
+    """The exported model with its quantizers, which have seen nothing yet."""
     graph = graph_module.graph
     if any(overload_name(node) == BATCH_NORM for node in graph.nodes):
         # As Apple's package does: otherwise parameters that nothing uses stay in the state_dict.
@@ -87,18 +124,6 @@ def prepare(
     _drop_unused(prepared)
     prepared.meta.update(graph_module.meta)
     _name_tensors(prepared)
-    with _buffers_as_before_on_failure(model):
-        masked = _observe(prepared, example_inputs, model.training, earlier)
-        for _, quantizer in quantizer_nodes(prepared):
-            if quantizer.is_disabled() and left_out is not None:
-                left_out[quantizer.tensor_fqn] = why_disabled(quantizer)
-        _drop(prepared, masked)
-        if state_dict is not None:
-            _load(prepared, state_dict)
-    set_flags(simulators_of(prepared), observe=False, simulate=True)
-    keep_metadata(model, prepared)
-    # As attributes: copies of a graph module get those that are attached, and no buffers of their own.
-    attach(prepared, preserved | marks_of(CompressionType.QUANTIZATION))
     return prepared
 
 

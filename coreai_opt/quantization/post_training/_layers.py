@@ -124,7 +124,8 @@ class Columns:
             )
         # Groups can get parameters one by one if each is a slice along axis 1, and of no other's concern.
         spans = all(block[axis] == shape[axis] for axis in range(2, len(shape)))
-        self._calculator: Any = copy.deepcopy(layer.simulator.qparams_calculator)
+        calculator: Any = layer.simulator.qparams_calculator
+        self._calculator = copy.deepcopy(calculator)
         scale_format = _numbers.scale_format_of(self._calculator.scale_dtype)
         self.are_independent = spans and scale_format.facts.smallest_of_tensor == 0.0
         self._calculator.set_export_mode(False)

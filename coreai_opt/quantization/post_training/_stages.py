@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from coreai_opt._call_inputs import Arguments
 from coreai_opt.quantization.post_training._accumulators import Accumulator
@@ -90,8 +91,9 @@ def run_stages(
         calls = 1 if not order.repeated.intersection(readers) else None
 
         def run(capture: Capture) -> None:
-            for batch in batches:
-                _forward(model, batch.args, batch.kwargs, capture)
+            with parametrize.cached():
+                for batch in batches:
+                    _forward(model, batch.args, batch.kwargs, capture)
 
         yield from measured([readers], run, calls)
 
@@ -129,8 +131,9 @@ def _forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], c
 
 
 def _run(block: Block, inputs: Sequence[Arguments], capture: Capture) -> None:
-    for each in inputs:
-        _forward(block.module, each.args, each.kwargs, capture)
+    with parametrize.cached():  # weights are simulated once for all inputs
+        for each in inputs:
+            _forward(block.module, each.args, each.kwargs, capture)
 
 
 def _inputs_of(model: nn.Module, block: nn.Module, batches: Sequence[Arguments]) -> list[Arguments]:
@@ -155,8 +158,8 @@ def _inputs_of(model: nn.Module, block: nn.Module, batches: Sequence[Arguments])
 
 def _advance(block: Block, inputs: list[Arguments]) -> None:
     """Replace a block's inputs by those of the next one."""
-    for index, each in enumerate(inputs):
-        with torch.no_grad():
+    with torch.no_grad(), parametrize.cached():
+        for index, each in enumerate(inputs):
             handed_on = first_tensor(block.module(*each.args, **each.kwargs))
-        assert isinstance(handed_on, Tensor)
-        inputs[index] = Arguments((handed_on, *each.args[1:]), each.kwargs)
+            assert isinstance(handed_on, Tensor)
+            inputs[index] = Arguments((handed_on, *each.args[1:]), each.kwargs)

@@ -111,6 +111,7 @@ class Task:
         granularity: Granularity = "block",
         simulate: bool = True,
         keep: bool = True,
+        freeze: bool = True,
     ) -> Iterator[Stage]:
         """See :func:`run_stages`. What is done with a stage is kept; what was kept is not handed out again.
 
@@ -121,6 +122,7 @@ class Task:
             granularity: see :func:`run_stages`.
             simulate: see :func:`run_stages`.
             keep: False if a stage changes nothing.
+            freeze: whether a stage chooses parameters, which a layer that was kept goes on to keep.
         """
         restored: set[Layer] = set()
 
@@ -143,7 +145,7 @@ class Task:
                 simulate=simulate,
             ):
                 if restored.issuperset(stage.layers):
-                    for layer in stage.layers:
+                    for layer in stage.layers if freeze else ():
                         layer.keep_parameters()
                 elif stage.statistic.count == 0:
                     for layer in stage.layers:

@@ -11,32 +11,36 @@ __all__ = ["BiasCorrection", "mean_error"]
 
 @PostTrainingAlgorithm.register("bias_correction")
 class BiasCorrection(PostTrainingAlgorithm):
-    """Takes ``E[Q(W) x] - E[W x]`` from the biases (Nagel et al., arXiv 1906.04721, section 4.2).
+    """Takes ``E[Q(W) x'] - E[W x]`` from the biases (Nagel et al., arXiv 1906.04721, appendix D).
 
-    ``W`` is the weight as it is now, and the mean is over the inputs that the float model gives. Run after
-    another algorithm that chooses rounding, it would see that algorithm's weights: run it before, or alone.
-    Layers without a bias stay as they are.
+    ``x`` is what the float model gives a layer to read, and ``x'`` what the quantized layers before it give,
+    with their biases corrected. ``W`` is the weight as it is now: another algorithm that chooses rounding
+    has to run afterwards. Layers without a bias stay as they are, and are quantized for those behind them.
     """
 
     def run(self, task: Task) -> None:
         """See the base."""
-        layers = [layer for layer in task.layers if layer.bias is not None]
-        for layer in task.layers:
-            if layer.bias is None:
-                task.left_out[layer.name] = "the layer has no bias"
-        for layer, mean in task.measure("Bias correction", layers, Mean).items():
-            assert layer.bias is not None
-            layer.bias.sub_(mean_error(layer, mean.value()).to(layer.bias.dtype))
+        means = {layer: each.value() for layer, each in task.measure("Means", task.layers, Mean).items()}
+        stages = task.stages("Bias correction", list(means), Mean, granularity="layer", freeze=False)
+        for stage in stages:
+            found = stage.statistic.value()
+            for layer in stage.layers:
+                if layer.bias is None:
+                    task.left_out[layer.name] = "the layer has no bias"
+                else:
+                    layer.bias.sub_(mean_error(layer, means[layer], found).to(layer.bias.dtype))
 
 
-def mean_error(layer: Layer, means: Tensor) -> Tensor:
-    """``(Q(W) - W) E[x]``, one value for each output channel, in float64.
+def mean_error(layer: Layer, exact: Tensor, found: Tensor) -> Tensor:
+    """``Q(W) E[x'] - W E[x]``, one value for each output channel, in float64.
 
     Args:
         layer: the layer.
-        means: of each column of its input, ``[groups, columns]``.
+        exact: means of each column of its input in the float model, ``[groups, columns]``.
+        found: the same in the quantized one.
     """
-    error = (layer.quantized().double() - layer.weight.detach().double()).reshape(
-        layer.groups, -1, means.shape[1]
+    shape = (layer.groups, -1, exact.shape[1])
+    quantized = layer.quantized().double().reshape(shape) @ found.double().unsqueeze(2)
+    return (quantized - layer.weight.detach().double().reshape(shape) @ exact.double().unsqueeze(2)).reshape(
+        -1
     )
-    return (error @ means.double().unsqueeze(2)).reshape(-1)

@@ -200,7 +200,7 @@ def _settings_generation(module: FakeQuantizer) -> tuple[object, ...]:
     ranges = calculator and calculator._modules.get("range_calculator")
     if calculator is None or ranges is None:
         return (object(),)  # equal to nothing: the methods decide each time
-    parts = (module, calculator, ranges)
+    parts: tuple[Any, ...] = (module, calculator, ranges)
     generations = [generation_of(each).now for each in parts]
     # Methods can be replaced on classes, too, which no instance notices.
     return (calculator, ranges, *generations, _range_update_of(module), _forwards_as_built_in(module))

@@ -246,12 +246,12 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         try:
             plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
-            is_fused = plan.config is not None and not torch.onnx.is_in_onnx_export()
-            if observes and flags.fake_quant and is_fused:
+            config = None if torch.onnx.is_in_onnx_export() else plan.config
+            if observes and flags.fake_quant and config is not None:
                 calculator: Any = self._modules["qparams_calculator"]
                 state = state_for(plan, calculator, tensor)
                 if state is not None:
-                    output = training_step_op.apply(tensor, *state, plan.config, plan.packed_config)
+                    output = training_step_op.apply(tensor, *state, config, plan.packed_config)
                     if plan.is_stateless:
                         calculator.show(state[0][:3])
                     if state[0] is plan.state and not torch.compiler.is_compiling():

@@ -150,8 +150,19 @@ def straight_through(input: Tensor, operator: Callable[..., Any], args: tuple[An
         if not torch.compiler.is_compiling() and _has_tangent(input):
             return _StraightThroughOfDual.apply(input, operator, args)  # type: ignore[no-any-return]
         if input.requires_grad and torch.is_grad_enabled():
+            if torch.jit.is_tracing():  # type: ignore[attr-defined]
+                return _straight_through_for_tracer(input, operator, args)
             return StraightThrough.apply(input, operator, args)  # type: ignore[no-any-return]
     return operator(input, *args, False)[0]  # type: ignore[no-any-return]
+
+
+def _straight_through_for_tracer(
+    input: Tensor, operator: Callable[..., Any], args: tuple[Any, ...]
+) -> Tensor:
+    """The output, plus a zero that has the gradient: the tracer loses the gradient of Python's functions."""
+    output, mask = operator(input, *args, True)
+    passed = _backward_reference(input, mask, layout_of(output))
+    return output.detach() + (passed - passed.detach()).nan_to_num()  # type: ignore[no-any-return]
 
 
 def _has_tangent(input: Tensor) -> bool:

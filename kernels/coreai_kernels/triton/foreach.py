@@ -72,16 +72,9 @@ def _register_tile_list(
     GIVEN: tl.constexpr,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    RUN_UNIT: tl.constexpr,
-    BLOCKS_UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    FULL: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RUN: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
+    LEVELS: tl.constexpr = SHAPE.levels
     record = table + (tl.program_id(0) // most).to(tl.int64) * (_LEVELS + 2 * LEVELS)
     program = tl.program_id(0) % most
     if program >= tl.load(record + _PROGRAMS):
@@ -124,14 +117,7 @@ def _register_tile_list(
         OBSERVE,
         CONFIG,
         DTYPE,
-        WIDTH_UNIT,
-        RUN_UNIT,
-        BLOCKS_UNIT,
-        WIDE,
-        FULL,
-        DEPTH,
-        BLOCKS,
-        RUN,
+        SHAPE,
     )
 
 

@@ -7,6 +7,7 @@ is its step in the grid-shaped parameter tensors: 0 for a block level.
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,7 +16,16 @@ from torch import Tensor
 
 from coreai_kernels.types import grid_shape
 
-__all__ = ["Geometry", "Level", "StridedReduction", "dense", "geometry_of", "grid_index", "power_of_two"]
+__all__ = [
+    "Geometry",
+    "Level",
+    "StridedReduction",
+    "TileShape",
+    "dense",
+    "geometry_of",
+    "grid_index",
+    "power_of_two",
+]
 
 Level = tuple[int, int]
 
@@ -35,6 +45,29 @@ def grid_index(position, sizes, strides, LEVELS: tl.constexpr):
             index += (position - outer * sizes[level]) * strides[level]
             position = outer
     return index
+
+
+class TileShape(NamedTuple):
+    """What a kernel over strided reductions is compiled for.
+
+    Attributes:
+        levels: of the rows of blocks.
+        width_unit, run_unit, blocks_unit: what the numbers that the kernel is called with are multiples of;
+            ``run_unit`` is 0 if the run is that of the tile.
+        wide: whether positions need 64 bits.
+        full: whether tiles cover blocks without a rest.
+        depth, blocks, run: of a tile.
+    """
+
+    levels: int
+    width_unit: int
+    run_unit: int
+    blocks_unit: int
+    wide: bool
+    full: bool
+    depth: int
+    blocks: int
+    run: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from coreai_kernels.triton.elementwise import (
 )
 from coreai_kernels.triton.fake_quantize import empty_mask
 from coreai_kernels.triton.launch import launch
-from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
+from coreai_kernels.triton.layout import Geometry, TileShape, dense, geometry_of, grid_index, power_of_two
 from coreai_kernels.triton.observe_range import observe, observe_range, reduce_blocks
 from coreai_kernels.triton.one_block import quantize_one_block
 from coreai_kernels.triton.qparams import choose_qparams, constants_of, finish, numbers_of, tl_dtype
@@ -64,38 +64,31 @@ def register_tile(
     OBSERVE: tl.constexpr,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    RUN_UNIT: tl.constexpr,
-    BLOCKS_UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    FULL: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RUN: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """One chunk of row ``outer`` of a strided reduction; the row's parameters start at ``place``.
 
     Without ``OBSERVE`` the parameters are taken from ``state``.
     """
-    if WIDE:
+    if SHAPE.wide:
         width = width.to(tl.int64)
-    width = width * WIDTH_UNIT
-    if RUN_UNIT == 0:
-        run = RUN
+    width = width * SHAPE.width_unit
+    if SHAPE.run_unit == 0:
+        run = SHAPE.run
     else:
-        run = run * RUN_UNIT
-    blocks = blocks * BLOCKS_UNIT
-    first_block = chunk * BLOCKS
-    d = tl.arange(0, DEPTH)[:, None, None]
-    b = tl.arange(0, BLOCKS)[None, :, None]
-    r = tl.arange(0, RUN)[None, None, :]
+        run = run * SHAPE.run_unit
+    blocks = blocks * SHAPE.blocks_unit
+    first_block = chunk * SHAPE.blocks
+    d = tl.arange(0, SHAPE.depth)[:, None, None]
+    b = tl.arange(0, SHAPE.blocks)[None, :, None]
+    r = tl.arange(0, SHAPE.run)[None, None, :]
     valid = first_block + b < blocks
-    if not FULL:
+    if not SHAPE.full:
         valid = valid & (d < depth) & (r < run)
     start = outer.to(tl.int64) * depth * width + first_block.to(tl.int64) * run
     tile = d * width + b * run + r
     x = tl.load(input + start + tile, mask=valid, other=0.0)
-    block = first_block + tl.arange(0, BLOCKS)
+    block = first_block + tl.arange(0, SHAPE.blocks)
     index = place.to(tl.int64) + block.to(tl.int64) * block_stride
     exists = block < blocks
     zp = 0.0
@@ -122,16 +115,16 @@ def register_tile(
     y = dequantize_value(q, s, zp, off, CONFIG.format)
     tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
     if mask is not None:
-        bits = inside_bits(tl.reshape(inside, (DEPTH, BLOCKS * RUN // 8, 8)))
-        group = tl.arange(0, BLOCKS * RUN // 8)[None, :]
-        row = tl.arange(0, DEPTH)[:, None]
-        if RUN_UNIT == 0:
+        bits = inside_bits(tl.reshape(inside, (SHAPE.depth, SHAPE.blocks * SHAPE.run // 8, 8)))
+        group = tl.arange(0, SHAPE.blocks * SHAPE.run // 8)[None, :]
+        row = tl.arange(0, SHAPE.depth)[:, None]
+        if SHAPE.run_unit == 0:
             byte = group
             valid_byte = group * 8 < (blocks - first_block) * run
         else:
-            within = group % (RUN // 8)
-            byte = group // (RUN // 8) * (run // 8) + within
-            valid_byte = (first_block + group // (RUN // 8) < blocks) & (within * 8 < run)
+            within = group % (SHAPE.run // 8)
+            byte = group // (SHAPE.run // 8) * (run // 8) + within
+            valid_byte = (first_block + group // (SHAPE.run // 8) < blocks) & (within * 8 < run)
         valid_byte = valid_byte & (row < depth)
         tl.store(mask + start // 8 + row * (width // 8) + byte, bits, mask=valid_byte)
 
@@ -153,15 +146,7 @@ def _register_tile(
     numbers,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    RUN_UNIT: tl.constexpr,
-    BLOCKS_UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    FULL: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RUN: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     program = tl.program_id(0)
     outer = program // chunks
@@ -175,21 +160,14 @@ def _register_tile(
         blocks,
         block_stride,
         outer,
-        grid_index(outer, sizes, strides, LEVELS),
+        grid_index(outer, sizes, strides, SHAPE.levels),
         program % chunks,
         state,
         numbers,
         True,
         CONFIG,
         DTYPE,
-        WIDTH_UNIT,
-        RUN_UNIT,
-        BLOCKS_UNIT,
-        WIDE,
-        FULL,
-        DEPTH,
-        BLOCKS,
-        RUN,
+        SHAPE,
     )
 
 
@@ -236,21 +214,21 @@ def register_tile_plan(
         sizes,
         strides,
     )
-    constants = {
-        "LEVELS": len(sizes),
-        "WIDTH_UNIT": width_unit,
-        "RUN_UNIT": run_unit,
-        "BLOCKS_UNIT": blocks_unit,
-        "WIDE": geometry.wide,
-        "FULL": depth == strided.depth and run == strided.run,
-        "DEPTH": depth,
-        "BLOCKS": blocks,
-        "RUN": run,
-    }
+    shape = TileShape(
+        levels=len(sizes),
+        width_unit=width_unit,
+        run_unit=run_unit,
+        blocks_unit=blocks_unit,
+        wide=geometry.wide,
+        full=depth == strided.depth and run == strided.run,
+        depth=depth,
+        blocks=blocks,
+        run=run,
+    )
     # Many blocks leave a thread less room: it also computes the parameters of several.
     bytes_per_thread = 32 if blocks > 32 and element_size < 4 else 64
     warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
-    return strided.outer_size * chunks, arguments, constants, warps
+    return strided.outer_size * chunks, arguments, {"SHAPE": shape}, warps
 
 
 def _step(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coreai_kernels.triton.elementwise import block_range, fp32, wider_range
 from coreai_kernels.triton.launch import launch, multiprocessors
-from coreai_kernels.triton.layout import Geometry, dense, geometry_of, grid_index, power_of_two
+from coreai_kernels.triton.layout import Geometry, TileShape, dense, geometry_of, grid_index, power_of_two
 from coreai_kernels.triton.qparams import Constants, finish, tl_dtype
 from coreai_kernels.triton.tiles import unit_of
 
@@ -57,58 +57,50 @@ def _strided(
     numbers,
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    WIDTH_UNIT: tl.constexpr,
-    RUN_UNIT: tl.constexpr,
-    BLOCKS_UNIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    FULL: tl.constexpr,
+    SHAPE: tl.constexpr,
     ONE_STEP: tl.constexpr,
     SPLIT: tl.constexpr,
-    DEPTH: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    RUN: tl.constexpr,
 ):
-    """Ranges of ``BLOCKS`` blocks of a strided reduction, or of one part of them."""
-    if WIDE:
+    """Ranges of ``SHAPE.blocks`` blocks of a strided reduction, or of one part of them."""
+    if SHAPE.wide:
         width = width.to(tl.int64)
         run = run.to(tl.int64)
-    width = width * WIDTH_UNIT
-    if RUN_UNIT == 0:
-        run = RUN
+    width = width * SHAPE.width_unit
+    if SHAPE.run_unit == 0:
+        run = SHAPE.run
     else:
-        run = run * RUN_UNIT
-    blocks = blocks * BLOCKS_UNIT
+        run = run * SHAPE.run_unit
+    blocks = blocks * SHAPE.blocks_unit
     program = tl.program_id(0)
     chunk = program % chunks
     part = (program // chunks) % parts
     outer = program // (chunks * parts)
-    d = tl.arange(0, DEPTH)[:, None, None]
-    b = tl.arange(0, BLOCKS)[None, :, None]
-    r = tl.arange(0, RUN)[None, None, :]
-    valid_block = chunk * BLOCKS + b < blocks
-    start = outer.to(tl.int64) * depth * width + chunk.to(tl.int64) * BLOCKS * run
+    d = tl.arange(0, SHAPE.depth)[:, None, None]
+    b = tl.arange(0, SHAPE.blocks)[None, :, None]
+    r = tl.arange(0, SHAPE.run)[None, None, :]
+    valid_block = chunk * SHAPE.blocks + b < blocks
+    start = outer.to(tl.int64) * depth * width + chunk.to(tl.int64) * SHAPE.blocks * run
     tile = d * width + b * run + r
     first = 0
     last = steps
     if SPLIT:
         first = ((steps * part.to(tl.int64)) // parts).to(tl.int32)
         last = ((steps * (part.to(tl.int64) + 1)) // parts).to(tl.int32)
-    low = tl.full((DEPTH, BLOCKS, RUN), float("inf"), tl.float32)
-    high = tl.full((DEPTH, BLOCKS, RUN), float("-inf"), tl.float32)
+    low = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("inf"), tl.float32)
+    high = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("-inf"), tl.float32)
     for step in range(first, last):
         if ONE_STEP:
-            d0 = tl.cast(step, tl.int64) * DEPTH
+            d0 = tl.cast(step, tl.int64) * SHAPE.depth
             r0 = 0
         else:
-            d0 = tl.cast(step // run_steps, tl.int64) * DEPTH
-            r0 = tl.cast(step % run_steps, tl.int64) * RUN
-        if FULL:
+            d0 = tl.cast(step // run_steps, tl.int64) * SHAPE.depth
+            r0 = tl.cast(step % run_steps, tl.int64) * SHAPE.run
+        if SHAPE.full:
             valid = valid_block
         else:
             valid = valid_block & (d < depth - d0) & (r < run - r0)
         x = fp32(tl.load(input + (start + d0 * width + r0) + tile, mask=valid, other=0.0))
-        if FULL:
+        if SHAPE.full:
             low, high = wider_range(low, high, x, x)
         else:
             low, high = wider_range(
@@ -116,8 +108,8 @@ def _strided(
             )
     low, high = block_range(low, high, 2)
     low, high = block_range(low, high, 0)
-    block = chunk * BLOCKS + tl.arange(0, BLOCKS)
-    index = grid_index(outer, sizes, strides, LEVELS).to(tl.int64) + block.to(tl.int64) * block_stride
+    block = chunk * SHAPE.blocks + tl.arange(0, SHAPE.blocks)
+    index = grid_index(outer, sizes, strides, SHAPE.levels).to(tl.int64) + block.to(tl.int64) * block_stride
     if SPLIT:
         place = part.to(tl.int64) * all_blocks + index
         tl.store(partial_low + place, low, mask=block < blocks)
@@ -248,19 +240,18 @@ def _plan(
         sizes,
         strides,
     )
-    constants = {
-        "LEVELS": len(sizes),
-        "WIDTH_UNIT": width_unit,
-        "RUN_UNIT": run_unit,
-        "BLOCKS_UNIT": blocks_unit,
-        "WIDE": geometry.wide,
-        "FULL": strided.depth % depth == 0 and strided.run % run == 0,
-        "ONE_STEP": run_steps == 1,
-        "SPLIT": parts > 1,
-        "DEPTH": depth,
-        "BLOCKS": blocks,
-        "RUN": run,
-    }
+    shape = TileShape(
+        levels=len(sizes),
+        width_unit=width_unit,
+        run_unit=run_unit,
+        blocks_unit=blocks_unit,
+        wide=geometry.wide,
+        full=strided.depth % depth == 0 and strided.run % run == 0,
+        depth=depth,
+        blocks=blocks,
+        run=run,
+    )
+    constants = {"SHAPE": shape, "ONE_STEP": run_steps == 1, "SPLIT": parts > 1}
     return parts, whole * parts, arguments, constants
 
 

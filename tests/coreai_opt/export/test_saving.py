@@ -11,7 +11,12 @@ from torch import nn
 
 from coreai_opt.export import SavedModel, save
 from coreai_opt.export.files import relative_difference, written
-from coreai_opt.quantization.spec import DynamicQParamsCalculator, PerBlockGranularity, PerChannelGranularity
+from coreai_opt.quantization.spec import (
+    DynamicQParamsCalculator,
+    PerBlockGranularity,
+    PerChannelGranularity,
+    QuantizationSpec,
+)
 from tests.coreai_opt.export.core_ai import run_program
 from tests.coreai_opt.export.models import cnn, example, mlp, output, palettizer, pruner, quantizer
 
@@ -34,6 +39,10 @@ MODELS = {
     "int4 in blocks": (cnn, lambda model: quantizer(model, {"dtype": "int4", "granularity": BLOCKS_8})),
     "clipping": (mlp, lambda model: quantizer(model, None, {"qscheme": "symmetric_with_clipping"})),
     "palettes": (mlp, lambda model: palettizer(model, n_bits=4)),
+    "int8 palettes": (
+        mlp,
+        lambda model: palettizer(model, n_bits=4, lut_qspec=QuantizationSpec(dtype="int8")),
+    ),
     "pruned": (mlp, lambda model: pruner(model)),
 }
 

@@ -1,6 +1,7 @@
 """Life of a prepared graph: what prepare gives, calibration, training, copies, checkpoints."""
 
 import copy
+import functools
 import logging
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
+from coreai_opt.quantization._graph import preparation
 from coreai_opt.quantization.config import QATSchedule
 from coreai_opt.quantization.spec import PerBlockGranularity
 
@@ -176,3 +178,16 @@ def test_preserved_attributes_come_along(caplog: pytest.LogCaptureFixture) -> No
     assert found.labels == ["a", "b"]
     assert copy.deepcopy(found).labels == ["a", "b"]
     assert "colour" in caplog.text
+
+
+def test_long_preparations_show_what_they_are_at(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared(mlp(), x(2, 4))
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(preparation, "_SECONDS_WITHOUT_A_BAR", 0)
+    monkeypatch.setattr(preparation, "tqdm", functools.partial(preparation.tqdm, mininterval=0))
+    prepared(mlp(), x(2, 4))
+    shown = capsys.readouterr().err
+    for stage in ("Exporting", "Placing", "Observing"):
+        assert stage in shown

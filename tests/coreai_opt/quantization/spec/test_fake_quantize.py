@@ -234,7 +234,7 @@ def test_properties_belong_to_the_calculator(make_activation):
             setattr(module, name, None)
 
 
-@pytest.mark.parametrize("forwards", [1, 4])  # as they come, and repeated by the short cut
+@pytest.mark.parametrize("forwards", [1, 4])  # on the slow path, and captured
 def test_assigned_settings_take_effect(make_activation, x, forwards):
     module = make_activation()
     for _ in range(forwards):
