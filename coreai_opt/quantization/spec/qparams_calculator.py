@@ -297,7 +297,6 @@ class RunningRangeMixin:
         # Not from the buffers, which may hold less of it: another dtype than the observation's.
         return super().compute_qparams(tensor, min_val, max_val)  # type: ignore[misc]
 
-    @abstractmethod
     def set_running_range(self, min_val: Tensor, max_val: Tensor) -> None:
         """Go on from another running range, of the shape that there is, and keep the parameters for it."""
         module: Any = self
@@ -305,6 +304,7 @@ class RunningRangeMixin:
         _copy_to_buffer("running_max", self.running_max, max_val)
         module._store(super().compute_qparams(min_val, min_val, max_val))  # type: ignore[misc]
 
+    @abstractmethod
     def update_running_range(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
         """The new running minimum and maximum, from an observation and the buffers."""
 
