@@ -23,7 +23,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check clean distclean
+.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check neon-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint       ruff, mypy and clang-format'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
+	@echo 'make neon-check kernels for Arm, cross-compiled and emulated, beside generic ones: the same bits'
 	@echo 'make build      set up .venv and build the native extension in place'
 	@echo 'make doctor     what is installed and which backends run'
 	@echo 'make clean      remove build products (distclean: the environments, too)'
@@ -85,6 +86,26 @@ gpu-check:
 	COREAI_BUILD_NATIVE=require $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
+
+# NEON's kernels against the generic ones of this machine, which the tests compare with the reference.
+# Debian: apt install g++-aarch64-linux-gnu qemu-user
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+NEON := build/neon-check
+NEON_CASES ?= 300
+CHECKED := $(addprefix csrc/cpu/,kernels dispatch geometry bits kernels_generic)
+CHECK_FLAGS := -std=c++20 -O2 -ffp-contract=off -fno-math-errno -Wno-psabi -Icsrc -I$(NEON)
+neon-check:
+	mkdir -p $(NEON)/common
+	$(PYTHON) -c "import runpy; print(runpy.run_path('kernels/coreai_kernels/formats.py')['native_header']())" \
+		> $(NEON)/common/formats.h
+	$(CXX) $(CHECK_FLAGS) tests/kernels/instruction_sets.cpp $(CHECKED:=.cpp) -o $(NEON)/here
+	$(ARM_CXX) $(CHECK_FLAGS) -DCOREAI_HAVE_NEON tests/kernels/instruction_sets.cpp $(CHECKED:=.cpp) \
+		csrc/cpu/kernels_neon.cpp -o $(NEON)/arm
+	$(NEON)/here generic $(NEON_CASES) > $(NEON)/here.txt
+	$(ARM_RUN) $(NEON)/arm neon $(NEON_CASES) > $(NEON)/neon.txt
+	cmp $(NEON)/here.txt $(NEON)/neon.txt
+	@echo "$$(wc -l < $(NEON)/neon.txt) results of NEON are those of the generic kernels"
 
 # torch comes first and alone: with it in place no other requirement can pull in another build of it.
 $(SETUP): pyproject.toml constraints.txt

@@ -22,7 +22,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import runpy
 import shlex
@@ -30,7 +29,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,19 +59,17 @@ NVCC_FLAGS = (
     f"-DUSE_CUDA {STABLE_ABI}"
 ).split()
 
-# Each instruction set includes those before it. The order matters when linking, too: of an inline function
-# that several files emit the linker keeps the first, so the copy kept never needs more than its users have.
+# Of each architecture, as compilers name it: instruction sets and their flags, each with those before it.
+# The order matters when linking, too: of an inline function that several files emit the linker keeps the
+# first, so the copy kept never needs more than its users have.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISAS = {
+_X86 = {
     "generic": [],
     "avx2": _AVX2,
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *_AVX2],
 }
-
-# No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
-LINK_FLAGS = (
-    ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-pthread"]
-)
+_ARM: dict[str, list[str]] = {"generic": [], "neon": []}
+ISAS: dict[str, dict[str, list[str]]] = {"x86_64": _X86, "i686": _X86, "aarch64": _ARM, "arm64": _ARM}
 
 
 class BuildError(Exception):
@@ -117,13 +114,14 @@ class Job:
     """One source and the command that compiles it, all but the output's name."""
 
     source: Path
-    command: list[str]
+    command: tuple[str, ...]
+    name: str
 
 
 class Builder:
     """Compiles what is out of date and links it."""
 
-    def __init__(self, directory: Path, torch: Torch) -> None:
+    def __init__(self, directory: Path, torch: Torch, in_place: bool) -> None:
         self.directory, self.torch = directory, torch
         self.cxx = _compiler()
         # Part of each object's name: another torch, Python or compiler makes other objects.
@@ -131,7 +129,14 @@ class Builder:
         self.identity = [torch.version, sys.version, version]
         # GCC takes its own AVX-512 intrinsics for reads of uninitialised variables (its bug 105593).
         self.quiet = [] if "clang" in version else ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+        # What is compiled for, which need not be this machine: architecture, vendor and system.
+        self.target = _output([*self.cxx, "-dumpmachine"]).strip()
+        self.isas = ISAS.get(self.target.split("-")[0], {"generic": []})
         directory.mkdir(parents=True, exist_ok=True)
+        self.pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+        self.started: dict[Job, Future[Path]] = {}
+        self.seconds: dict[str, float] = {}  # of processor time, each source's
+        self.in_place = in_place
         self.generated = directory / "include"
         write_formats(self.generated / "common/formats.h")
 
@@ -142,12 +147,39 @@ class Builder:
         systems = (str(self.torch.root / "include"), sysconfig.get_path("include"))
         return [*self.own_includes(), *(flag for path in systems for flag in ("-isystem", path))]
 
+    def link(self) -> list[str]:
+        # No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
+        if "darwin" in self.target:
+            return [*self.cxx, "-bundle", "-undefined", "dynamic_lookup"]
+        return [*self.cxx, "-shared", "-pthread"]
+
+    def jobs(self, sources: list[Path], command: list[str], units: int = 0) -> list[Job]:
+        """One job for each source; for so many units of them, if this build starts from nothing anyway.
+
+        What torch's headers cost is paid once a unit. A build in place is one of many, where only what
+        changed should be compiled.
+        """
+        if self.in_place or not units:
+            return [Job(path, tuple(command), str(path.relative_to(ROOT))) for path in sources]
+        jobs = []
+        for unit in range(min(units, len(sources))):
+            members = sources[unit::units]
+            folder, stems = members[0].parent.name, ",".join(path.stem for path in members)
+            path = self.generated / f"{folder}-{unit}.cpp"
+            _write(path, "".join(f'#include "{member.relative_to(CSRC)}"\n' for member in members))
+            jobs.append(Job(path, tuple(command), f"csrc/{folder}/{{{stems}}}.cpp"))
+        return jobs
+
+    def start(self, jobs: list[Job]) -> None:
+        """Compile these in this order, as processors are free; not what an earlier call has begun with."""
+        for job in jobs:
+            if job not in self.started:
+                self.started[job] = self.pool.submit(self._compile, job)
+
     def build(self, jobs: list[Job], link: list[str], output: Path, *libraries: str) -> None:
-        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            objects = list(pool.map(self._compile, jobs))
-        flags = [f"-L{self.torch.root / 'lib'}", *(f"-l{name}" for name in libraries), "-ltorch_cpu", "-lc10"]
-        command = [*link, *map(str, objects), *flags]
+        self.start(jobs)
+        objects = [self.started[job].result() for job in jobs]
+        command = [*link, *map(str, objects), *self._libraries([*libraries, "torch_cpu", "c10"])]
         stamp = self.directory / f"{output.name}.{_digest([*command, *self.identity])}"
         if output.exists() and stamp.exists() and _newer(stamp, objects) and _newer(output, objects):
             return
@@ -156,26 +188,57 @@ class Builder:
         os.replace(f"{output}.new", output)
         stamp.touch()
 
+    def _libraries(self, names: list[str]) -> list[str]:
+        """Return the linker's flags for torch's libraries.
+
+        What is linked records their names, by which the system finds them among those that are loaded. Empty
+        libraries of these names do for that, so torch's own need not be of the architecture compiled for.
+        """
+        if "darwin" in self.target:
+            return []  # undefined symbols are looked up in all that is loaded
+        folder = self.directory / f"stand-ins-{_digest([self.target])}"
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            library = folder / f"lib{name}.so"
+            if not library.exists():
+                command = [*self.cxx, "-shared", f"-Wl,-soname,{library.name}", "-x", "c++", os.devnull]
+                _run([*command, "-o", str(library)], f"stand-in for {library.name}")
+        return [f"-L{folder}", "-Wl,--no-as-needed", *(f"-l{name}" for name in names)]
+
     def _compile(self, job: Job) -> Path:
-        name = "-".join(job.source.relative_to(CSRC).with_suffix("").parts)
-        target = self.directory / f"{name}-{_digest([*job.command, *self.identity])}.o"
+        stem = re.sub(r"\W+", "-", job.name.removeprefix("csrc/").removesuffix(".cpp"))
+        target = self.directory / f"{stem}-{_digest([*job.command, *self.identity])}.o"
         dependencies = target.with_suffix(".d")
         if target.exists() and dependencies.exists() and _newer(target, _read_dependencies(dependencies)):
             return target
         partial = target.with_suffix(".new.o")
         command = [*job.command, "-c", str(job.source), "-MMD", "-MF", str(dependencies), "-o", str(partial)]
-        _run(command, f"compile {job.source.relative_to(ROOT)}")
+        self.seconds[job.name] = _run(command, f"compile {job.name}")
         os.replace(partial, target)
         return target
+
+    def close(self) -> None:
+        """Start no more compilers, and say where the time went."""
+        self.pool.shutdown(cancel_futures=True)
+        if not self.seconds:
+            return
+        longest = sorted(self.seconds.items(), key=lambda item: -item[1])[:8]
+        text = ", ".join(f"{name.removeprefix('csrc/')} {seconds:.0f} s" for name, seconds in longest)
+        total = sum(self.seconds.values())
+        _say(f"{total:.0f} s of processor time for {len(self.seconds)} sources: {text}, ...")
 
 
 def write_formats(path: Path) -> None:
     """Write the header of number formats from the table in ``formats.py``; not if it is there already."""
-    header = runpy.run_path(str(FORMATS))["native_header"]()
-    if path.exists() and path.read_text() == header:
+    _write(path, runpy.run_path(str(FORMATS))["native_header"]())
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, unless it is like that: what is newer is compiled again."""
+    if path.exists() and path.read_text() == text:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(header)
+    path.write_text(text)
 
 
 def _digest(parts: list[str]) -> str:
@@ -205,25 +268,27 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _run(command: list[str], what: str) -> None:
+def _run(command: list[str], what: str) -> float:
+    """Run a compiler or linker; return the processor time that it took, in seconds."""
     _say(what)
     try:
-        result = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error}", _COMPILER_FIX) from error
-    if result.stdout:
-        _say(f"{what}:\n{result.stdout[:20_000]}")
-    if result.returncode != 0:
-        lines = [line for line in result.stdout.splitlines() if "error" in line.lower()] or [
-            result.stdout[-300:]
-        ]
+    with process.stdout as pipe:  # type: ignore[union-attr]
+        output = pipe.read()
+    _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), tells what it and its children have used
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if output:
+        _say(f"{what}:\n{output[:20_000]}")
+    if process.returncode != 0:
+        lines = [line for line in output.splitlines() if "error" in line.lower()] or [output[-300:]]
         _say(f"failed: {shlex.join(command)}")
         raise BuildError(
             f"{what} failed: {' | '.join(lines[:3])}",
             f"set CXX to a C++20 compiler (GCC 11 or Clang 14 at least), then {REINSTALL}",
         )
+    return usage.ru_utime + usage.ru_stime
 
 
 _COMPILER_FIX = f"install a C++20 compiler (Debian: apt install g++; or set CXX), then {REINSTALL}"
@@ -246,30 +311,30 @@ def _pybind11_include() -> list[str]:
 
 
 def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-    present = {isa: CSRC / "cpu" / f"kernels_{isa}.cpp" for isa in ISAS}
-    unknown = set(CSRC.glob("cpu/kernels_*.cpp")) - set(present.values())
+    known = {isa for isas in ISAS.values() for isa in isas}
+    unknown = {path.stem for path in CSRC.glob("cpu/kernels_*.cpp")} - {f"kernels_{isa}" for isa in known}
     if unknown:
-        raise BuildError(
-            f"no flags are known for {sorted(map(str, unknown))}", "add them to ISAS in setup.py"
-        )
-    present = {n: path for n, path in present.items() if path.exists() and (is_x86 or n == "generic")}
+        raise BuildError(f"no flags are known for {sorted(unknown)}", "add them to ISAS in setup.py")
+    present = {isa: CSRC / "cpu" / f"kernels_{isa}.cpp" for isa in builder.isas}
     macros = [f"-DCOREAI_HAVE_{isa.upper()}" for isa in present if isa != "generic"]
     facts = [
-        f'-DCOREAI_ISAS="{" ".join(dict.fromkeys(["generic", *present]))}"',
+        f'-DCOREAI_ISAS="{" ".join(present)}"',
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
     base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *_pybind11_include(), *builder.includes(), *macros]
-    folders = ("*", "common/*", "cpu/*", "cpu/*/*", "ops/*")
-    sources = sorted(path for folder in folders for path in CSRC.glob(f"{folder}.cpp"))
-    jobs = [
-        Job(source, [*base, *(facts if source.name == "bindings.cpp" else [])])
-        for source in sources
-        if not source.name.startswith("kernels_")
+    kernels = [
+        job
+        for isa, path in reversed(present.items())
+        for job in builder.jobs([path], [*base, *builder.isas[isa], *builder.quiet])
     ]
-    jobs += [Job(path, [*base, *ISAS[isa], *builder.quiet]) for isa, path in present.items()]
-    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output)
+    others = builder.jobs([CSRC / "bindings.cpp"], [*base, *facts])
+    for folder, units in (("common", 0), ("cpu", 0), ("cpu/*", 0), ("ops", 2)):
+        sources = sorted(CSRC.glob(f"{folder}/*.cpp"))
+        others += builder.jobs([path for path in sources if path.stem[:8] != "kernels_"], base, units)
+    # The longest first: what is left for the end is short, and no processor waits for another.
+    builder.start([*kernels, *autograd_jobs(builder), *others])
+    builder.build([*others, *reversed(kernels)], builder.link(), output)
 
 
 def build_autograd(builder: Builder, output: Path) -> None:
@@ -277,9 +342,12 @@ def build_autograd(builder: Builder, output: Path) -> None:
 
     With the pybind11 that torch's include folder holds: what it shares with torch's own module has to fit.
     """
+    builder.build(autograd_jobs(builder), builder.link(), output, "torch_python")
+
+
+def autograd_jobs(builder: Builder) -> list[Job]:
     command = [*builder.cxx, *CXX_FLAGS, *builder.includes()]
-    jobs = [Job(source, command) for source in sorted(CSRC.glob("autograd/*.cpp"))]
-    builder.build(jobs, [*builder.cxx, *LINK_FLAGS], output, "torch_python")
+    return builder.jobs(sorted(CSRC.glob("autograd/*.cpp")), command, units=1)
 
 
 def build_cuda(builder: Builder, output: Path) -> str:
@@ -313,17 +381,21 @@ def build_cuda(builder: Builder, output: Path) -> str:
         raise BuildError(f"nvcc knows none of {wanted}", "set TORCH_CUDA_ARCH_LIST to architectures it knows")
     command = [nvcc, "-ccbin", builder.cxx[0], *NVCC_FLAGS, *targets, *builder.own_includes()]
     command += ["-isystem", str(builder.torch.root / "include")]
-    builder.build([Job(source, command) for source in sources], [nvcc, "-shared"], output)
+    builder.build(builder.jobs(sources, command), [nvcc, "-shared"], output)
     return " ".join(archs)
 
 
 class BuildNative(build_ext):
     """setuptools' place for extensions, with the builder above in place of its compiler driver."""
 
+    def run(self) -> None:
+        self.for_source_tree = bool(self.inplace)  # which setuptools turns off while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
-        report = build_all(Path(self.build_temp), output)
+        report = build_all(Path(self.build_temp), output, self.for_source_tree)
         (output.parent / REPORT).write_text(json.dumps(report, indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:
@@ -338,7 +410,7 @@ class BuildNative(build_ext):
                     (target.parent / name).unlink(missing_ok=True)
 
 
-def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
+def build_all(directory: Path, output: Path, in_place: bool) -> dict[str, dict[str, object]]:
     """Build all parts into ``output``'s folder; the report says which exist and why others do not."""
     mode = os.environ.get("COREAI_BUILD_NATIVE") or "auto"
     if mode not in ("auto", "require", "skip"):
@@ -351,25 +423,28 @@ def build_all(directory: Path, output: Path) -> dict[str, dict[str, object]]:
             raise BuildError("switched off by COREAI_BUILD_NATIVE=skip", f"unset it, then {REINSTALL}")
         if sys.platform == "win32":
             raise BuildError("native kernels are not built on Windows", "use Linux or macOS (WSL is Linux)")
-        builder = Builder(directory.resolve() / "native", Torch.find())
+        builder = Builder(directory.resolve() / "native", Torch.find(), in_place)
     except BuildError as error:
         report["native"] = report["cuda"] = report["autograd"] = _failure(error, mode)
     if builder is not None:
         try:
-            archs = build_cuda(builder, cuda_library)
-            report["cuda"] = {"built": True}
-        except BuildError as error:
-            report["cuda"] = _failure(error, "auto")
-        try:
-            build_native(builder, output, archs)
-            report["native"] = {"built": True}
-        except BuildError as error:
-            report["native"] = _failure(error, mode)
-        try:
-            build_autograd(builder, autograd_library)
-            report["autograd"] = {"built": True, "torch": builder.torch.version}
-        except BuildError as error:
-            report["autograd"] = _failure(error, mode)
+            try:
+                archs = build_cuda(builder, cuda_library)
+                report["cuda"] = {"built": True}
+            except BuildError as error:
+                report["cuda"] = _failure(error, "auto")
+            try:
+                build_native(builder, output, archs)
+                report["native"] = {"built": True}
+            except BuildError as error:
+                report["native"] = _failure(error, mode)
+            try:
+                build_autograd(builder, autograd_library)
+                report["autograd"] = {"built": True, "torch": builder.torch.version}
+            except BuildError as error:
+                report["autograd"] = _failure(error, mode)
+        finally:
+            builder.close()
     # What an earlier build left must not pass for this one's.
     for part, path in (("native", output), ("cuda", cuda_library), ("autograd", autograd_library)):
         if not report[part]["built"]:

@@ -18,7 +18,7 @@ from benchmarks.suite import OPERATIONS, Options, available_threads, run
 __all__ = ["main"]
 
 _SIZES, _QUICK_SIZES = (64, 256, 1024, 2048, 4096), (64, 256, 1024)
-_CAPABILITIES = ("generic", "avx2", "avx512")
+_CAPABILITIES = ("generic", "avx2", "avx512", "neon")
 _DEFAULT_APPLE = Path(".oracle")
 _WIDTH_OF_A_FILE = 200
 
@@ -54,7 +54,8 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Variables that must be set before the interpreter starts, and are not yet."""
     wanted = {}
     if arguments.cpu_capability:
-        torch_name = {"generic": "default"}.get(arguments.cpu_capability, arguments.cpu_capability)
+        torch_names = {"generic": "default", "neon": "default"}
+        torch_name = torch_names.get(arguments.cpu_capability, arguments.cpu_capability)
         wanted = {"COREAI_CPU_CAPABILITY": arguments.cpu_capability, "ATEN_CPU_CAPABILITY": torch_name}
     if arguments.huge_pages:
         wanted["THP_MEM_ALLOC_ENABLE"] = "1"

@@ -71,7 +71,7 @@ def make_tree(path: Path) -> Path:
     (path / "csrc/ops/captured.cpp").write_text(CAPTURED)
     (path / "csrc/autograd").mkdir()
     (path / "csrc/autograd/module.cpp").write_text(MODULE)
-    for isa in ("generic", "avx2", "avx512"):
+    for isa in ("generic", "avx2", "avx512", "neon"):
         (path / f"csrc/cpu/kernels_{isa}.cpp").write_text(KERNEL.replace("ISA", isa))
     (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
     (path / "kernels/coreai_kernels/__init__.py").touch()
@@ -137,8 +137,8 @@ class TestNativeBuild:
             "import json; from coreai_kernels import native as n; print(json.dumps(n.extension.build_info()))"
         )
         info = json.loads(ask(built / "kernels", code).stdout)
-        is_x86 = platform.machine() in ("x86_64", "AMD64")
-        assert info["cpu_isas"].split() == (["generic", "avx2", "avx512"] if is_x86 else ["generic"])
+        of_machine = {"x86_64": ["generic", "avx2", "avx512"], "aarch64": ["generic", "neon"]}
+        assert info["cpu_isas"].split() == of_machine.get(platform.machine(), ["generic"])
         assert info["torch_target_version"] == 0x020A000000000000
         assert set(info) == {"compiler", "cpu_isas", "torch_version", "torch_target_version", "cuda_archs"}
 

@@ -110,7 +110,13 @@ COREAI_HD typename S::F clamp_lanes(typename S::F q, typename S::F low, typename
 template <class S, class K>
 COREAI_HD typename S::F quantize_lanes(typename S::F x, const Params<S>& p, typename S::M& inside) {
   const auto q = quotient_lanes<S, K>(x, p);
-  const auto clamped = clamp_lanes<S>(q, p.low, p.high);
+  typename S::F clamped;
+  // With an offset, what a zero's sign is can be seen in the result.
+  if constexpr (!K::kHasOffset && requires { S::clamp(q, p.low, p.high); }) {
+    clamped = S::clamp(q, p.low, p.high);
+  } else {
+    clamped = clamp_lanes<S>(q, p.low, p.high);
+  }
   inside = S::equal(q, clamped);
   if constexpr (K::kFormat == Format::kInt) {
     return clamped;

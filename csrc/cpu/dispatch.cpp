@@ -12,7 +12,7 @@
 namespace coreai::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "neon"};
 
 const char* name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
@@ -28,6 +28,9 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 #endif
 
 Isa best() {
+#if defined(COREAI_HAVE_NEON)
+  return Isa::neon;  // part of the architecture
+#endif
 #if defined(COREAI_HAVE_AVX512)
   if (has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
@@ -56,13 +59,19 @@ bool compiled(Isa isa) {
 #else
       return false;
 #endif
+    case Isa::neon:
+#if defined(COREAI_HAVE_NEON)
+      return true;
+#else
+      return false;
+#endif
   }
   return false;
 }
 
 // The instruction set of that name. `who`: who asked for it, for messages.
 Isa find(const std::string& wanted, const std::string& who) {
-  for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512, Isa::neon}) {
     if (wanted != name(isa)) continue;
     if (!compiled(isa)) throw std::runtime_error(who + ": this build has no code for that instruction set");
     if (isa > best()) {
@@ -70,7 +79,7 @@ Isa find(const std::string& wanted, const std::string& who) {
     }
     return isa;
   }
-  throw std::runtime_error(who + ": unknown; use generic, avx2 or avx512");
+  throw std::runtime_error(who + ": unknown; use generic, avx2, avx512 or neon");
 }
 
 Isa choose() {

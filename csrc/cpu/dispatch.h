@@ -5,8 +5,8 @@
 
 namespace coreai::cpu {
 
-// Ordered: a CPU that runs one of these runs every one before it.
-enum class Isa { generic, avx2, avx512 };
+// Ordered: a CPU that runs one of these runs every one before it that is compiled for its architecture.
+enum class Isa { generic, avx2, avx512, neon };
 
 // The best instruction set that is both compiled and supported, or the one that COREAI_CPU_CAPABILITY names.
 // Throws std::runtime_error if that variable names one that cannot run here.

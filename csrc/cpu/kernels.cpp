@@ -7,6 +7,10 @@ namespace coreai::cpu {
 
 const Kernels& kernels() {
   switch (isa()) {
+#if defined(COREAI_HAVE_NEON)
+    case Isa::neon:
+      return neon::kKernels;
+#endif
 #if defined(COREAI_HAVE_AVX512)
     case Isa::avx512:
       return avx512::kKernels;

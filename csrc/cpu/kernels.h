@@ -194,6 +194,9 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace neon {
+extern const Kernels kKernels;
+}
 
 // Calls body(begin, end, context) on torch's threads, with boundaries at multiples of `grain`. The files
 // compiled for one instruction set must not include torch's headers: an inline function compiled there could be

@@ -142,6 +142,16 @@ class BitWriter {
   int fill_ = 0;
 };
 
+template <class Bits, class S = Simd>
+COREAI_HD void put_masks(typename Bits::Cursor& cursor, M a, M b) {
+  if constexpr (requires { S::bits(a, b); }) {
+    Bits::put_pair(cursor, S::bits(a, b));
+  } else {
+    Bits::put_lanes(cursor, S::bits(a));
+    Bits::put_lanes(cursor, S::bits(b));
+  }
+}
+
 struct NoBits {
   struct Cursor {};
   COREAI_HD bool aligned() const { return true; }

@@ -23,6 +23,7 @@ struct WordTable {
 
 template <>
 struct FloatTable<TableKind::k16> {
+  static constexpr bool kIsQuick = true;
   explicit FloatTable(const float* table) : entries(_mm512_loadu_ps(table)) {}
   COREAI_HD F at(I index) const { return _mm512_permutexvar_ps(index, entries); }
   F entries;
@@ -30,6 +31,7 @@ struct FloatTable<TableKind::k16> {
 
 template <>
 struct FloatTable<TableKind::k32> {
+  static constexpr bool kIsQuick = true;
   explicit FloatTable(const float* table) : low(_mm512_loadu_ps(table)), high(_mm512_loadu_ps(table + 16)) {}
   COREAI_HD F at(I index) const { return _mm512_permutex2var_ps(low, index, high); }
   F low, high;
@@ -37,6 +39,7 @@ struct FloatTable<TableKind::k32> {
 
 template <>
 struct FloatTable<TableKind::k256> {
+  static constexpr bool kIsQuick = true;
   explicit FloatTable(const float* table) : entries(table) {}
   COREAI_HD F at(I index) const { return _mm512_i32gather_ps(index, entries, 4); }
   const float* entries;
@@ -81,6 +84,7 @@ struct WordTable<TableKind::k256> {
 
 template <>
 struct FloatTable<TableKind::k16> {
+  static constexpr bool kIsQuick = true;
   explicit FloatTable(const float* table) : low(_mm256_loadu_ps(table)), high(_mm256_loadu_ps(table + 8)) {}
   COREAI_HD F at(I index) const {
     const F bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
@@ -91,6 +95,7 @@ struct FloatTable<TableKind::k16> {
 
 template <>
 struct FloatTable<TableKind::k256> {
+  static constexpr bool kIsQuick = true;
   explicit FloatTable(const float* table) : entries(table) {}
   COREAI_HD F at(I index) const { return _mm256_i32gather_ps(entries, index, 4); }
   const float* entries;
@@ -123,10 +128,86 @@ struct WordTable<TableKind::k16> {
   __m128i low, high;
 };
 
+#elif defined(__ARM_NEON)
+
+// Tables are bytes, four registers of them a lookup, and an index beyond them gives zero.
+template <>
+struct FloatTable<TableKind::k16> {
+  static constexpr bool kIsQuick = true;
+  explicit FloatTable(const float* table) : entries(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table))) {}
+  COREAI_HD F at(I index) const {
+    return bytes_at(index, [&](uint8x16_t bytes) __attribute__((always_inline)) { return vqtbl4q_u8(entries, bytes); });
+  }
+  template <class LookUp>
+  static COREAI_HD F bytes_at(I index, LookUp look_up) {
+    float lanes[kWidth];
+    int32_t indices[kWidth];
+    Simd::store(indices, index);
+    const uint32x4_t four = vdupq_n_u32(0x04040404), each = vdupq_n_u32(0x03020100);
+    for (int i = 0; i < kWidth; i += 4) {
+      const uint32x4_t first = vmlaq_u32(each, vreinterpretq_u32_s32(vld1q_s32(indices + i)), four);
+      vst1q_f32(lanes + i, vreinterpretq_f32_u8(look_up(vreinterpretq_u8_u32(first))));
+    }
+    return Simd::load(lanes);
+  }
+  uint8x16x4_t entries;
+};
+
+template <>
+struct FloatTable<TableKind::k32> {
+  static constexpr bool kIsQuick = true;
+  explicit FloatTable(const float* table)
+      : low(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table))),
+        high(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table + 16))) {}
+  COREAI_HD F at(I index) const {
+    return FloatTable<TableKind::k16>::bytes_at(index, [&](uint8x16_t bytes) __attribute__((always_inline)) {
+      return vqtbx4q_u8(vqtbl4q_u8(low, bytes), high, vsubq_u8(bytes, vdupq_n_u8(64)));
+    });
+  }
+  uint8x16x4_t low, high;
+};
+
+template <>
+struct FloatTable<TableKind::k256> {
+  static constexpr bool kIsQuick = false;
+  explicit FloatTable(const float* table) : entries(table) {}
+  COREAI_HD F at(I index) const {
+    int32_t indices[kWidth];
+    float lanes[kWidth];
+    Simd::store(indices, index);
+    for (int i = 0; i < kWidth; ++i) lanes[i] = entries[indices[i]];
+    return Simd::load(lanes);
+  }
+  const float* entries;
+};
+
+// The two bytes of a word are looked up apart, and interleaved.
+template <>
+struct WordTable<TableKind::k32> {
+  static constexpr int kLanes = 16;
+  explicit WordTable(const uint16_t* table) {
+    for (int i = 0; i < 2; ++i) {
+      const uint8x16x2_t bytes = vld2q_u8(reinterpret_cast<const uint8_t*>(table + 16 * i));
+      low.val[i] = bytes.val[0], high.val[i] = bytes.val[1];
+    }
+  }
+  COREAI_HD void look_up(const uint8_t* indices, uint16_t* out) const {
+    const uint8x16_t index = vld1q_u8(indices);
+    vst2q_u8(reinterpret_cast<uint8_t*>(out), {{vqtbl2q_u8(low, index), vqtbl2q_u8(high, index)}});
+  }
+  uint8x16x2_t low, high;
+};
+
+template <>
+struct WordTable<TableKind::k16> : WordTable<TableKind::k32> {
+  using WordTable<TableKind::k32>::WordTable;
+};
+
 #else
 
 template <TableKind kKind>
 struct FloatTable {
+  static constexpr bool kIsQuick = false;
   explicit FloatTable(const float* table) : entries(table) {}
   COREAI_HD F at(I index) const {
     F result;

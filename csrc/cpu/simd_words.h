@@ -6,6 +6,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace coreai::cpu::COREAI_ISA {
@@ -56,6 +58,8 @@ struct Words {
     if constexpr (kBytes == 2) return (V)_mm512_min_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     if constexpr (kBytes == 2) return (V)_mm256_min_epi16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    if constexpr (kBytes == 2) return (V)vminq_s16((int16x8_t)a, (int16x8_t)b);
 #endif
     return a < b ? a : b;
   }
@@ -65,6 +69,8 @@ struct Words {
     if constexpr (kBytes == 2) return (V)_mm512_min_epu16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     if constexpr (kBytes == 2) return (V)_mm256_min_epu16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    if constexpr (kBytes == 2) return (V)vminq_u16((uint16x8_t)a, (uint16x8_t)b);
 #endif
     const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
     return (a ^ sign) < (b ^ sign) ? a : b;
@@ -74,6 +80,8 @@ struct Words {
     if constexpr (kBytes == 2) return (V)_mm512_max_epu16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     if constexpr (kBytes == 2) return (V)_mm256_max_epu16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    if constexpr (kBytes == 2) return (V)vmaxq_u16((uint16x8_t)a, (uint16x8_t)b);
 #endif
     const V sign = set(static_cast<Word>(Word{1} << (8 * kBytes - 1)));
     return (a ^ sign) > (b ^ sign) ? a : b;
@@ -83,6 +91,8 @@ struct Words {
     if constexpr (kBytes == 2) return (V)_mm512_max_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     if constexpr (kBytes == 2) return (V)_mm256_max_epi16((__m256i)a, (__m256i)b);
+#elif defined(__ARM_NEON)
+    if constexpr (kBytes == 2) return (V)vmaxq_s16((int16x8_t)a, (int16x8_t)b);
 #endif
     return a > b ? a : b;
   }
@@ -160,6 +170,15 @@ struct Words {
     }
     if constexpr (kBytes == 4) return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(x)));
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(x)));
+  }
+#elif defined(__ARM_NEON)
+  static COREAI_HD uint64_t bits(M m) {
+    V lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = static_cast<Word>(1 << i);
+    lane &= m;
+    if constexpr (kBytes == 2) return vaddvq_u16((uint16x8_t)lane);
+    if constexpr (kBytes == 4) return vaddvq_u32((uint32x4_t)lane);
+    return vaddvq_u64((uint64x2_t)lane);
   }
 #else
   static COREAI_HD uint64_t bits(M m) {

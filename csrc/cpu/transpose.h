@@ -6,6 +6,13 @@
 namespace coreai::cpu::COREAI_ISA {
 namespace {
 
+// Whether one shuffle does what `swap` does to a vector, whatever the words.
+#if defined(__ARM_NEON)
+constexpr bool kHasTransposes = true;  // TRN1 and TRN2
+#else
+constexpr bool kHasTransposes = false;
+#endif
+
 template <class W>
 struct Transpose {
   using V = typename W::V;
@@ -51,7 +58,7 @@ struct Transpose {
   template <int kDistance>
   static COREAI_HD void swap(V& a, V& b) {
     constexpr int kMoved = kDistance * sizeof(Word);
-    if constexpr (kMoved <= 4) {
+    if constexpr (kMoved <= 4 && !kHasTransposes) {
       // Shuffles share a port of the processor, or there are none of so small words; shifts and blends need neither.
 #if defined(__AVX512BW__)
       const auto x = (__m512i)a, y = (__m512i)b;

@@ -13,16 +13,16 @@ constexpr int64_t kUnpacked = 2048;
 template <class Kind>
 inline void look_up(const uint8_t* indices, int64_t count, const uint32_t* words, uint32_t* out) {
   int64_t i = 0;
-#if defined(__AVX2__)  // without, the scalar loop is no slower
-  const FloatTable<Kind::value> entries(reinterpret_cast<const float*>(words));
-  auto* floats = reinterpret_cast<float*>(out);
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    for (int j = 0; j < 4 * kWidth; j += kWidth) {
-      Simd::store(floats + i + j, entries.at(Simd::load_bytes(indices + i + j)));
+  if constexpr (FloatTable<Kind::value>::kIsQuick) {
+    const FloatTable<Kind::value> entries(reinterpret_cast<const float*>(words));
+    auto* floats = reinterpret_cast<float*>(out);
+    for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+      for (int j = 0; j < 4 * kWidth; j += kWidth) {
+        Simd::store(floats + i + j, entries.at(Simd::load_bytes(indices + i + j)));
+      }
     }
+    for (; i + kWidth <= count; i += kWidth) Simd::store(floats + i, entries.at(Simd::load_bytes(indices + i)));
   }
-  for (; i + kWidth <= count; i += kWidth) Simd::store(floats + i, entries.at(Simd::load_bytes(indices + i)));
-#endif
   for (; i < count; ++i) out[i] = words[indices[i] & (Kind::kRoom - 1)];
 }
 

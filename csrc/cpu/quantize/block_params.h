@@ -68,7 +68,7 @@ struct BlockParams {
 
   // `finite`: no element is infinite, NaN or beyond 2^62.
   template <class K, class T>
-  COREAI_HD void load(const Affine& a, int64_t block, int n, bool finite) {
+  __attribute__((noinline)) void load(const Affine& a, int64_t block, int n, bool finite) {
     F zero_point = Simd::set(a.constant);
     if (a.zero_point && n == kWidth) {
       zero_point = Simd::to_float(Simd::load(a.zero_point + block));

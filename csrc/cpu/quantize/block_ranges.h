@@ -7,28 +7,50 @@
 namespace coreai::cpu::COREAI_ISA {
 namespace {
 
-// Lanes of a running minimum and maximum that skip NaN, and where NaN was seen.
-struct Extremes {
-  F low = Simd::set(__builtin_inff());
-  F high = Simd::set(-__builtin_inff());
-  M nan = Simd::none();
+// Whether the instruction set has a minimum and maximum that NaN stays in.
+template <class S>
+constexpr bool kHasMinOrNan = requires(typename S::F x) { S::min_or_nan(x, x); };
+
+// Lanes of a running minimum and maximum, and where NaN was seen; in those lanes the two are of no use.
+template <class S>
+struct ExtremesOf {
+  F low = S::set(__builtin_inff());
+  F high = S::set(-__builtin_inff());
+  M seen = S::none();
 
   COREAI_HD void take(F x) {
-    low = Simd::min(x, low);
-    high = Simd::max(x, high);
-    nan = Simd::mor(nan, Simd::unordered(x, x));
+    if constexpr (kHasMinOrNan<S>) {
+      low = S::min_or_nan(x, low);
+      high = S::max_or_nan(x, high);
+    } else {
+      low = S::min(x, low);
+      high = S::max(x, high);
+      seen = S::mor(seen, S::unordered(x, x));
+    }
   }
   COREAI_HD void take(F x, F y) {
-    low = Simd::min(x, Simd::min(y, low));
-    high = Simd::max(x, Simd::max(y, high));
-    nan = Simd::mor(nan, Simd::unordered(x, y));
+    if constexpr (kHasMinOrNan<S>) {
+      take(x);
+      take(y);
+    } else {
+      low = S::min(x, S::min(y, low));
+      high = S::max(x, S::max(y, high));
+      seen = S::mor(seen, S::unordered(x, y));
+    }
   }
-  COREAI_HD void take(const Extremes& other) {
-    low = Simd::min(other.low, low);
-    high = Simd::max(other.high, high);
-    nan = Simd::mor(nan, other.nan);
+  COREAI_HD void take(const ExtremesOf& other) {
+    if constexpr (kHasMinOrNan<S>) {
+      take(other.low);
+      high = S::max_or_nan(other.high, high);
+    } else {
+      low = S::min(other.low, low);
+      high = S::max(other.high, high);
+      seen = S::mor(seen, other.seen);
+    }
   }
+  COREAI_HD M nan() const { return kHasMinOrNan<S> ? S::unordered(low, high) : seen; }
 };
+using Extremes = ExtremesOf<Simd>;
 
 template <class T>
 COREAI_HD Extremes extremes_of(const T* x, int64_t n) {
@@ -36,9 +58,11 @@ COREAI_HD Extremes extremes_of(const T* x, int64_t n) {
   if (n < kWidth) {
     const F lanes = Simd::load_n(x, static_cast<int>(n));
     const M present = Simd::first(static_cast<int>(n));
-    a.low = Simd::select(present, Simd::min(lanes, a.low), a.low);
-    a.high = Simd::select(present, Simd::max(lanes, a.high), a.high);
-    a.nan = Simd::mand(present, Simd::unordered(lanes, lanes));
+    Extremes some;
+    some.take(lanes);
+    a.low = Simd::select(present, some.low, a.low);
+    a.high = Simd::select(present, some.high, a.high);
+    a.seen = Simd::mand(present, some.seen);
     return a;
   }
   int64_t i = 0;
@@ -60,7 +84,7 @@ COREAI_HD Extremes extremes_of(const T* x, int64_t n) {
 template <class T>
 __attribute__((noinline)) Range with_nan(const T* x, int64_t run, int blocks, Range range) {
   uint32_t nan = 0;
-  for (int i = 0; i < blocks; ++i) nan |= static_cast<uint32_t>(Simd::any(extremes_of(x + i * run, run).nan)) << i;
+  for (int i = 0; i < blocks; ++i) nan |= static_cast<uint32_t>(Simd::any(extremes_of(x + i * run, run).nan())) << i;
   const M is_nan = Simd::from_bits(nan);
   const F quiet = Simd::set(__builtin_nanf(""));
   return {Simd::select(is_nan, quiet, range.low), Simd::select(is_nan, quiet, range.high)};
@@ -172,7 +196,7 @@ COREAI_HD Range range_of_blocks(const T* x, int64_t run, int blocks) {
   for (int i = 0; i < blocks; ++i) {
     const Extremes e = extremes_of(x + i * run, run);
     low[i] = e.low, high[i] = e.high;
-    nan = Simd::mor(nan, e.nan);
+    nan = Simd::mor(nan, e.nan());
   }
   for (int i = blocks; i < kWidth; ++i) low[i] = high[i] = Simd::set(0.0f);
   Range range = {Simd::min_of_rows(low), Simd::max_of_rows(high)};

@@ -20,8 +20,7 @@ COREAI_HD void fake_quantize_pair(const T* x, T* y, const Params<Simd>& p, typen
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p, inside[1]);
   store_results<K>(y, dequantize_lanes<Simd, K>(a, p), dequantize_lanes<Simd, K>(b, p));
-  Bits::put_lanes(cursor, Simd::bits(inside[0]));
-  Bits::put_lanes(cursor, Simd::bits(inside[1]));
+  put_masks<Bits>(cursor, inside[0], inside[1]);
 }
 
 template <class K, class T, class Bits>
@@ -102,9 +101,10 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
   }
 }
 
-// Neighbouring blocks of `run` elements each.
+// Neighbouring blocks of `run` elements each. One copy for all callers: a call takes little for so many elements, and
+// each copy takes seconds to compile.
 template <class K, class T, class Bits>
-COREAI_HD void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+__attribute__((noinline)) void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
   with_division<K, T>(params.division, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
   });

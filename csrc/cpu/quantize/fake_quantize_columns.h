@@ -67,8 +67,7 @@ COREAI_HD void fake_quantize_columns(const T* x, T* y, typename Bits::Cursor mas
   const F a = quantize_lanes<Simd, K>(Simd::load(x), p.left, inside[0]);
   const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p.right, inside[1]);
   store_results<K>(y, dequantize_lanes<Simd, K>(a, p.left), dequantize_lanes<Simd, K>(b, p.right));
-  Bits::put_lanes(mask, Simd::bits(inside[0]));
-  Bits::put_lanes(mask, Simd::bits(inside[1]));
+  put_masks<Bits>(mask, inside[0], inside[1]);
 }
 
 template <class Bits, class K>

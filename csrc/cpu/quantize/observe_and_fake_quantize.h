@@ -60,6 +60,15 @@ COREAI_HD bool are_in_safe_range(const float* bounds, int64_t n) {
   return safe;
 }
 
+// Sets the parameters of n neighbouring blocks, and returns whether all is in a safe range. Whatever is quantized to,
+// this is the same: one copy for each type of elements.
+template <class T>
+__attribute__((noinline)) bool observe_blocks(const Observe& job, const T* x, int64_t run, int64_t block, int n) {
+  const Range range = range_of_blocks<true>(x, run, n);  // which updating does anyway
+  set_qparams(job, range, block, n);
+  return is_in_safe_range(range);
+}
+
 // Blocks [begin, end); the first element of `begin` is at a multiple of eight.
 template <class K, class T, class Bits>
 void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits) {
@@ -70,10 +79,7 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   BlockParams params;
   const int64_t group = max<int64_t>(1, min<int64_t>(kWidth, kCachedElements / run));
   const auto observe = [&](int64_t i) __attribute__((always_inline)) {
-    const int n = static_cast<int>(min(group, end - i));
-    const Range range = range_of_blocks<true>(x + i * run, run, n);  // which updating does anyway
-    set_qparams(job, range, i, n);
-    return is_in_safe_range(range);
+    return observe_blocks(job, x + i * run, run, i, static_cast<int>(min(group, end - i)));
   };
   // One group ahead: what the next group's parameters wait for overlaps with quantizing this one.
   bool finite = begin < end && observe(begin);

@@ -34,7 +34,7 @@ COREAI_HD void merge_lanes_of_rows(const T* x, int64_t stride, int rows, int n, 
   Extremes e;
   for (int row = 0; row < rows; ++row, x += stride) e.take(kWhole ? Simd::load(x) : Simd::load_n(x, n));
   const F quiet = Simd::set(__builtin_nanf(""));
-  merge_lanes(Simd::select(e.nan, quiet, e.low), Simd::select(e.nan, quiet, e.high), low, high, n);
+  merge_lanes(Simd::select(e.nan(), quiet, e.low), Simd::select(e.nan(), quiet, e.high), low, high, n);
 }
 
 // Columns [i, n) of some rows.
