@@ -101,13 +101,11 @@ struct Simd {
   static COREAI_HD void store(float* p, F a) { vst1q_f32(p, a.half[0]), vst1q_f32(p + 4, a.half[1]); }
   static COREAI_HD F load(const BFloat16* p) {
     const uint16x8_t words = vld1q_u16(reinterpret_cast<const uint16_t*>(p));
-    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)),
-            vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))};
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(words), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(words, 16))};
   }
   static COREAI_HD void store(BFloat16* p, F a) {
     const M number = equal(a, a);
-    const uint16x8_t is_number =
-        vuzp1q_u16(vreinterpretq_u16_u32(number.half[0]), vreinterpretq_u16_u32(number.half[1]));
+    const uint16x8_t is_number = vuzp1q_u16(vreinterpretq_u16_u32(number.half[0]), vreinterpretq_u16_u32(number.half[1]));
     store_words(p, vbslq_u16(is_number, rounded_words(a), vdupq_n_u16(0x7fc0)));
   }
   static COREAI_HD F load(const Float16* p) {
@@ -200,9 +198,7 @@ struct Simd {
 
  private:
   // Of both halves of a mask one bit each lane: `kept` of the first, the others of the second.
-  static COREAI_HD uint32x4_t bytes_of(M m, uint32_t kept) {
-    return vbslq_u32(vdupq_n_u32(kept), m.half[0], m.half[1]);
-  }
+  static COREAI_HD uint32x4_t bytes_of(M m, uint32_t kept) { return vbslq_u32(vdupq_n_u32(kept), m.half[0], m.half[1]); }
   static COREAI_HD void store_words(void* p, uint16x8_t words) { vst1q_u16(static_cast<uint16_t*>(p), words); }
   // The nearest bfloat16 of each lane, ties to even: what the sum with half of the last bit kept has in its upper half.
   static COREAI_HD uint16x8_t rounded_words(F a) {

@@ -193,7 +193,8 @@ struct WordTable<TableKind::k32> {
   }
   COREAI_HD void look_up(const uint8_t* indices, uint16_t* out) const {
     const uint8x16_t index = vld1q_u8(indices);
-    vst2q_u8(reinterpret_cast<uint8_t*>(out), {{vqtbl2q_u8(low, index), vqtbl2q_u8(high, index)}});
+    const uint8x16x2_t words = {{vqtbl2q_u8(low, index), vqtbl2q_u8(high, index)}};
+    vst2q_u8(reinterpret_cast<uint8_t*>(out), words);
   }
   uint8x16x2_t low, high;
 };

@@ -38,6 +38,15 @@ struct SignedWord<8> {
   using unsigned_type = uint64_t;
 };
 
+// The same bits as a vector of another type. Some instruction sets have structures for vectors, and no cast of them
+// compiles, not even in a template that is never used.
+template <class To, class From>
+COREAI_HD To bits_as(From a) {
+  To result = {};
+  __builtin_memcpy(&result, &a, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
+  return result;
+}
+
 // Lanes of one word of kBytes each. Signed: that is the comparison that every instruction set has.
 template <int kBytes>
 struct Words {

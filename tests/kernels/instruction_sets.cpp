@@ -36,13 +36,25 @@ uint64_t next() {  // SplitMix64
   return z ^ (z >> 31);
 }
 
-int64_t pick(int64_t low, int64_t high) { return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1)); }
+int64_t pick(int64_t low, int64_t high) {
+  return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
+}
 bool chance(int64_t in) { return pick(1, in) == 1; }
 float unit() { return static_cast<float>(next() >> 40) * 0x1p-24f; }
 
 float any_float(bool special, float magnitude) {
-  static const float odd[] = {0.0f, -0.0f, 0.5f, -0.5f, 1e-41f, -3e-39f, 3e38f, -3e38f, 65504.0f, -1.5f,
-                              std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+  static const float odd[] = {0.0f,
+                              -0.0f,
+                              0.5f,
+                              -0.5f,
+                              1e-41f,
+                              -3e-39f,
+                              3e38f,
+                              -3e38f,
+                              65504.0f,
+                              -1.5f,
+                              std::numeric_limits<float>::infinity(),
+                              -std::numeric_limits<float>::infinity(),
                               std::numeric_limits<float>::quiet_NaN()};
   if (special && chance(6)) return odd[pick(0, 12)];
   const float x = (unit() + unit() + unit() - 1.5f) * magnitude;
@@ -126,7 +138,8 @@ Layout any_layout() {
   }
   if (axes == 1) shape[0] *= pick(1, 9);
   if (axes == 2) shape[pick(0, 1)] *= pick(1, 4);
-  for (size_t i = static_cast<size_t>(axes); i-- > 1;) std::swap(order[i], order[static_cast<size_t>(chance(3) ? pick(0, static_cast<int64_t>(i)) : static_cast<int64_t>(i))]);
+  for (size_t i = static_cast<size_t>(axes); i-- > 1;)
+    std::swap(order[i], order[static_cast<size_t>(chance(3) ? pick(0, static_cast<int64_t>(i)) : static_cast<int64_t>(i))]);
   for (int i = 0; i < axes; ++i) {
     const int64_t n = shape[static_cast<size_t>(i)];
     int64_t b = chance(3) ? 1 : chance(2) ? n : pick(1, n);
@@ -143,9 +156,10 @@ struct Numbers {
   float low, high;
 };
 Numbers any_numbers() {
-  static const Numbers all[] = {{Format::kInt, -128, 127}, {Format::kInt, 0, 255}, {Format::kInt, -8, 7}, {Format::kInt, -7, 7},
-                                {Format::kInt, 0, 15},     {Format::kInt, -2, 1},  {Format::kInt, 1, 200},
-                                {Format::kE4M3, -448, 448}, {Format::kE5M2, -57344, 57344}, {Format::kE2M1, -6, 6}};
+  static const Numbers all[] = {{Format::kInt, -128, 127}, {Format::kInt, 0, 255},     {Format::kInt, -8, 7},
+                                {Format::kInt, -7, 7},     {Format::kInt, 0, 15},      {Format::kInt, -2, 1},
+                                {Format::kInt, 1, 200},    {Format::kE4M3, -448, 448}, {Format::kE5M2, -57344, 57344},
+                                {Format::kE2M1, -6, 6}};
   return all[pick(0, 9)];
 }
 
@@ -164,13 +178,16 @@ struct Parameters {
       if (words) bits &= 0xffff0000u;
       if (powers) bits &= 0x7f800000u;
       std::memcpy(&s, &bits, 4);
-      if (special && chance(9)) s = chance(2) ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
+      if (special && chance(9))
+        s = chance(2) ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
       scale.push_back(s);
-      zero_point.push_back(kind == 0 ? static_cast<int32_t>(pick(static_cast<int64_t>(n.low), static_cast<int64_t>(n.high))) : 0);
+      zero_point.push_back(kind == 0 ? static_cast<int32_t>(pick(static_cast<int64_t>(n.low), static_cast<int64_t>(n.high)))
+                                     : 0);
       offset.push_back(chance(8) ? -0.0f : -unit());
     }
-    affine = {n.format, n.low, n.high, scale.data(), kind == 0 ? zero_point.data() : nullptr,
-              kind == 1 ? offset.data() : nullptr, 0.0f, finite};
+    affine = {
+        n.format, n.low, n.high, scale.data(), kind == 0 ? zero_point.data() : nullptr, kind == 1 ? offset.data() : nullptr,
+        0.0f,     finite};
     if (kind == 1) affine.constant = n.low;
   }
 };
@@ -217,8 +234,12 @@ void quantization(const Kernels& k) {
   Affine affine = p.affine;
   affine.scale = scale.data(), affine.zero_point = numbers.format == Format::kInt ? zero_point.data() : nullptr;
   affine.offset = nullptr, affine.finite = false;
-  k.observe_and_fake_quantize({{&g, e, x.data(), y.data(), chance(2) ? mask.data() : nullptr, affine}, rule, update,
-                               {scale.data(), zero_point.data(), minval.data()}, running_low.data(), running_high.data(),
+  k.observe_and_fake_quantize({{&g, e, x.data(), y.data(), chance(2) ? mask.data() : nullptr, affine},
+                               rule,
+                               update,
+                               {scale.data(), zero_point.data(), minval.data()},
+                               running_low.data(),
+                               running_high.data(),
                                Element::kFloat32});
   add(e, y.data(), g.numel), add(mask), add(scale), add(zero_point), add(running_low), add(running_high);
   tell("observe_and_fake_quantize");
@@ -306,7 +327,10 @@ void palettes(const Kernels& k) {
   Bytes indices(static_cast<size_t>(g.numel));
   for (uint8_t& i : indices) i = static_cast<uint8_t>(pick(0, clusters - 1));
   for (const int64_t size : {2, 4, 8}) {
-    const Bytes tables = elements(size == 2 ? Element::kFloat16 : size == 4 ? Element::kFloat32 : Element::kFloat64, g.blocks * room, true, 1.0f);
+    const Bytes tables = elements(size == 2   ? Element::kFloat16
+                                  : size == 4 ? Element::kFloat32
+                                              : Element::kFloat64,
+                                  g.blocks * room, true, 1.0f);
     Bytes out(static_cast<size_t>(g.numel * size));
     k.palettes.lookup({{&g, 1, g.numel}, table_kind(clusters), tables.data(), indices.data(), 8, out.data(), size});
     add(out);
@@ -318,8 +342,10 @@ void palettes(const Kernels& k) {
   std::vector<int32_t> order(bounds.size());
   for (int64_t b = 0; b < g.blocks; ++b) {
     float at = -1.0f;
-    for (int64_t j = 0; j + 1 < clusters; ++j) bounds[static_cast<size_t>(b * room + j)] = at += unit() * 3 / static_cast<float>(clusters);
-    for (int64_t j = 0; j < room; ++j) order[static_cast<size_t>(b * room + j)] = static_cast<int32_t>(clusters - 1 - j < 0 ? 0 : clusters - 1 - j);
+    for (int64_t j = 0; j + 1 < clusters; ++j)
+      bounds[static_cast<size_t>(b * room + j)] = at += unit() * 3 / static_cast<float>(clusters);
+    for (int64_t j = 0; j < room; ++j)
+      order[static_cast<size_t>(b * room + j)] = static_cast<int32_t>(clusters - 1 - j < 0 ? 0 : clusters - 1 - j);
   }
   k.palettes.palettize({{&g, 1, g.numel}, clusters, e, w.data(), indices.data(), bounds.data(), order.data()});
   add(indices);

@@ -49,7 +49,9 @@ void write_few_masks(const std::vector<MaskTensor>& tensors, Element common, int
       }
     });
   }
-  auto [threshold, ties] = threshold_of(keys.get(), total, num_keep);
+  const Threshold found = threshold_of(keys.get(), total, num_keep);
+  const uint64_t threshold = found.key;
+  int64_t ties = found.ties;
   const uint64_t* key = keys.get();
   for (const MaskTensor& t : tensors) {
     with_element(t.element, [&]<Element kElement>() {

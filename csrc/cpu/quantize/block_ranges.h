@@ -132,7 +132,7 @@ struct WordExtremes {
   static COREAI_HD WordExtremes of_blocks(const T* x, int64_t run, int blocks) {
     const auto of_rows = [](const F* low, const F* high) __attribute__((always_inline)) -> WordExtremes {
       const F lowest = kWithZero ? Lanes::unsigned_max_of_word_rows(low) : Lanes::min_of_word_rows(low);
-      return {(V)lowest, (V)Lanes::max_of_word_rows(high)};
+      return {bits_as<V>(lowest), bits_as<V>(Lanes::max_of_word_rows(high))};
     };
     F low[kWidth], high[kWidth];
     if (run == W::kLanes && blocks == kWidth) {

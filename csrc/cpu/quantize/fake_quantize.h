@@ -104,7 +104,8 @@ COREAI_HD void fake_quantize_blocks_as(const T* x, T* y, int64_t run, int blocks
 // Neighbouring blocks of `run` elements each. One copy for all callers: a call takes little for so many elements, and
 // each copy takes seconds to compile.
 template <class K, class T, class Bits>
-__attribute__((noinline)) void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params, Bits& bits) {
+__attribute__((noinline)) void fake_quantize_blocks(const T* x, T* y, int64_t run, int blocks, const BlockParams& params,
+                                                    Bits& bits) {
   with_division<K, T>(params.division, [&](auto kind) __attribute__((always_inline)) {
     fake_quantize_blocks_as<decltype(kind)>(x, y, run, blocks, params, bits);
   });

@@ -166,18 +166,18 @@ COREAI_HD void fake_quantize_packed_bf16(typename Words<2>::V words, BFloat16* y
                                          typename Bits::Cursor& cursor) {
   using W = Words<2>;
   using V = typename W::V;
-  const V low = (V)bounds.low, high = (V)bounds.high;
+  const V low = bits_as<V>(bounds.low), high = bits_as<V>(bounds.high);
   const auto clamped = W::min_unsigned(W::min(words, high), low);
   const auto sign = words & W::set(INT16_MIN);
   auto inside = W::equal(words, clamped);
   F magic[2] = {Simd::set(kWhole), Simd::set(kWhole)};
   if constexpr (K::kFormat != Format::kInt) {
-    const auto magics = magic_words<K>(clamped ^ sign, (V)bounds.exponent) | sign;
+    const auto magics = magic_words<K>(clamped ^ sign, bits_as<V>(bounds.exponent)) | sign;
     magic[0] = even_words(magics), magic[1] = odd_words(magics);
   }
   const I a = requantize<Simd, K, kNoTies>(even_words(clamped), magic[0], even);
   const I b = requantize<Simd, K, kNoTies>(odd_words(clamped), magic[1], odd);
-  auto result = (typename W::V)Simd::ior(Simd::template shr<16>(a), b);
+  auto result = bits_as<V>(Simd::ior(Simd::template shr<16>(a), b));
   if constexpr (K::kFormat != Format::kInt) result |= sign;
   if constexpr (K::kDivision == Division::kPackedBf16) {
     const auto nan = W::greater(words ^ sign, W::set(0x7f80));
