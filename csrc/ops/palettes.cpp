@@ -124,26 +124,6 @@ Tensor in_order_of(const Tensor& x, const Tensor& mask) {
   return copy;
 }
 
-// Zeros, of the same sign, where nothing is kept.
-template <class Word>
-void keep(const uint8_t* kept, int64_t numel, void* output) {
-  constexpr auto kSign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
-  auto* out = static_cast<Word*>(output);
-  torch::stable::parallel_for(0, numel, int64_t{1} << 15, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] &= kept[i] != 0 ? static_cast<Word>(-1) : kSign;
-  });
-}
-
-void keep(const Tensor& output, const Tensor& mask) {
-  const Tensor ordered = in_order_of(output, mask);
-  const auto* kept = static_cast<const uint8_t*>(ordered.const_data_ptr());
-  const int64_t numel = output.numel(), size = static_cast<int64_t>(output.element_size());
-  void* out = output.mutable_data_ptr();
-  if (size == 2) return keep<uint16_t>(kept, numel, out);
-  if (size == 4) return keep<uint32_t>(kept, numel, out);
-  keep<uint64_t>(kept, numel, out);
-}
-
 Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size, Optional mask) {
   const int64_t dim = centroids.size(2);
   const auto element_size = static_cast<int64_t>(centroids.element_size());
@@ -154,14 +134,15 @@ Tensor lookup(Tensor indices, Tensor centroids, Blocks block_size, Optional mask
   const Tensor output = dim > 1 ? empty(rows_times(x.shape, dim), centroids.scalar_type()) : x.output;
   STD_TORCH_CHECK(!mask || dim == 1, "mask is for scalars; centroids have ", dim, " entries");
   if (layout.geometry.numel > 0) {
+    const Optional kept = mask ? Optional(in_order_of(output, *mask)) : std::nullopt;
     run_lookup(palettes, {{&layout.geometry, dim, row_size(x.shape)},
                           {},
                           nullptr,
                           static_cast<const uint8_t*>(x.data),
                           8,
                           output.mutable_data_ptr(),
-                          element_size});
-    if (mask) keep(output, *mask);
+                          element_size,
+                          kept ? static_cast<const uint8_t*>(kept->const_data_ptr()) : nullptr});
   }
   return output;
 }

@@ -60,13 +60,21 @@ inline void unpack(const uint8_t* packed, int64_t count, int bits, uint8_t* out)
   }
 }
 
+// Zeros, of the same sign, where nothing is kept.
+template <class Word>
+inline void keep(const uint8_t* kept, int64_t count, Word* out) {
+  constexpr auto kSign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
+  for (int64_t i = 0; i < count; ++i) out[i] &= kept[i] != 0 ? static_cast<Word>(-1) : kSign;
+}
+
 template <class Kind, class Word>
 void lookup_words(const Lookup& job, int64_t begin, int64_t end) {
   const PaletteLayout& layout = job.layout;
   const auto* tables = static_cast<const Word*>(job.tables);
   auto* output = static_cast<Word*>(job.output);
   uint8_t buffer[kUnpacked];
-  const int64_t step = job.bits == 8 ? end - begin : kUnpacked;
+  // What is masked is still in the cache.
+  const int64_t step = job.bits == 8 && job.kept == nullptr ? end - begin : kUnpacked;
   for (int64_t start = begin; start < end; start += step) {
     const int64_t stop = min(start + step, end);
     const uint8_t* indices = job.indices + start;
@@ -81,6 +89,7 @@ void lookup_words(const Lookup& job, int64_t begin, int64_t end) {
                       out + entry * layout.row);
       }
     });
+    if (job.kept != nullptr) keep(job.kept + start, stop - start, output + start);
   }
 }
 

@@ -31,6 +31,7 @@ struct Lookup {
   int bits;  // 8: a byte each; else packed
   void* output;
   int64_t element_size;
+  const uint8_t* kept = nullptr;  // scalars: what it has a zero for becomes zero; null for none
 };
 
 struct Palettize {
