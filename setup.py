@@ -203,7 +203,7 @@ class Builder:
             if not library.exists():
                 command = [*self.cxx, "-shared", f"-Wl,-soname,{library.name}", "-x", "c++", os.devnull]
                 _run([*command, "-o", str(library)], f"stand-in for {library.name}")
-        return [f"-L{folder}", "-Wl,--no-as-needed", *(f"-l{name}" for name in names)]
+        return [f"-L{folder}", "-Xlinker", "--no-as-needed", *(f"-l{name}" for name in names)]
 
     def _compile(self, job: Job) -> Path:
         stem = re.sub(r"\W+", "-", job.name.removeprefix("csrc/").removesuffix(".cpp"))

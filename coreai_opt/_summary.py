@@ -171,6 +171,8 @@ def summary_of(
 
 def _bits(tensor: Tensor, chain: Sequence[nn.Module]) -> int | None:
     simulators = [each for each in chain if isinstance(each, CompressionSimulatorBase)]
+    if tensor.is_meta:  # what is stored may depend on the values
+        return None
     try:
         return simulated_bits(tensor, simulators) if simulators else dense_bits(tensor)
     except NotImplementedError:  # of a class from elsewhere

@@ -24,6 +24,7 @@ INTENDED = {
     "config edges by name": "Configurations refuse and find more",
     "operation dropout": "prepare leaves no trace",
     "calibration in training": "Training goes on after a calibration within it",
+    "example a dict": "Inputs by keyword",
     "config a dict": "Errors by kind",
     "config of a module": "Errors by kind",
     "model None": "Errors by kind",

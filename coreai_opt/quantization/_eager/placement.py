@@ -70,7 +70,8 @@ def build(plan: PlacementPlan) -> Simulators:
         spec = with_default_axis(state.spec, owner.module, owner.name)
         full_name = f"{owner.module_name}.{owner.name}".lstrip(".")
         tensor = getattr(owner.module, owner.name)
-        if has_open_axis(spec.granularity) and (state.is_asked_for or tensor.dim() > 1):
+        is_of_norm = owner.name == "weight" and tensor.dim() <= 1 and not state.is_asked_for
+        if has_open_axis(spec.granularity) and not is_of_norm:
             open_axes.append(full_name)
             continue
         simulator = _construct(spec, CompressionTargetTensor.WEIGHT, full_name, tensor.device)

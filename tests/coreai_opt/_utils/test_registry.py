@@ -87,7 +87,12 @@ def test_build_from_dict(config):
     assert data == {"type": "one", "size": 1}
 
 
-@pytest.mark.parametrize("data", [3, "one", None])
+def test_build_refuses_a_name_alone(config):
+    with pytest.raises(ValueError, match=r"such as One\(\) or {'type': 'one'}"):
+        config.maybe_build_from_dict("one")
+
+
+@pytest.mark.parametrize("data", [3, None])
 def test_build_passes_other_things_through(config, data):
     assert config.maybe_build_from_dict(data) is data
 

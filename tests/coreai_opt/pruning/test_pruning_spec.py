@@ -77,7 +77,7 @@ def test_a_user_class_by_its_key(registration):
         ({"target_sparsity": None}, "valid number"),
         ({"pruning_algo": "defualt"}, "Did you mean 'default'"),
         ({"pruning_algo": torch.nn.Linear}, "Linear is not among the classes"),
-        ({"pruning_scheme": "unstructured"}, "instance of PruningScheme"),
+        ({"pruning_scheme": "unstructured"}, r"such as Unstructured\(\)"),
         ({"pruning_scheme": {"axis": 1}}, "Missing type key"),
         ({"pruning_scheme": {"type": "unstructured", "axis": 1}}, "should be None"),
         ({"pruning_scheme": {"type": "channel_structured", "axis": None}}, "valid integer"),

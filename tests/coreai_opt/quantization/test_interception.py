@@ -492,10 +492,15 @@ def test_the_wrapper_for_mixed_precision_can_be_taken_off() -> None:
     accelerate = pytest.importorskip("accelerate")
     _, model = prepared(Outer(), X)
     expected = model(X)
-    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
-    wrapped = accelerator.prepare(model)
-    assert wrapped(X).dtype == torch.float32
-    assert torch.equal(accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)(X), expected)
+    states = accelerate.state.AcceleratorState  # of the process: a trainer may have been here before
+    states._reset_state(reset_partial_state=True)
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        wrapped = accelerator.prepare(model)
+        assert wrapped(X).dtype == torch.float32
+        assert torch.equal(accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)(X), expected)
+    finally:
+        states._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
