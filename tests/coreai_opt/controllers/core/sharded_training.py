@@ -39,12 +39,22 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "int8": {"algorithm": "quantization"},
     "learned ranges": {"algorithm": "quantization", "learnable_ranges": True},
     "palettes": {"algorithm": "palettization", "bits": 3},
+    "filters": {
+        "algorithm": "filter_pruning",
+        "pruning_init": 0.3,
+        "params": {"pruning_steps": 2, "prune_first_conv": True, "all_weights": True},
+    },
     "distillation": {"algorithm": "knowledge_distillation", "type": "softmax"},
 }
 
 
-def make_model() -> nn.Module:
+def make_model(algorithm: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
+    if algorithm["algorithm"] == "filter_pruning":
+        convolutions = (nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1))
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 4, 4)), *convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)
+        )
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 33), nn.ReLU(), nn.Linear(33, 10))
 
 
@@ -60,12 +70,12 @@ def whole(tensor: Tensor) -> Tensor:
 def train(algorithm: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
     data = [batch(step) for step in range(STEPS)]
     config = register_default_init_args({"compression": algorithm}, data)
-    controller, model = create_compressed_model(make_model(), config)
+    controller, model = create_compressed_model(make_model(algorithm), config)
     if ranks > 1:
         controller.distributed()
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in model:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, nn.Linear | nn.Conv2d):
                 fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -92,7 +102,7 @@ def train(algorithm: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
             raise AssertionError("a sharded model was stripped")
     # A checkpoint of whole tensors, in one process.
     state = {name: whole(value).clone() for name, value in model.state_dict().items()}
-    resumed, copy = create_compressed_model(make_model(), config, controller.get_compression_state())
+    resumed, copy = create_compressed_model(make_model(algorithm), config, controller.get_compression_state())
     copy.load_state_dict(state)
     return {
         "losses": losses,
