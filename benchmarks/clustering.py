@@ -1,10 +1,9 @@
 """Palettizing one large weight, ours against Apple's package: ``python -m benchmarks.clustering``."""
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.apple import Apple
 from benchmarks.clustering_run import cluster
-from benchmarks.facts import save_rows
+from benchmarks.turns import add_options, in_turns, measured
 
 __all__ = ["main", "measure"]
 
@@ -39,22 +38,12 @@ def measure(size: int, n_bits: int, threads: int, rounds: int, apple: Apple | No
             "n_bits": n_bits,
             "threads": threads,
         }
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(cluster(**case))
-            if apple is not None:
-                theirs.append(apple.cluster(**case))
-        row = case | {"wanted": wanted, "ours": _median(ours)}
-        if theirs:
-            row |= {"apple": _median(theirs)}
-            row |= {"ratio": row["apple"]["seconds"] / row["ours"]["seconds"]}
-            row |= {"error_ratio": row["ours"]["error"] / row["apple"]["error"]}
+        theirs = None if apple is None else partial(apple.cluster, **case)
+        row = case | {"wanted": wanted} | in_turns(rounds, partial(cluster, **case), theirs)
+        if theirs is not None:
+            row["error_ratio"] = row["ours"]["error"] / row["apple"]["error"]
         rows.append(row)
     return rows
-
-
-def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -91,20 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.clustering", description=__doc__)
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--apple", default=".oracle", metavar="PATH", help="folder with it, or 'none'")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    add_options(parser)
     arguments = parser.parse_args(argv)
-    apple = None if arguments.apple == "none" else Apple(Path(arguments.apple))
-    try:
-        rows = measure(arguments.size, arguments.bits, arguments.threads, arguments.rounds, apple)
-    finally:
-        if apple is not None:
-            apple.close()
+    rows = measured(
+        lambda apple: measure(arguments.size, arguments.bits, arguments.threads, arguments.rounds, apple),
+        arguments,
+        "benchmarks.clustering",
+        argv,
+    )
     Console(width=110).print(_table(rows))
-    if arguments.json:
-        save_rows(arguments.json, "benchmarks.clustering", argv, rows)
     return 0
 
 

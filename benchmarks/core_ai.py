@@ -1,10 +1,9 @@
 """Compressing a Core AI program's weights, ours against Apple's package: ``python -m benchmarks.core_ai``."""
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from benchmarks.apple import Apple
 from benchmarks.core_ai_run import PASSES, compress_program
-from benchmarks.facts import save_rows
+from benchmarks.turns import add_options, in_turns, measured
 
 __all__ = ["main", "measure"]
 
@@ -23,21 +22,9 @@ def measure(layers: int, width: int, threads: int, rounds: int, apple: Apple | N
     rows = []
     for name in tqdm(PASSES, unit="case", disable=None):
         case = {"name": name, "layers": layers, "width": width, "threads": threads}
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(compress_program(**case))
-            if apple is not None:
-                theirs.append(apple.compress_program(**case))
-        row = case | {"ours": _median(ours)}
-        if theirs:
-            row |= {"apple": _median(theirs)}
-            row |= {"ratio": row["apple"]["seconds"] / row["ours"]["seconds"]}
-        rows.append(row)
+        theirs = None if apple is None else partial(apple.compress_program, **case)
+        rows.append(case | in_turns(rounds, partial(compress_program, **case), theirs))
     return rows
-
-
-def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -61,20 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.core_ai", description=__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=2048, help="of the linear layers")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--apple", default=".oracle", metavar="PATH", help="folder with it, or 'none'")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    add_options(parser)
     arguments = parser.parse_args(argv)
-    apple = None if arguments.apple == "none" else Apple(Path(arguments.apple))
-    try:
-        rows = measure(arguments.layers, arguments.width, arguments.threads, arguments.rounds, apple)
-    finally:
-        if apple is not None:
-            apple.close()
+    rows = measured(
+        lambda apple: measure(arguments.layers, arguments.width, arguments.threads, arguments.rounds, apple),
+        arguments,
+        "benchmarks.core_ai",
+        argv,
+    )
     Console(width=110).print(_table(rows))
-    if arguments.json:
-        save_rows(arguments.json, "benchmarks.core_ai", argv, rows)
     return 0
 
 
