@@ -1,5 +1,6 @@
 """What the compressors of models share: their arguments, their states, and the insertion of simulators."""
 
+import json
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -43,6 +44,10 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def _as_json(data: Any) -> Any:
+    return json.loads(json.dumps(data))
 
 
 class _BaseModelCompressor(ABC):
@@ -178,7 +183,8 @@ class _BaseModelCompressor(ABC):
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"state_dict['step_count'] must be a number of steps, 0 or more; got {steps!r}")
         config = state_dict.get("config")
-        if config is not None and config != self._plain_config():
+        # As JSON, which some checkpoints are and where all keys are strings.
+        if config is not None and _as_json(config) != _as_json(self._plain_config()):
             warnings.warn(
                 f"the state_dict was saved by a {type(self).__name__} with another configuration",
                 UserWarning,

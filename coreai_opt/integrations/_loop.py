@@ -1,6 +1,8 @@
 """A training loop's events, and what compressors and controllers do at each."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.controllers.core.api import CompressionAlgorithmController
@@ -35,6 +37,7 @@ class CompressionLoop:
         self.parts = parts
         self._freeze_in_eval = freeze_in_eval
         self._modes = ExitStack()
+        self._is_resumed = False
 
     @property
     def controllers(self) -> list[CompressionAlgorithmController]:
@@ -57,9 +60,12 @@ class CompressionLoop:
             self._modes = modes.pop_all()
 
     def begin_epoch(self, epoch: int) -> None:
-        """An epoch begins, counted from 0."""
+        """An epoch begins, counted from 0; or goes on, after :meth:`load_state_dict`."""
         for each in self.controllers:
-            each.scheduler.epoch_step(epoch)
+            # Where training goes on within an epoch, the controllers have been told of it.
+            if not self._is_resumed or each.scheduler.current_epoch != epoch:
+                each.scheduler.epoch_step(epoch)
+        self._is_resumed = False
 
     def begin_step(self, step: int) -> None:
         """An optimizer step begins, counted from 0 over all epochs."""
@@ -77,6 +83,40 @@ class CompressionLoop:
     def end(self) -> None:
         """Training ends: models leave their training modes."""
         self._modes.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The class of each part, and its ``state_dict`` or, of a controller, ``get_state``: plain data.
+
+        What simulators and controllers hold in tensors is in the model's own ``state_dict``.
+        """
+        return {
+            "classes": [type(each).__name__ for each in self.parts],
+            "parts": [
+                each.state_dict() if isinstance(each, _BaseModelCompressor) else each.get_state()
+                for each in self.parts
+            ],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from the steps and epochs of :meth:`state_dict`. To be called before :meth:`begin`.
+
+        Raises:
+            ValueError: the state is of other parts.
+        """
+        states = state_dict["parts"]
+        own = [type(each).__name__ for each in self.parts]
+        saved = state_dict.get("classes", own)  # earlier versions saved none
+        if len(states) != len(own) or saved != own:
+            raise ValueError(
+                f"the checkpoint was saved with {', '.join(saved) or 'nothing'} ({len(states)} in all), the "
+                f"callback has {', '.join(own)}: give it the same compressors and controllers, in that order"
+            )
+        for each, state in zip(self.parts, states, strict=True):
+            if isinstance(each, _BaseModelCompressor):
+                each.load_state_dict(state)
+            else:
+                each.load_state(state)
+        self._is_resumed = True
 
     def figures(self) -> dict[str, float]:
         """What schedules have reached, by names for loggers: without a pass over weights or a wait."""

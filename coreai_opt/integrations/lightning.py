@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.integrations._loop import CompressionLoop, Part
 
 __all__ = ["CompressionCallback"]
@@ -65,27 +64,12 @@ class CompressionCallback(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         """Of each part: a compressor's ``state_dict``, a controller's ``get_state``."""
-        return {
-            "parts": [
-                each.state_dict() if isinstance(each, _BaseModelCompressor) else each.get_state()
-                for each in self.loop.parts
-            ]
-        }
+        return self.loop.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from there.
 
         Raises:
-            ValueError: the state is of another number of parts.
+            ValueError: the state is of other parts.
         """
-        states = state_dict["parts"]
-        if len(states) != len(self.loop.parts):
-            raise ValueError(
-                f"the checkpoint has {len(states)} compressors and controllers, the callback "
-                f"{len(self.loop.parts)}"
-            )
-        for each, state in zip(self.loop.parts, states, strict=True):
-            if isinstance(each, _BaseModelCompressor):
-                each.load_state_dict(state)
-            else:
-                each.load_state(state)
+        self.loop.load_state_dict(state_dict)

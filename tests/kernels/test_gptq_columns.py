@@ -4,45 +4,18 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format
-from coreai_kernels.ops.library import implementation
+from tests.kernels.gptq_support import KINDS, SIZES, check_gptq_columns, job, run
 from tests.kernels.support import assert_same_bits
 
 ops = torch.ops.coreai_kernels
 
 
-def job(n: int, rows: int, groups: int, kind: str = "zero_point", seed: int = 0) -> tuple[object, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    columns = torch.randn(n, rows, generator=generator)
-    factor = torch.randn(n, n, generator=generator).tril() / 4
-    factor.diagonal().copy_(torch.rand(n, generator=generator) + 0.5)
-    scale = torch.rand(groups, rows, generator=generator) * 0.3 + 0.05
-    zero_point = torch.randint(-3, 3, (groups, rows), generator=generator, dtype=torch.int32)
-    minval = -torch.rand(groups, rows, generator=generator)
-    of_columns = [i * groups // n for i in range(n)]
-    if kind == "e2m1":
-        return columns, factor, scale, None, None, of_columns, int(Format.E2M1), -6.0, 6.0
-    given = (zero_point, None) if kind == "zero_point" else (None, minval)
-    return columns, factor, scale, *given, of_columns, int(Format.INT), -8.0, 7.0
-
-
-def run(backend: str, args: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-    with ck.use_backend(backend):  # type: ignore[arg-type]
-        return implementation("gptq_columns")(*args)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("kind", ["zero_point", "minval", "e2m1"])
-@pytest.mark.parametrize(
-    ("n", "rows", "groups"),
-    [(1, 1, 1), (5, 3, 2), (32, 64, 1), (128, 67, 4), (256, 130, 8), (0, 4, 1), (4, 0, 1)],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("n", "rows", "groups"), SIZES)
 def test_native_agrees(n: int, rows: int, groups: int, kind: str) -> None:
-    args = job(n, rows, groups, kind)
-    for actual, expected in zip(run("native", args), run("reference", args), strict=True):
-        assert_same_bits(actual, expected)
+    check_gptq_columns("native", n, rows, groups, kind)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme
-from coreai_kernels.triton import foreach, observe_and_fake_quantize, observe_range
+from coreai_kernels.triton import foreach, gptq_columns, observe_and_fake_quantize, observe_range
 from tests.kernels.aot_support import (
     ARCHITECTURES,
     BF16,
@@ -132,6 +132,21 @@ def _foreach_backward_in_place(dtype: torch.dtype) -> Variant:
     return Variant(f"foreach-backward-in-place-{short(dtype)}", run, ("backward_list",), divides=False)
 
 
+def _gptq(format: str) -> Variant:
+    fmt, quant_min, quant_max = FORMATS[format]
+    scale, zero_point, _ = parameters((128, 4096), (128, 1))
+
+    def run() -> Any:
+        zero_points = zero_point if fmt == Format.INT else None
+        factor = meta(128, 128)
+        return gptq_columns.gptq_columns(
+            meta(128, 4096), factor, scale, zero_points, None, [0] * 128, int(fmt), quant_min, quant_max
+        )
+
+    # A thread has one row: its loads and stores are of 4 bytes, side by side in a warp.
+    return Variant(f"gptq-{format}", run, ("gptq_columns",), wide_loads=False, wide_stores=False)
+
+
 def observation(blocks: str, dtype: torch.dtype, kernels: tuple[str, ...], **expected: Any) -> Variant:
     def run() -> Any:
         return observe_range.observe_range(meta(1024, 4096, dtype=dtype), list(BLOCKS[blocks]))
@@ -199,6 +214,8 @@ VARIANTS = [
     _foreach_backward(BF16),
     _foreach_backward_in_place(FP32),
     _foreach_backward_in_place(BF16),
+    _gptq("int4"),
+    _gptq("e2m1"),
     observation("tensor", FP32, ("strided", "finish")),
     observation("rows", BF16, ("strided",)),
     observation("columns", FP32, ("strided", "finish")),

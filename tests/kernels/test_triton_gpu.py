@@ -8,6 +8,8 @@ from torch import Tensor
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
+from tests.kernels.gptq_support import SIZES, check_gptq_columns
 from tests.kernels.support import assert_same_bits
 from tests.kernels.triton_support import (
     DTYPES,
@@ -263,3 +265,9 @@ def test_more_than_32_bits_in_columns_and_bytes(huge: Tensor) -> None:
         assert bool((packed.view(-1, 2048) == packed[:2048]).all())
         unpacked = ck.unpack_bits(packed, 4, q.numel())
         assert bool((unpacked.view(-1, 4096) == (first & 15)).all())
+
+
+@pytest.mark.parametrize("kind", GPTQ_KINDS)
+@pytest.mark.parametrize(("n", "rows", "groups"), [*SIZES, (256, 5000, 2)])
+def test_gptq_columns(n: int, rows: int, groups: int, kind: str) -> None:
+    check_gptq_columns("triton", n, rows, groups, kind, device="cuda")

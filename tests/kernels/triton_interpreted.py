@@ -13,6 +13,8 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
+from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
+from tests.kernels.gptq_support import check_gptq_columns
 from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
@@ -207,3 +209,14 @@ def test_sampled_mask(shape: tuple[int, ...], block: object, layout: str, dtype:
 def test_learnable_range(shape: tuple[int, ...], block: tuple[int, ...], layout: str, has_low: bool) -> None:
     dtype = torch.float32 if has_low else torch.bfloat16
     check_learnable_range("triton", shape, block, layout, dtype, has_low)
+
+
+@pytest.mark.parametrize("kind", GPTQ_KINDS)
+@pytest.mark.parametrize(("n", "rows", "groups"), [(1, 1, 1), (21, 67, 4), (4, 0, 1)])
+def test_gptq_columns(n: int, rows: int, groups: int, kind: str) -> None:
+    check_gptq_columns("triton", n, rows, groups, kind)
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -0.0, 1e-41], ids=str)
+def test_gptq_columns_of_unusual_values(special: float) -> None:
+    check_gptq_columns("triton", 9, 5, 1, "zero_point", special=special)

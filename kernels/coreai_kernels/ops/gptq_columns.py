@@ -10,6 +10,7 @@ from coreai_kernels.formats import Format
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference.gptq_columns import gptq_columns as reference
+from coreai_kernels.triton import registry as triton
 
 __all__ = ["MAX_COLUMNS", "gptq_columns"]
 
@@ -29,6 +30,7 @@ define(
     "int format, float quant_min, float quant_max) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
+    triton=triton.get("gptq_columns"),
 )
 
 
@@ -48,7 +50,7 @@ def gptq_columns(
 
     Column ``j`` becomes ``w[j] - sum_i<j factor[j, i] * e[i]``, and its error is
     ``e[j] = (w[j] - fake_quantize(w[j])) / factor[j, j]`` (Frantar et al., GPTQ, arXiv 2210.17323,
-    algorithm 1). On GPUs the reference computes it.
+    algorithm 1).
 
     Args:
         columns: float32 of shape ``[n, rows]``, ``n`` at most 256: one column of the weight a row.

@@ -18,6 +18,7 @@ _MODULES = {
     "foreach_fake_quantize_backward_": "foreach",
     "foreach_fake_quantize_forward": "foreach",
     "foreach_observe_and_fake_quantize_": "foreach",
+    "gptq_columns": "gptq_columns",
     "learnable_range_backward": "learnable_range",
     "lloyd": "lloyd",
     "lookup": "palettes",
