@@ -9,19 +9,10 @@
 // Nothing here knows torch; tests/kernels/emulation runs this file on the CPU.
 #pragma once
 
-#include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "common/magnitude.h"
-
-#if defined(COREAI_EMULATED_THREADS)
-#include "emulation/cuda_emulation.h"
-#else
-#include <cuda_runtime.h>
-#define COREAI_LAUNCH(kernel, blocks, stream, ...) \
-  (kernel)<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(__VA_ARGS__)
-#endif
+#include "cuda/launch.cuh"
 
 namespace coreai::cuda {
 
@@ -85,8 +76,6 @@ struct Pack {
     }
   }
 };
-
-__device__ __forceinline__ bool is_aligned(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 15) == 0; }
 
 // Exclusive sum over the threads of the block, and the total. `scratch` holds kThreads values.
 __device__ __forceinline__ Count sum_before(Count value, Count* scratch, Count& total) {
@@ -301,7 +290,7 @@ void queue_topk_masks(const std::vector<DeviceTensor>& tensors, int64_t num_keep
   auto* bins = reinterpret_cast<Count*>(state + 1);
   Count* ties = bins + kBins;
   const Element common = common_element(tensors);
-  COREAI_LAUNCH(start_select, 1, stream, state, static_cast<Count>(num_keep));
+  COREAI_LAUNCH(start_select, 1, kThreads, stream, state, static_cast<Count>(num_keep));
   const int width = common == Element::kFloat64 ? 63 : common == Element::kFloat32 ? 31 : 15;
   for (int shift = width; shift > 0;) {
     const int bits = shift < kDigitBits ? shift : kDigitBits;
@@ -310,30 +299,30 @@ void queue_topk_masks(const std::vector<DeviceTensor>& tensors, int64_t num_keep
       with_elements(t.element, common, [&](auto from, auto to) {
         using Word = WordOf<decltype(from)::value>;
         auto* kernel = &count_digits<decltype(from)::value, decltype(to)::value>;
-        COREAI_LAUNCH(kernel, chunks_of(t), stream, static_cast<const Word*>(t.input), t.numel, chunk_of(t), shift, bits,
-                      state, bins);
+        COREAI_LAUNCH(kernel, chunks_of(t), kThreads, stream, static_cast<const Word*>(t.input), t.numel, chunk_of(t), shift,
+                      bits, state, bins);
       });
     }
-    COREAI_LAUNCH(pick_digit, 1, stream, state, bins, shift, bits);
+    COREAI_LAUNCH(pick_digit, 1, kThreads, stream, state, bins, shift, bits);
   }
   int64_t chunks = 0;
   for (const DeviceTensor& t : tensors) {
     with_elements(t.element, common, [&](auto from, auto to) {
       using Word = WordOf<decltype(from)::value>;
       auto* kernel = &count_ties<decltype(from)::value, decltype(to)::value>;
-      COREAI_LAUNCH(kernel, chunks_of(t), stream, static_cast<const Word*>(t.input), t.numel, chunk_of(t), state,
+      COREAI_LAUNCH(kernel, chunks_of(t), kThreads, stream, static_cast<const Word*>(t.input), t.numel, chunk_of(t), state,
                     ties + chunks);
     });
     chunks += chunks_of(t);
   }
-  COREAI_LAUNCH(sum_ties, 1, stream, state, ties, chunks);
+  COREAI_LAUNCH(sum_ties, 1, kThreads, stream, state, ties, chunks);
   chunks = 0;
   for (const DeviceTensor& t : tensors) {
     with_elements(t.element, common, [&](auto from, auto to) {
       using Word = WordOf<decltype(from)::value>;
       auto* kernel = &write_mask<decltype(from)::value, decltype(to)::value>;
-      COREAI_LAUNCH(kernel, chunks_of(t), stream, static_cast<const Word*>(t.input), static_cast<Word*>(t.mask), t.numel,
-                    chunk_of(t), state, ties + chunks);
+      COREAI_LAUNCH(kernel, chunks_of(t), kThreads, stream, static_cast<const Word*>(t.input), static_cast<Word*>(t.mask),
+                    t.numel, chunk_of(t), state, ties + chunks);
     });
     chunks += chunks_of(t);
   }

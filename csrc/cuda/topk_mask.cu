@@ -1,40 +1,11 @@
 // topk_mask and topk_masks for CUDA tensors: registration, memory, stream. The selection is in select.cuh.
-#include "cuda/select.cuh"
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+
+#include "cuda/select.cuh"
+#include "cuda/tensors.cuh"
 
 namespace coreai::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    case ScalarType::Half:
-      return Element::kFloat16;
-    case ScalarType::Double:
-      return Element::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "weight must be float32, bfloat16, float16 or float64");
-  }
-}
-
-cudaStream_t current_stream(int32_t device) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 std::vector<Tensor> topk_masks(std::vector<Tensor> weights, int64_t num_keep) {
   std::vector<Tensor> masks;
@@ -47,7 +18,7 @@ std::vector<Tensor> topk_masks(std::vector<Tensor> weights, int64_t num_keep) {
     for (Tensor& mask : masks) torch::stable::fill_(mask, num_keep == 0 ? 0.0 : 1.0);
     return masks;
   }
-  const torch::stable::accelerator::DeviceGuard guard(weights.front().get_device_index());
+  const DeviceGuard guard(weights.front().get_device_index());
   // Ties go by index: the kernels take elements in row-major order.
   std::vector<Tensor> rows, found;
   std::vector<DeviceTensor> tensors;
@@ -55,13 +26,13 @@ std::vector<Tensor> topk_masks(std::vector<Tensor> weights, int64_t num_keep) {
     rows.push_back(torch::stable::contiguous(weights[i]));
     found.push_back(masks[i].is_contiguous() ? masks[i] : torch::stable::empty_like(rows[i]));
     if (rows[i].numel() > 0) {
-      tensors.push_back({element_of(rows[i]), rows[i].const_data_ptr(), found[i].mutable_data_ptr(), rows[i].numel()});
+      tensors.push_back(
+          {element_of("weight", rows[i]), rows[i].const_data_ptr(), found[i].mutable_data_ptr(), rows[i].numel()});
     }
   }
   const Tensor workspace = torch::stable::new_zeros(rows.front(), {workspace_words(tensors)}, ScalarType::Long);
   queue_topk_masks(tensors, num_keep, workspace.mutable_data_ptr(), current_stream(weights.front().get_device_index()));
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "topk_mask could not be started: ", cudaGetErrorString(error));
+  check_launch("topk_mask");
   for (size_t i = 0; i < masks.size(); ++i) {
     if (masks[i].const_data_ptr() != found[i].const_data_ptr()) torch::stable::copy_(masks[i], found[i]);
   }
@@ -70,7 +41,7 @@ std::vector<Tensor> topk_masks(std::vector<Tensor> weights, int64_t num_keep) {
 
 Tensor topk_mask(Tensor weight, int64_t num_keep) { return topk_masks({weight}, num_keep).front(); }
 
-STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CUDA, library) {
+COREAI_REGISTER(COREAI_GPU_LIBRARY, library) {
   library.impl("topk_mask", TORCH_BOX(&topk_mask));
   library.impl("topk_masks", TORCH_BOX(&topk_masks));
 }

@@ -1,10 +1,16 @@
-// Enough of CUDA to run kernels on the CPU: the threads of a block take turns, each until it ends or meets a barrier.
+// Enough of CUDA to run kernels on the CPU: the threads of a block take turns, each until it ends or has to wait for
+// others. Who waits goes on when all whom it waits for have come: the block's threads, or the warp's.
 #pragma once
 
 #include <ucontext.h>
 
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -16,7 +22,7 @@
 struct Index {
   unsigned x = 0;
 };
-inline Index threadIdx, blockIdx;
+inline Index threadIdx, blockIdx, gridDim;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -32,67 +38,158 @@ T atomicAdd(T* to, T value) {
 namespace emulation {
 
 constexpr size_t kStack = 1 << 17;
+constexpr int kWarp = 32;
 
 class Block {
  public:
-  explicit Block(int threads) : threads_(threads), contexts_(threads), done_(threads) {
+  explicit Block(int threads) : threads_(threads), contexts_(threads), state_(threads), slots_(threads) {
     for (int i = 0; i < threads; ++i) stacks_.emplace_back(new char[kStack]);
   }
-  void run(const std::function<void()>& body) {
+  // `backwards`: the threads' turns come in the other order.
+  void run(const std::function<void()>& body, bool backwards) {
     body_ = &body;
     current() = this;
     for (int i = 0; i < threads_; ++i) {
-      done_[i] = false;
+      state_[i] = kReady;
       getcontext(&contexts_[i]);
       contexts_[i].uc_stack.ss_sp = stacks_[i].get();
       contexts_[i].uc_stack.ss_size = kStack;
       contexts_[i].uc_link = &main_;
       makecontext(&contexts_[i], &Block::start, 0);
     }
-    // Whoever is not done has met a barrier: all go on from there together.
-    for (bool any = true; any;) {
-      any = false;
-      for (int i = 0; i < threads_; ++i) {
-        if (done_[i]) continue;
-        any = true;
+    int done = 0;
+    while (done < threads_) {
+      bool ran = false;
+      for (int turn = 0; turn < threads_; ++turn) {
+        const int i = backwards ? threads_ - 1 - turn : turn;
+        if (state_[i] != kReady) continue;
+        ran = true;
         thread_ = i;
         threadIdx.x = static_cast<unsigned>(i);
         swapcontext(&main_, &contexts_[i]);
+        done += state_[i] == kDone;
+      }
+      for (int first = 0; first < threads_; first += kWarp) release(first, first + kWarp, kAtWarp);
+      release(0, threads_, kAtBlock);
+      if (!ran && done < threads_) {
+        fprintf(stderr, "the threads of a block wait for each other\n");
+        abort();
       }
     }
   }
-  void barrier() { swapcontext(&contexts_[thread_], &main_); }
+  void wait_for_block() { wait(kAtBlock); }
+  void wait_for_warp() { wait(kAtWarp); }
+  // What lane `lane` of the warp has come with.
+  uint32_t exchange(uint32_t value, int lane) {
+    slots_[thread_] = value;
+    wait_for_warp();
+    const uint32_t found = slots_[thread_ / kWarp * kWarp + lane % kWarp];
+    wait_for_warp();
+    return found;
+  }
+  int lane() const { return thread_ % kWarp; }
   static Block*& current() {
     static Block* block = nullptr;
     return block;
   }
 
  private:
+  enum State : char { kReady, kAtWarp, kAtBlock, kDone };
+  void wait(State state) {
+    const int own = thread_;
+    state_[own] = state;
+    swapcontext(&contexts_[own], &main_);
+  }
+  // Those of [begin, end) who wait at such a place go on if nobody is missing. Who has ended is not.
+  void release(int begin, int end, State place) {
+    for (int i = begin; i < end; ++i) {
+      if (state_[i] != place && state_[i] != kDone) return;
+    }
+    for (int i = begin; i < end; ++i) {
+      if (state_[i] == place) state_[i] = kReady;
+    }
+  }
   static void start() {
     Block* block = current();
     (*block->body_)();
-    block->done_[block->thread_] = true;
+    block->state_[block->thread_] = kDone;
   }
   int threads_, thread_ = 0;
   std::vector<ucontext_t> contexts_;
-  std::vector<char> done_;
+  std::vector<State> state_;
+  std::vector<uint32_t> slots_;
   std::vector<std::unique_ptr<char[]>> stacks_;
   ucontext_t main_;
   const std::function<void()>* body_ = nullptr;
 };
 
+// Blocks and threads come in order, or all the other way round: what depends on their order shows.
+inline bool backwards = false;
+
 template <class Kernel, class... Args>
 void launch(Kernel kernel, int64_t blocks, Args... args) {
   static Block block(COREAI_EMULATED_THREADS);
   const std::function<void()> body = [&] { kernel(args...); };
+  gridDim.x = static_cast<unsigned>(blocks);
   for (int64_t i = 0; i < blocks; ++i) {
-    blockIdx.x = static_cast<unsigned>(i);
-    block.run(body);
+    blockIdx.x = static_cast<unsigned>(backwards ? blocks - 1 - i : i);
+    block.run(body, backwards);
   }
+}
+
+inline float from_bits(uint32_t bits) {
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+inline uint32_t to_bits(float x) {
+  uint32_t result;
+  memcpy(&result, &x, sizeof(result));
+  return result;
+}
+
+// Conversions of 16-bit types. As the hardware's, NaN becomes one of all ones.
+inline float from_half(uint16_t word) {
+  const uint32_t sign = static_cast<uint32_t>(word & 0x8000) << 16, magnitude = static_cast<uint32_t>(word & 0x7fff) << 13;
+  if (magnitude >= 0x0f800000) return from_bits(sign | magnitude | 0x7f800000);
+  return from_bits(sign | to_bits(from_bits(magnitude) * 0x1p112f));
+}
+
+inline uint16_t to_half(float x) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
+  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
+  if (magnitude > 0x7f800000) return 0x7fff;
+  if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x38800000) {  // an addition rounds at the quantum of subnormals
+    return static_cast<uint16_t>(sign | (to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f)));
+  }
+  return static_cast<uint16_t>(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13);
+}
+
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = to_bits(x);
+  return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 }  // namespace emulation
 
-inline void __syncthreads() { emulation::Block::current()->barrier(); }
+inline void __syncthreads() { emulation::Block::current()->wait_for_block(); }
+inline void __syncwarp(uint32_t = 0xffffffffu) { emulation::Block::current()->wait_for_warp(); }
 
-#define COREAI_LAUNCH(kernel, blocks, stream, ...) emulation::launch(kernel, blocks, __VA_ARGS__)
+template <class T>
+T __shfl_sync(uint32_t, T value, int lane) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  bits = emulation::Block::current()->exchange(bits, lane);
+  memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+template <class T>
+T __shfl_xor_sync(uint32_t all, T value, int mask) {
+  return __shfl_sync(all, value, emulation::Block::current()->lane() ^ mask);
+}
+
+#define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(kernel, blocks, __VA_ARGS__)

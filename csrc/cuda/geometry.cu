@@ -1,0 +1,2 @@
+// Layouts of blocks, for the library of CUDA kernels.
+#include "cpu/geometry.cpp"

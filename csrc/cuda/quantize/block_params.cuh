@@ -1,0 +1,79 @@
+// Parameters of one block in a thread's registers.
+#pragma once
+
+#include "common/around_zero.h"
+#include "cpu/kernels.h"
+#include "cuda/pack.cuh"
+
+namespace coreai::cuda {
+
+// What kernels are called with: the affine map, and which zero points leave bounds of nine bits.
+struct AffineMap : cpu::Affine {
+  int32_t first_zero_point;
+  uint32_t zero_points;  // so many and one from the first on; fewer than none: see has_quick_bounds
+
+  explicit AffineMap(const cpu::Affine& a) : cpu::Affine(a), first_zero_point(0), zero_points(0) {
+    // Compared as double: what is given need not be whole, or small.
+    const double first = static_cast<double>(high) - 255, last = static_cast<double>(low) + 255;
+    if (low <= high && first >= -1e9 && last <= 1e9 && first <= last) {
+      first_zero_point = static_cast<int32_t>(ceil(first));
+      zero_points = static_cast<uint32_t>(static_cast<int32_t>(floor(last)) - first_zero_point);
+      has_quick_bounds = true;
+    }
+    if (format != Format::kInt) {
+      uint32_t bits;
+      memcpy(&bits, &high, sizeof(bits));
+      has_quick_bounds = low == -high && (bits & 0x7fff) == 0;
+    }
+  }
+  bool has_quick_bounds = false;
+};
+
+template <class K>
+struct BlockParams : Params<Lane> {
+  static constexpr bool kIsInt = K::kFormat == Format::kInt;
+
+  // The reciprocal is NaN where there is no quick way: so is then what quantize() gives.
+  static __device__ __forceinline__ BlockParams load(const AffineMap& a, int64_t block) {
+    BlockParams p;
+    p.scale = a.scale[block];
+    p.low = a.low, p.high = a.high, p.offset = 0.0f;
+    bool quick = QuickLane::has_quotient(p.scale) && a.has_quick_bounds;
+    if constexpr (K::kHasOffset) {
+      p.low -= a.constant, p.high -= a.constant;
+      p.offset = a.offset[block];
+      quick = quick && Lane::as_int(p.offset) != INT32_MIN;  // signs of zeros do not show
+    } else if (kIsInt && a.zero_point) {
+      const int32_t zero_point = a.zero_point[block];
+      p.low -= static_cast<float>(zero_point), p.high -= static_cast<float>(zero_point);
+      quick = quick && static_cast<uint32_t>(zero_point - a.first_zero_point) <= a.zero_points;
+    }
+    p.reciprocal = quick ? QuickLane::reciprocal(p.scale) : Lane::as_float(INT32_MAX);
+    return p;
+  }
+
+  // Of floating-point formats, the magnitude.
+  __device__ __forceinline__ float quantize(float x, bool& inside) const {
+    const Params<QuickLane> p = {scale, low, high, offset, reciprocal};
+    if constexpr (kIsInt) {
+      using Quick = typename K::template By<Division::kReciprocalOfFinite>;
+      return dequantize_lanes<QuickLane, K>(quantize_lanes<QuickLane, Quick>(x, p, inside), p);
+    } else {
+      return dequantize_lanes<QuickLane, K>(quantize_magnitude<QuickLane, K>(x, p, inside), p);
+    }
+  }
+  __device__ __forceinline__ float quantize_exactly(float x, bool& inside) const {
+    return dequantize_lanes<Lane, K>(quantize_lanes<Lane, K>(x, *this, inside), *this);
+  }
+  // What the thread `lane` of the warp has.
+  __device__ __forceinline__ BlockParams of_lane(int lane) const {
+    const auto get = [&](float value) { return __shfl_sync(0xffffffffu, value, lane); };
+    BlockParams p = *this;
+    p.scale = get(scale), p.reciprocal = get(reciprocal);
+    if constexpr (K::kHasOffset) p.offset = get(offset);
+    if constexpr (kIsInt && !K::kHasOffset) p.low = get(low), p.high = get(high);
+    return p;
+  }
+};
+
+}  // namespace coreai::cuda

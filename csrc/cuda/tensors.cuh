@@ -1,0 +1,136 @@
+// Tensors on a GPU as its kernels take them: the device's stream and size, outputs, block parameters.
+// For the files that register operators, hence the unnamed namespace; `inline` for those that use a part of it.
+#pragma once
+
+#include "cuda/launch.cuh"
+#include "ops/tensors.h"
+
+#if defined(COREAI_EMULATED_THREADS)
+#include "emulation/device.h"
+#else
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <atomic>
+
+// Where operators are registered: library and dispatch key.
+#define COREAI_GPU_LIBRARY coreai_kernels, CUDA
+#endif
+
+#define COREAI_REGISTER(library_and_key, variable) COREAI_REGISTER_AS(library_and_key, variable)
+#define COREAI_REGISTER_AS(...) STABLE_TORCH_LIBRARY_IMPL(__VA_ARGS__)
+
+namespace coreai::cuda {
+namespace {
+
+#if !defined(COREAI_EMULATED_THREADS)
+// The current device is the tensor's while it lives.
+using DeviceGuard = torch::stable::accelerator::DeviceGuard;
+
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Of a device. Asked for once: afterwards it costs nothing, and captures of graphs come to no call that they forbid.
+inline int64_t multiprocessors(int32_t device) {
+  static std::array<std::atomic<int>, 128> known = {};
+  std::atomic<int>& count = known.at(static_cast<size_t>(device));
+  if (count.load(std::memory_order_relaxed) == 0) {
+    int found = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+    STD_TORCH_CHECK(error == cudaSuccess, "the GPU cannot be asked for its size: ", cudaGetErrorString(error));
+    count.store(found, std::memory_order_relaxed);
+  }
+  return count.load(std::memory_order_relaxed);
+}
+
+inline void check_launch(const char* name) {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, name, " could not be started: ", cudaGetErrorString(error));
+}
+#endif
+
+// Blocks of threads that run at the same time, for kernels with up to 48 registers and 256 threads.
+inline int64_t most_blocks(int32_t device) { return 5 * multiprocessors(device); }
+
+inline Tensor empty_beside(const Tensor& x, const Ints& shape, const Ints& strides, ScalarType type) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+                                                  device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_beside(const Tensor& x, const Ints& shape, ScalarType type) {
+  return empty_beside(x, shape, contiguous_strides(shape), type);
+}
+
+// The packed mask; without bytes if it is not wanted.
+inline Tensor empty_mask_beside(const Tensor& x, bool wanted) {
+  return empty_beside(x, one_axis(wanted ? (x.numel() + 7) / 8 : 0), ScalarType::Byte);
+}
+
+// An input, a fresh output in the input's memory format, and the memory that kernels read: the input's own if it is
+// dense; else the output, into which the input was copied.
+struct DeviceOperand {
+  Ints shape, order;
+  Tensor output;
+  const void* data;
+
+  // `output_type` null: the input's.
+  explicit DeviceOperand(const Tensor& input, std::optional<ScalarType> output_type = {})
+      : shape(to_ints(input.sizes())), output(input), data(nullptr) {
+    const ScalarType type = output_type.value_or(input.scalar_type());
+    Ints strides = to_ints(input.strides());
+    order = memory_order(shape, strides);
+    Tensor source = input;
+    const bool dense = is_dense(shape, strides, order);
+    if (!dense) {
+      source = torch::stable::empty_like(input);
+      torch::stable::copy_(source, input);
+      strides = to_ints(source.strides());
+      order = memory_order(shape, strides);
+      copy_ = source;
+    }
+    output = !dense && type == input.scalar_type() ? source : empty_beside(input, shape, strides, type);
+    data = source.const_data_ptr();
+  }
+
+ private:
+  std::optional<Tensor> copy_;
+};
+
+inline Tensor permuted(const Tensor& x, const Ints& order) {
+  const std::vector<int64_t> axes(order.begin(), order.end());
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(axes)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::permute", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t type_of_a = 0, type_of_b = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_of_a));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_of_b));
+  return type_of_a == type_of_b && a.get_device_index() == b.get_device_index();
+}
+
+// A parameter of blocks that kernels read, in memory order of the blocks: the tensor itself where that is row-major order.
+inline Tensor in_memory_order(const char* name, const Tensor& values, ScalarType type, const DeviceOperand& x,
+                              const cpu::Layout& layout, const Blocks& block) {
+  STD_TORCH_CHECK(same_device(values, x.output), name, " must be on the input's device");
+  STD_TORCH_CHECK(values.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
+  STD_TORCH_CHECK(values.numel() == layout.geometry.blocks, name, " must have one value per block, that is ",
+                  layout.geometry.blocks, "; it has ", values.numel());
+  if (layout.block_index.empty()) return values.is_contiguous() ? values : torch::stable::contiguous(values);
+  const Ints grid = grid_of(x.shape, block);
+  const Tensor shaped = torch::stable::reshape(values, {grid.data(), grid.size()});
+  return torch::stable::contiguous(permuted(shaped, x.order));
+}
+
+}  // namespace
+}  // namespace coreai::cuda

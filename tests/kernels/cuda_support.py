@@ -1,0 +1,99 @@
+"""CUDA C++ without a GPU: compiled for the CPU to run, and by nvcc to look at."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from coreai_kernels.formats import native_header
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER = shutil.which("c++") or shutil.which("g++")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+ARCHITECTURES = (80, 90, 100)
+TARGET_VERSION = "0x020a000000000000ULL"
+TORCH_HEADERS = str(Path(torch.__file__).parent / "include")
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+
+_emulated = torch.library.Library("coreai_emulated", "DEF")
+
+
+def includes(folder: Path) -> list[str]:
+    """Where the headers are: the project's, and the one that is made from the table of formats."""
+    header = folder / "include/common/formats.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    header.write_text(native_header())
+    return [f"-I{ROOT / 'csrc'}", f"-I{folder / 'include'}"]
+
+
+def emulated(name: str, folder: Path) -> ctypes.CDLL:
+    """``emulation/{name}.cpp``, whose blocks of 64 threads take turns on the CPU.
+
+    What it registers with torch's dispatcher is for CPU tensors, in the namespace ``coreai_emulated``.
+    """
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    library = folder / f"{name}.so"
+    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
+    command += ["-DCOREAI_EMULATED_THREADS=64", *includes(folder), f"-I{ROOT / 'tests/kernels'}"]
+    command += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", TORCH_HEADERS]
+    command += ["-o", str(library), str(ROOT / f"tests/kernels/emulation/{name}.cpp")]
+    command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return ctypes.CDLL(str(library))
+
+
+def emulated_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
+    """The same, with the schemas of such operators of ``coreai_kernels`` for what it registers."""
+    for operator in operators:
+        schema = str(getattr(torch.ops.coreai_kernels, operator).default._schema)
+        _emulated.define(schema.removeprefix("coreai_kernels::"))
+    library = emulated(name, folder)
+    torch.ops.load_library(library._name)
+    return library
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What nvcc made of a source.
+
+    Attributes:
+        kernels: how many there are of each architecture.
+        registers: the most that a thread of each takes, in no order.
+        ptx: by the kernel's name.
+    """
+
+    kernels: int
+    registers: list[int]
+    ptx: dict[str, str]
+
+
+def compiled(source: Path, folder: Path) -> Compiled:
+    """Compile for all architectures, and check that no kernel spills or has memory of a thread's own."""
+    command = [str(NVCC), "-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr", "-DUSE_CUDA"]
+    command += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", *includes(folder), "-isystem", TORCH_HEADERS]
+    # PTX of the oldest, assembled for each: nothing in the source depends on the generation.
+    codes = ",".join(f"sm_{arch}" for arch in ARCHITECTURES)
+    command.append(f"-gencode=arch=compute_{ARCHITECTURES[0]},code=[{codes}]")
+    command += ["-c", str(source), "-o", str(folder / "kernels.o"), "-Xptxas", "-v"]
+    command += ["--keep", "--keep-dir", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    report = result.stdout + result.stderr
+    assert result.returncode == 0, report[-3000:]
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert set(frames) == {("0", "0", "0")}
+    assert "lmem" not in report
+    (path,) = folder.glob("*.ptx")
+    text = path.read_text()
+    assert ".local" not in text
+    entries = {entry[: entry.index("(")]: entry for entry in text.split(".entry ")[1:]}
+    assert len(frames) == len(entries) * len(ARCHITECTURES)
+    registers = [int(used) for used in re.findall(r"Used (\d+) registers", report)]
+    return Compiled(len(entries), registers, entries)
