@@ -16,6 +16,7 @@ from coreai_opt._call_inputs import Arguments, arguments_of, keywords_added
 from coreai_opt._environment import check_state_version, state_versions
 from coreai_opt._input_outlines import outline_of
 from coreai_opt._restoring import training_flags
+from coreai_opt._sharding.layout import is_fully_sharded, refuse
 from coreai_opt._state_tensors import (
     StateTarget,
     check_example_inputs,
@@ -220,6 +221,11 @@ class _BaseModelCompressor(ABC):
                 f"it can be prepared again once it is finalized"
             )
         for name, module in self._model.named_modules():
+            if is_fully_sharded(module):
+                raise RuntimeError(
+                    f"prepare: {name or 'the model'!r} is sharded by fully_shard, which exchanges its "
+                    f"parameters in each forward. Prepare the model first, and shard the prepared one."
+                )
             if "_orig_mod" in module._modules:  # torch's OptimizedModule, whose import takes long
                 raise RuntimeError(
                     f"prepare: {name or 'the model'!r} is the result of torch.compile, which hides the "
@@ -315,6 +321,8 @@ class _BaseModelCompressor(ABC):
             raise TypeError(f"model must be an nn.Module, got {type(chosen).__name__}")
         if not self._is_prepared(chosen):
             raise RuntimeError(f"{action}: the model is not prepared. Call prepare(example_inputs) first")
+        if action == "finalize":
+            refuse(chosen, action)
         return chosen
 
     @staticmethod

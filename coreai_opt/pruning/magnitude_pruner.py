@@ -11,6 +11,9 @@ from torch import Tensor, nn
 import coreai_kernels
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import undone_on_failure
+from coreai_opt._sharding.layout import is_sharded, with_local
+from coreai_opt._sharding.masks import whole_mask
+from coreai_opt._sharding.selecting import topk_masks
 from coreai_opt._state_tensors import StateTarget
 from coreai_opt.base_model_compressor import (
     EagerCompressionComponentBuilderMixin,
@@ -218,10 +221,16 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         groups: dict[Any, list[tuple[PruneImplBase, Tensor]]] = {}
         for simulator, weight in masked:
             groups.setdefault(self._ranked_with(simulator), []).append((simulator, weight))
+        stale = [group for group in groups.values() if any(simulator.is_stale for simulator, _ in group)]
+        sharded = [group for group in stale if _can_rank_sharded(group)]
         masks: list[tuple[tuple[PruneImplBase, Tensor], Tensor]] = []
-        for group in groups.values():
-            if any(simulator.is_stale for simulator, _ in group):
+        for group in stale:
+            if not _can_rank_sharded(group):
                 masks += zip(group, _masks_of(group), strict=True)
+        # All at once: the ranks exchange as many messages for a model as for one weight.
+        for group, of_group in zip(sharded, topk_masks([_ranked(group) for group in sharded]), strict=True):
+            for member, mask in zip(group, of_group, strict=True):
+                masks.append((member, whole_mask(with_local(member[1], mask))))
         for (simulator, _), mask in masks:
             simulator.set_mask(mask)
 
@@ -274,11 +283,25 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
 
 def _masks_of(group: list[tuple[PruneImplBase, Tensor]]) -> Sequence[Tensor]:
     """The masks of weights that are ranked together, at the sparsity that they have in common."""
-    simulators, weights = zip(*group, strict=True)
-    if len(weights) == 1:
-        return [simulators[0].mask_for(weights[0])]
-    count = sum(weight.numel() for weight in weights)
-    return coreai_kernels.topk_masks(list(weights), kept_of(count, simulators[0].sparsity))
+    if len(group) == 1:
+        return [group[0][0].mask_for(group[0][1])]
+    return coreai_kernels.topk_masks(*_ranked(group))
+
+
+def _ranked(group: list[tuple[PruneImplBase, Tensor]]) -> tuple[list[Tensor], int]:
+    """Weights that are ranked together, and how many of their elements stay."""
+    weights = [weight for _, weight in group]
+    return weights, kept_of(sum(weight.numel() for weight in weights), group[0][0].sparsity)
+
+
+def _can_rank_sharded(group: list[tuple[PruneImplBase, Tensor]]) -> bool:
+    """Whether the weights are sharded, and pruned one element at a time by the built-in rule."""
+    return all(
+        is_sharded(weight)
+        and type(simulator) is _MagnitudePruneImpl
+        and type(simulator.pruning_scheme) is Unstructured
+        for simulator, weight in group
+    )
 
 
 def _check_steps(model: nn.Module, *args: Any) -> None:

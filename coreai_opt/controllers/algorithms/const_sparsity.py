@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from coreai_opt._sharding.layout import whole
 from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.algorithms.sparsity import SparsityStatistics, sparsities
 from coreai_opt.controllers.core.api import CompressionStage
@@ -25,7 +26,6 @@ from coreai_opt.controllers.core.masks import (
     sparse_weights,
 )
 from coreai_opt.controllers.core.owners import Owners
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["ConstSparsityBuilder", "ConstSparsityConfig", "ConstSparsityController"]

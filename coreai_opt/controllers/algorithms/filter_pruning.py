@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt._sharding.layout import whole
 from coreai_opt.controllers.algorithms.filter_pruning_config import FilterPruningConfig
 from coreai_opt.controllers.core.api import CompressionStage, State
 from coreai_opt.controllers.core.base import (
@@ -16,7 +17,6 @@ from coreai_opt.controllers.core.base import (
 )
 from coreai_opt.controllers.core.layers import channel_axis_of
 from coreai_opt.controllers.core.masks import bake, original
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.of_simulators import scheduler_class_of
 from coreai_opt.controllers.structures.channels import Channels, Cluster, Span

@@ -8,6 +8,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt._sharding.layout import is_sharded, with_local
+from coreai_opt._sharding.masks import whole_mask
+from coreai_opt._sharding.selecting import topk_masks
 from coreai_opt.controllers.algorithms.sparsity import (
     SparsityConfig,
     SparsityController,
@@ -18,7 +21,6 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.batchnorm import adapt_batchnorm
 from coreai_opt.controllers.core.masks import BinaryMask, bake, install, installed, keep_counts, original
 from coreai_opt.controllers.core.owners import Owners
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 
 __all__ = ["MagnitudeSparsityBuilder", "MagnitudeSparsityConfig", "MagnitudeSparsityController"]
@@ -63,9 +65,11 @@ class MagnitudeSparsityController(SparsityController):
 
     @torch.no_grad()
     def _apply_level(self, level: float) -> None:
-        weights = [whole(original(self._model.get_submodule(name)).detach()) for name in self._masks]
+        weights = [original(self._model.get_submodule(name)).detach() for name in self._masks]
         masks = [mask.mask for mask in self._masks.values()]
-        if self.config.params.sparsity_level_setting_mode == "local":
+        if weights and all(is_sharded(weight) for weight in weights):
+            new = self._masks_of_sharded(weights, level)
+        elif self.config.params.sparsity_level_setting_mode == "local":
             counts = keep_counts((weight.numel() for weight in weights), level)
             new = [coreai_kernels.topk_mask(w, keep) for w, keep in zip(weights, counts, strict=True)]
         else:
@@ -75,6 +79,19 @@ class MagnitudeSparsityController(SparsityController):
             new = coreai_kernels.topk_masks(weights, keep)
         for mask, value in zip(masks, new, strict=True):
             mask.copy_(value)
+
+    def _masks_of_sharded(self, weights: list[Tensor], level: float) -> list[Tensor]:
+        """The same without bringing weights together: each rank ranks what it holds."""
+        sizes = [weight.numel() for weight in weights]
+        if self.config.params.sparsity_level_setting_mode == "local":
+            groups = [([w], keep) for w, keep in zip(weights, keep_counts(sizes, level), strict=True)]
+        else:
+            if self.config.params.weight_importance == "normed_abs":
+                weights = [weight / _norm(weight) for weight in weights]
+            (keep,) = keep_counts([sum(sizes)], level)
+            groups = [(weights, keep)]
+        new = [mask for of_group in topk_masks(groups) for mask in of_group]
+        return [whole_mask(with_local(weight, mask)) for weight, mask in zip(weights, new, strict=True)]
 
     def statistics(self, quickly_collected_only: bool = False) -> CompressionStatistics:
         """See the base."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt._sharding.layout import whole
 from coreai_opt.controllers.core.api import CompressionLoss
 from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.structures.units import Structure
 
 __all__ = ["MovementMask", "MovementSparsityLoss", "kept_units", "resolve"]

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 import coreai_kernels
+from coreai_opt._sharding.layout import whole
 from coreai_opt.controllers.algorithms.sparsity import (
     SparsityConfig,
     SparsityController,
@@ -21,7 +22,6 @@ from coreai_opt.controllers.core.base import BaseCompressionAlgorithmBuilder
 from coreai_opt.controllers.core.gradients import scaled_gradient, with_zero_gradients
 from coreai_opt.controllers.core.masks import bake, install, installed, original
 from coreai_opt.controllers.core.owners import Owners
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.controllers.core.statistics import AlgorithmStatistics, CompressionStatistics
 from coreai_opt.controllers.schedules.params import Schedule
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from coreai_opt._sharding.layout import refuse
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.common import ExportBackend
 from coreai_opt.controllers.core.api import (
@@ -38,7 +39,6 @@ from coreai_opt.controllers.core.lowering import LoweredActivation, LoweredWeigh
 from coreai_opt.controllers.core.plan import Plan, PlannedChange
 from coreai_opt.controllers.core.schedulers import BaseCompressionScheduler, StubScheduler
 from coreai_opt.controllers.core.scopes import select_layers
-from coreai_opt.controllers.core.sharded import refuse
 from coreai_opt.controllers.core.state import check_plain, take
 from coreai_opt.controllers.core.statistics import LeftWhole
 from coreai_opt.export.saving import outputs_of, save_lowered

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import coreai_kernels
+from coreai_opt._sharding.layout import whole
 from coreai_opt.controllers.core.lowering import LoweredWeight
 from coreai_opt.controllers.core.owners import Owners, computed_by
-from coreai_opt.controllers.core.sharded import whole
 from coreai_opt.export.records import Sparse
 from coreai_opt.export.torch import give_own_class
 

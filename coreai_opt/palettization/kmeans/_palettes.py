@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_opt._sharding.layout import is_sharded, whole, with_whole
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.palettization.kmeans._blocks import Blocks
 from coreai_opt.palettization.kmeans._points import WeightPoints
@@ -113,23 +114,29 @@ class PaletteState(WeightPoints):
         return quantized.reshape(centroids.shape)
 
     def stored_palettes(self) -> Tensor:
-        """The palettes before quantization; RuntimeError if there are none yet."""
+        """The palettes before quantization, whole also if sharded; RuntimeError if there are none yet."""
         if self.centroids is None:
             raise RuntimeError(
                 f"Tensor {self.tensor_fqn!r} has no palettes yet: run a forward, or load a state_dict that "
                 f"has them"
             )
-        return self.centroids
+        return whole(self.centroids)
 
     def set_palettes(self, centroids: Tensor) -> None:
         """Put new palettes in the place of the old ones, as the buffer or parameter that those are."""
         old = self.centroids
         if isinstance(old, torch.nn.Parameter) and old.shape == centroids.shape:
-            with torch.no_grad():
-                old.copy_(centroids)
+            self.overwrite_palettes(centroids)
         else:
             self._parameters.pop("centroids", None)
             self.register_buffer("centroids", centroids)
+
+    @torch.no_grad()
+    def overwrite_palettes(self, centroids: Tensor) -> None:
+        """Write other palettes into those that there are, of the same shape."""
+        assert self.centroids is not None
+        new = with_whole(self.centroids, centroids) if is_sharded(self.centroids) else centroids
+        self.centroids.copy_(new)
 
     def index_rows(self) -> Tensor:
         """The stored indices in the shape that belongs to :meth:`points`."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coreai_opt._sharding.layout import whole
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["Placed", "keep_up_to_date", "placed_simulators"]
@@ -62,7 +63,7 @@ def _detect_after_loading(chain: Any, incompatible_keys: Any) -> None:
 
 
 def _input_of(simulator: nn.Module, chain: Any) -> Tensor:
-    weight: Tensor = chain.original
+    weight = whole(chain.original)
     for parametrization in chain:
         if parametrization is simulator:
             break

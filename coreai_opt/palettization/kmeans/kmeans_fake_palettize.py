@@ -178,8 +178,7 @@ class _KMeansFakePalettize(PaletteState):
             indices = self.nearest(points, centroids, weight)
             moved = _clustering.cluster_means(points, indices, centroids, block_size, mass)
             centroids = moved if held is None else torch.where(held, 0.0, moved)
-        with torch.no_grad():
-            self.stored_palettes().copy_(centroids)
+        self.overwrite_palettes(centroids)
         self._indices_stale = True
 
     def _point_mass(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import undone_on_failure
+from coreai_opt._sharding.layout import is_sharded, whole
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
@@ -288,6 +289,12 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
 def _cluster_all(jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: int) -> None:
     """Give each simulator its palettes, ``num_workers`` at a time."""
     bar = tqdm(total=len(jobs), desc=f"Palettizing layers (num_workers={num_workers})", disable=not jobs)
+    if any(is_sharded(weight) for _, weight in jobs):
+        with bar:
+            for simulator, weight in jobs:  # ranks have to ask for the same one at a time
+                simulator.ensure_initialized(whole(weight))
+                bar.update()
+        return
     with bar, ThreadPoolExecutor(num_workers) as pool:
         for _ in pool.map(lambda job: job[0].ensure_initialized(job[1]), jobs):
             bar.update()

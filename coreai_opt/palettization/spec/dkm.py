@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 
 import coreai_kernels
+from coreai_opt._sharding.layout import whole
 from coreai_opt.palettization.spec.training_strategy import TrainingStrategy, TrainingStrategySpec
 
 __all__ = ["DKMTrainingSpec"]
@@ -39,7 +40,7 @@ class _DKMStrategy(TrainingStrategy):
         if not isinstance(centroids, nn.Parameter):
             del module.centroids
             module.centroids = nn.Parameter(centroids.detach())
-        module.palette_spacing = _spacing(centroids.detach())
+        module.palette_spacing = _spacing(whole(centroids.detach()))
 
 
 def _spacing(centroids: torch.Tensor) -> float:

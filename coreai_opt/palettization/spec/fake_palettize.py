@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_opt._sharding.layout import is_sharded, whole, with_whole
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.palettization.spec._storage import storage_of
@@ -140,6 +141,9 @@ class _FakePalettizeImplBase(CompressionSimulatorBase):
         """
         if not torch.compiler.is_compiling():
             self._switch.update(self.fake_palett_enabled)
+        if is_sharded(tensor):
+            # k-means, palettes and their gradients are those of the whole weight.
+            return with_whole(tensor, self.forward(whole(tensor)))
         if self._disabled or not self._switch.on or not self._try_initialize(tensor):
             return tensor
         return self.forward_enabled(tensor)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.ops import apply_mask as apply_mask_op
+from coreai_opt._sharding.layout import is_sharded, part_of, with_local
+from coreai_opt._sharding.masks import whole_mask
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.pruning.spec.scheme import PruningScheme
@@ -188,10 +190,14 @@ class PruneImplBase(CompressionSimulatorBase):
                 f"Tensor {self.tensor_fqn!r}: the mask has shape {tuple(self.mask.shape)}, "
                 f"the weight has {tuple(weight.shape)}"
             )
+        if is_sharded(weight):
+            local: Tensor = weight.to_local()  # type: ignore[attr-defined]
+            part = part_of(weight)
+            return with_local(weight, apply_mask_op.apply(local.view_as(part.local), part.cut(self.mask)))
         return apply_mask_op.apply(weight, self.mask)
 
     def mask_for(self, weight: Tensor) -> Tensor:
-        """The mask for ``weight`` at the present sparsity; nothing changes."""
+        """The mask for ``weight`` at the present sparsity, whole if that is sharded; nothing changes."""
         with torch.no_grad():
             mask = self.compute_mask(weight.detach(), self._sparsity, self._pruning_scheme)
             if mask.shape != weight.shape:
@@ -199,6 +205,9 @@ class PruneImplBase(CompressionSimulatorBase):
                     f"Tensor {self.tensor_fqn!r}: {type(self).__name__}.compute_mask gave a mask of shape "
                     f"{tuple(mask.shape)} for a weight of shape {tuple(weight.shape)}"
                 )
+            mask = whole_mask(mask)
+            if is_sharded(weight):
+                return mask.to(weight.dtype).contiguous()
             mask = mask.to(weight)
             # The buffer is dense: it is loaded in place, and multiplied at every step.
             return torch.empty_like(weight).copy_(mask) if 0 in mask.stride() else mask

@@ -1,13 +1,15 @@
 """Which elements of a tensor are pruned together."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 import coreai_kernels
+from coreai_opt._sharding import masks as masks_of_sharded
+from coreai_opt._sharding.layout import is_sharded
 from coreai_opt._utils.registry_utils import RegisteredConfig
 from coreai_opt._utils.tensor_utils import normalize_axis
 
@@ -17,6 +19,10 @@ __all__ = ["BlockStructured", "ChannelStructured", "NMStructured", "PruningSchem
 def kept_of(count: int, sparsity: float) -> int:
     """How many of ``count`` stay: the number that is pruned is rounded down."""
     return count - int(count * sparsity)
+
+
+def _functions_for(weight: Tensor) -> Any:
+    return masks_of_sharded if is_sharded(weight) else coreai_kernels
 
 
 class PruningScheme(RegisteredConfig):
@@ -40,7 +46,7 @@ class PruningScheme(RegisteredConfig):
             ValueError: the scheme does not fit the shape.
             TypeError: ``weight`` is not floating point.
         """
-        return coreai_kernels.topk_mask(weight, kept_of(weight.numel(), sparsity))
+        return _functions_for(weight).topk_mask(weight, kept_of(weight.numel(), sparsity))
 
 
 @PruningScheme.register("unstructured")
@@ -59,7 +65,8 @@ class ChannelStructured(PruningScheme):
     def magnitude_mask(self, weight: Tensor, sparsity: float) -> Tensor:
         """See the base; the number of pruned slices is rounded down. A view of one value a slice."""
         axis = normalize_axis(self.axis, weight.ndim)
-        return coreai_kernels.channel_mask(weight, kept_of(weight.shape[axis], sparsity), axis, expanded=True)
+        kept = kept_of(weight.shape[axis], sparsity)
+        return _functions_for(weight).channel_mask(weight, kept, axis, expanded=True)
 
 
 @PruningScheme.register("n_m_structured")
@@ -92,7 +99,7 @@ class NMStructured(PruningScheme):
         axis = normalize_axis(self.axis, weight.ndim)
         kept = max(self.n, self.m - round(self.m * sparsity))
         if kept < self.m:
-            return coreai_kernels.nm_mask(weight, kept, self.m, axis)
+            return _functions_for(weight).nm_mask(weight, kept, self.m, axis)
         if weight.shape[axis] % self.m:
             raise ValueError(f"axis {axis} of shape {tuple(weight.shape)} does not divide by m = {self.m}")
         return torch.ones_like(weight)
@@ -127,4 +134,4 @@ class BlockStructured(PruningScheme):
             1 if block == -1 else size // block
             for size, block in zip(weight.shape, self.block_size, strict=True)
         )
-        return coreai_kernels.block_mask(weight, kept_of(blocks, sparsity), self.block_size)
+        return _functions_for(weight).block_mask(weight, kept_of(blocks, sparsity), self.block_size)

@@ -13,6 +13,8 @@ from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as training_step_op
 from coreai_kernels.ops.quantize import STORAGE_DTYPES
 from coreai_kernels.runtime.captured import CapturedCalls
+from coreai_opt._sharding.layout import is_sharded, with_local, with_sums
+from coreai_opt._sharding.ranges import local_parameters
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.config.spec.factory import CompressionTargetTensor
@@ -244,6 +246,10 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         if flags.disabled or not (flags.fake_quant or flags.observe):
             return tensor
         try:
+            if is_sharded(tensor):
+                return self._forward_in_parts(
+                    with_sums(tensor), flags.observe or self.is_stateless, flags.fake_quant
+                )
             plan = plan_for(self, tensor)
             observes = flags.observe or plan.is_stateless
             config = None if torch.onnx.is_in_onnx_export() else plan.config
@@ -381,6 +387,11 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
         plan = plan_for(self, tensor)
         scale, zero_point, minval = plan.select(*qparams)
         block_size, fmt, quant_min, quant_max = plan.values
+        if is_sharded(tensor):
+            local, selected, size = local_parameters(tensor, (scale, zero_point, minval), block_size)
+            if local.numel():
+                local = fake_quantize_op.apply(local, *selected, size, fmt, quant_min, quant_max)
+            return with_local(tensor, local)
         return fake_quantize_op.apply(
             tensor, scale, zero_point, minval, block_size, fmt, quant_min, quant_max
         )

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 import coreai_kernels
+from coreai_opt._sharding.layout import is_sharded
+from coreai_opt._sharding.ranges import observe_range as observe_sharded_range
 from coreai_opt._utils.registry_utils import ClassRegistryMixin
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec._generation import HasGeneration
@@ -53,7 +55,13 @@ class RangeCalculatorBase(ClassRegistryMixin, HasGeneration):
         Raises:
             ValueError: the granularity does not fit the shape.
             IndexError: a block is empty.
+            NotImplementedError: the tensor is sharded, and this is no calculator for minimum and maximum.
         """
+        if is_sharded(x) and not isinstance(self, MinMaxRangeCalculator):
+            raise NotImplementedError(
+                f"{type(self).__name__} needs whole tensors, and this one is sharded: use the range "
+                f"calculator 'minmax' under tensor parallelism"
+            )
         min_val, max_val = self._generate_min_max(x)
         return self._reshape_min_max(min_val, x.shape), self._reshape_min_max(max_val, x.shape)
 
@@ -66,4 +74,6 @@ class MinMaxRangeCalculator(RangeCalculatorBase):
         block_size = self.get_block_size(tensor.shape)
         if 0 in block_size:
             raise IndexError(f"the tensor is empty: shape {tuple(tensor.shape)} has no minimum and maximum")
+        if is_sharded(tensor):
+            return observe_sharded_range(tensor, block_size)
         return coreai_kernels.observe_range(tensor, block_size=block_size)

@@ -1,0 +1,1 @@
+"""Tensors whose parts lie on several ranks (DTensors): what a rank holds, and what ranks tell each other."""
