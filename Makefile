@@ -23,7 +23,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check neon-check clean distclean
+.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check mps-check neon-check clean distclean
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint       ruff, mypy and clang-format'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
+	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
 	@echo 'make neon-check kernels for Arm, cross-compiled and emulated, beside generic ones: the same bits'
 	@echo 'make build      set up .venv and build the native extension in place'
 	@echo 'make doctor     what is installed and which backends run'
@@ -86,6 +87,14 @@ gpu-check:
 	COREAI_BUILD_NATIVE=require $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" \
 		$(PYTHON) -m benchmarks.gpu_check $(GPU_CHECK_FLAGS)
+
+# On a Mac's GPU, which gets the reference: it has to give what the CPU does.
+mps-check: $(NATIVE)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.backends.mps.is_available())' || \
+		{ echo 'torch sees no Metal GPU here. This is for a Mac; on other machines make test checks that'; \
+		echo 'the reference uses only what torch has for Metal.'; exit 1; }
+	PYTORCH_ENABLE_MPS_FALLBACK=0 $(BIN)/python -m pytest -ra tests/kernels/test_mps_device.py \
+		tests/kernels/test_mps.py tests/coreai_opt/test_mps.py
 
 # NEON's kernels against the generic ones of this machine, which the tests compare with the reference.
 # Debian: apt install g++-aarch64-linux-gnu qemu-user

@@ -138,7 +138,10 @@ def _examine_engine(diagnosis: Diagnosis) -> None:
         else:
             diagnosis.add(part, "broken" if missing.broken else "missing", missing.cause, missing.fix)
     _examine_fast_path(diagnosis)
-    if torch.cuda.is_available():
+    if torch.backends.mps.is_available():
+        detail = "Metal (mps): plain torch, the reference of every operator; no kernels for it exist"
+        diagnosis.add("GPU", "ok", detail)
+    elif torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         diagnosis.add("GPU", "ok", ", ".join(names))
     else:

@@ -82,8 +82,8 @@ def relative_difference(found: list[Tensor], expected: list[Tensor]) -> float:
     if shapes[0] != shapes[1]:
         raise ValueError(f"the written model returns shapes {shapes[0]}, the compressed model {shapes[1]}")
     pairs = list(zip(found, expected, strict=True))
-    error = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    size = sum(float(b.double().square().sum()) for _, b in pairs)
+    error = sum(float((a.cpu().double() - b.cpu().double()).square().sum()) for a, b in pairs)
+    size = sum(float(b.cpu().double().square().sum()) for _, b in pairs)
     return (error / size) ** 0.5 if size else error**0.5
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_kernels.wide import widened
 from coreai_opt._state_tensors import check_example_inputs, side_effects_undone
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.config.spec.storage import is_off
@@ -141,8 +142,8 @@ def _distribution(value: Tensor) -> dict[str, Any]:
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    power = expected.double().square().sum()
-    return float((found.double() - expected.double()).square().sum() / power.clamp(min=1e-30))
+    power = widened(expected).square().sum()
+    return float((widened(found) - widened(expected)).square().sum() / power.clamp(min=1e-30))
 
 
 def _activations(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from coreai_kernels.wide import widened
 from coreai_opt.config.spec.storage import is_off
 from coreai_opt.inspection.bits_per_weight import stored_tensors
 from coreai_opt.search.candidates import Candidate, configurations, prepared
@@ -58,10 +59,10 @@ def _damage(metric: Metric, found: Any, expected: Any) -> float:
         return float(metric(found, expected))
     pairs = list(zip(_floating(found), _floating(expected), strict=True))
     if metric == "mse":
-        errors = [(a.double() - b.double()).square().mean() for a, b in pairs]
-        powers = [b.double().square().mean() for _, b in pairs]
+        errors = [(widened(a) - widened(b)).square().mean() for a, b in pairs]
+        powers = [widened(b).square().mean() for _, b in pairs]
         return float(torch.stack(errors).sum() / torch.stack(powers).sum().clamp(min=1e-30))
-    logs = [(a.double().log_softmax(-1), b.double().log_softmax(-1)) for a, b in pairs]
+    logs = [(widened(a).log_softmax(-1), widened(b).log_softmax(-1)) for a, b in pairs]
     return float(torch.stack([(b.exp() * (b - a)).sum(-1).mean() for a, b in logs]).sum())
 
 

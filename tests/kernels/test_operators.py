@@ -1,6 +1,5 @@
 """What torch expects of an operator: schema, shape function, gradient, compilation, and clear errors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,102 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import coreai_kernels as ck
-from coreai_kernels import Format, QuantConfig, RangeUpdate, Scheme
+from coreai_kernels import Format, RangeUpdate, Scheme
+from tests.kernels.operator_samples import INT4, MAIN, leaf, params
 from tests.kernels.support import assert_same_bits
 
 ops = torch.ops.coreai_kernels
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
-
-
-def params(*grid: int) -> tuple[Tensor, Tensor]:
-    return torch.rand(*grid) + 0.1, torch.randint(-8, 8, grid, dtype=torch.int32)
-
-
-BLOCKS, INT4 = [1, 4], (int(Format.INT), -8.0, 7.0)
-CONFIG = QuantConfig(
-    block_size=tuple(BLOCKS),
-    scheme=int(Scheme.ASYMMETRIC),
-    format=INT4[0],
-    quant_min=INT4[1],
-    quant_max=INT4[2],
-    update=int(RangeUpdate.MOVING_AVERAGE),
-    averaging_constant=0.1,
-)
-STEP = CONFIG.arguments()
-
-SAMPLES: dict[str, Callable[[], tuple[Any, ...]]] = {
-    "fake_quantize": lambda: (leaf(4, 8), *params(4, 2), None, BLOCKS, *INT4, True),
-    "fake_quantize_forward": lambda: (torch.randn(4, 8), *params(4, 2), None, BLOCKS, *INT4, True),
-    "fake_quantize_backward": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
-    "fake_quantize_backward_": lambda: (torch.randn(4, 8), torch.randint(256, (4,), dtype=torch.uint8), []),
-    "observe_range": lambda: (torch.randn(4, 8), BLOCKS),
-    "choose_qparams": lambda: (-torch.rand(4, 2), torch.rand(4, 2), 0, *INT4, 0),
-    "observe_and_fake_quantize": lambda: (leaf(4, 8), -torch.rand(4, 2), torch.rand(4, 2), *STEP, True),
-    "observe_and_fake_quantize_": lambda: (
-        torch.randn(4, 8),
-        *params(4, 2),
-        torch.zeros(4, 2),
-        -torch.rand(4, 2),
-        torch.rand(4, 2),
-        True,
-        CONFIG.packed(),
-        True,
-    ),
-    "foreach_fake_quantize_forward": lambda: (
-        [torch.randn(4, 8), torch.randn(8)],
-        [torch.rand(4, 2) + 0.1, torch.rand(2) + 0.1],
-        [],
-        [],
-        [1, 4, 4],
-        *INT4,
-        True,
-    ),
-    "foreach_fake_quantize_backward": lambda: (
-        [torch.randn(4, 8), torch.randn(2, 8)],
-        torch.randint(256, (32,), dtype=torch.uint8),
-        [0, 16],
-        [1, 0, 0, 1],
-    ),
-    "foreach_fake_quantize_backward_": lambda: (
-        [torch.randn(4, 8), torch.randn(8, 2).t()],
-        torch.randint(256, (32,), dtype=torch.uint8),
-        [0, 16],
-        [0, 1, 1, 0],
-    ),
-    "foreach_observe_and_fake_quantize_": lambda: (
-        [torch.randn(4, 8), torch.randn(8)],
-        [torch.zeros(4, 2), torch.zeros(2)],
-        [torch.zeros(4, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)],
-        [],
-        [-torch.rand(4, 2), -torch.rand(2)],
-        [torch.rand(4, 2), torch.rand(2)],
-        True,
-        [1, 4, 4],
-        *STEP[1:],
-        True,
-    ),
-    "quantize": lambda: (torch.randn(4, 8), *params(4, 2), None, BLOCKS, *INT4, torch.int8),
-    "dequantize": lambda: (
-        torch.ones(4, 8).to(torch.int8),
-        *params(4, 2),
-        None,
-        BLOCKS,
-        0,
-        -8.0,
-        torch.float32,
-    ),
-    "pack_bits": lambda: (torch.randint(16, (5, 7), dtype=torch.uint8), 4),
-    "unpack_bits": lambda: (torch.randint(256, (18,), dtype=torch.uint8), 4, 35, True),
-    "apply_mask": lambda: (leaf(4, 8), torch.randint(2, (4, 8)).float()),
-    "block_mask": lambda: (torch.randn(4, 8), 3, BLOCKS),
-    "nm_mask": lambda: (torch.randn(4, 8), 2, 4, 1),
-    "top_blocks": lambda: (torch.randn(4, 8).T, 3, BLOCKS[::-1]),
-    "topk_mask": lambda: (torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), 50),
-    "topk_masks": lambda: ([torch.randn(4, 8), torch.randn(5, 3).T.bfloat16()], 20),
-}
 
 # Operators with their own ``test_opcheck``, by the file that has it.
 CHECKED_ELSEWHERE = {
@@ -127,7 +35,7 @@ CHECKED_ELSEWHERE = {
 def test_every_operator_has_a_sample() -> None:
     names = [name.split("::") for name in torch._C._dispatch_get_all_op_names()]
     found = {name for namespace, name in names if namespace == "coreai_kernels"}
-    assert found == set(SAMPLES).union(*CHECKED_ELSEWHERE.values())
+    assert found == set(MAIN).union(*CHECKED_ELSEWHERE.values())
 
 
 # torch does not trace operators that mutate and return a list. Nobody does: compiled programs call the single
@@ -135,11 +43,11 @@ def test_every_operator_has_a_sample() -> None:
 EAGER_ONLY = ("foreach_observe_and_fake_quantize_",)
 
 
-@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("name", MAIN)
 def test_opcheck(name: str) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     checks += [] if name in EAGER_ONLY else ["test_aot_dispatch_dynamic"]
-    torch.library.opcheck(getattr(ops, name).default, SAMPLES[name](), test_utils=checks)
+    torch.library.opcheck(getattr(ops, name).default, MAIN[name](), test_utils=checks)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)

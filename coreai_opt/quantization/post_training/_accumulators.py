@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from coreai_kernels.wide import sum_dtype
+
 __all__ = ["Accumulator", "Gram", "Largest", "Mean"]
 
 # Columns of a panel: see Gram.
@@ -66,13 +68,13 @@ class Gram(Accumulator):
 
 
 class Mean(Accumulator):
-    """The mean of each column: float64 sums of shape ``[groups, columns]``."""
+    """The mean of each column: sums, float64 where the device has that, of shape ``[groups, columns]``."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
 
     def _add(self, columns: Tensor) -> None:
-        found = columns.sum(1, dtype=torch.float64)
+        found = columns.sum(1, dtype=sum_dtype(columns.device))
         self.sums = found if self.sums is None else self.sums + found
 
     def value(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from coreai_kernels.wide import widened
 from coreai_opt.quantization.post_training._accumulators import Mean
 from coreai_opt.quantization.post_training._layers import Layer
 from coreai_opt.quantization.post_training.algorithm import PostTrainingAlgorithm, Task
@@ -32,7 +33,7 @@ class BiasCorrection(PostTrainingAlgorithm):
 
 
 def mean_error(layer: Layer, exact: Tensor, found: Tensor) -> Tensor:
-    """``Q(W) E[x'] - W E[x]``, one value for each output channel, in float64.
+    """``Q(W) E[x'] - W E[x]``, one value for each output channel, in float64 where the device has that.
 
     Args:
         layer: the layer.
@@ -40,7 +41,6 @@ def mean_error(layer: Layer, exact: Tensor, found: Tensor) -> Tensor:
         found: the same in the quantized one.
     """
     shape = (layer.groups, -1, exact.shape[1])
-    quantized = layer.quantized().double().reshape(shape) @ found.double().unsqueeze(2)
-    return (quantized - layer.weight.detach().double().reshape(shape) @ exact.double().unsqueeze(2)).reshape(
-        -1
-    )
+    quantized = widened(layer.quantized()).reshape(shape) @ widened(found).unsqueeze(2)
+    meant = widened(layer.weight.detach()).reshape(shape) @ widened(exact).unsqueeze(2)
+    return (quantized - meant).reshape(-1)

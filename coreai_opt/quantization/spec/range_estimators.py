@@ -202,7 +202,7 @@ class EntropyRangeCalculator(_BlockwiseRangeCalculator):
         largest = float(magnitudes.max())
         if not np.isfinite(largest) or largest == 0:
             return largest
-        counts = torch.histc(magnitudes, self.bins, 0, largest).double().cpu().numpy()
+        counts = torch.histc(magnitudes, self.bins, 0, largest).cpu().double().numpy()
         return entropy_threshold(counts, self.levels, self.stride) * largest / self.bins
 
 

@@ -7,6 +7,7 @@ device (see ``kmeans_search.py``).
 import torch
 from torch import Tensor
 
+from coreai_kernels import wide
 from coreai_kernels.ops import checks
 from coreai_kernels.ops.kmeans_search import SMALL, Problem, search, seeds
 from coreai_kernels.ops.library import define
@@ -98,7 +99,7 @@ def kmeans(
         raise ValueError(f"tolerance must be at least 0; got {tolerance}")
     generator = torch.Generator().manual_seed(seed)
     found = search(problem.sample(_SEARCHED, generator), num_clusters, restarts, swaps, generator)
-    return problem.lloyd(found.centroids, max_iterations, tolerance).centroids[0]
+    return problem.lloyd(found.centroids, max_iterations, tolerance).centroids[0].to(weight.device)
 
 
 def plain_kmeans(
@@ -148,7 +149,7 @@ def plain_kmeans(
         found = problem.lloyd(starts, max_iterations, tolerance)
         best = found if best is None else best.or_better(found, found.error < best.error)
     assert best is not None
-    return best.centroids[0]
+    return best.centroids[0].to(weight.device)
 
 
 def _problem(
@@ -158,18 +159,23 @@ def _problem(
     block_size: tuple[int, ...],
     weights: Tensor | None,
 ) -> Problem:
-    """The arguments of k-means as a problem, once they are checked."""
+    """The arguments of k-means as a problem, once they are checked.
+
+    It lies on the CPU where the weight's device lacks float64.
+    """
     checks.check_float_input("weight", weight)
     checks.check_blocks("block_size", weight, block_size)
     checks.check_vectors("cluster_dim", cluster_dim, block_size)
     checks.check_num_clusters(num_clusters, block_size, cluster_dim)
-    weight = weight.detach()
+    device = weight.device if wide.has_float64(weight.device) else "cpu"
+    weight = weight.detach().to(device)
     if not weight.isfinite().all():
         raise ValueError("weight must be finite; got NaN or an infinity")
     mass = None
     if weights is not None:
+        weights = weights.detach().to(device)
         _check_weights(weights, weight)
-        mass = to_vectors(weights.detach(), tuple(block_size), cluster_dim).double().sum(2)
+        mass = to_vectors(weights, tuple(block_size), cluster_dim).double().sum(2)
     return Problem.of(to_vectors(weight, tuple(block_size), cluster_dim).transpose(1, 2), mass)
 
 

@@ -51,6 +51,8 @@ def define(
     _operators[name] = getattr(torch.ops.coreai_kernels, name).default
     _functions[name] = {"reference": reference} | ({"triton": triton} if triton else {})
     on_gpu = triton if _TRITON_IS_INSTALLED else None
+    # A Mac's GPU has nothing faster.
+    _library.impl(name, reference, "MPS")
     for key, missing, kernel in (("CPU", "native", None), ("CUDA", on_cuda, on_gpu)):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key):
             _library.impl(name, kernel or _standing_in(missing, reference), key)

@@ -129,8 +129,8 @@ def lookup(
     """Weights that indices into a palette stand for.
 
     The gradient to the centroids is the sum over the weights that use them: float64 sums in a fixed order on
-    the CPU, so the same on every run and for every number of threads; on a GPU float32 within tiles (1e-5 of
-    the sum of magnitudes), equally reproducible.
+    the CPU, so the same on every run and for every number of threads; on a GPU float32 within tiles or parts
+    (1e-5 of the sum of magnitudes), equally reproducible.
 
     Args:
         indices: uint8, each below the number of centroids. What others yield is not defined, but no memory

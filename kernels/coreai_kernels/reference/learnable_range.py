@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.reference.layout import per_block, split_blocks
+from coreai_kernels.wide import widened
 
 __all__ = ["backward", "terms"]
 
@@ -31,8 +32,9 @@ def terms(
     clamped = torch.where(clamped < level_high, clamped, level_high)
     inside = clamped == q
     y = clamped * step + offset
-    ratio = torch.tensor(level_low, dtype=torch.float32) / torch.tensor(level_high, dtype=torch.float32)
-    outside = torch.where(clamped == level_high, 1.0, ratio.to(x.device))
+    # On the device: what the host makes it would have to hand over.
+    ratio = x.new_full((), level_low) / x.new_full((), level_high)
+    outside = torch.where(clamped == level_high, 1.0, ratio)
     return inside, torch.where(inside, (y - x) / width, outside)
 
 
@@ -49,14 +51,14 @@ def backward(
 
     The first is ``grad`` inside and ``grad * 0`` outside. The others sum float32 products over each block, in
     float64: the order of the sum is free, so backends agree within a few units in the last place of the sum
-    of magnitudes, and each with itself bit for bit.
+    of magnitudes, and each with itself bit for bit. (A Mac's GPU has float32 only: to 1e-5 of that sum.)
     """
     inside, slope = terms(input, low, range, block_size, level_low, level_high)
     g = grad.float()
     to_input = torch.empty_like(input).copy_(g * inside)
 
     def summed(values: Tensor) -> Tensor:
-        blocks, axes = split_blocks(values.double(), tuple(block_size))
+        blocks, axes = split_blocks(widened(values), tuple(block_size))
         return (blocks.sum(axes) if axes else blocks).float().reshape(range.shape)
 
     to_low = torch.zeros_like(range) if low is None else summed(torch.where(inside, 0.0, g))

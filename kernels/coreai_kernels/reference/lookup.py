@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
+from coreai_kernels import wide
 from coreai_kernels.reference.bits import unpack_bits
 from coreai_kernels.reference.layout import from_vectors, to_vectors
 
 __all__ = ["lookup", "lookup_backward", "lookup_packed"]
+
+# Elements held at a time where sums are made of comparisons.
+_CHUNK = 1 << 22
 
 
 def _index_blocks(block_size: tuple[int, ...], dim: int) -> tuple[int, ...]:
@@ -48,7 +52,23 @@ def lookup_backward(
     """Sum of ``grad`` over the weights of each centroid: float32 ``(blocks, num_clusters, dim)``."""
     flat = to_vectors(indices, _index_blocks(block_size, dim))[:, :, 0].long()
     blocks = flat.size(0)
+    vectors = to_vectors(grad, block_size, dim).float()
+    if not wide.has_float64(grad.device):
+        return _sums_in_float32(vectors, flat, num_clusters)
     flat = flat + num_clusters * torch.arange(blocks, device=flat.device).unsqueeze(1)
-    vectors = to_vectors(grad, block_size, dim).reshape(-1, dim).float().double()
-    sums = vectors.new_zeros(blocks * num_clusters, dim).index_add_(0, flat.reshape(-1), vectors)
+    rows = vectors.reshape(-1, dim).double()
+    sums = rows.new_zeros(blocks * num_clusters, dim).index_add_(0, flat.reshape(-1), rows)
     return sums.reshape(blocks, num_clusters, dim).float()
+
+
+def _sums_in_float32(vectors: Tensor, flat: Tensor, num_clusters: int) -> Tensor:
+    """By a reduction for each centroid: ``index_add_`` adds in another order on every run there."""
+    sums = vectors.new_zeros(vectors.size(0), num_clusters, vectors.size(2))
+    clusters = torch.arange(num_clusters, device=flat.device)
+    step = max(1, _CHUNK // max(1, flat.size(0) * num_clusters))
+    for start in range(0, flat.size(1), step):
+        part = slice(start, start + step)
+        owned = flat[:, part, None] == clusters
+        for entry in range(vectors.size(2)):
+            sums[:, :, entry] += torch.where(owned, vectors[:, part, entry, None], 0.0).sum(1)
+    return sums

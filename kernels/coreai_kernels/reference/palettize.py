@@ -20,21 +20,43 @@ def decision_bounds(centroids: Tensor) -> tuple[Tensor, Tensor]:
         exceeds ``p`` of the bounds belongs to the centroid ``indices[:, p]``. A bound is the largest float32
         not above the midpoint of two neighbours, or, where the upper one has the lower index, below it: a
         value midway goes to the lower index. Of equal centroids only the first is ever chosen.
+
+    Midpoints are those of float64 sums.
     """
     values, order = (centroids + 0.0).sort(dim=1, stable=True)  # -0.0 equals 0.0
-    low, high = values[:, :-1].double(), values[:, 1:].double()
+    low, high = values[:, :-1], values[:, 1:]
     repeats = torch.zeros_like(values, dtype=torch.bool)
     repeats[:, 1:] = values[:, 1:] == values[:, :-1]
     position = torch.arange(values.size(1), device=values.device).expand_as(order)
     first = torch.where(repeats, 0, position).cummax(1).values
     indices = order.gather(1, first)
 
-    midpoint = (low + high) / 2
-    bounds = midpoint.float()
-    below = torch.full_like(bounds, -torch.inf)
-    bounds = torch.where(bounds.double() > midpoint, torch.nextafter(bounds, below), bounds)
-    goes_up = (indices[:, 1:] < indices[:, :-1]) & (bounds.double() == midpoint)
-    return torch.where(goes_up, torch.nextafter(bounds, below), bounds), indices
+    bounds, beyond = _midpoints(low, high)
+    goes_up = (indices[:, 1:] < indices[:, :-1]) & (beyond == 0)
+    down = torch.nextafter(bounds, torch.full_like(bounds, -torch.inf))
+    return torch.where((beyond < 0) | goes_up, down, bounds), indices
+
+
+def _midpoints(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 next to ``(low + high) / 2``, and the sign of what that is beyond it.
+
+    The sum is rounded to float64, without the type, which not every device has: what the float32 sum leaves
+    over (Knuth's TwoSum) counts unless it is less than half of float64's last place.
+    """
+    # So that no sum overflows; halves of what is small beside the other bound do not matter.
+    large = torch.maximum(low.abs(), high.abs()) >= 2.0**126
+    a, b = torch.where(large, low / 2, low), torch.where(large, high / 2, high)
+    total = a + b
+    part = total - a
+    rest = (a - (total - part)) + (b - part)
+    power = (total.view(torch.int32) & 0x7F800000).view(torch.float32)
+    # Towards zero from a power of two, numbers lie twice as dense.
+    shrinks = (total.abs() == power) & (torch.sign(rest) == -torch.sign(total))
+    last_place = power * torch.where(shrinks, 2.0**-54, 2.0**-53)
+    sign = torch.where(rest.abs() > last_place, torch.sign(rest), 0.0)
+    half = torch.where(large, total, total / 2)
+    doubled = torch.where(large, half, half + half)
+    return half, torch.where(doubled == total, sign, torch.sign(total - doubled))
 
 
 def bounds_before_rounding(bounds: Tensor, decimals: int) -> Tensor:

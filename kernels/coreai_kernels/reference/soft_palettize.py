@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.reference.layout import from_vectors, to_vectors
+from coreai_kernels.wide import sum_dtype, widened
 
 __all__ = [
     "LEAST_MASS",
@@ -52,7 +53,7 @@ def _through_softmax(attention: Tensor, grad: Tensor) -> Tensor:
 def _pull(p: Tensor, vectors: Tensor, table: Tensor, temperature: float) -> Tensor:
     """Gradient to the centroids through the distances: ``sum_i p_ij (w_i - c_j) * 2 / temperature``."""
     moment = p.transpose(1, 2) @ vectors - p.sum(1).unsqueeze(2) * table
-    return moment.double() * (2.0 / temperature)
+    return widened(moment) * (2.0 / temperature)
 
 
 def soft_palettize_forward(
@@ -75,12 +76,12 @@ def soft_palettize_backward(
     vectors, table = to_vectors(weight, block_size, dim).float(), centroids.float()
     grads = to_vectors(grad, block_size, dim).float()
     to_weight = torch.empty_like(vectors)
-    to_table = torch.zeros_like(table, dtype=torch.float64)
+    to_table = torch.zeros_like(table, dtype=sum_dtype(table.device))
     for part in _parts(vectors.size(1), table):
         attention = _attention(vectors[:, part], table, temperature)
         p = _through_softmax(attention, grads[:, part] @ table.transpose(1, 2))
         to_weight[:, part] = (p @ table) * (2.0 / temperature)
-        to_table += (attention.transpose(1, 2) @ grads[:, part]).double()
+        to_table += widened(attention.transpose(1, 2) @ grads[:, part])
         to_table += _pull(p, vectors[:, part], table, temperature)
     to_weight = from_vectors(to_weight, weight.shape, block_size)
     return torch.empty_like(weight).copy_(to_weight), to_table.float()
@@ -91,13 +92,13 @@ def soft_centroids_forward(
 ) -> tuple[Tensor, Tensor]:
     """The next centroids, float32 ``(blocks, k, dim)``, and the mass that each attracts, ``(blocks, k)``."""
     vectors, table = to_vectors(weight, block_size, centroids.size(2)).float(), centroids.float()
-    total = torch.zeros_like(table, dtype=torch.float64)
+    total = torch.zeros_like(table, dtype=sum_dtype(table.device))
     mass = total.new_zeros(table.shape[:2])
     for part in _parts(vectors.size(1), table):
         attention = _attention(vectors[:, part], table, temperature)
-        total += (attention.transpose(1, 2) @ vectors[:, part]).double()
-        mass += attention.sum(1).double()
-    moved = torch.where((mass < LEAST_MASS).unsqueeze(2), table.double(), total / mass.unsqueeze(2))
+        total += widened(attention.transpose(1, 2) @ vectors[:, part])
+        mass += widened(attention.sum(1))
+    moved = torch.where((mass < LEAST_MASS).unsqueeze(2), widened(table), total / mass.unsqueeze(2))
     return moved.float(), mass.float()
 
 
@@ -116,7 +117,7 @@ def soft_centroids_backward(
     rate = torch.where(stays, 0.0, grad.float() / mass.unsqueeze(2))
     offset = (rate * moved).sum(2).unsqueeze(1)
     to_weight = torch.empty_like(vectors)
-    to_table = torch.where(stays, grad.double(), 0.0)
+    to_table = torch.where(stays, widened(grad), 0.0)
     for part in _parts(vectors.size(1), table):
         attention = _attention(vectors[:, part], table, temperature)
         p = _through_softmax(attention, vectors[:, part] @ rate.transpose(1, 2) - offset)

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from coreai_kernels.reference.magnitude import magnitude_keys
 
-__all__ = ["topk_mask", "topk_masks"]
+__all__ = ["largest", "topk_mask", "topk_masks"]
+
+
+def largest(keys: Tensor, num_keep: int) -> Tensor:
+    """Which of the keys, a 1-D tensor of integers, are the ``num_keep`` largest; the lower index first."""
+    order = keys.sort(descending=True, stable=True).indices
+    return torch.zeros_like(keys, dtype=torch.bool).scatter_(0, order[:num_keep], True)
 
 
 def topk_mask(weight: Tensor, num_keep: int) -> Tensor:
@@ -22,9 +28,7 @@ def topk_masks(weights: list[Tensor], num_keep: int) -> list[Tensor]:
     # Every value of the narrower types is one of the wider type, in the same order.
     common = functools.reduce(torch.promote_types, (weight.dtype for weight in weights))
     keys = torch.cat([magnitude_keys(weight.to(common)).reshape(-1) for weight in weights])
-    order = keys.sort(descending=True, stable=True).indices
-    keep = torch.zeros_like(keys, dtype=torch.bool).scatter_(0, order[:num_keep], True)
-    parts = keep.split([weight.numel() for weight in weights])
+    parts = largest(keys, num_keep).split([weight.numel() for weight in weights])
     return [
         torch.empty_like(weight).copy_(part.view(weight.shape))
         for weight, part in zip(weights, parts, strict=True)
