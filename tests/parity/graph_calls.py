@@ -21,7 +21,7 @@ from .graph_probes import Function, asymmetric, everywhere, mlp, only
 from .quantizer_runs import quiet
 from .snapshots import Raised, freeze
 
-__all__ = ["CALLS", "call"]
+__all__ = ["CALLS", "call", "quantizer_as_upstream"]
 
 CALLS: dict[str, Callable[[], Any]] = {}
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -46,6 +46,12 @@ def call(name: str) -> Any:
 
 def prepare(model: nn.Module | None = None, config: QuantizerConfig | None = None, *inputs: Tensor) -> Any:
     return Quantizer(model or mlp(), config).prepare(inputs or (X,))
+
+
+def quantizer_as_upstream(model: nn.Module, config: QuantizerConfig) -> Quantizer:
+    """Apple's, or ours with Apple's numbers."""
+    ours = "strict_upstream" in inspect.signature(Quantizer).parameters
+    return Quantizer(model, config, **({"strict_upstream": True} if ours else {}))
 
 
 def schedule() -> QuantizerConfig:
@@ -368,8 +374,7 @@ def _() -> Any:
 
 @named("numbers of batch norms and dropouts, as upstream")
 def _() -> Any:
-    ours = "strict_upstream" in inspect.signature(Quantizer).parameters
-    quantizer = Quantizer(own_numbers(), QuantizerConfig(), **({"strict_upstream": True} if ours else {}))
+    quantizer = quantizer_as_upstream(own_numbers(), QuantizerConfig())
     model: Any = quantizer.prepare((X,))
     model.eval()
     evaluated = model(X)
