@@ -2,12 +2,13 @@
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from coreai_opt._input_outlines import arguments_from
 from coreai_opt._restoring import undone_on_failure
 from coreai_opt._summary import parameters_of
 from coreai_opt._utils.config_utils import original_type, qualified_name
+from coreai_opt._utils.reading import json_data
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.common import CompressionType
 from coreai_opt.export.checkpoints import without_ties
@@ -36,6 +38,35 @@ _COMPRESSORS: dict[CompressionType, type[_BaseModelCompressor]] = {
     CompressionType.PALETTIZATION: KMeansPalettizer,
     CompressionType.QUANTIZATION: Quantizer,
 }
+
+
+class _Entry(BaseModel):
+    """How one compressor has prepared the model."""
+
+    kind: CompressionType
+    config: str
+    inputs: dict[str, Any]
+    options: dict[str, Any]
+
+
+class _Description(BaseModel):
+    """What a file has to say about a prepared model."""
+
+    versions: Any = None
+    model: str
+    compressors: list[_Entry] = Field(min_length=1)
+    parameters: dict[str, list[int]] = {}
+    metadata: dict[str, dict[str, Any]] = {}
+
+
+def checked_description(description: Any) -> dict[str, Any]:
+    """``description``, with what it may leave out.
+
+    Raises:
+        ValueError: it is not as :func:`description_of` gives it.
+    """
+    _Description.model_validate(description)
+    return {"versions": {}, "parameters": {}, "metadata": {}} | description
 
 
 class Restored(NamedTuple):
@@ -186,7 +217,7 @@ def restore(
         ValueError: the example inputs of the first time cannot be made again. Other errors as of ``prepare``.
     """
     _require_float(model)
-    entries = description["compressors"]
+    entries = checked_description(description)["compressors"]
     compressors = []
     with undone_on_failure(model):
         current = model
@@ -205,7 +236,9 @@ def restore(
                 if dynamic_shapes is not None:
                     options["dynamic_shapes"] = dynamic_shapes
                 else:
-                    options["dynamic_shapes"] = dynamic_shapes_from(options["dynamic_shapes"])
+                    options["dynamic_shapes"] = _from_outline(
+                        dynamic_shapes_from, options["dynamic_shapes"], "dynamic_shapes"
+                    )
             current = compressor.prepare(inputs, state_dict=state_dict, **options)
             compressor._is_followed = False
             compressors.append(compressor)
@@ -214,10 +247,14 @@ def restore(
 
 def _inputs_again(outline: Mapping[str, Any], model: nn.Module) -> Any:
     device = next((each.device for each in model.parameters()), torch.device("cpu"))
+    return _from_outline(lambda each: arguments_from(each, device), outline, "example_inputs")
+
+
+def _from_outline(make: Callable[[Any], Any], outline: Any, argument: str) -> Any:
     try:
-        return arguments_from(outline, device)
-    except ValueError as error:
-        raise ValueError(f"give example_inputs: {error}") from None
+        return make(outline)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"give {argument}: what was saved of them cannot be used: {error!r}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -236,7 +273,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"path: {path} is a safetensors file, but not of save_checkpoint: its header has no "
                 f"{_HEADER_KEY!r}"
             )
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(text)  # noqa: SIM118
+        try:
+            description = checked_description(json_data(text))
+        except ValueError as error:
+            raise ValueError(f"path: the header of {path} is damaged: {error}") from error
+        return {name: file.get_tensor(name) for name in file.keys()}, description  # noqa: SIM118
 
 
 def _require_float(model: Any) -> None:

@@ -25,6 +25,7 @@ from coreai_opt._utils.config_utils import (
     plain_data,
     qualified_name,
 )
+from coreai_opt._utils.reading import yaml_data
 from coreai_opt.config._entries import (
     DISABLED,
     MODULE_SPECS,
@@ -222,6 +223,7 @@ class CompressionConfig(Config, Generic[_T]):
             RuntimeError: the key is missing, or there is another one.
             TypeError: ``config_dict``, or what stands there, is no dict.
             pydantic.ValidationError: it does not describe a configuration.
+            KeyError: a class has a ``type`` that is no registered key.
         """
         if not hasattr(cls, "_CONFIG_KEY"):
             raise RuntimeError(f"{cls.__name__} has no key in dicts: use a subclass")
@@ -249,12 +251,14 @@ class CompressionConfig(Config, Generic[_T]):
         """The configuration in a YAML file, a path or an open file; None, with a warning, if it is empty.
 
         Raises:
-            ValueError: the file does not hold a mapping. Other errors as for :meth:`from_dict`.
+            yaml.YAMLError: it is no YAML.
+            ValueError: the file holds no mapping, or one that is nested more than 100 levels deep, contains
+                itself, or has more than a million values. Other errors as for :meth:`from_dict`.
         """
         if isinstance(yml, str | Path):
             with Path(yml).open("rb") as file:
                 return cls.from_yaml(file)
-        data = yaml.safe_load(yml)
+        data = yaml_data(yml)
         if data is None:
             warnings.warn("the YAML file is empty: no configuration", UserWarning, stacklevel=2)
             return None

@@ -1,4 +1,9 @@
-"""The backend that tensors choose by themselves gives the reference's bits."""
+"""The backend that tensors choose by themselves gives the reference's bits.
+
+FUZZ_CALLS: random calls a test (default 250); ``make fuzz`` takes many.
+"""
+
+import os
 
 import pytest
 import torch
@@ -10,7 +15,7 @@ from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import Case, assert_same_bits, assert_same_memory_format, cases
 
 pytestmark = pytest.mark.usefixtures("isa")
-many = settings(max_examples=250, deadline=None)
+many = settings(max_examples=int(os.environ.get("FUZZ_CALLS", "250")), deadline=None)
 
 
 def params_of(case: Case, formulation: str) -> dict[str, torch.Tensor]:

@@ -1,15 +1,15 @@
 """Configurations: NNCF's keys, checked."""
 
 import difflib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+from coreai_opt._utils.reading import json_data, yaml_data
 
 __all__ = [
     "AccuracyAwareConfig",
@@ -285,13 +285,15 @@ class ControllerConfig(ConfigModel):
         """Read a ``.json``, ``.yaml`` or ``.yml`` file. JSON may have comments and trailing commas.
 
         Raises:
-            ValueError: the name ends otherwise, or the file holds no mapping.
+            yaml.YAMLError: it is no YAML.
+            ValueError: the name ends otherwise; or the file is no JSON, or holds no mapping, or one that is
+                nested more than 100 levels deep, contains itself, or has more than a million values.
         """
         path = Path(path)
         if path.suffix not in (".json", ".yaml", ".yml"):
             raise ValueError(f"a configuration file ends in .json, .yaml or .yml; got {str(path)!r}")
         text = path.read_text()
-        data = json.loads(without_comments(text)) if path.suffix == ".json" else yaml.safe_load(text)
+        data = json_data(without_comments(text)) if path.suffix == ".json" else yaml_data(text)
         if not isinstance(data, dict):
             raise ValueError(f"{path} holds a {type(data).__name__}; a configuration is a mapping")
         return cls.from_dict(data)

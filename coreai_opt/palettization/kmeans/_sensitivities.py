@@ -91,9 +91,15 @@ def load_sensitivities(path: str | Path) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no such file.
         TypeError: it holds something other than tensors by name.
-        ValueError: one of them has negative values, or values that are not finite.
+        ValueError: it is damaged, or would run code; or a tensor has negative values, or values that are not
+            finite.
     """
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that is none of torch's
+        raise ValueError(f"{path} is damaged, or no file of tensors: {error}") from error
     if not isinstance(loaded, Mapping):
         raise TypeError(
             f"{path}: sensitivities must be a dict of tensors by parameter; got {type(loaded).__name__}"

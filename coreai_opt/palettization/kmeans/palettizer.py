@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coreai_opt import _prepared_models
-from coreai_opt._restoring import undone_on_failure
+from coreai_opt._restoring import training_flags, undone_on_failure
 from coreai_opt._sharding.layout import is_sharded, whole
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import CompressionType, ExportBackend
@@ -187,6 +187,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
     def training_mode(self) -> Iterator["KMeansPalettizer"]:  # type: ignore[override]
         """A context for training; within it, call :meth:`step` after each step of the optimizer.
 
+        The model is in training mode; afterwards each module is in the mode that it was in before.
+
         Raises:
             RuntimeError: the model is not prepared.
         """
@@ -194,7 +196,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         self._apply_schedules(model)
         self._training_depth += 1
         try:
-            yield self
+            with training_flags(model, True):
+                yield self
         finally:
             self._training_depth -= 1
 
