@@ -23,7 +23,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check mps-check neon-check clean distclean fuzz
+.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check mps-check neon-check clean distclean fuzz count
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-without-native   the tests that an installation without a compiler has to pass'
 	@echo 'make lint       ruff, mypy and clang-format'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
+	@echo 'make count      instructions of kernels and calls, against committed figures; needs valgrind'
 	@echo 'make fuzz       random calls and sequences of actions against the reference and Apple; FUZZ=100 for hours'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
 	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
@@ -76,6 +77,10 @@ lint: $(SETUP)
 
 bench: $(NATIVE)
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
+
+# A guard against slowing down that needs no clock. Debian: apt install valgrind
+count: $(NATIVE)
+	@$(BIN)/python -m benchmarks.instructions $(COUNT_FLAGS)
 
 # Random calls of kernels and sequences of actions, other ones each time; FUZZ=20 takes twenty times as long.
 FUZZ ?= 10
