@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import random
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -87,6 +88,7 @@ def test_any_blocks(library: ctypes.CDLL, case: Case, seed: int, elements: int) 
 
 
 FORMATS = {
+    "wide": (Format.INT, -200.0, 300.0),
     "int2": (Format.INT, -2.0, 1.0),
     "int4": (Format.INT, -8.0, 7.0),
     "uint8": (Format.INT, 0.0, 255.0),
@@ -103,7 +105,7 @@ SHAPES = [
     *(((40, 512), (1, 512)), ((9, 1056), (1, 1056))),
     *(((24, 512), (1, 32)), ((24, 512), (1, 16)), ((30, 512), (1, 8))),
     *(((41, 264), (41, 1)), ((64, 1024), (32, 1)), ((4, 16, 40), (1, 16, 1)), ((6, 16), (1, 1))),
-    *(((32, 64), (8, 16)), ((7, 27), (1, 9))),
+    *(((32, 64), (8, 16)), ((64, 128), (8, 32)), ((6, 8, 96), (3, 4, 32)), ((7, 27), (1, 9))),
 ]
 
 
@@ -200,3 +202,16 @@ def test_hard_quotients(scale: int, x: int, divisor: int) -> None:
     value, scales = (torch.tensor([bits], dtype=torch.int32).view(torch.float32) for bits in (x, scale))
     values = (value / divisor).repeat(2**14)
     check_forward(values, scales, None, None, [2**14], Format.INT, 0.0, 255.0)
+
+
+def test_quotients_of_positions(library: ctypes.CDLL) -> None:
+    """By a product and a shift: of all divisors to 300 and some others, around the multiples of each."""
+    library.quotient.restype = ctypes.c_uint32
+    choice = random.Random(1)
+    divisors = [*range(1, 300), *(choice.randrange(300, 2**31) for _ in range(300)), 2**30, 2**31 - 1]
+    for divisor in divisors:
+        most = (2**31 - 1) // divisor
+        for times in {0, 1, most, choice.randint(0, most), choice.randint(0, most)}:
+            for number in {times * divisor - 1, times * divisor, times * divisor + divisor - 1}:
+                if 0 <= number < 2**31:
+                    assert library.quotient(number, divisor) == number // divisor, (number, divisor)

@@ -1,32 +1,38 @@
 // Parameters of one block in a thread's registers.
 #pragma once
 
+#include <cmath>
+#include <cstring>
+
 #include "common/around_zero.h"
 #include "cpu/kernels.h"
 #include "cuda/pack.cuh"
 
 namespace coreai::cuda {
 
-// What kernels are called with: the affine map, and which zero points leave bounds of nine bits.
+// What kernels are called with: the affine map, and with which bounds its rounding and clamping change at numbers of nine
+// bits only, which QuickLane asks for.
 struct AffineMap : cpu::Affine {
-  int32_t first_zero_point;
-  uint32_t zero_points;  // so many and one from the first on; fewer than none: see has_quick_bounds
+  bool has_quick_bounds;      // with some zero point, if blocks have their own
+  int32_t first_zero_point;   // the least of those
+  uint32_t zero_points_more;  // how many there are but for that
 
-  explicit AffineMap(const cpu::Affine& a) : cpu::Affine(a), first_zero_point(0), zero_points(0) {
-    // Compared as double: what is given need not be whole, or small.
-    const double first = static_cast<double>(high) - 255, last = static_cast<double>(low) + 255;
-    if (low <= high && first >= -1e9 && last <= 1e9 && first <= last) {
-      first_zero_point = static_cast<int32_t>(ceil(first));
-      zero_points = static_cast<uint32_t>(static_cast<int32_t>(floor(last)) - first_zero_point);
-      has_quick_bounds = true;
-    }
+  explicit AffineMap(const cpu::Affine& a)
+      : cpu::Affine(a), has_quick_bounds(false), first_zero_point(0), zero_points_more(0) {
+    constexpr double kMost = 255;
+    const auto first = static_cast<double>(low) - constant, last = static_cast<double>(high) - constant;
     if (format != Format::kInt) {
       uint32_t bits;
       memcpy(&bits, &high, sizeof(bits));
       has_quick_bounds = low == -high && (bits & 0x7fff) == 0;
+    } else if (!zero_point || offset) {
+      has_quick_bounds = first >= -kMost && first <= last && last <= kMost;
+    } else if (fabs(first) <= 1e6 && first <= last && ceil(last - kMost) <= floor(first + kMost)) {
+      has_quick_bounds = true;
+      first_zero_point = static_cast<int32_t>(ceil(last - kMost));
+      zero_points_more = static_cast<uint32_t>(static_cast<int32_t>(floor(first + kMost)) - first_zero_point);
     }
   }
-  bool has_quick_bounds = false;
 };
 
 template <class K>
@@ -46,7 +52,7 @@ struct BlockParams : Params<Lane> {
     } else if (kIsInt && a.zero_point) {
       const int32_t zero_point = a.zero_point[block];
       p.low -= static_cast<float>(zero_point), p.high -= static_cast<float>(zero_point);
-      quick = quick && static_cast<uint32_t>(zero_point - a.first_zero_point) <= a.zero_points;
+      quick = quick && static_cast<uint32_t>(zero_point) - static_cast<uint32_t>(a.first_zero_point) <= a.zero_points_more;
     }
     p.reciprocal = quick ? QuickLane::reciprocal(p.scale) : Lane::as_float(INT32_MAX);
     return p;

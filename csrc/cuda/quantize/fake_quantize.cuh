@@ -97,9 +97,12 @@ struct RunsJob {
   uint8_t* mask;  // null: not wanted
   AffineMap affine;
   int64_t numel;
-  uint32_t packs;          // whole bytes of the mask
-  uint32_t tiles;          // whole ones: of kUnroll packs for each thread
-  Divider packs_of_block;  // where there is more than one
+  uint32_t packs;        // whole bytes of the mask
+  uint32_t tiles;        // whole ones: of kUnroll packs for each thread
+  Divider packs_of_run;  // of one block, where there is more than one
+  bool shares;           // whether rows of `columns` runs share their blocks with `sharing` - 1 rows behind them
+  uint32_t columns;
+  Divider runs_of_row, sharing;
 };
 
 // Blocks that are runs of elements: a single one; whole numbers of kUnroll packs, of which neighbouring threads look up the
@@ -116,7 +119,12 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_runs(RunsJob job) {
   if constexpr (kRuns == Runs::kOne) block = Block::load(job.affine, 0);
   const auto block_of = [&](uint32_t pack) {
     if constexpr (kRuns == Runs::kOne) return block;
-    return Block::load(job.affine, job.packs_of_block.quotient(pack));
+    uint32_t index = job.packs_of_run.quotient(pack);
+    if (job.shares) {
+      const uint32_t row = job.runs_of_row.quotient(index);
+      index -= (row - job.sharing.quotient(row)) * job.columns;
+    }
+    return Block::load(job.affine, index);
   };
   const auto exactly = [&](uint32_t pack) {
     const Block params = block_of(pack);
@@ -334,11 +342,25 @@ void queue_runs(const cpu::FakeQuantize& job, int64_t most_blocks, Stream stream
   const cpu::Geometry& g = *job.geometry;
   const auto packs = static_cast<uint32_t>(g.numel / 8 * (8 / kSize)), tiles = packs / (kThreads * kUnroll);
   const int64_t blocks = blocks_of_tiles(tiles, most_blocks);
-  const auto launch = [&](auto* kernel) {
-    const Divider packs_of_block = Divider::by(static_cast<uint32_t>(g.blocks == 1 ? 1 : g.run / kSize));
-    COREAI_LAUNCH(kernel, blocks, kThreads, stream,
-                  RunsJob{job.input, job.output, job.mask, AffineMap(job.affine), g.numel, packs, tiles, packs_of_block});
-  };
+  RunsJob runs = {.input = job.input,
+                  .output = job.output,
+                  .mask = job.mask,
+                  .affine = AffineMap(job.affine),
+                  .numel = g.numel,
+                  .packs = packs,
+                  .tiles = tiles,
+                  .packs_of_run = {},
+                  .shares = g.outer_axes > 0,
+                  .columns = 0,
+                  .runs_of_row = {},
+                  .sharing = {}};
+  if (g.blocks > 1) {
+    runs.packs_of_run = Divider::by(static_cast<uint32_t>(g.run / kSize));
+    runs.columns = static_cast<uint32_t>(g.columns);
+    runs.runs_of_row = Divider::by(runs.columns);
+    runs.sharing = Divider::by(static_cast<uint32_t>(sharing_rows(g)));
+  }
+  const auto launch = [&](auto* kernel) { COREAI_LAUNCH(kernel, blocks, kThreads, stream, runs); };
   if (g.blocks == 1) {
     launch(&fake_quantize_runs<K, kElement, Runs::kOne>);
   } else if (g.run % (kUnroll * kSize) == 0) {
@@ -346,6 +368,14 @@ void queue_runs(const cpu::FakeQuantize& job, int64_t most_blocks, Stream stream
   } else {
     launch(&fake_quantize_runs<K, kElement, Runs::kShort>);
   }
+}
+
+// Whether blocks are runs of whole packs, one behind the other, or in groups of rows that share theirs.
+inline bool is_by_runs(const cpu::Geometry& g) {
+  if (g.blocks == 1) return true;
+  const bool one_level = g.outer_axes == 0 || g.outer[g.outer_axes - 1].stride == 0;
+  const bool in_order = g.outer_axes < 2 || (g.outer_axes == 2 && g.outer[0].stride == g.columns);
+  return g.run % 8 == 0 && one_level && in_order;
 }
 
 // Queues the kernel for a tensor that is not empty. `most_blocks`: how many run at the same time.
@@ -357,7 +387,7 @@ void queue_fake_quantize(const cpu::FakeQuantize& job, int64_t most_blocks, Stre
     with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
       using K = decltype(kind);
       const bool vectors = is_aligned(job.input) && is_aligned(job.output);
-      if (vectors && g.numel <= kMostInRuns && (g.blocks == 1 || (g.outer_axes == 0 && g.run % 8 == 0))) {
+      if (vectors && g.numel <= kMostInRuns && is_by_runs(g)) {
         queue_runs<K, kElement>(job, most_blocks, stream);
       } else if (vectors && g.run == 1 && g.columns % 8 == 0) {
         queue_columns<K, kElement>(job, stream);
