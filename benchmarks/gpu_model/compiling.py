@@ -21,11 +21,12 @@ class NamedTarget:
     """A Triton driver without a device.
 
     Args:
-        arch: of the GPU, 90 for sm_90.
+        arch: of the GPU, 90 for NVIDIA's sm_90; of AMD's data centre GPUs as LLVM names it, such as gfx942.
     """
 
-    def __init__(self, arch: int) -> None:
-        self.target = GPUTarget("cuda", arch, 32)
+    def __init__(self, arch: int | str) -> None:
+        # AMD's data centre GPUs have 64 threads in a warp.
+        self.target = GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
 
     def get_current_target(self) -> GPUTarget:
         """The target that is compiled for."""
@@ -33,7 +34,8 @@ class NamedTarget:
 
     def get_current_device(self) -> int:
         """A number of its own: kernels are cached beside those of real devices."""
-        return 1000 + self.target.arch  # type: ignore[no-any-return]
+        arch = self.target.arch
+        return 1000 + arch if isinstance(arch, int) else 2000 + int(arch.removeprefix("gfx"), 16)
 
     def get_current_stream(self, device: int | None = None) -> int:
         """No stream."""

@@ -44,7 +44,7 @@ WIDE_LOAD = re.compile(r"ld\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\
 WIDE_STORE = re.compile(r"st\.global\S*\.(v4\.[bfu]32|v2\.[bfu]64|v8\.[bfu]32|v4\.[bfu]64)")
 
 
-def compile_only(arch: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+def compile_only(arch: int | str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     """Have launches compile for an architecture and do no more; names and results, as they come."""
     found: list[tuple[str, Any]] = []
     run = JITFunction.run
