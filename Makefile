@@ -11,6 +11,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SETUP := $(VENV)/.setup-done
 NATIVE := $(VENV)/.native-done
+DOCS_SETUP := $(VENV)/.docs-done
 WITHOUT := build/without-native
 FAST_TESTS := $(addprefix tests/kernels/test_,backends.py operators.py straight_through.py columns.py) \
 	$(addprefix tests/coreai_opt/quantization/,spec/test_fake_quantize.py spec/test_fast_path.py spec/test_spec.py) \
@@ -23,7 +24,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint bench build doctor gpu-check mps-check neon-check clean distclean fuzz count
+.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check clean distclean fuzz count
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +33,7 @@ help:
 	@echo 'make test-fast  the part of them for every few minutes'
 	@echo 'make test-without-native   the tests that an installation without a compiler has to pass'
 	@echo 'make lint       ruff, mypy and clang-format'
+	@echo 'make docs       the documentation as a site, in build/site; a broken link is an error'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make count      instructions of kernels and calls, against committed figures; needs valgrind'
 	@echo 'make fuzz       random calls and sequences of actions against the reference and Apple; FUZZ=100 for hours'
@@ -74,6 +76,17 @@ lint: $(SETUP)
 	$(BIN)/ruff format --check -q .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
+
+# Figures, notebooks and claims are made from sources of their own; what differs from what is committed shows in git.
+docs: $(NATIVE) $(DOCS_SETUP)
+	$(BIN)/python docs/figures/draw.py
+	$(BIN)/python docs/site/notebooks.py
+	$(BIN)/python -m benchmarks.claims
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(DOCS_SETUP): $(SETUP)
+	COREAI_BUILD_NATIVE=skip $(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e '.[docs]'
+	@touch $@
 
 bench: $(NATIVE)
 	$(BIN)/python -m benchmarks $(BENCH_FLAGS)
