@@ -85,7 +85,8 @@ docs: $(NATIVE) $(DOCS_SETUP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(DOCS_SETUP): $(SETUP)
-	COREAI_BUILD_NATIVE=skip $(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e '.[docs]'
+	$(PIP) install -q $$($(BIN)/python -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
 	@touch $@
 
 bench: $(NATIVE)

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ __all__ = [
     "add_if_supported",
     "keep_freed_memory",
     "measure",
+    "spread_of",
 ]
 
 COPY, NATIVE, MULTIPLY = "copy", "native", "x * 1"
@@ -222,7 +223,7 @@ def measure(case: Case, bench: Bench, effort: Effort, *, warm: bool) -> Result:
     return Result(
         case,
         {name: statistic(values) for name, values in times.items()},
-        {name: _spread(values) for name, values in times.items()},
+        {name: spread_of(values) for name, values in times.items()},
         bench.floor_bytes,
         _memory(bench.output_bytes, warm),
         bench.notes,
@@ -244,7 +245,8 @@ def add_compiled(bench: Bench) -> None:
     bench.contenders["compile"] = sampler  # type: ignore[assignment]
 
 
-def _spread(values: list[float]) -> float:
+def spread_of(values: Sequence[float]) -> float:
+    """The distance between the quartiles, as a share of the median."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""Simulators of torchao's training, on the engine and not: ``python -m benchmarks.torchao``.
+"""Simulators of torchao's training, eager, compiled and on the engine: ``python -m benchmarks.torchao``.
 
 Forward and backward of one simulator on a square matrix, in turns; processor time, which others' work on the
 machine leaves alone.
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.facts import save_rows
+from benchmarks.harness import spread_of
 from benchmarks.timing import seconds_per_call, settle_allocator
 
 __all__ = ["CASES", "main", "measure"]
@@ -42,9 +43,15 @@ def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
         for size in sizes:
             x = torch.randn(size, size, requires_grad=True)
             gradient = torch.randn(size, size)
-            modules = [IntxFakeQuantizer(IntxFakeQuantizeConfig(**fields)) for _ in range(2)]
-            if not coreai_accelerate.torchao(modules[1]).replaced:
+            eager, engine, compiled = (IntxFakeQuantizer(IntxFakeQuantizeConfig(**fields)) for _ in range(3))
+            if not coreai_accelerate.torchao(engine).replaced:
                 raise RuntimeError(f"{name} does not run on the engine: is COREAI_ACCELERATE=0 set?")
+            torch._dynamo.reset()
+            modules = {
+                "torchao": eager,
+                "torchao, compiled": torch.compile(compiled, fullgraph=True, dynamic=False),
+                "native": engine,
+            }
 
             def step(module: torch.nn.Module, x: torch.Tensor = x, gradient: torch.Tensor = gradient) -> None:
                 module(x).backward(gradient)
@@ -55,10 +62,19 @@ def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
                     lambda: step(module), calls, untimed_call=True, clock=time.process_time
                 )
 
-            calls = max(1, int(_SAMPLE_SECONDS / seconds(modules[0], 1)))
-            times = [[seconds(module, calls) for module in modules] for _ in range(rounds)]
-            torchaos, ours = (statistics.median(column) for column in zip(*times, strict=True))
-            rows.append({"case": name, "size": size, "torchao": torchaos, "ours": ours})
+            calls = max(1, int(_SAMPLE_SECONDS / seconds(eager, 1)))
+            for module in modules.values():
+                step(module)  # compiles
+            times = [[seconds(module, calls) for module in modules.values()] for _ in range(rounds)]
+            columns = dict(zip(modules, zip(*times, strict=True), strict=True))
+            rows.append(
+                {
+                    "case": name,
+                    "size": size,
+                    "seconds": {whose: statistics.median(column) for whose, column in columns.items()},
+                    "spread": {whose: spread_of(column) for whose, column in columns.items()},
+                }
+            )
     return rows
 
 
@@ -74,12 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     rows = measure(arguments.sizes, arguments.rounds)
     table = Table(title="A step of torchao's simulators, processor time in µs", title_justify="left")
-    for heading in ("simulator", "size", "torchao", "on the engine", "ratio"):
+    for heading in ("simulator", "size", "torchao", "compiled", "on the engine", "ratios"):
         table.add_column(heading, justify="left" if heading == "simulator" else "right")
     for row in rows:
-        ratio = row["torchao"] / row["ours"]
-        figures = (f"{1e6 * row[whose]:,.0f}" for whose in ("torchao", "ours"))
-        table.add_row(row["case"], f"{row['size']}²", *figures, f"{ratio:.2f}×")
+        seconds = row["seconds"]
+        figures = [f"{1e6 * each:,.0f}" for each in seconds.values()]
+        ratios = [f"{seconds[whose] / seconds['native']:.2f}×" for whose in seconds if whose != "native"]
+        table.add_row(row["case"], f"{row['size']}²", *figures, ", ".join(ratios))
     Console(width=110).print(table)
     if arguments.json:
         save_rows(arguments.json, "benchmarks.torchao", argv, rows)
