@@ -1,0 +1,73 @@
+"""Fake quantization in CUDA C++ on a GPU: the reference's bits, graphs, streams, more than 2**31 elements."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import coreai_kernels as ck
+from coreai_kernels import Format
+from tests.kernels.support import assert_same_bits
+from tests.kernels.test_triton_gpu import dtypes_for, huge, layouts  # noqa: F401  (a fixture)
+from tests.kernels.triton_support import KINDS, Layout, check_fake_quantize
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+INT4 = {"format": Format.INT, "quant_min": -8, "quant_max": 7}
+
+
+@layouts
+def test_fake_quantize(layout: Layout) -> None:
+    for turn, kind in enumerate(KINDS):
+        for dtype in dtypes_for(layout, turn):
+            check_fake_quantize("auto", "cuda", layout, kind, dtype)
+
+
+def step(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    y = ck.fake_quantize(x, scale, block_size=(1, x.shape[1]), **INT4)
+    (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    return y.detach(), gradient
+
+
+def test_cuda_graph() -> None:
+    """A captured forward and backward, replayed on new data, give what eager ones give."""
+    x = torch.zeros(512, 1024, device="cuda", requires_grad=True)
+    scale = torch.rand(512, 1, device="cuda") + 0.1
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step(x, scale)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, gradient = step(x, scale)
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for got, wanted in zip((y, gradient), step(x, scale), strict=True):
+            assert_same_bits(got, wanted)
+
+
+def test_the_current_stream_is_used() -> None:
+    """On another stream a kernel comes after what was queued there before it."""
+    scale = torch.full((64, 1), 0.5, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.no_grad():
+        x = torch.zeros(64, 1024, device="cuda")
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1.0)
+        y = ck.fake_quantize(x, scale, block_size=(1, 1024), **INT4)
+    stream.synchronize()
+    assert bool((y == 1).all())
+
+
+@pytest.mark.parametrize("blocks", ["tensor", "rows"])
+def test_more_than_32_bits(blocks: str, huge: Tensor) -> None:  # noqa: F811
+    """Every repetition of the input gives the same output, the last as the first."""
+    x = huge.view(-1, 4096)
+    rows = 1 if blocks == "tensor" else x.shape[0]
+    y = ck.fake_quantize(
+        x, torch.full((rows, 1), 0.3, device="cuda"), block_size=(x.shape[0] // rows, 4096), **INT4
+    )
+    expected = ck.fake_quantize(x[0], torch.full((1,), 0.3, device="cuda"), block_size=(4096,), **INT4)
+    assert bool((y.view(torch.int16) == expected.view(torch.int16)).all())
