@@ -81,7 +81,9 @@ def _clusters(simulator: KMeansSimulator, weight: Tensor, blocks: Blocks, weight
             reserving = None if sparsity.reserving is None else sparsity.reserving[len(existing) :]
             found.append(cluster_kept(settings, rest[:, :, 0], kept, mass, reserving))
     palettes = torch.cat([each.centroids.to(weight.dtype) for each in found])
-    return Clusters(palettes, blocks.indices(torch.cat([each.indices for each in found])))
+    # Indices are as many as the weight's values: one part is not copied.
+    indices = found[0].indices if len(found) == 1 else torch.cat([each.indices for each in found])
+    return Clusters(palettes, blocks.indices(indices))
 
 
 def _as_it_is(palette: Tensor, labels: Tensor, entries: int) -> Clusters:
