@@ -10,7 +10,7 @@ from .conftest import Oracle
 from .snapshots import differences
 
 # `make fuzz` takes more, and others.
-COUNT = int(os.environ.get("FUZZ_EXAMPLES", "200"))
+COUNT = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 START = int(os.environ.get("FUZZ_START", "0"))
 
 
