@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,6 +71,10 @@ def _quantizer(model: nn.Module, granularity: dict[str, Any] | None = None) -> Q
     return Quantizer(model, QuantizerConfig.from_dict(config))
 
 
+def _of_activations(model: nn.Module) -> Quantizer:
+    return Quantizer(model, QuantizerConfig(execution_mode="eager"))
+
+
 def _palettizer(model: nn.Module, strategy: str = "default") -> KMeansPalettizer:
     spec = {
         "n_bits": 2,
@@ -98,11 +103,15 @@ COMPRESSIONS: dict[str, tuple[Callable[[nn.Module], Any], ...]] = {
 }
 
 
+# Whose ranges follow what each rank sees.
+COMPRESSIONS_OF_ACTIVATIONS = {"int8, activations too": (_of_activations,)}
+
+
 class Run:
     """A model with its compressors and optimizer.
 
     Args:
-        compression: a key of ``COMPRESSIONS``.
+        compression: a key of ``COMPRESSIONS``, or of those of activations.
         before: what is done to the model before it is prepared, and after, to train it on several ranks.
         after: see above; gives what is called.
         rank: which share of a batch to train on, of how many.
@@ -117,7 +126,8 @@ class Run:
     ) -> None:
         self.model = net()
         before(self.model)
-        self.compressors = [make(self.model) for make in COMPRESSIONS[compression]]
+        every = COMPRESSIONS | COMPRESSIONS_OF_ACTIVATIONS
+        self.compressors = [make(self.model) for make in every[compression]]
         for each in self.compressors:
             each.prepare((batch(-1),))
         self.called = after(self.model)
@@ -272,7 +282,9 @@ def fully_sharded(folder: Path) -> None:
         mesh = line(ranks)
         if dist.get_rank() >= ranks:
             continue
-        for compression in COMPRESSIONS if ranks == 4 else ("pruned and int4",):
+        # Quantizers see whole weights, whatever their granularity.
+        others = [name for name in COMPRESSIONS if not name.startswith("int4")]
+        for compression in others if ranks == 4 else ("pruned and int4",):
             run = Run(compression, after=sharded(mesh), rank=(dist.get_rank(), ranks))
             run.train(STEPS)
             compare(run.state(), alone(compression), f"{compression}, {ranks} ranks")
@@ -288,6 +300,19 @@ def tensor_parallel(folder: Path) -> None:
         run = Run(compression, before=lambda model: parallelize_module(model, mesh, PLAN))
         run.train(STEPS)
         compare(run.state(), alone(compression), compression)
+
+
+@case
+def activations_between_tensor_parallel_layers(folder: Path) -> None:
+    """As DTensors, sums that are pending among them, they have the ranges of the whole."""
+    mesh = init_device_mesh("cpu", (4,))
+    plan = {
+        "up": ColwiseParallel(use_local_output=False),
+        "down": RowwiseParallel(input_layouts=Shard(-1)),
+    }
+    run = Run("int8, activations too", before=lambda model: parallelize_module(model, mesh, plan))
+    run.train(STEPS)
+    compare(run.state(), alone("int8, activations too"), "int8")
 
 
 @case
