@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt._embeddings import guard_embeddings
 from coreai_opt._plain_names import from_plain_names, steps_key
 from coreai_opt.common import CompressionType
 from coreai_opt.config.spec import CompressionSimulatorBase
@@ -23,6 +24,7 @@ __all__ = [
     "PREPARED_MARK",
     "Preparation",
     "count_step",
+    "finalized_of",
     "is_prepared",
     "load_prepared",
     "load_simulators",
@@ -43,6 +45,8 @@ _STEPS = "_coreai_opt_steps"
 _PREPARATIONS = "_coreai_opt_preparations"
 # What a prepared model has and others have not.
 MARKS = (PREPARED_MARK, _STEPS, _PREPARATIONS)
+# The attribute of a finalized model that goes on simulating activations, with the same of whom it is from.
+_FINALIZED = "_coreai_opt_finalized"
 # The steps' key in the metadata of a state_dict.
 _METADATA = "coreai_opt_steps"
 
@@ -83,12 +87,15 @@ def mark_prepared(
         setattr(model, _STEPS, {})
     if not hasattr(model, _PREPARATIONS):
         setattr(model, _PREPARATIONS, {})
+    if hasattr(model, _FINALIZED):
+        delattr(model, _FINALIZED)
     if _save_steps not in model._state_dict_hooks.values():
         model.register_state_dict_post_hook(_save_steps)
         model.register_load_state_dict_pre_hook(_load_steps)
         model.register_load_state_dict_pre_hook(from_plain_names)
     getattr(model, _STEPS)[str(kind)] = 0
     getattr(model, _PREPARATIONS)[str(kind)] = preparation
+    guard_embeddings(model)
     if state_dict is not None:
         _load_steps(model, state_dict, "", getattr(state_dict, "_metadata", {}).get("", {}))
 
@@ -103,14 +110,22 @@ def preparations_of(model: nn.Module) -> dict[CompressionType, Preparation]:
     return {CompressionType(kind): each for kind, each in getattr(model, _PREPARATIONS, {}).items()}
 
 
-def mark_finalized(model: nn.Module, kind: CompressionType) -> None:
-    """Say that the compressor of this kind is done with the model."""
+def finalized_of(model: nn.Module) -> dict[CompressionType, Preparation]:
+    """What :func:`preparations_of` had of a finalized model, if it goes on simulating activations."""
+    return {CompressionType(kind): each for kind, each in getattr(model, _FINALIZED, {}).items()}
+
+
+def mark_finalized(model: nn.Module, kind: CompressionType, simulates: bool = False) -> None:
+    """Say that the compressor of this kind is done with the model; ``simulates`` if its activations stay."""
     if getattr(model, PREPARED_MARK, None) is None:
         return
+    guard_embeddings(model)
     steps = getattr(model, _STEPS)
     steps.pop(str(kind), None)
     # Pickles of early versions have none.
-    getattr(model, _PREPARATIONS, {}).pop(str(kind), None)
+    preparation = getattr(model, _PREPARATIONS, {}).pop(str(kind), None)
+    if simulates and preparation is not None:
+        setattr(model, _FINALIZED, {str(kind): preparation})
     if steps:
         return
     for mark in MARKS:

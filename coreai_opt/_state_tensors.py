@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from coreai_opt._restoring import side_effects_undone
+from coreai_opt._transposed_weights import is_product, is_transposition
 from coreai_opt._utils.config_utils import full_match
 from coreai_opt.config.compression_config import CompressionConfig, ModuleCompressionConfig
 from coreai_opt.config.spec import CompressionSpec
@@ -74,15 +75,24 @@ class _Recorder(TorchFunctionMode):
         self.running = [""]
         self.uses: list[StateUse] = []
         self.counts: dict[str, int] = {}
+        # Transposed views of states, which are weights where they are multiplied from the right.
+        self.transposed: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        read = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self.states]
         op_type = self.op_types.get(func)
+        leaves = tree_leaves((args, kwargs))
+        read = [leaf for leaf in leaves if id(leaf) in self.states]
+        if is_product(func) and id(leaves[1]) in self.transposed:
+            op_type = "linear"
+            read.append(self.transposed[id(leaves[1])][0])
         if op_type is not None or read:
             self.uses.append(StateUse(op_type, self._name(func, op_type), self.running[-1], tuple(read)))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if is_transposition(func) and args and id(args[0]) in self.states and result.dim() == 2:
+            self.transposed[id(result)] = (args[0], result)
+        return result
 
     def _name(self, func: Any, op_type: str | None) -> str:
         if op_type is None:

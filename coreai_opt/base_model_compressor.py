@@ -111,23 +111,37 @@ class _BaseModelCompressor(ABC):
         Raises:
             TypeError: ``forward`` does not take the keywords.
         """
+        arguments = self._arguments(example_inputs)
+        with self._explaining(arguments), keywords_added(self._model, arguments.kwargs):
+            yield arguments.args
+
+    @staticmethod
+    @contextmanager
+    def _explaining(arguments: Arguments) -> Iterator[None]:
+        """A context in which errors say what a mapping among the arguments may have been meant for."""
+        try:
+            yield
+        except Exception as error:
+            if len(arguments.args) == 1 and isinstance(arguments.args[0], Mapping):
+                error.add_note(
+                    "example_inputs is a tuple with one mapping, which forward gets as it is. For keyword "
+                    "arguments, give the mapping itself"
+                )
+            raise
+
+    def _arguments(self, example_inputs: Any) -> Arguments:
+        """Example inputs as arguments, of which what can be given by position is.
+
+        Raises:
+            TypeError: ``forward`` does not take them.
+        """
         if isinstance(example_inputs, Mapping):
             example_inputs = arguments_of(self._model, example_inputs, "example_inputs")
         if not isinstance(example_inputs, Arguments):
             check_example_inputs(example_inputs)
             example_inputs = Arguments(example_inputs, {})
         self._outline = outline_of(example_inputs)
-        args = example_inputs.args
-        try:
-            with keywords_added(self._model, example_inputs.kwargs):
-                yield args
-        except Exception as error:
-            if len(args) == 1 and isinstance(args[0], Mapping):
-                error.add_note(
-                    "example_inputs is a tuple with one mapping, which forward gets as it is. For keyword "
-                    "arguments, give the mapping itself"
-                )
-            raise
+        return example_inputs
 
     def _preparation_options(self) -> dict[str, Any]:
         """Arguments beside the configuration and the inputs, that the same preparation needs again."""

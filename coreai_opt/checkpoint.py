@@ -30,7 +30,15 @@ from coreai_opt.palettization import KMeansPalettizer
 from coreai_opt.pruning import MagnitudePruner
 from coreai_opt.quantization import Quantizer
 
-__all__ = ["Restored", "description_of", "load_checkpoint", "restore", "save_checkpoint"]
+__all__ = [
+    "Restored",
+    "description_of",
+    "description_of_finalized",
+    "load_checkpoint",
+    "restore",
+    "restore_finalized",
+    "save_checkpoint",
+]
 
 _HEADER_KEY = "coreai_opt"
 _COMPRESSORS: dict[CompressionType, type[_BaseModelCompressor]] = {
@@ -171,6 +179,18 @@ def description_of(model: nn.Module) -> dict[str, Any]:
         inner = [name for name, each in model.named_modules() if _prepared_models.is_prepared(each)]
         hint = f" Its part {inner[0]!r} is: save that." if inner else " Call prepare first."
         raise RuntimeError(f"save_checkpoint: the {type(model).__name__} is not prepared.{hint}")
+    return _described(model, preparations)
+
+
+def description_of_finalized(model: nn.Module) -> dict[str, Any] | None:
+    """How a finalized model that goes on simulating activations was prepared; None of all others."""
+    finalized = _prepared_models.finalized_of(model)
+    return _described(model, finalized) if finalized else None
+
+
+def _described(
+    model: nn.Module, preparations: Mapping[CompressionType, _prepared_models.Preparation]
+) -> dict[str, Any]:
     compressors = []
     for kind, each in preparations.items():
         options = dict(each.options)
@@ -243,6 +263,34 @@ def restore(
             compressor._is_followed = False
             compressors.append(compressor)
     return Restored(current, tuple(compressors))
+
+
+def restore_finalized(
+    model: nn.Module, description: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> nn.Module:
+    """Let a float model simulate activations as :func:`description_of_finalized` says.
+
+    Args:
+        model: has the finalized weights; as it was, if anything fails.
+        description: of a finalized model.
+        state_dict: what the simulators of activations hold.
+
+    Raises:
+        As :func:`restore`.
+    """
+    with undone_on_failure(model):
+        restored = restore(model, description, None)
+        for compressor in restored.compressors:
+            simulators: list[Any] = [
+                each for each in restored.model.modules() if isinstance(each, compressor._simulator_class)
+            ]
+            for each in simulators:
+                each.enable_fake_quant(False)  # the weights have their values
+            compressor._finalize_for_torch(restored.model)
+            _prepared_models.load_simulators(restored.model, state_dict, compressor._simulator_class)
+            for each in simulators:
+                each.enable_fake_quant(True)
+    return restored.model
 
 
 def _inputs_again(outline: Mapping[str, Any], model: nn.Module) -> Any:

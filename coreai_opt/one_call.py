@@ -122,8 +122,8 @@ def quantize(
 
     Raises:
         TypeError: an argument has the wrong type, or ``forward`` does not take the inputs.
-        ValueError: there is no such scheme, no batch, no head, or ``num_batches`` is below 1; in graph mode,
-            an input can be given by keyword only. Other errors as of :class:`Quantizer`.
+        ValueError: there is no such scheme, no batch, no head, or ``num_batches`` is below 1. Other errors as
+            of :class:`Quantizer`.
     """
     if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 1:
         raise ValueError(f"num_batches must be an int of at least 1; got {num_batches!r}")

@@ -1,5 +1,6 @@
 """How the tensors of an operation and of a module are compressed: the entries of a configuration."""
 
+import re
 from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Generic, TypeVar
 
@@ -187,6 +188,16 @@ class ModuleCompressionConfig(Config, Generic[_OpConfigT, _SpecT]):
         """``data`` with the operations' default specifications for the fields that it lacks."""
         op_config = cls._get_op_config_class()
         return data if op_config is None else _with_default_specs(op_config, data)
+
+    @field_validator("op_name_config")
+    @classmethod
+    def _check_patterns(cls, data: dict[str, Any]) -> dict[str, Any]:
+        for pattern in data:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from error
+        return data
 
     @field_validator("op_type_config", "op_name_config")
     @classmethod

@@ -3,6 +3,7 @@
 Importing this module registers ``quant_method: coreai-opt`` with transformers.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,8 +20,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from coreai_opt import _prepared_models, one_call
 from coreai_opt._plain_names import PREFIX, decoded, plain_state, steps_key
 from coreai_opt.base_model_compressor import _BaseModelCompressor
-from coreai_opt.checkpoint import description_of, restore
+from coreai_opt.checkpoint import (
+    description_of,
+    description_of_finalized,
+    restore,
+    restore_finalized,
+)
 from coreai_opt.export.checkpoints import without_ties
+from coreai_opt.integrations._example_inputs import example_inputs_of
 from coreai_opt.integrations._trainer_callback import CompressionCallback
 
 __all__ = ["CompressionCallback", "CompressionConfig", "attach", "compressors_of", "save_pretrained"]
@@ -36,9 +43,11 @@ class CompressionConfig(QuantizationConfigMixin):
     Args:
         scheme: for a float model: of :func:`coreai_opt.quantize`.
         preparation: of a model that was saved: how it was prepared. :func:`save_pretrained` writes it.
+        inputs: for a scheme: as for :func:`coreai_opt.quantize`; activations are calibrated on them. None for
+            one example of text, images or sound, as the model takes. They are not saved.
 
     Raises:
-        ValueError: neither is given, or both are.
+        ValueError: neither a scheme nor a preparation is given, or both are; or inputs without a scheme.
 
     Example:
         >>> config = CompressionConfig("w4")
@@ -46,7 +55,11 @@ class CompressionConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, scheme: str | None = None, preparation: Mapping[str, Any] | None = None, **_: Any
+        self,
+        scheme: str | None = None,
+        preparation: Mapping[str, Any] | None = None,
+        inputs: Any = None,
+        **_: Any,
     ) -> None:
         if (scheme is None) == (preparation is None):
             raise ValueError(
@@ -54,9 +67,20 @@ class CompressionConfig(QuantizationConfigMixin):
             )
         if scheme is not None:
             one_call.check_scheme(scheme)
+        elif inputs is not None:
+            raise ValueError("inputs are for a scheme: a model that was saved has its own")
         self.quant_method: Any = _METHOD
         self.scheme = scheme
         self.preparation = preparation
+        self.inputs = inputs
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` has of it."""
+        return {
+            "quant_method": self.quant_method,
+            "scheme": self.scheme,
+            "preparation": copy.deepcopy(self.preparation),
+        }
 
 
 @register_quantizer(_METHOD)
@@ -100,11 +124,16 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         config = self.quantization_config
         if config.preparation is None:
-            result = one_call.quantize(model, dict(model.dummy_inputs), config.scheme)  # type: ignore[arg-type]
+            inputs = example_inputs_of(model) if config.inputs is None else config.inputs
+            result = one_call.quantize(model, inputs, config.scheme)  # type: ignore[arg-type]
+            config.inputs = None
             compressors: tuple[_BaseModelCompressor, ...] = (result.compressor,)
         else:
             state: Any = _State(_simulators_in(self._files))
             state._metadata = config.preparation["metadata"]
+            if config.preparation.get("is_finalized"):
+                restore_finalized(model, config.preparation, state)
+                return
             compressors = restore(model, config.preparation, state, only_simulators=True).compressors
         setattr(model, _COMPRESSORS, compressors)
 
@@ -112,7 +141,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The state under plain names, of which transformers takes a float model, too."""
-        if not _prepared_models.preparations_of(model):
+        if not _prepared_models.preparations_of(model) and not _prepared_models.finalized_of(model):
             # Finalized since: it is a float model.
             self.remove_quantization_config(model)
             return None, {}
@@ -132,7 +161,8 @@ class _State(dict[str, Tensor]):
 def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **kwargs: Any) -> None:
     """Save a prepared model as a folder from which ``from_pretrained`` brings it back.
 
-    Its weights have the names and values of a float model, as which it loads without this package, too.
+    So does one that is finalized for torch and goes on simulating activations. Weights have the names and
+    values of a float model, as which the folder loads without this package, too.
 
     Args:
         model: a model of transformers, prepared in eager mode.
@@ -141,7 +171,8 @@ def save_pretrained(model: PreTrainedModel, folder: str | os.PathLike[str], **kw
 
     Raises:
         TypeError: it is no model of transformers.
-        RuntimeError: it is not prepared.
+        RuntimeError: it is not prepared, or finalized and has no simulators left, so that its own
+            ``save_pretrained`` does.
     """
     attach(model).save_pretrained(folder, **kwargs)
 
@@ -170,7 +201,11 @@ def compressors_of(model: nn.Module) -> tuple[_BaseModelCompressor, ...]:
 
 
 def _preparation_of(model: nn.Module) -> dict[str, Any]:
-    description = description_of(model)
+    description = description_of_finalized(model)
+    if description is not None:
+        description["is_finalized"] = True
+    else:
+        description = description_of(model)
     # Steps alone: shards have no room for the versions of all modules' states.
     description["metadata"] = {"": description["metadata"].get("", {})}
     del description["parameters"]

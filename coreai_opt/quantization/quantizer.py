@@ -103,8 +103,7 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
                 does not fit the prepared model, or lacks the state of some simulator; in graph mode also:
                 torch cannot export the model, or another compressor has prepared it.
             ValueError: a granularity leaves its axis open where there is no default; in graph mode also:
-                there are no inputs, one can be given by keyword only, or a cache is configured that the
-                model does not have.
+                there are no inputs, or a cache is configured that the model does not have.
         """
         in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
         self._require_unprepared()
@@ -136,25 +135,21 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
                 f"prepare: the model is prepared for {others} already, and graph mode would quantize what "
                 f"simulates that. Finalize it first, with backend='torch'; or use execution_mode='eager'"
             )
-        with self._given(example_inputs) as args:
-            if not isinstance(args, tuple):
-                raise TypeError(
-                    f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
-                    f"got {type(args).__name__}"
-                )
-            if keywords := (self._outline or {})["kwargs"]["dict"]:
-                raise ValueError(
-                    f"graph mode exports positional inputs, and forward takes {', '.join(keywords)} by "
-                    f"keyword only: use execution_mode='eager'"
-                )
-            if len(args) == 0:
-                raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
-            schedules = self._schedules_by_module()
-            left_out: dict[str, str] = {}
+        arguments = self._arguments(example_inputs)
+        if not isinstance(arguments.args, tuple):
+            raise TypeError(
+                f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
+                f"got {type(arguments.args).__name__}"
+            )
+        if not arguments.args and not arguments.kwargs:
+            raise ValueError("example_inputs is empty: graph mode exports the model with its inputs")
+        schedules = self._schedules_by_module()
+        left_out: dict[str, str] = {}
+        with self._explaining(arguments):
             self._model = graph_preparation.prepare(
                 self._model,
                 self._config,
-                args,
+                arguments,
                 dynamic_shapes,
                 export_with_no_grad,
                 state_dict,
@@ -233,6 +228,10 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
         self._finalize_for_torch(model)
         put_eager_tensors(parameters)
         return model
+
+    def _mark_finalized(self, model: nn.Module) -> None:
+        simulates = next(simulators_of(model), None) is not None
+        _prepared_models.mark_finalized(model, self._kind, simulates)
 
     def _known_op_types(self) -> Iterable[str] | None:
         return OPERATIONS if self._config.execution_mode is ExecutionMode.EAGER else None

@@ -152,6 +152,34 @@ def test_keyword_inputs_are_known_at_loading(tmp_path):
     assert torch.equal(fresh(value=X), model(value=X))
 
 
+def test_keyword_inputs_in_graph_mode(tmp_path):
+    torch.manual_seed(0)
+    given = {"value": X, "options": {"scale": [torch.tensor(2.0)]}}
+
+    class Network(KeywordOnly):
+        def forward(self, *, value, options):
+            return self.fc(value) * options["scale"][0]
+
+    prepared = Quantizer(Network(), QuantizerConfig()).prepare(given)
+    result = prepared(**given)
+    assert not torch.equal(result, prepared.fc.bias + X @ prepared.fc.weight.T)
+    path = coreai_opt.save_checkpoint(prepared, tmp_path / "model.safetensors")
+    again, _ = coreai_opt.load_checkpoint(Network(), path)
+    assert torch.equal(again(**given), result)
+    # By position first, as far as they can be: as forward is called in training.
+    both, _ = coreai_opt.quantize(Mixed(), [{"x": X, "bias": torch.ones(4)}], QuantizerConfig())
+    assert both(X, bias=torch.ones(4)).shape == (len(X), 4)
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x, *, bias):
+        return self.fc(x) + bias
+
+
 def test_inputs_that_are_no_plain_data_are_asked_for(tmp_path):
     class Box:
         x = X

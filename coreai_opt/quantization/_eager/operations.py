@@ -2,7 +2,7 @@
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ __all__ = [
     "OPERATIONS",
     "argument_name",
     "as_method",
+    "computes_floats",
     "function_name",
     "is_in_place",
 ]
@@ -98,6 +99,18 @@ def as_method(function: Function, args: tuple[Any, ...]) -> tuple[Function, tupl
         return method, args
     # A number comes first. The method for `2 - x` is another than that for `x - 2`.
     return (method, (args[1], args[0])) if method in (Tensor.add, Tensor.mul) else (function, args)
+
+
+def computes_floats(args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a call has operands that are no integers.
+
+    Calls on positions and masks alone are none to simulate. Models make them or not, as inputs, caches and
+    masks are given, so that they do not count among the calls of an operation.
+    """
+    values = args if not kwargs else (*args, *kwargs.values())
+    return any(
+        each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, float) for each in values
+    )
 
 
 def is_in_place(operation: str) -> bool:

@@ -210,13 +210,14 @@ def _groups(
     simulated = dict.fromkeys(plan.call.operation for plan in calls if sites[plan.call.label] is not None)
     groups: dict[Callable[..., Any], CallGroup] = {}
     for slot, operation in enumerate(simulated):
-        own: list[Site | None] = [None] * traced.counts[operation]
+        own: list[Site | None] = [None] * traced.counts.get(operation, 0)
         functions = list(OPERATIONS[operation][1]) if operation in OPERATIONS else []
         for call in (plan.call for plan in calls if plan.call.operation == operation):
-            own[call.index] = sites[call.label]
+            if call.position is not None:
+                own[call.position] = sites[call.label]
             functions.append(call.function)
         positions: dict[Origin, tuple[int, ...]] = {}
-        for position, origin in enumerate(traced.origins[operation]):
+        for position, origin in enumerate(traced.origins.get(operation, ())):
             if origin is not None:
                 positions[origin] = (*positions.get(origin, ()), position)
         group = CallGroup(operation, slot, tuple(own), positions)

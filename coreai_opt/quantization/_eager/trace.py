@@ -13,10 +13,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from coreai_opt._transposed_weights import is_product, is_transposition
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.export.parametrized import FinalizedWeight
 from coreai_opt.quantization._eager.call_sites import Origin, origin_of
-from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name
+from coreai_opt.quantization._eager.operations import (
+    FUNCTIONS,
+    argument_name,
+    computes_floats,
+    function_name,
+)
 
 __all__ = [
     "Call",
@@ -80,6 +86,7 @@ class Call:
         function: the function, as torch reports it.
         operation: its name.
         index: how many calls of the operation came before it in the forward.
+        position: how many of these compute with floating-point numbers; None if it does not itself.
         operands: the tensors it receives.
         results: identity and device of each tensor it returns, None for what no simulator can serve.
     """
@@ -87,6 +94,7 @@ class Call:
     function: Callable[..., Any]
     operation: str
     index: int
+    position: int | None
     operands: tuple[Operand, ...]
     results: tuple[tuple[Identity, torch.device] | None, ...]
 
@@ -104,7 +112,7 @@ class ModuleTrace:
         module: the module.
         name: its name in the model.
         calls: those that may get simulators, by their labels.
-        counts: how often a forward calls each operation.
+        counts: how often a forward calls each operation on floating-point numbers.
         origins: where in the source these calls are.
     """
 
@@ -138,13 +146,18 @@ class _Frame:
         self.trace = trace
         self.is_bounded = is_bounded
         self.caller = caller
+        self.counts: dict[str, int] = {}
         self.origins: dict[str, list[Origin | None]] = {}
 
-    def count(self, operation: str, frame: FrameType) -> int:
-        """The number of calls before this one, which ``frame`` makes."""
+    def count(self, operation: str, frame: FrameType, is_floating: bool) -> tuple[int, int | None]:
+        """The number of calls before this one, which ``frame`` makes: of all, and of those with floats."""
+        index = self.counts.get(operation, 0)
+        self.counts[operation] = index + 1
+        if not is_floating:
+            return index, None
         origins = self.origins.setdefault(operation, [])
         origins.append(origin_of(frame, self.caller))
-        return len(origins) - 1
+        return index, len(origins) - 1
 
 
 class _Recorder(TorchFunctionMode):
@@ -158,6 +171,8 @@ class _Recorder(TorchFunctionMode):
         # Identities stay unique while the tensors live.
         self.kept: list[Tensor] = []
         self.owners: dict[int, tuple[State, ...]] = {}
+        # Of their transposed views, which are weights where they are multiplied from the right.
+        self.transposed: dict[int, tuple[State, ...]] = {}
         self.rank = 0
         for module_name, module in model.named_modules():
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -177,10 +192,13 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         operation = function_name(func) if self.frames else None
         result = func(*args, **kwargs)
+        if is_transposition(func) and args and id(args[0]) in self.owners and result.dim() == 2:
+            self.kept.append(result)
+            self.transposed[id(result)] = self.owners[id(args[0])]
         if operation is None:
             return result
         frame = self.frames[-1]
-        index = frame.count(operation, sys._getframe(1))
+        index, position = frame.count(operation, sys._getframe(1), computes_floats(args, kwargs))
         operands = self._operands(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if func not in FUNCTIONS and not frame.is_bounded:
@@ -190,13 +208,13 @@ class _Recorder(TorchFunctionMode):
             results = tuple(
                 (self._identity(value), value.device) if is_quantizable(value) else None for value in outputs
             )
-            call = Call(func, operation, index, operands, results)
+            call = Call(func, operation, index, position, operands, results)
             frame.trace.calls.setdefault(call.label, call)
         return result
 
     def _operands(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Operand, ...]:
         found = [
-            self._operand(position, argument_name(func, position, len(args)), False, value)
+            self._operand(func, position, argument_name(func, position, len(args)), False, value)
             for position, value in enumerate(args)
             if isinstance(value, Tensor)
         ]
@@ -204,12 +222,14 @@ class _Recorder(TorchFunctionMode):
         for name, value in kwargs.items():
             if isinstance(value, Tensor) and name != "out":
                 position = names.index(name) if name in names else len(args)
-                found.append(self._operand(position, name, True, value))
+                found.append(self._operand(func, position, name, True, value))
         return tuple(found)
 
-    def _operand(self, position: int, name: str, is_keyword: bool, value: Tensor) -> Operand:
+    def _operand(self, func: Any, position: int, name: str, is_keyword: bool, value: Tensor) -> Operand:
         owners = self.owners.get(id(value), ())
         quantizable = is_quantizable(value)
+        if not owners and position == 1 and is_product(func):
+            owners = self.transposed.get(id(value), ())
         return Operand(position, name, is_keyword, self._identity(value), quantizable, value.device, owners)
 
     def _identity(self, tensor: Tensor) -> Identity:

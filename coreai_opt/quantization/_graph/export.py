@@ -2,6 +2,7 @@
 
 import contextlib
 import linecache
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ __all__ = ["export_model"]
 
 
 def export_model(
-    model: nn.Module, example_inputs: tuple[Any, ...], dynamic_shapes: Any = None, no_grad: bool = True
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    dynamic_shapes: Any = None,
+    no_grad: bool = True,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> GraphModule:
     """Export ``model`` in the mode that it is in. Operators stay whole: nothing is decomposed.
 
@@ -21,6 +26,7 @@ def export_model(
         example_inputs: positional arguments.
         dynamic_shapes: as for :func:`torch.export.export`.
         no_grad: whether to export under :class:`torch.no_grad`.
+        kwargs: keyword arguments.
 
     Raises:
         RuntimeError: torch cannot export the model; the message says where, and what to try.
@@ -28,7 +34,9 @@ def export_model(
     context = torch.no_grad() if no_grad else contextlib.nullcontext()
     try:
         with context:
-            program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
+            program = torch.export.export(
+                model, example_inputs, dict(kwargs or {}), dynamic_shapes=dynamic_shapes
+            )
             graph_module: Any = program.module(check_guards=False)
     except Exception as error:
         raise RuntimeError(_explain(model, error, no_grad)) from error

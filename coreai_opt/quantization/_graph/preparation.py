@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
+from coreai_opt._call_inputs import Arguments
 from coreai_opt._prepared_models import marks_of, with_all_names
 from coreai_opt._utils.config_utils import canonical_names
 from coreai_opt.common import CompressionType
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 def prepare(
     model: nn.Module,
     config: QuantizerConfig,
-    example_inputs: tuple[Any, ...],
+    example_inputs: Arguments,
     dynamic_shapes: Any = None,
     no_grad: bool = True,
     state_dict: Mapping[str, Tensor] | None = None,
@@ -57,7 +58,7 @@ def prepare(
     Args:
         model: its parameters and buffers become the graph's.
         config: what to quantize.
-        example_inputs: positional arguments.
+        example_inputs: arguments of one forward.
         dynamic_shapes: as for :func:`torch.export.export`.
         no_grad: whether to export under :class:`torch.no_grad`.
         state_dict: of a model that was prepared alike, to load.
@@ -72,7 +73,9 @@ def prepare(
     earlier = EarlierQuantizers(model)
     with tqdm(total=3, desc="Exporting the model", delay=_SECONDS_WITHOUT_A_BAR, leave=False) as bar:
         with earlier.as_operators():
-            graph_module = export_model(model, example_inputs, dynamic_shapes, no_grad)
+            graph_module = export_model(
+                model, example_inputs.args, dynamic_shapes, no_grad, example_inputs.kwargs
+            )
         earlier.take_out(graph_module)
         _next_stage(bar, "Placing quantizers")
         prepared = _with_quantizers(model, config, configs, graph_module, earlier, strict_upstream)
@@ -195,7 +198,7 @@ def _buffers_as_before_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _observe(
-    prepared: GraphModule, example_inputs: tuple[Any, ...], training: bool, earlier: EarlierQuantizers
+    prepared: GraphModule, example_inputs: Arguments, training: bool, earlier: EarlierQuantizers
 ) -> set[FakeQuantizeImplBase]:
     """Run the example; the quantizers that have seen masks."""
     set_flags(simulators_of(prepared), observe=True, simulate=False)
@@ -203,7 +206,7 @@ def _observe(
     set_flags(earlier.quantizers, observe=False, simulate=False)
     prepared.eval()
     with torch.no_grad(), first_observations(prepared) as masked:
-        prepared(*example_inputs)
+        prepared(*example_inputs.args, **example_inputs.kwargs)
     prepared.train(training)
     return masked
 

@@ -1,5 +1,6 @@
 """What the layers of a prepared model read: which operation takes which weight, and with what inputs."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,22 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from coreai_opt._transposed_weights import is_transposition
 from coreai_opt.quantization.post_training._layers import Layer
+from coreai_opt.quantization.post_training._readings import as_function, reading_of
 
-__all__ = ["Capture", "StoppedError", "columns_of", "operation_of"]
-
-_OPERATIONS: dict[Callable[..., Any], str] = {
-    F.linear: "linear",
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-}
-_CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-
-def operation_of(function: Callable[..., Any]) -> str:
-    """The name of an operation whose weights can be treated; empty for others."""
-    return _OPERATIONS.get(function, "")
+__all__ = ["Capture", "StoppedError", "columns_of"]
 
 
 class StoppedError(Exception):
@@ -48,37 +38,46 @@ class Capture(TorchFunctionMode):
         self.receive = receive
         self.calls = calls
         self.seen = 0
+        # Transposed views of the weights; identities stay unique while they live.
+        self.transposed: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operation = _OPERATIONS.get(func)
-        if operation is not None:
-            given = dict(zip(_CONVOLUTION, args, strict=False)) | kwargs
-            layer = self.layers.get(id(given.get("weight")))
+        reading = reading_of(as_function(func), args, kwargs, self.transposed)
+        if reading is not None:
+            layer = self.layers.get(id(reading.weight))
             if layer is not None:
-                layer.operation = operation
-                layer.settings = {name: given[name] for name in _CONVOLUTION[3:] if name in given}
-                self.receive(layer, given["input"])
+                layer.operation, layer.settings = reading.operation, reading.settings
+                self.receive(layer, reading.input)
                 self.seen += 1
                 if self.seen == self.calls:
                     raise StoppedError
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if args and is_transposition(func) and id(args[0]) in self.layers:
+            self.transposed[id(result)] = args[0]
+            self.kept.append(result)
+        return result
 
 
 def columns_of(layer: Layer, given: Tensor) -> Tensor:
     """A layer's input as what its outputs sum over: float32 of shape ``[groups, positions, columns]``.
 
     Of a convolution the columns are input channels, each with its positions in the kernel, as in its weight.
+    The outputs that ``output_padding`` adds are left out.
     """
     given = given.detach().float()
-    if layer.operation == "linear":
+    if layer.operation in ("linear", "transposed_linear"):
         return given.reshape(1, -1, given.shape[-1])
     axes = layer.weight.dim() - 2
     kernel = layer.weight.shape[2:]
     stride, dilation = (_per_axis(layer.settings.get(name, 1), axes) for name in ("stride", "dilation"))
     if given.dim() == axes + 1:  # a single sample
         given = given.unsqueeze(0)
-    given = F.pad(given, _pads(layer.settings.get("padding", 0), kernel, dilation))
+    if layer.is_transposed:
+        given, stride = _spread(layer, given, stride, dilation), (1,) * axes
+    else:
+        given = F.pad(given, _pads(layer.settings.get("padding", 0), kernel, dilation))
     for axis in range(axes):
         # The window moves to a new axis at the end: first all its elements, of which dilation leaves some.
         extent = dilation[axis] * (kernel[axis] - 1) + 1
@@ -89,7 +88,24 @@ def columns_of(layer: Layer, given: Tensor) -> Tensor:
     # to [groups, samples, positions..., channels, kernel...].
     positions = list(range(3, 3 + axes))
     order = [1, 0, *positions, 2, *range(3 + axes, 3 + 2 * axes)]
-    return split.permute(order).reshape(layer.groups, -1, layer.weight[0].numel())
+    columns = split.permute(order)
+    if layer.is_transposed:
+        columns = columns.flip(list(range(columns.dim() - axes, columns.dim())))
+    return columns.reshape(layer.groups, -1, math.prod(columns.shape[-1 - axes :]))
+
+
+def _spread(layer: Layer, given: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """What a transposed convolution reads, with zeros in between: as a convolution with stride 1 does."""
+    axes = len(stride)
+    padding = _per_axis(layer.settings.get("padding", 0), axes)
+    sizes = [(size - 1) * step + 1 for size, step in zip(given.shape[2:], stride, strict=True)]
+    spread = given.new_zeros(*given.shape[:2], *sizes)
+    places: Any = (..., *(slice(None, None, step) for step in stride))
+    spread[places] = given
+    kernel = layer.weight.shape[2:]
+    # Negative pads take off what the output's padding hides. The output's own margin reads zeros or little.
+    margins = [step * (size - 1) - pad for size, step, pad in zip(kernel, dilation, padding, strict=True)]
+    return F.pad(spread, [each for margin in reversed(margins) for each in (margin, margin)])
 
 
 def _per_axis(value: Any, axes: int) -> tuple[int, ...]:

@@ -2,19 +2,24 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 from torch.nn.utils import parametrize
 
+from coreai_opt.config.spec import CompressionTargetTensor
+from coreai_opt.quantization._graph.insert import quantizer_nodes
+from coreai_opt.quantization._graph.nodes import attribute_of
 from coreai_opt.quantization.spec import _numbers
 from coreai_opt.quantization.spec._plan import STATE, QuantizationPlan, plan_for
 from coreai_opt.quantization.spec._state import UNSHAPED
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["Columns", "Layer", "find_layers"]
+__all__ = ["Columns", "Layer", "find_layers", "forget", "simulated_parameters"]
 
 
 @dataclass(eq=False)
@@ -26,9 +31,9 @@ class Layer:
         module: the module that owns it.
         simulator: what quantizes it.
         weight: the parameter behind the simulator.
-        operation: of the call that reads it: ``"linear"``, ``"conv1d"``, ``"conv2d"`` or ``"conv3d"``; empty
-            as long as none has been seen.
+        operation: of the call that reads it, as in :class:`Reading`; empty as long as none has been seen.
         settings: of a convolution: stride, padding, dilation and groups.
+        own_bias: in a graph, what the call adds.
     """
 
     name: str
@@ -37,6 +42,16 @@ class Layer:
     weight: nn.Parameter
     operation: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    own_bias: nn.Parameter | None = None
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the weight has inputs on axis 0 and outputs on axis 1."""
+        return "transpose" in self.operation
+
+    def outputs_first(self, tensor: Tensor) -> Tensor:
+        """A tensor with the weight's axes, or a view of it, with outputs on axis 0; and the way back."""
+        return tensor.transpose(0, 1) if self.is_transposed else tensor
 
     @property
     def groups(self) -> int:
@@ -46,6 +61,8 @@ class Layer:
     @property
     def bias(self) -> Tensor | None:
         """What the module adds to each output channel, if it is known."""
+        if isinstance(self.module, GraphModule):
+            return self.own_bias
         bias = getattr(self.module, "bias", None)
         return bias if isinstance(bias, nn.Parameter) else None
 
@@ -80,24 +97,71 @@ def forget(calculator: Any) -> None:
 
 
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
-    """The quantized weights of a model prepared in eager mode; and those left out, with the reason."""
+    """The quantized weights of a prepared model; and those left out, with the reason."""
     layers: dict[int, Layer] = {}
     left_out: dict[str, str] = {}
+    found = _in_graph(model, left_out) if isinstance(model, GraphModule) else _on_modules(model, left_out)
+    for layer in found:
+        if not layer.simulator._simulates_as_built_in():
+            left_out[layer.name] = f"{type(layer.simulator).__name__} quantizes in a way of its own"
+        elif not layer.simulator.is_disabled():
+            known = layers.setdefault(id(layer.weight), layer)
+            if known.simulator is not layer.simulator:
+                left_out[known.name] = "several quantizers are on the same weight"
+    return [each for each in layers.values() if each.name not in left_out], left_out
+
+
+def simulated_parameters(model: nn.Module) -> set[int]:
+    """Identities of the parameters that simulators of any kind change."""
+    if isinstance(model, GraphModule):
+        sources = (node.all_input_nodes[0] for node, _ in quantizer_nodes(model))
+        return {id(attribute_of(model, each)) for each in sources if each.op == "get_attr"}
+    return {
+        id(chain.original)
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for chain in module.parametrizations.values()  # type: ignore[operator, union-attr]
+    }
+
+
+def _on_modules(model: nn.Module, left_out: dict[str, str]) -> Iterator[Layer]:
     for module_name, module in model.named_modules():
         if not parametrize.is_parametrized(module):
             continue
         for attribute, chain in module.parametrizations.items():  # type: ignore[operator, union-attr]
             simulators = [each for each in chain if isinstance(each, FakeQuantizeImplBase)]
-            if not simulators:
-                continue
             name = f"{module_name}.{attribute}".lstrip(".")
-            if len(chain) > 1:
+            if simulators and len(chain) > 1:
                 left_out[name] = "another parametrization is on the same weight"
-            elif not simulators[0]._simulates_as_built_in():
-                left_out[name] = f"{type(simulators[0]).__name__} quantizes in a way of its own"
-            elif not simulators[0].is_disabled() and id(chain.original) not in layers:
-                layers[id(chain.original)] = Layer(name, module, simulators[0], chain.original)
-    return list(layers.values()), left_out
+            elif simulators:
+                yield Layer(name, module, simulators[0], chain.original)
+
+
+def _in_graph(model: GraphModule, left_out: dict[str, str]) -> Iterator[Layer]:
+    for node, simulator in quantizer_nodes(model):
+        if simulator.quantization_target is not CompressionTargetTensor.WEIGHT:
+            continue
+        source = node.all_input_nodes[0]
+        weight = attribute_of(model, source) if source.op == "get_attr" else None
+        if isinstance(weight, nn.Parameter):
+            layer = Layer(str(source.target), model, simulator, weight)
+            layer.own_bias = _bias_beside(model, node)
+            yield layer
+        else:
+            left_out[simulator.tensor_fqn or str(node.target)] = (
+                "it is computed, such as with a batch norm that is folded into it: fuse these before prepare "
+                "(torch.nn.utils.fusion.fuse_conv_bn_eval), or use eager mode"
+            )
+
+
+def _bias_beside(model: GraphModule, weight: Node) -> nn.Parameter | None:
+    """The bias of the one call that reads the weight."""
+    users = list(weight.users)
+    if len(users) != 1 or len(users[0].args) < 3 or users[0].args[1] is not weight:
+        return None
+    bias = users[0].args[2]
+    found = attribute_of(model, bias) if isinstance(bias, Node) and bias.op == "get_attr" else None
+    return found if isinstance(found, nn.Parameter) else None
 
 
 class Columns:
@@ -113,14 +177,20 @@ class Columns:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self.plan = layer.plan()
-        shape, block = layer.weight.shape, self.plan.block_size
+        self.shape = layer.outputs_first(layer.weight).shape
+        shape, block = self.shape, list(self.plan.block_size)
+        if layer.is_transposed:
+            block[0], block[1] = block[1], block[0]
+            if layer.groups > 1:
+                raise ValueError(f"{layer.name}: transposed convolutions in groups are not treated")
         self.rows, self.columns = shape[0], math.prod(shape[1:])
         self.block_rows, self.width = block[0], math.prod(block[1:])
         first = next((axis for axis in range(1, len(shape)) if block[axis] > 1), len(shape))
         if any(block[axis] != shape[axis] for axis in range(first + 1, len(shape))):
             raise ValueError(
-                f"{layer.name}: its blocks of shape {block} do not lie side by side along the inputs; choose "
-                f"a granularity per tensor, per channel (axis 0), or per block along axis 1"
+                f"{layer.name}: its blocks of shape {self.plan.block_size} do not lie side by side along the "
+                f"inputs; choose a granularity per tensor, per channel of the outputs (axis 0; of transposed "
+                f"weights 1), or per block along the inputs (axis 1; 0)"
             )
         # Groups can get parameters one by one if each is a slice along axis 1, and of no other's concern.
         spans = all(block[axis] == shape[axis] for axis in range(2, len(shape)))
@@ -137,7 +207,8 @@ class Columns:
 
     def matrix(self) -> Tensor:
         """The weight in float32, ``[rows, columns]``; a copy."""
-        return self.layer.weight.detach().reshape(self.rows, self.columns).float().clone()
+        weight = self.layer.outputs_first(self.layer.weight.detach())
+        return weight.reshape(self.rows, self.columns).float().clone()
 
     def tables(self, matrix: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Parameters of some neighbouring groups of columns, as ``gptq_columns`` takes them.
@@ -149,8 +220,8 @@ class Columns:
             Scale, and zero point or minimum or neither, each of shape ``[n / width, rows]``.
         """
         forget(self._calculator)
-        shape = (self.rows, -1, *self.layer.weight.shape[2:])
-        qparams = self._calculator(matrix.reshape(shape))
+        shape = (self.rows, -1, *self.shape[2:])
+        qparams = self._calculator(self.layer.outputs_first(matrix.reshape(shape)))
         scale, zero_point, minval = (None if each is None else self._table(each) for each in qparams)
         assert scale is not None
         if self.plan.uses_minval:
@@ -158,7 +229,7 @@ class Columns:
         return scale, zero_point, None
 
     def _table(self, values: Tensor) -> Tensor:
-        by_rows = values.reshape(self.rows // self.block_rows, -1)
+        by_rows = self.layer.outputs_first(values).reshape(self.rows // self.block_rows, -1)
         return by_rows.repeat_interleave(self.block_rows, 0).t().contiguous()
 
     def rounded(self, weight: Tensor) -> Tensor:
@@ -180,8 +251,9 @@ class Columns:
             for name, table in zip(names, values, strict=True):
                 if table is not None:
                     buffer: Tensor = getattr(calculator, name)
-                    buffer.copy_(table.t()[:: self.block_rows].reshape(buffer.shape))
-            value = matrix.reshape(layer.weight.shape)
+                    first = layer.outputs_first(buffer)
+                    first.copy_(table.t()[:: self.block_rows].reshape(first.shape))
+            value = layer.outputs_first(matrix.reshape(self.shape))
             if layer.weight.dtype != torch.float32:
                 value = layer.simulator._simulate(value, calculator.get_qparams())
             layer.weight.copy_(value)

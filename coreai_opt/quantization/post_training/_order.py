@@ -171,6 +171,7 @@ def _readers(calls: Sequence[tuple[Layer, Tensor]], done: set[Layer]) -> list[Re
         if layer not in done:
             done.add(layer)
             # Convolutions read the same columns only with the same kernel.
-            key = (id(given), layer.operation, id(layer) if layer.operation != "linear" else 0)
+            is_linear = layer.operation in ("linear", "transposed_linear")
+            key = (id(given), layer.operation, 0 if is_linear else id(layer))
             found.setdefault(key, []).append(layer)
     return list(found.values())

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from coreai_opt._call_inputs import Arguments
-from coreai_opt.quantization.post_training._capture import operation_of
-from coreai_opt.quantization.post_training._layers import Layer
+from coreai_opt._transposed_weights import is_transposition
+from coreai_opt.quantization.post_training._layers import Layer, simulated_parameters
+from coreai_opt.quantization.post_training._readings import Reading, as_function, reading_of
 
-__all__ = ["Pair", "by_input", "find_pairs"]
+__all__ = ["Pair", "by_input", "find_pairs", "input_axis"]
 
 # From the weight's arguments on: functions whose result a weight with one value a channel scales.
 _NORMS: dict[Callable[..., Any], tuple[int, int]] = {
@@ -50,6 +50,7 @@ _HOMOGENEOUS = {
     Tensor.to,
     Tensor.type_as,
 }
+_RESHAPES = {Tensor.view, Tensor.reshape, torch.reshape}
 
 
 @dataclass(eq=False)
@@ -83,10 +84,14 @@ class Pair:
 
 def by_input(layer: Layer, values: Tensor) -> Tensor:
     """A value for each input channel, in a shape that broadcasts over the layer's weight."""
-    axis = 0 if layer.groups > 1 else 1
     shape = [1] * layer.weight.dim()
-    shape[axis] = len(values)
+    shape[input_axis(layer)] = len(values)
     return values.reshape(shape)
+
+
+def input_axis(layer: Layer) -> int:
+    """The axis of the weight with a place for each input channel; depthwise convolutions have them first."""
+    return 0 if layer.groups > 1 or layer.is_transposed else 1
 
 
 @dataclass
@@ -105,12 +110,16 @@ class _Tracer(TorchFunctionMode):
         self.parameters = {id(each): each for each in model.parameters()}
         self.sources: list[_Source] = []
         self.by_tensor: dict[int, _Source] = {}
+        # Where the channels are in reshaped results.
+        self.axes: dict[int, int] = {}
+        self.transposed: dict[int, Tensor] = {}
         self.kept: list[Any] = []
         self.uses: dict[int, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        func = as_function(func)
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         self.kept.append((tensors, result))
         if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
@@ -119,8 +128,11 @@ class _Tracer(TorchFunctionMode):
         for each in tensors:
             if id(each) in self.parameters:
                 self.uses[id(each)] = self.uses.get(id(each), 0) + 1
-        if operation_of(func):
-            self._layer(func, args, kwargs, read, result)
+        reading = reading_of(func, args, kwargs, self.transposed)
+        if args and is_transposition(func) and id(args[0]) in self.layers:
+            self.transposed[id(result)] = args[0]
+        elif reading is not None and id(reading.weight) in self.parameters:
+            self._layer(reading, read, result)
         elif func in _NORMS and isinstance(result, Tensor):
             self._close(read)
             self._norm(func, args, kwargs, result)
@@ -128,6 +140,11 @@ class _Tracer(TorchFunctionMode):
             self._product(tensors, result)
         elif func in _HOMOGENEOUS and len(read) == 1 and isinstance(result, Tensor):
             self.by_tensor[id(result)] = read[0]
+            if id(args[0]) in self.axes:
+                self.axes[id(result)] = self.axes[id(args[0])]
+        elif func in _RESHAPES and len(read) == 1 and self._keeps_last_axis(args[0], read[0], result):
+            self.by_tensor[id(result)] = read[0]
+            self.axes[id(result)] = result.dim() - 1
         else:
             self._close(read)
         return result
@@ -137,6 +154,10 @@ class _Tracer(TorchFunctionMode):
         for each in sources:
             each.is_open = False
 
+    def _keeps_last_axis(self, given: Tensor, source: _Source, result: Tensor) -> bool:
+        is_last = self._axis(given, source) == given.dim() - 1
+        return is_last and result.dim() > 0 and result.shape[-1] == given.shape[-1]
+
     def _open(self, result: Tensor, parameters: Sequence[Any], giver: Layer | None, axis: int) -> None:
         known = [each for each in parameters if isinstance(each, nn.Parameter)]
         if known:
@@ -144,28 +165,32 @@ class _Tracer(TorchFunctionMode):
             self.sources.append(source)
             self.by_tensor[id(result)] = source
 
-    def _layer(
-        self, func: Any, args: Any, kwargs: dict[str, Any], read: Sequence[_Source], result: Tensor
-    ) -> None:
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        weight, bias = given["weight"], given.get("bias")
+    def _layer(self, reading: Reading, read: Sequence[_Source], result: Tensor) -> None:
+        weight, bias = reading.weight, reading.bias
         layer = self.layers.get(id(weight))
         axes = weight.dim() - 2
-        source = self.by_tensor.get(id(given["input"]))
-        groups = given.get("groups", 1)
+        source = self.by_tensor.get(id(reading.input))
+        groups = reading.settings.get("groups", 1)
+        is_transposed = "transpose" in reading.operation
         if source is not None:
-            depthwise = groups == weight.shape[0] and weight.shape[1] == 1
-            fits = source.axis == given["input"].dim() - 1 - axes and (groups == 1 or depthwise)
+            depthwise = groups == weight.shape[0] and weight.shape[1] == 1 and not is_transposed
+            fits = self._axis(reading.input, source) == reading.input.dim() - 1 - axes and (
+                groups == 1 or depthwise
+            )
             if layer is None or not fits:
                 self._close(read)
             else:
-                layer.operation, layer.settings = operation_of(func), {"groups": groups}
+                layer.operation, layer.settings = reading.operation, {"groups": groups}
                 if layer not in source.pair.layers:
                     source.pair.layers.append(layer)
         own = [weight] if bias is None else [weight, bias]
-        if all(isinstance(each, nn.Parameter) for each in own):
+        # Of transposed weights, axis 0 is not that of the outputs.
+        if not is_transposed and all(isinstance(each, nn.Parameter) for each in own):
             self._open(result, own, layer, result.dim() - 1 - axes)
+
+    def _axis(self, tensor: Tensor, source: _Source) -> int:
+        """The axis of the channels, which the source's result has elsewhere if it was reshaped."""
+        return self.axes.get(id(tensor), source.axis)
 
     def _norm(self, func: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
         places = _NORMS[func]
@@ -216,13 +241,7 @@ def find_pairs(model: nn.Module, layers: Sequence[Layer], example: Arguments) ->
         source = tracer.by_tensor.get(id(leaf))
         if source is not None:
             source.is_open = False
-    compressed = {id(layer.weight) for layer in layers}
-    others = {
-        id(chain.original)
-        for module in model.modules()
-        if parametrize.is_parametrized(module)
-        for chain in module.parametrizations.values()  # type: ignore[operator, union-attr]
-    } - compressed
+    others = simulated_parameters(model) - {id(layer.weight) for layer in layers}
     found = []
     for source in tracer.sources:
         pair = source.pair

@@ -26,7 +26,10 @@ __all__ = ["PostTrainingAlgorithm", "Task"]
 
 S = TypeVar("S", bound=Accumulator)
 
-UNREACHED = "no linear layer or convolution read it in any batch"
+UNREACHED = (
+    "no linear layer or convolution read it in any batch; packed attention and stacked experts do not count "
+    "as such in eager mode"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Task:
     """A model to run an algorithm on.
 
     Attributes:
-        model: prepared in eager mode.
+        model: prepared.
         batches: arguments of its forwards.
         progress: what has been done before.
         layers: the quantized weights.

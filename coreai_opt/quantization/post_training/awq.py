@@ -87,5 +87,5 @@ def _loss(layer: Layer, factors: Tensor, products: Tensor) -> float:
     scaled = by_input(layer, factors)
     columns = Columns(layer)
     error = columns.rounded(weight * scaled) / scaled - weight
-    error = error.reshape(columns.rows, columns.columns)
+    error = layer.outputs_first(error).reshape(columns.rows, columns.columns)
     return float(((error @ products) * error).sum())

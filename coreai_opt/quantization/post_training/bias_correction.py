@@ -41,6 +41,9 @@ def mean_error(layer: Layer, exact: Tensor, found: Tensor) -> Tensor:
         found: the same in the quantized one.
     """
     shape = (layer.groups, -1, exact.shape[1])
-    quantized = widened(layer.quantized()).reshape(shape) @ widened(found).unsqueeze(2)
-    meant = widened(layer.weight.detach()).reshape(shape) @ widened(exact).unsqueeze(2)
-    return (quantized - meant).reshape(-1)
+    simulated, weight = (
+        widened(layer.outputs_first(each)).reshape(shape)
+        for each in (layer.quantized(), layer.weight.detach())
+    )
+    meant = weight @ widened(exact).unsqueeze(2)
+    return (simulated @ widened(found).unsqueeze(2) - meant).reshape(-1)

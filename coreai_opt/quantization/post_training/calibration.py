@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from coreai_opt._call_inputs import Arguments, read_inputs
 from coreai_opt._restoring import training_flags
@@ -34,7 +33,7 @@ class CalibrationMixin:
     ) -> Mapping[str, str]:
         """Run post-training algorithms on the prepared model, and calibrate its activations on the same data.
 
-        Eager mode only. Afterwards simulators are on and observe nothing, as after :meth:`prepare`. Where an
+        Afterwards simulators are on and observe nothing, as after :meth:`prepare`. Where an
         algorithm has chosen the parameters of a weight's quantization (``gptq``, ``adaround``), calibration
         and training keep them. See docs/post-training.md.
 
@@ -54,7 +53,6 @@ class CalibrationMixin:
 
         Raises:
             RuntimeError: the model is not prepared.
-            NotImplementedError: the model is prepared in graph mode.
             ValueError: there is no such algorithm, no data where it is needed, no layer to work on; or an
                 algorithm cannot go on, with the layer's name. Layers before that one stay changed then.
             TypeError: an argument has the wrong type.
@@ -72,11 +70,6 @@ class CalibrationMixin:
         self, algorithm: Any, batches: Sequence[Arguments], state_path: str | Path | None
     ) -> Mapping[str, str]:
         model = self._model
-        if isinstance(model, GraphModule):
-            raise NotImplementedError(
-                "calibrate: post-training algorithms work on models prepared in eager mode; use "
-                "QuantizerConfig(execution_mode='eager', ...)"
-            )
         algorithms = PostTrainingAlgorithm.list_of(algorithm)
         for each in algorithms:
             if each.needs_data and not batches:

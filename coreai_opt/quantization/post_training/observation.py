@@ -17,7 +17,7 @@ def observe_activations(model: nn.Module, batches: Sequence[Arguments], *, anew:
     """Let the simulators of activations observe the batches; weights are simulated meanwhile.
 
     Args:
-        model: prepared in eager mode.
+        model: prepared.
         batches: arguments of its forwards.
         anew: forget what they observed before, of a model with other activations.
     """

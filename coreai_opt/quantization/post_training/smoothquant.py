@@ -9,7 +9,7 @@ from torch import Tensor
 
 from coreai_opt.quantization.post_training._accumulators import Largest
 from coreai_opt.quantization.post_training._layers import Layer
-from coreai_opt.quantization.post_training._pairs import Pair, by_input, find_pairs
+from coreai_opt.quantization.post_training._pairs import Pair, find_pairs, input_axis
 from coreai_opt.quantization.post_training.algorithm import PostTrainingAlgorithm, Task
 
 __all__ = ["SmoothQuant", "channels_of", "per_input", "smoothing_factors"]
@@ -71,8 +71,8 @@ def smoothing_factors(inputs: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 def per_input(layer: Layer, magnitudes: Tensor) -> Tensor:
     """The largest of a weight's magnitudes for each input channel."""
-    axis = by_input(layer, magnitudes.new_ones(layer.weight.shape[0 if layer.groups > 1 else 1])).shape
-    return magnitudes.amax([index for index, size in enumerate(axis) if size == 1]).reshape(-1)
+    others = [axis for axis in range(magnitudes.dim()) if axis != input_axis(layer)]
+    return magnitudes.amax(others)
 
 
 def channels_of(layer: Layer, largest: Tensor) -> Tensor:

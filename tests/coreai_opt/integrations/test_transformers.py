@@ -121,6 +121,24 @@ def test_what_is_refused(tmp_path):
         CompressionCallback("w4")
 
 
+def test_embeddings_are_resized_unless_they_are_compressed():
+    model, quantizer = coreai_opt.quantize(llama(), {"input_ids": IDS}, "w4")
+    with pytest.raises(
+        RuntimeError, match=r"resize_token_embeddings: .*Resize the embeddings before prepare"
+    ):
+        model.resize_token_embeddings(80)
+    assert logits(model).shape[-1] == 64
+    final = quantizer.finalize(backend="torch")
+    final.resize_token_embeddings(80)
+    assert logits(final).shape[-1] == 80
+    # Neither the embedding nor the head is compressed: as in any other model.
+    model, quantizer = coreai_opt.quantize(llama(tied=True), {"input_ids": IDS}, "w4")
+    before = quantizer.summary().activations, quantizer.state_dict()
+    model.resize_token_embeddings(80)
+    assert logits(model).shape[-1] == 80
+    assert (quantizer.summary().activations, quantizer.state_dict()) == before
+
+
 class Data(torch.utils.data.Dataset):
     def __len__(self):
         return 12
