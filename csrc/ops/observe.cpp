@@ -86,6 +86,16 @@ std::tuple<Tensor, Tensor> observe_and_fake_quantize_(const Tensor& input, const
               has_running, with_mask);
 }
 
+std::tuple<Tensor, Tensor> observe_and_fake_quantize_unpacked_(
+    const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
+    const Optional& running_min, const Optional& running_max, bool has_running, const Blocks& block_size, int64_t scheme,
+    int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update, double averaging_constant,
+    std::optional<double> range_min, std::optional<double> range_max, int64_t scale_format, bool with_mask) {
+  const auto config = QuantConfig::of(block_size, scheme, format, quant_min, quant_max, use_minval, update,
+                                      averaging_constant, range_min, range_max, scale_format);
+  return step(input, {scale, zero_point, minval, running_min, running_max}, config, has_running, with_mask);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_fake_quantize(
     const Tensor& input, const Optional& running_min, const Optional& running_max, const Blocks& block_size, int64_t scheme,
     int64_t format, double quant_min, double quant_max, bool use_minval, int64_t update, double averaging_constant,
@@ -110,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
   library.impl("choose_qparams", TORCH_BOX(&choose_qparams));
   library.impl("observe_and_fake_quantize", TORCH_BOX(&observe_and_fake_quantize));
   library.impl("observe_and_fake_quantize_", TORCH_BOX(&observe_and_fake_quantize_));
+  library.impl("observe_and_fake_quantize_unpacked_", TORCH_BOX(&observe_and_fake_quantize_unpacked_));
 }
 
 }  // namespace

@@ -50,6 +50,16 @@ MAIN: dict[str, Callable[[], tuple[Any, ...]]] = {
         CONFIG.packed(),
         True,
     ),
+    "observe_and_fake_quantize_unpacked_": lambda: (
+        torch.randn(4, 8),
+        *params(4, 2),
+        torch.zeros(4, 2),
+        -torch.rand(4, 2),
+        torch.rand(4, 2),
+        True,
+        *STEP,
+        True,
+    ),
     "foreach_fake_quantize_forward": lambda: (
         [torch.randn(4, 8), torch.randn(8)],
         [torch.rand(4, 2) + 0.1, torch.rand(2) + 0.1],

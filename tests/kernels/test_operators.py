@@ -112,9 +112,11 @@ def test_nothing_waits_for_the_device(backend: str) -> None:
 
 
 def step(x: Tensor, state: list[Tensor]) -> Tensor:
+    """With a connection around the simulation: two read the gradient, so that neither may change it."""
     scale, zero_point, low, high = state
-    return ck.observe_and_fake_quantize(
-        x * 1.5,
+    wide = x * 1.5
+    simulated = ck.observe_and_fake_quantize(
+        wide,
         scale,
         zero_point,
         None,
@@ -126,7 +128,8 @@ def step(x: Tensor, state: list[Tensor]) -> Tensor:
         quant_max=7,
         update=RangeUpdate.GLOBAL_MINMAX,
         has_running=True,
-    ).sin()
+    )
+    return (simulated + wide).sin()
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -108,6 +108,18 @@ def masked_gradient(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
     return implementation("fake_quantize_backward")(grad, mask, order)  # type: ignore[no-any-return]
 
 
+def _compiled_gradient(grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
+    """:func:`masked_gradient` in a program that is compiled.
+
+    The compiler knows who else reads the gradient, and leaves out the copy if nobody does.
+    """
+    if not grad.permute(order or list(range(grad.dim()))).is_contiguous():
+        return masked_gradient(grad, mask, order)
+    result = grad.clone()
+    torch.ops.coreai_kernels.fake_quantize_backward_(result, mask, order)
+    return result
+
+
 class _MaskedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, mask: Tensor, order: list[int]) -> Tensor:
@@ -187,7 +199,9 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Gradient where the mask is set."""
         (mask,) = ctx.saved_tensors
-        return masked_gradient(grad, mask, ctx.order), None, None
+        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        masked = _compiled_gradient if compiling and backends.forced() != "reference" else masked_gradient
+        return masked(grad, mask, ctx.order), None, None
 
 
 class _StraightThroughOfDual(StraightThrough):

@@ -60,16 +60,30 @@ def _reference_in_place(
 _triton = triton.get("observe_and_fake_quantize")
 _triton_in_place = triton.get("observe_and_fake_quantize_")
 
+_STATE_ARGUMENTS = (
+    "Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
+    "Tensor(e!)? running_max, bool has_running"
+)
+
 # In place: eager mode's, see `fake_quantize.straight_through` for its gradient.
 define(
     "observe_and_fake_quantize_",
-    "(Tensor input, Tensor(a!) scale, Tensor(b!)? zero_point, Tensor(c!)? minval, Tensor(d!)? running_min, "
-    "Tensor(e!)? running_max, bool has_running, Tensor config, bool with_mask) -> (Tensor, Tensor)",
+    f"({_STATE_ARGUMENTS}, Tensor config, bool with_mask) -> (Tensor, Tensor)",
     reference=taking_packed_config(_reference_in_place),
     fake=_fake_in_place,
     triton=taking_packed_config(_triton_in_place) if _triton_in_place else None,
 )
-# Functional, with a gradient: compiled and exported programs cannot differentiate operators that mutate.
+# In place, with the settings as arguments, which may be symbols: that of compiled programs. The compiler's
+# own analysis leaves the state where it is, so that nothing is copied, and the gradient is in the program, so
+# that no call goes through Python's part of the dispatcher.
+define(
+    "observe_and_fake_quantize_unpacked_",
+    f"({_STATE_ARGUMENTS}, {QuantConfig.SCHEMA}, bool with_mask) -> (Tensor, Tensor)",
+    reference=taking_config(_reference_in_place),
+    fake=_fake_in_place,
+    triton=taking_config(_triton_in_place) if _triton_in_place else None,
+)
+# Functional, with a gradient: exported programs cannot differentiate operators that mutate.
 define(
     "observe_and_fake_quantize",
     f"(Tensor input, Tensor? running_min, Tensor? running_max, {QuantConfig.SCHEMA}, "
@@ -201,8 +215,14 @@ def apply(
     if backends.forced() == "reference":
         # Traced as it stands, with the configuration's entries as constants.
         return fake_quantize.straight_through(input, _reference_in_place, (*state, has_running, config))
-    running = state[3:] if has_running else (None, None)
     needs_grad = input.requires_grad and torch.is_grad_enabled()
+    if not torch.compiler.is_exporting():
+        operator = torch.ops.coreai_kernels.observe_and_fake_quantize_unpacked_
+        fields = (*state, has_running, *config.arguments())
+        if needs_grad:
+            return fake_quantize.StraightThrough.apply(input, operator, fields)  # type: ignore[no-any-return]
+        return operator(input, *fields, False)[0]  # type: ignore[no-any-return]
+    running = state[3:] if has_running else (None, None)
     output, _mask, *new = torch.ops.coreai_kernels.observe_and_fake_quantize(
         input, *running, *config.arguments(), needs_grad
     )

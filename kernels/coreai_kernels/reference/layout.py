@@ -38,7 +38,14 @@ def memory_order(x: Tensor) -> list[int]:
     strides = x.stride()
     wide = [axis for axis, size in enumerate(x.shape) if size != 1]
     ones = [axis for axis, size in enumerate(x.shape) if size == 1]
-    return sorted(wide, key=lambda axis: -strides[axis]) + ones
+    order: list[int] = []
+    for axis in wide:
+        # By insertion: torch.compile does not sort by strides that are symbols.
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < strides[axis]:
+            place -= 1
+        order.insert(place, axis)
+    return order + ones
 
 
 def in_memory_order(x: Tensor, order: list[int]) -> Tensor:
