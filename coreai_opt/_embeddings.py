@@ -27,6 +27,9 @@ def guard_embeddings(model: nn.Module) -> None:
     if not callable(getattr(model, _RESIZE, None)):
         return
     for name in ("get_input_embeddings", "get_output_embeddings"):
-        layer = getattr(model, name, lambda: None)()
+        try:
+            layer = getattr(model, name, lambda: None)()
+        except NotImplementedError:  # of models that read no tokens
+            continue
         if isinstance(layer, nn.Module) and parametrize.is_parametrized(layer, "weight"):
             model.__dict__[_RESIZE] = _Refusal()
