@@ -24,7 +24,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check clean distclean fuzz count
+.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count
 .DELETE_ON_ERROR:
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
 	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
 	@echo 'make neon-check kernels for Arm, cross-compiled and emulated, beside generic ones: the same bits'
+	@echo 'make neon-tests tests with an emulated aarch64 Python and torch   PYTEST_FLAGS=FILES selects'
 	@echo 'make build      set up .venv and build the native extension in place'
 	@echo 'make doctor     what is installed and which backends run'
 	@echo 'make clean      remove build products (distclean: the environments, too)'
@@ -141,6 +142,11 @@ neon-check:
 	$(ARM_RUN) $(NEON)/arm neon $(NEON_CASES) > $(NEON)/neon.txt
 	cmp $(NEON)/here.txt $(NEON)/neon.txt
 	@echo "$$(wc -l < $(NEON)/neon.txt) results of NEON are those of the generic kernels"
+
+# Files of tests beside the reference, on an emulated Arm machine. Minutes a file.
+neon-tests: PYTEST_FLAGS = tests/kernels/test_columns.py
+neon-tests: $(SETUP)
+	PYTHON=$(CURDIR)/$(BIN)/python tests/kernels/arm_emulation $(PYTEST_FLAGS)
 
 # torch comes first and alone: with it in place no other requirement can pull in another build of it.
 $(SETUP): pyproject.toml constraints.txt
