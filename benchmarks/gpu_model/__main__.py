@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="variants whose name contains it")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT", help="draw the shares (a name that matplotlib knows)"
+    )
     arguments = parser.parse_args(argv)
     chosen = [each for each in variants() if arguments.only in f"{each.operation}, {each.case}, {each.dtype}"]
     if not chosen:
@@ -45,7 +48,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if arguments.plot:
+        arguments.plot.parent.mkdir(parents=True, exist_ok=True)
+        _plot(rows, arguments.plot)
     return 0
+
+
+def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A row of bars for each variant: the share of the copy bandwidth on each device."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
+    height = 0.8 / len(DEVICES)
+    for i, name in enumerate(DEVICES):
+        places = [row + i * height for row in range(len(rows))]
+        axes.barh(places, [row["devices"][name]["share"] for row in rows], height, label=name)
+    labels = [", ".join(filter(None, (row["operation"], row["case"], row["dtype"]))) for row in rows]
+    axes.set_yticks([row + 0.4 - height / 2 for row in range(len(rows))], labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the copy bandwidth (a model, not a measurement)")
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -1,8 +1,10 @@
 """Counts the instructions that a thread runs, in the listing of a kernel's machine code.
 
-The main path is followed: from the entry to the exit, past out-of-line code. A branch around a call is taken
-(IEEE division calls its slow part for operands near the ends of the range); other forward branches are not,
-so that what they skip counts. A loop counts as often as it takes to load what the thread has to read.
+The main path is followed: from the entry to the exit, past out-of-line code. Where a branch has a choice,
+the main path is the way that stores most, then has fewest calls and divisions, then loads most: IEEE
+division calls its slow part for operands near the ends of the range, and a kernel that has a quick way and a
+careful one divides in the careful one only. What is equal in this is not skipped. A loop counts as often as
+it takes to load what the thread has to read.
 """
 
 import math
@@ -19,11 +21,13 @@ __all__ = ["Counts", "count", "disassemble", "resources"]
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 _PREDICATE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+@(!?U?P\w+)")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+_UNIFORM = re.compile(r"^\s*!?U?P[0-9]\s*,")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _KERNEL = re.compile(r"^\.text\.([\w$]+):")
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 # Nothing is issued for these, or only once the kernel is over.
 _FREE = ("NOP",)
+_ROUNDS = 20
 
 
 @dataclass
@@ -87,13 +91,11 @@ def count(listing: str, bytes_to_read: float) -> Counts:
         ValueError: the path cannot be followed: an indirect branch, or loops inside of loops.
     """
     lines, labels = _parsed(listing)
-    loops = _loops(lines, labels)
-    found, position, weight = Counts(), 0, 1
+    found = Counts()
+    weights = _weights(lines, _loops(lines, labels), bytes_to_read, found)
     waiting = False
-    weights = _weights(lines, loops, bytes_to_read, found)
-    while position < len(lines):
-        line = lines[position]
-        weight = weights[position]
+    for position in _main_path(lines, labels):
+        line, weight = lines[position], weights[position]
         kind = line.name.split(".")[0]
         if kind not in _FREE:
             found.instructions += weight
@@ -105,17 +107,71 @@ def count(listing: str, bytes_to_read: float) -> Counts:
         elif kind == "STG":
             found.stored += _width(line.name) * weight
             waiting = True
-        if kind == "EXIT" and not line.is_conditional:
-            return found
-        if kind in ("BRX", "JMX"):
+    return found
+
+
+def _main_path(lines: Sequence[_Line], labels: dict[str, int]) -> list[int]:
+    """Positions of the instructions from the entry to the exit.
+
+    Raises:
+        ValueError: the kernel branches indirectly, or has no exit.
+    """
+    for line in lines:
+        if line.name.startswith(("BRX", "JMX")):
             raise ValueError("the kernel branches indirectly")
-        position += 1
-        if kind == "BRA" and line.target is not None:
-            goal = labels[line.target]
-            is_ahead = goal >= position
-            if is_ahead and (not line.is_conditional or _has_call(lines[position:goal])):
-                position = goal
-    raise ValueError("the listing ends before the kernel does")
+    # Where a loop that ends in a jump to its start is left.
+    back_edges = {
+        last: [
+            labels[line.target]
+            for line in lines[first:last]
+            if line.name.startswith("BRA") and line.target is not None and labels[line.target] > last
+        ]
+        for first, last in _loops(lines, labels)
+    }
+    # What lies ahead: bytes stored; calls and divisions, as a negative number; bytes loaded; and where to go
+    # on. Code that lies behind its continuation takes another round.
+    none = (-math.inf, 0.0, 0.0)
+    ahead: list[tuple[tuple[float, float, float], int | None]] = [(none, None)] * (len(lines) + 1)
+    for _ in range(_ROUNDS):
+        before = list(ahead)
+        for position in range(len(lines) - 1, -1, -1):
+            line = lines[position]
+            kind = line.name.split(".")[0]
+            if kind == "EXIT" and not line.is_conditional:
+                ahead[position] = ((0.0, 0.0, 0.0), None)
+                continue
+            goals = [position + 1]
+            if position in back_edges and not line.is_conditional:
+                goals = back_edges[position]
+                if not goals:  # left by a conditional EXIT
+                    ahead[position] = ((0.0, 0.0, 0.0), None)
+                    continue
+            elif kind == "BRA" and line.target is not None and position not in back_edges:
+                goal = labels[line.target]
+                if not line.is_conditional:
+                    goals = [goal]
+                elif goal > position:
+                    goals.append(goal)
+            (stored, slow, loaded), goal = max(
+                ((ahead[goal][0], goal) for goal in goals), key=lambda pair: pair[0]
+            )
+            size = _width(line.name)
+            slow -= kind in ("CALL", "FCHK")
+            ahead[position] = ((stored + size * (kind == "STG"), slow, loaded + size * (kind == "LDG")), goal)
+        if ahead == before:
+            break
+    else:
+        raise ValueError("the main path does not settle")
+    if ahead[0][0] == none:
+        raise ValueError("the listing ends before the kernel does")
+    path: list[int] = []
+    position: int | None = 0
+    while position is not None:
+        path.append(position)
+        if len(path) > len(lines):
+            raise ValueError("the main path goes in a circle")
+        position = ahead[position][1]
+    return path
 
 
 def _parsed(listing: str) -> tuple[list[_Line], dict[str, int]]:
@@ -134,12 +190,11 @@ def _parsed(listing: str) -> tuple[list[_Line], dict[str, int]]:
             target = _TARGET.search(instruction[3])
             predicate = _PREDICATE.match(text)
             is_conditional = predicate is not None and predicate[1] not in ("PT", "UPT")
+            is_conditional = is_conditional or bool(_UNIFORM.match(instruction[3]) and target)
+            if instruction[2].startswith("BRA.DIV"):  # for warps whose threads have parted
+                target = None
             lines.append(_Line(instruction[2], instruction[3], is_conditional, target[1] if target else None))
     return lines, labels
-
-
-def _has_call(lines: Sequence[_Line]) -> bool:
-    return any(line.name.startswith("CALL") for line in lines)
 
 
 def _loops(lines: Sequence[_Line], labels: dict[str, int]) -> list[tuple[int, int]]:
@@ -163,17 +218,21 @@ def _weights(
 ) -> list[int]:
     """How often each instruction runs."""
     weights = [1] * len(lines)
-    outside = sum(
-        _width(line.name)
-        for position, line in enumerate(lines)
-        if line.name.startswith("LDG") and not any(a <= position <= b for a, b in loops)
-    )
+    inside = {position for first, last in loops for position in range(first, last + 1)}
     for first, last in loops:
         if any((a, b) != (first, last) and a <= first and last <= b for a, b in loops):
             raise ValueError("the kernel has a loop inside of a loop")
-        loads = sum(_width(line.name) for line in lines[first : last + 1] if line.name.startswith("LDG"))
-        # A compiler that loads ahead has the first round's loads in front of the loop.
-        runs = max(math.ceil((bytes_to_read - outside) / loads), 1) if loads else 1
+        loads = [_width(line.name) for line in lines[first : last + 1] if line.name.startswith("LDG")]
+        # A compiler that loads ahead has the first round's loads in front of the loop; parameters are
+        # narrower.
+        ahead = sum(
+            _width(line.name)
+            for position, line in enumerate(lines)
+            if line.name.startswith("LDG")
+            and position not in inside
+            and _width(line.name) == max(loads, default=0)
+        )
+        runs = max(math.ceil((bytes_to_read - ahead) / sum(loads)), 1) if loads else 1
         found.loops.append(runs)
         for position in range(first, last + 1):
             weights[position] = runs

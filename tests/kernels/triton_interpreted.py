@@ -19,6 +19,8 @@ from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
 from tests.kernels.support import assert_same_bits
+from tests.kernels.test_quotients import STEPS as STEPS_OF
+from tests.kernels.test_quotients import neighbours, scales
 from tests.kernels.triton_support import (
     DTYPES,
     FOREACH,
@@ -66,6 +68,23 @@ def test_gradients_in_place(dtype: torch.dtype, density: float) -> None:
 @pytest.mark.parametrize(("layout", "kind", "dtype"), table(KINDS))
 def test_fake_quantize(layout: Layout, kind: Kind, dtype: torch.dtype) -> None:
     check_fake_quantize("triton", "cpu", layout, kind, dtype)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.name in ("int8", "e4m3", "e2m1")], ids=ids_of
+)
+def test_fake_quantize_next_to_where_rounding_changes(kind: Kind) -> None:
+    scale = scales(torch.Generator().manual_seed(2))[:100]
+    x = neighbours(scale * STEPS_OF[kind.format])
+    results = []
+    for backend in ("reference", "triton"):
+        leaf = x.clone().requires_grad_()
+        with ck.use_backend(backend):
+            y = ck.fake_quantize(leaf, scale, block_size=(1, x.shape[1]), **kind.config)
+            y.backward(torch.ones_like(y))
+        results.append((y.detach(), leaf.grad))
+    for wanted, got, what in zip(*results, ("output", "gradient"), strict=True):
+        assert_same_bits(got, wanted, what)
 
 
 @pytest.mark.parametrize(("layout", "kind", "dtype"), table(KINDS, every=2))

@@ -5,23 +5,34 @@ the bits are rounded here; its reductions with a combine function call Python on
 are used. On a GPU each is one instruction.
 """
 
+import math
+
 import triton
 import triton.language as tl
 
 from coreai_kernels.formats import Format
 
 __all__ = [
+    "CORRECTED",
+    "EXACT",
     "INTERPRETED",
+    "all_of",
     "block_range",
     "decode_fp8",
     "dequantize_value",
     "encode_fp8",
+    "fake_quantize_by_division",
+    "fake_quantize_by_product",
+    "for_products",
     "fp32",
+    "fused_multiply_add",
+    "has_short_bounds",
     "inside_bits",
     "narrow",
     "quantize_value",
     "round_half_even",
     "round_to",
+    "suits_products",
     "wider_range",
 ]
 
@@ -30,6 +41,17 @@ _NAN_ALL = tl.constexpr(tl.PropagateNan.ALL)
 # 2**23: from here on float32 holds integers only.
 _ALL_INTEGERS = tl.constexpr(8388608.0)
 _SIGN = tl.constexpr(-0x80000000)
+# How a quotient by a scale is computed. Corrected products are explained at `_corrected_product`; exact ones
+# are for scales that are powers of two, whose reciprocals are numbers.
+CORRECTED, EXACT = tl.constexpr(1), tl.constexpr(2)
+# Scales from 2**-60 to 2**60 have corrected products, which are as much smaller than the quotient.
+_SMALLEST_SCALE = tl.constexpr(2.0**-60)
+_LARGEST_SCALE = tl.constexpr(2.0**60)
+_UP = tl.constexpr(2.0**64)
+_DOWN = tl.constexpr(2.0**-64)
+# From here to 2**24 neighbouring float32 numbers are integers one apart: adding this rounds to one of these.
+_INTEGERS = tl.constexpr(1.5 * 2.0**23)
+_LARGE = tl.constexpr(3.0e38)
 # By number of the format; the integers have neither.
 _MANTISSA_BITS = tl.constexpr(tuple(fmt.facts.mantissa_bits if fmt else 0 for fmt in Format))
 _MIN_EXPONENT = tl.constexpr(tuple(fmt.facts.min_exponent if fmt else 0 for fmt in Format))
@@ -38,7 +60,9 @@ _MIN_EXPONENT = tl.constexpr(tuple(fmt.facts.min_exponent if fmt else 0 for fmt 
 @triton.jit
 def fp32(x):
     """Exact float32 value of bf16, fp16, fp32; fp64 and integers are rounded."""
-    if INTERPRETED and x.dtype == tl.bfloat16:
+    if (
+        x.dtype == tl.bfloat16
+    ):  # of the upper number in a register one instruction, where a conversion takes two
         value = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         value = x.to(tl.float32)
@@ -83,17 +107,143 @@ def round_half_even(x):
 
 
 @triton.jit
+def _round_magnitude(x, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
+    """``abs(x)`` rounded to ``MANTISSA`` bits, exponents from ``LOWEST``: see ``reference/rounding.py``."""
+    MORE: tl.constexpr = (23 - MANTISSA) << 23
+    exponent = x.to(tl.int32, bitcast=True) & 0x7F800000
+    magic = tl.maximum(exponent + MORE, ((127 + LOWEST) << 23) + MORE).to(tl.float32, bitcast=True)
+    return (tl.abs(x) + magic) - magic
+
+
+@triton.jit
 def round_to_grid(x, MANTISSA: tl.constexpr, LOWEST: tl.constexpr):
-    """Round to ``MANTISSA`` bits, exponents from ``LOWEST``: see ``reference/rounding.py``. NaN stays NaN."""
-    magnitude = tl.abs(x)
-    exponent = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, (127 + LOWEST) << 23)
-    magic = (exponent + ((23 - MANTISSA) << 23)).to(tl.float32, bitcast=True)
-    return with_sign((magnitude + magic) - magic, x)
+    """The same with the sign of ``x``. NaN stays NaN."""
+    return with_sign(_round_magnitude(x, MANTISSA, LOWEST), x)
 
 
 @triton.jit
 def round_to_format(x, FORMAT: tl.constexpr):
     return round_to_grid(x, _MANTISSA_BITS[FORMAT], _MIN_EXPONENT[FORMAT])
+
+
+@triton.jit
+def fused_multiply_add(a, b, c):
+    """``a * b + c`` in float32, rounded once."""
+    if INTERPRETED:
+        # The product is exact in float64. An inexact sum gets a last bit of 1 there, which the second
+        # rounding does not mistake for a tie.
+        product = a.to(tl.float64) * b.to(tl.float64)
+        addend = c.to(tl.float64)
+        total = product + addend
+        part = total - product
+        error = (product - (total - part)) + (addend - part)
+        bits = total.to(tl.int64, bitcast=True)
+        inexact = (error != 0) & (tl.abs(total) < float("inf")) & ((bits & 1) == 0)
+        toward = tl.where((error > 0) == (total > 0), 1, -1)
+        value = tl.where(inexact, bits + toward, bits).to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        value = tl.fma(a, b, c)
+    return value
+
+
+@triton.jit
+def suits_products(scale, zero_point, low, high, HAS_ZERO_POINT: tl.constexpr):
+    """Whether corrected products round and clamp as quotients by ``scale`` do, if :func:`has_short_bounds`.
+
+    The two lie on the same side of every number of up to nine bits: that was seen by trying all mantissas of
+    a scale. Rounding and clamping change at such numbers only, if the bounds are among them.
+    """
+    suits = (scale >= _SMALLEST_SCALE) & (scale <= _LARGEST_SCALE)
+    if HAS_ZERO_POINT:
+        suits = suits & (tl.maximum(tl.abs(low - zero_point), tl.abs(high - zero_point)) <= 255.0)
+    return suits
+
+
+def has_short_bounds(fmt: int, low: float, high: float) -> bool:
+    """Whether the bounds of quantized values are numbers of up to nine bits, and of integers integers."""
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return False
+    if fmt == Format.INT:
+        return all(bound == int(bound) and abs(bound) <= 255 for bound in (low, high, high - low))
+    return all(math.frexp(bound)[0] * 512 % 1 == 0 for bound in (low, high))
+
+
+@triton.jit
+def _corrected_product(x, scale, reciprocal):
+    """``x / scale``, from the product with the reciprocal and what that leaves over.
+
+    ``scale`` is at least 16: no finite ``x`` overflows. Infinite products leave NaN over; then anything
+    positive will do instead.
+    """
+    product = x * reciprocal
+    rest = fused_multiply_add(product, scale * -1.0, x)
+    if INTERPRETED:  # its minimum lets NaN win
+        rest = tl.where(rest != rest, _LARGE, rest)
+    else:
+        rest = tl.minimum(rest, _LARGE)
+    return fused_multiply_add(rest, reciprocal, product)
+
+
+@triton.jit
+def for_products(scale, zero_point, low, high, FORMAT: tl.constexpr, QUOTIENT: tl.constexpr):
+    """What :func:`fake_quantize_by_product` takes: unit, its reciprocal and the bounds.
+
+    The unit of exact products is the scale; of corrected ones ``scale * 2**64``.
+    """
+    DOWN: tl.constexpr = 1.0 if QUOTIENT == EXACT else _DOWN
+    if QUOTIENT == EXACT:
+        unit = scale
+    else:
+        unit = scale * _UP
+    low = (low - zero_point) * DOWN
+    high = (high - zero_point) * DOWN
+    if FORMAT == 0:
+        low = low + _INTEGERS * DOWN
+        high = high + _INTEGERS * DOWN
+    return unit, tl.math.div_rn(1.0, unit), low, high
+
+
+@triton.jit
+def fake_quantize_by_product(
+    x,
+    unit,
+    reciprocal,
+    offset,
+    low,
+    high,
+    FORMAT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    QUOTIENT: tl.constexpr,
+):
+    """:func:`fake_quantize_by_division` without a division."""
+    DOWN: tl.constexpr = 1.0 if QUOTIENT == EXACT else _DOWN
+    EXPONENT: tl.constexpr = 0 if QUOTIENT == EXACT else -64
+    value = x
+    if HAS_OFFSET:
+        value = x - offset
+    if QUOTIENT == EXACT:
+        q = value * reciprocal
+    else:
+        q = _corrected_product(value, unit, reciprocal)
+    if FORMAT == 0:
+        q = q + _INTEGERS * DOWN
+    clamped = tl.minimum(tl.maximum(q, low, propagate_nan=_NAN_ALL), high, propagate_nan=_NAN_ALL)
+    inside = clamped == q
+    if FORMAT == 0:
+        y = (clamped - _INTEGERS * DOWN) * unit
+        if HAS_OFFSET:
+            y = y + offset
+    else:
+        magnitude = _round_magnitude(clamped, _MANTISSA_BITS[FORMAT], _MIN_EXPONENT[FORMAT] + EXPONENT)
+        y = with_sign(magnitude, x) * unit
+    return y, inside
+
+
+@triton.jit
+def fake_quantize_by_division(x, scale, zero_point, offset, low, high, FORMAT: tl.constexpr):
+    """Float32 ``x`` quantized and dequantized, and whether it lay in ``[low, high]`` before clamping."""
+    q, inside = quantize_value(x, scale, zero_point, offset, low, high, FORMAT)
+    return dequantize_value(q, scale, zero_point, offset, FORMAT), inside
 
 
 @triton.jit
@@ -126,12 +276,18 @@ def dequantize_value(q, scale, zero_point, offset, FORMAT: tl.constexpr):
 @triton.jit
 def inside_bits(inside):
     """Pack groups of 8 along the last axis: element ``i`` is bit ``i``."""
-    weights = tl.arange(0, 8)
+    bit = 1 << tl.arange(0, 8)
     if len(inside.shape) == 2:
-        bits = tl.sum(inside.to(tl.int32) << weights[None, :], 1)
+        bits = tl.sum(tl.where(inside, bit[None, :], 0), 1)
     else:
-        bits = tl.sum(inside.to(tl.int32) << weights[None, None, :], 2)
+        bits = tl.sum(tl.where(inside, bit[None, None, :], 0), 2)
     return bits.to(tl.uint8)
+
+
+@triton.jit
+def all_of(true):
+    """Whether a whole tensor is true: one answer for all threads."""
+    return tl.min(tl.ravel(true.to(tl.int32)), 0) != 0
 
 
 @triton.jit

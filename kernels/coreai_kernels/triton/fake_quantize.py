@@ -10,24 +10,40 @@ from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense, geometry_of
 
-__all__ = ["empty_mask", "fake_quantize_backward", "fake_quantize_backward_", "fake_quantize_forward"]
+__all__ = [
+    "empty_mask",
+    "fake_quantize_backward",
+    "fake_quantize_backward_",
+    "fake_quantize_forward",
+    "masked",
+]
+
+
+@triton.jit
+def masked(g, bits):
+    """Float32 gradients in groups of 8, times the bits of the groups' bytes.
+
+    A product, not a selection: the reference lets NaN and infinity through.
+    """
+    bit = 1 << tl.arange(0, 8)
+    return g * tl.where((bits[:, None] & bit[None, :]) != 0, 1.0, 0.0)
 
 
 @triton.jit(do_not_specialize=["numel"])
 def _backward(grad, mask, output, numel, UNIT: tl.constexpr, TILE: tl.constexpr, IN_PLACE: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * TILE
     group = tl.arange(0, TILE // 8)
-    lane = tl.arange(0, 8)
-    element = group[:, None] * 8 + lane[None, :]
-    left = numel.to(tl.int64) * UNIT - start
-    valid = element < left
-    bits = tl.load(mask + start // 8 + group, mask=group * 8 < left, other=0).to(tl.int32)
+    element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
+    left = tl.minimum(numel.to(tl.int64) * UNIT - start, TILE).to(tl.int32)
+    valid_group = group * 8 < left
+    bits = tl.load(mask + start // 8 + group, mask=valid_group, other=0).to(tl.int32)
     if IN_PLACE:  # what passes is not even read
-        valid = valid & (bits != 255)[:, None]
+        valid_group = valid_group & (bits != 255)
+    valid = tl.broadcast_to(valid_group[:, None], (TILE // 8, 8))
+    if UNIT != 8:
+        valid = valid & (element < left)
     g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
-    inside = ((bits[:, None] >> lane[None, :]) & 1).to(tl.float32)
-    # A product, not a selection: the reference lets NaN and infinity through.
-    tl.store(output + start + element, narrow(g * inside, output.dtype.element_ty), mask=valid)
+    tl.store(output + start + element, narrow(masked(g, bits), output.dtype.element_ty), mask=valid)
 
 
 def empty_mask(numel: int, with_mask: bool, like: Tensor) -> Tensor:

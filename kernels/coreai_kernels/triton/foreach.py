@@ -147,8 +147,7 @@ def _backward_list(
     if IN_PLACE:  # what passes is not even read
         valid = valid & (bits != 255)[:, None]
     g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
-    inside = ((bits[:, None] >> lane[None, :]) & 1).to(tl.float32)
-    tl.store(output + start + element, narrow(g * inside, DTYPE), mask=valid)
+    tl.store(output + start + element, narrow(fake_quantize.masked(g, bits), DTYPE), mask=valid)
 
 
 class _Launches:

@@ -9,16 +9,19 @@ from torch import Tensor
 __all__ = ["launch", "multiprocessors"]
 
 
-def launch(kernel: Any, programs: int, on: Tensor, *args: Any, warps: int, **constants: Any) -> None:
-    """Run ``programs`` programs of ``kernel`` on the device of ``on``.
+def launch(
+    kernel: Any, programs: int | tuple[int, ...], on: Tensor, *args: Any, warps: int, **constants: Any
+) -> None:
+    """Run ``programs`` programs of ``kernel``, or a grid of them, on the device of ``on``.
 
     Fused multiply-add is off: ``(q - zero_point) * scale + offset`` rounds twice in the reference.
     """
+    grid = programs if isinstance(programs, tuple) else (programs,)
     if on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
-            kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+            kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
         return
-    kernel[(programs,)](*args, **constants, num_warps=warps, enable_fp_fusion=False)
+    kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def multiprocessors(on: Tensor) -> int:

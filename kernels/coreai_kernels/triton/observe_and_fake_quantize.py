@@ -20,14 +20,7 @@ from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.triton import tiles
-from coreai_kernels.triton.elementwise import (
-    block_range,
-    dequantize_value,
-    fp32,
-    inside_bits,
-    narrow,
-    quantize_value,
-)
+from coreai_kernels.triton.elementwise import block_range, fp32
 from coreai_kernels.triton.fake_quantize import empty_mask
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, TileShape, dense, geometry_of, grid_index, power_of_two
@@ -42,6 +35,8 @@ __all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "register_
 # memory; half of that where every thread also keeps parameters of several columns.
 _LARGEST_RUN = 128 * 1024
 _LARGEST_BLOCK = 64 * 1024
+
+_E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 
 State = tuple[Tensor | None, ...]
 
@@ -100,36 +95,71 @@ def register_tile(
         scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
         if CONFIG.format == 0 and CONFIG.use_minval:
             zp = numbers[0]
-            off = minval[None, :, None]
+            off = minval
         elif CONFIG.format == 0:
-            zp = zero_point.to(tl.float32)[None, :, None]
+            zp = zero_point.to(tl.float32)
     else:
         scale = tl.load(state[2] + index, mask=exists, other=1.0)
         if CONFIG.format == 0 and CONFIG.use_minval:
             zp = numbers[0]
-            off = tl.load(state[4] + index, mask=exists, other=0.0)[None, :, None]
+            off = tl.load(state[4] + index, mask=exists, other=0.0)
         elif CONFIG.format == 0 and state[3] is not None:
-            zp = tl.load(state[3] + index, mask=exists, other=0).to(tl.float32)[None, :, None]
-    s = scale[None, :, None]
-    q, inside = quantize_value(fp32(x), s, zp, off, numbers[0], numbers[1], CONFIG.format)
-    y = dequantize_value(q, s, zp, off, CONFIG.format)
-    tl.store(output + start + tile, narrow(y, DTYPE), mask=valid)
+            zp = tl.load(state[3] + index, mask=exists, other=0).to(tl.float32)
+    OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
+    ZERO_POINT: tl.constexpr = (
+        CONFIG.format == 0 and not CONFIG.use_minval and (OBSERVE or state[3] is not None)
+    )
+    if SHAPE.blocks == 1:  # one value each
+        scale = tl.sum(scale, 0)
+        if OFFSET:
+            off = tl.sum(off, 0)
+        if ZERO_POINT:
+            zp = tl.sum(zp, 0)
+    bits = mask
+    byte = None
+    valid_byte = None
     if mask is not None:
-        bits = inside_bits(tl.reshape(inside, (SHAPE.depth, SHAPE.blocks * SHAPE.run // 8, 8)))
         group = tl.arange(0, SHAPE.blocks * SHAPE.run // 8)[None, :]
         row = tl.arange(0, SHAPE.depth)[:, None]
+        byte = group
         if SHAPE.run_unit == 0:
-            byte = group
             valid_byte = group * 8 < (blocks - first_block) * run
         else:
             within = group % (SHAPE.run // 8)
             byte = group // (SHAPE.run // 8) * (run // 8) + within
             valid_byte = (first_block + group // (SHAPE.run // 8) < blocks) & (within * 8 < run)
         valid_byte = valid_byte & (row < depth)
-        tl.store(mask + start // 8 + row * (width // 8) + byte, bits, mask=valid_byte)
+        byte = row * (width // 8) + byte
+        bits = mask + start // 8
+    GROUPS: tl.constexpr = (SHAPE.depth, SHAPE.blocks * SHAPE.run // 8, 8)
+    tiles.fake_quantize_tile(
+        x,
+        scale,
+        zp,
+        off,
+        numbers[0],
+        numbers[1],
+        output + start,
+        tile,
+        valid,
+        bits,
+        byte,
+        valid_byte,
+        CONFIG.format,
+        ZERO_POINT,
+        OFFSET,
+        CONFIG.short_bounds,
+        CONFIG.scale_format == _E8M0,
+        0 if SHAPE.blocks == 1 else 3,
+        True,
+        GROUPS,
+    )
 
 
-@triton.jit(do_not_specialize=["depth", "width", "run", "blocks", "chunks", "sizes", "strides"])
+@triton.jit(
+    do_not_specialize=["depth", "width", "run", "blocks", "chunks", "sizes", "strides"],
+    do_not_specialize_on_alignment=["mask"],
+)
 def _register_tile(
     input,
     output,

@@ -6,14 +6,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels.formats import ScaleFormat
 from coreai_kernels.triton import tiles
 from coreai_kernels.triton.elementwise import (
+    CORRECTED,
+    EXACT,
     block_range,
-    dequantize_value,
+    fake_quantize_by_division,
+    fake_quantize_by_product,
+    for_products,
     fp32,
-    inside_bits,
-    narrow,
-    quantize_value,
+    suits_products,
 )
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import power_of_two
@@ -24,9 +27,10 @@ __all__ = ["quantize_one_block"]
 
 # Elements from which a program, once it has finished the reduction, does several tiles.
 _REPEAT_FROM = 1 << 22
+_E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 
 
-@triton.jit(do_not_specialize=["numel", "parts"])
+@triton.jit(do_not_specialize=["numel", "parts"], do_not_specialize_on_alignment=["mask"])
 def _one_block(
     input,
     output,
@@ -62,18 +66,93 @@ def _one_block(
         off = tl.sum(minval, 0)
     elif CONFIG.format == 0:
         zp = tl.sum(zero_point.to(tl.float32), 0)
+    EXACT_SCALES: tl.constexpr = CONFIG.scale_format == _E8M0
+    suits = CONFIG.short_bounds
+    if CONFIG.short_bounds and not EXACT_SCALES:
+        ZERO_POINT: tl.constexpr = CONFIG.format == 0 and not CONFIG.use_minval
+        suits = suits_products(s, zp, numbers[0], numbers[1], ZERO_POINT)
+    if suits:
+        PRODUCT: tl.constexpr = EXACT if EXACT_SCALES else CORRECTED
+        unit, reciprocal, bottom, top = for_products(s, zp, numbers[0], numbers[1], CONFIG.format, PRODUCT)
+        for step in range(REPEAT):
+            start = (program.to(tl.int64) * REPEAT + (REPEAT - 1 - step)) * TILE
+            _tile(
+                input,
+                output,
+                mask,
+                numel,
+                start,
+                unit,
+                zp,
+                reciprocal,
+                off,
+                bottom,
+                top,
+                CONFIG,
+                PRODUCT,
+                UNIT,
+                TILE,
+            )
+    else:
+        for step in range(REPEAT):
+            start = (program.to(tl.int64) * REPEAT + (REPEAT - 1 - step)) * TILE
+            _tile(
+                input,
+                output,
+                mask,
+                numel,
+                start,
+                s,
+                zp,
+                0.0,
+                off,
+                numbers[0],
+                numbers[1],
+                CONFIG,
+                0,
+                UNIT,
+                TILE,
+            )
+
+
+@triton.jit
+def _tile(
+    input,
+    output,
+    mask,
+    numel,
+    start,
+    by,
+    zp,
+    reciprocal,
+    off,
+    low,
+    high,
+    CONFIG: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    UNIT: tl.constexpr,
+    TILE: tl.constexpr,
+):
     group = tl.arange(0, TILE // 8)
     element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    for step in range(REPEAT):
-        start = (program.to(tl.int64) * REPEAT + (REPEAT - 1 - step)) * TILE
-        left = numel.to(tl.int64) * UNIT - start
+    left = tl.minimum(numel.to(tl.int64) * UNIT - start, TILE).to(tl.int32)
+    valid_group = group * 8 < left
+    if UNIT == 8:
+        valid = tl.broadcast_to(valid_group[:, None], (TILE // 8, 8))
+    else:
         valid = element < left
-        x = fp32(tl.load(input + start + element, mask=valid, other=0.0))
-        q, inside = quantize_value(x, s, zp, off, numbers[0], numbers[1], CONFIG.format)
-        y = dequantize_value(q, s, zp, off, CONFIG.format)
-        tl.store(output + start + element, narrow(y, DTYPE), mask=valid)
-        if mask is not None:
-            tl.store(mask + start // 8 + group, inside_bits(inside & valid), mask=group * 8 < left)
+    x = fp32(tl.load(input + start + element, mask=valid, other=0.0))
+    if PRODUCT != 0:
+        OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
+        y, inside = fake_quantize_by_product(
+            x, by, reciprocal, off, low, high, CONFIG.format, OFFSET, PRODUCT
+        )
+    else:
+        y, inside = fake_quantize_by_division(x, by, zp, off, low, high, CONFIG.format)
+    bits = mask
+    if mask is not None:
+        bits = mask + start // 8
+    tiles.store_tile(y, inside, output + start, element, valid, bits, group, valid_group, UNIT == 8, None)
 
 
 def quantize_one_block(

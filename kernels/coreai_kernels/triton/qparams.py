@@ -12,6 +12,7 @@ from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.qparams import tensor_scale
 from coreai_kernels.triton.elementwise import (
     fp32,
+    has_short_bounds,
     narrow,
     round_half_even,
     round_to,
@@ -212,6 +213,7 @@ class Constants(NamedTuple):
     scale_format: int
     largest_exponent: int
     update: int
+    short_bounds: bool
 
 
 def constants_of(config: QuantConfig) -> Constants:
@@ -224,6 +226,7 @@ def constants_of(config: QuantConfig) -> Constants:
         scale_format=int(config.scale_format),
         largest_exponent=largest_exponent(config.format, config.quant_max) if is_e8m0 else 0,
         update=int(config.update),
+        short_bounds=has_short_bounds(config.format, config.quant_min, config.quant_max),
     )
 
 

@@ -15,69 +15,96 @@ from torch import Tensor
 
 from coreai_kernels.formats import Format
 from coreai_kernels.triton.elementwise import (
+    CORRECTED,
+    EXACT,
+    all_of,
     decode_fp8,
     dequantize_value,
     encode_fp8,
+    fake_quantize_by_division,
+    fake_quantize_by_product,
+    for_products,
     fp32,
+    has_short_bounds,
     inside_bits,
     narrow,
     quantize_value,
+    suits_products,
 )
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, grid_index, power_of_two
 
-__all__ = ["DEQUANTIZE", "FAKE_QUANTIZE", "QUANTIZE", "as_stored", "run", "tile_elements", "unit_of"]
+__all__ = [
+    "DEQUANTIZE",
+    "FAKE_QUANTIZE",
+    "QUANTIZE",
+    "as_stored",
+    "fake_quantize_tile",
+    "run",
+    "spread",
+    "store_tile",
+    "tile_elements",
+    "unit_of",
+]
 
 FAKE_QUANTIZE, QUANTIZE, DEQUANTIZE = 0, 1, 2
+
+# A grid's second axis is no longer than this.
+_MOST_IN_Y = 65535
 
 # How fp8 tensors travel: as bytes, because Triton knows e4m3 on sm_89 and later only.
 _CODES = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2}
 
 
 @triton.jit
-def _spread(value, BY: tl.constexpr):
-    """A value per row (1) or per column (2) of a tile, made to broadcast over it."""
+def spread(value, BY: tl.constexpr):
+    """A value per row (1), column (2) or block of the middle axis (3), made to broadcast over a tile."""
     if BY == 1:
         value = value[:, None, None]
     elif BY == 2:
         value = value[None, :, :]
+    elif BY == 3:
+        value = value[None, :, None]
     return value
 
 
 @triton.jit
-def _parameters(scale, zero_point, minval, index, valid, low, FORMAT: tl.constexpr, BY: tl.constexpr):
+def _parameters(scale, zero_point, minval, index, valid, low, FORMAT: tl.constexpr):
     """Scale, zero point and offset of the blocks ``index``; constants where there are none.
 
-    Loaded in the shape of ``index`` and spread over the tile afterwards: the compiler else gives the tile the
-    layout of this load.
+    Loaded in the shape of ``index``, to be spread over the tile afterwards: the compiler else gives the tile
+    the layout of this load.
     """
-    s = _spread(fp32(tl.load(scale + index, mask=valid)), BY)
+    if valid is None:
+        s = fp32(tl.load(scale + index))
+    else:
+        s = fp32(tl.load(scale + index, mask=valid, other=1.0))
     zp = 0.0
     off = 0.0
     if FORMAT == 0:
         if minval is not None:
             zp = low
-            off = _spread(fp32(tl.load(minval + index, mask=valid)), BY)
+            off = fp32(tl.load(minval + index, mask=valid))
         elif zero_point is not None:
-            zp = _spread(tl.load(zero_point + index, mask=valid).to(tl.float32), BY)
+            if valid is None:
+                zp = tl.load(zero_point + index).to(tl.float32)
+            else:
+                zp = tl.load(zero_point + index, mask=valid, other=0).to(tl.float32)
     return s, zp, off
 
 
 @triton.jit
 def _element(x, s, zp, off, low, high, FORMAT: tl.constexpr, OP: tl.constexpr, CODE: tl.constexpr):
-    """float32 result, and whether the quantized value was inside the range."""
+    """An element quantized, or dequantized, in float32."""
     if OP == 2:
         if CODE == 0:
             q = fp32(x)
         else:
             q = decode_fp8(x, CODE == 2)
         y = dequantize_value(q, s, zp, off, FORMAT)
-        inside = q == q
     else:
-        y, inside = quantize_value(fp32(x), s, zp, off, low, high, FORMAT)
-        if OP == 0:
-            y = dequantize_value(y, s, zp, off, FORMAT)
-    return y, inside
+        y, _ = quantize_value(fp32(x), s, zp, off, low, high, FORMAT)
+    return y
 
 
 @triton.jit
@@ -91,7 +118,103 @@ def _stored(y, DTYPE: tl.constexpr, OP: tl.constexpr, CODE: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["numel", "sizes", "strides"])
+@triton.jit
+def fake_quantize_tile(
+    x,
+    s,
+    zp,
+    off,
+    low,
+    high,
+    output,
+    element,
+    valid,
+    mask,
+    byte,
+    valid_byte,
+    FORMAT: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    SHORT: tl.constexpr,
+    EXACT_SCALES: tl.constexpr,
+    BY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Fake-quantize a tile, and store it and its mask. Where the scales allow, without divisions.
+
+    Args:
+        x: the elements, in their dtype.
+        s: the scales.
+        zp: zero points, or a number.
+        off: offsets, or a number.
+        low: lower bound of quantized values.
+        high: upper bound.
+        output: pointer to the result.
+        element: positions from it.
+        valid: which of them exist.
+        mask: pointer to the packed mask, or None.
+        byte: positions from it.
+        valid_byte: which of them exist.
+        FORMAT: of the quantized values.
+        HAS_ZERO_POINT: whether ``zp`` has a value for each scale.
+        HAS_OFFSET: whether ``off`` is taken from the elements.
+        SHORT: see :func:`coreai_kernels.triton.elementwise.has_short_bounds`.
+        EXACT_SCALES: whether the scales are powers of two.
+        BY: how parameters are spread, or 0 if they are the whole tile's.
+        WHOLE: whether the elements of a byte of the mask all exist, where one does.
+        GROUPS: shape of the tile in groups of 8, or None if it has one.
+    """
+    ZP_BY: tl.constexpr = BY if HAS_ZERO_POINT else 0
+    OFFSET_BY: tl.constexpr = BY if HAS_OFFSET else 0
+    # 0: divide; 1: where the scales do not allow products; 2: never.
+    DIVIDE: tl.constexpr = 0 if not SHORT else (2 if EXACT_SCALES else 1)
+    if DIVIDE != 0:
+        PRODUCT: tl.constexpr = EXACT if EXACT_SCALES else CORRECTED
+        unit, reciprocal, low_units, high_units = for_products(s, zp, low, high, FORMAT, PRODUCT)
+        suits = suits_products(s, zp, low, high, HAS_ZERO_POINT)
+        if len(suits.shape) > 0:
+            suits = all_of(suits)
+        if DIVIDE == 2 or suits:
+            y, inside = fake_quantize_by_product(
+                fp32(x),
+                spread(unit, BY),
+                spread(reciprocal, BY),
+                spread(off, OFFSET_BY),
+                spread(low_units, ZP_BY),
+                spread(high_units, ZP_BY),
+                FORMAT,
+                HAS_OFFSET,
+                PRODUCT,
+            )
+            store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+        else:
+            y, inside = fake_quantize_by_division(
+                fp32(x), spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
+            )
+            store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+    else:
+        y, inside = fake_quantize_by_division(
+            fp32(x), spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
+        )
+        store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+
+
+@triton.jit
+def store_tile(
+    y, inside, output, element, valid, mask, byte, valid_byte, WHOLE: tl.constexpr, GROUPS: tl.constexpr
+):
+    """The end of :func:`fake_quantize_tile`: store the results and their mask."""
+    tl.store(output + element, narrow(y, output.dtype.element_ty), mask=valid)
+    if mask is not None:
+        if not WHOLE:
+            inside = inside & valid
+        if GROUPS is not None:
+            inside = tl.reshape(inside, GROUPS)
+        tl.store(mask + byte, inside_bits(inside), mask=valid_byte)
+
+
+@triton.jit(do_not_specialize=["numel", "sizes", "strides"], do_not_specialize_on_alignment=["mask"])
 def _flat(
     input,
     output,
@@ -108,6 +231,7 @@ def _flat(
     FORMAT: tl.constexpr,
     OP: tl.constexpr,
     CODE: tl.constexpr,
+    SHORT: tl.constexpr,
     WIDE: tl.constexpr,
     UNIT: tl.constexpr,
     TILE: tl.constexpr,
@@ -115,24 +239,55 @@ def _flat(
     start = tl.program_id(0).to(tl.int64) * TILE
     group = tl.arange(0, TILE // 8)
     element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    left = numel.to(tl.int64) * UNIT - start
-    valid = element < left
+    left = tl.minimum(numel.to(tl.int64) * UNIT - start, TILE).to(tl.int32)
+    valid_group = group * 8 < left
+    if UNIT == 8:
+        valid = tl.broadcast_to(valid_group[:, None], (TILE // 8, 8))
+    else:
+        valid = element < left
     x = tl.load(input + start + element, mask=valid, other=0.0)
     if LEVELS == 0:
-        s, zp, off = _parameters(scale, zero_point, minval, 0, None, low, FORMAT, 0)
+        s, zp, off = _parameters(scale, zero_point, minval, 0, None, low, FORMAT)
     else:
         if WIDE:
             index = grid_index(start + element, sizes, strides, LEVELS)
         else:
             index = grid_index(start.to(tl.int32) + element, sizes, strides, LEVELS)
-        s, zp, off = _parameters(scale, zero_point, minval, index, valid, low, FORMAT, 0)
-    y, inside = _element(x, s, zp, off, low, high, FORMAT, OP, CODE)
-    tl.store(output + start + element, _stored(y, output.dtype.element_ty, OP, CODE), mask=valid)
-    if mask is not None:
-        tl.store(mask + start // 8 + group, inside_bits(inside & valid), mask=group * 8 < left)
+        s, zp, off = _parameters(scale, zero_point, minval, index, valid, low, FORMAT)
+    if OP == 0:
+        bits = mask
+        if mask is not None:
+            bits = mask + start // 8
+        fake_quantize_tile(
+            x,
+            s,
+            zp,
+            off,
+            low,
+            high,
+            output + start,
+            element,
+            valid,
+            bits,
+            group,
+            valid_group,
+            FORMAT,
+            FORMAT == 0 and minval is None and zero_point is not None,
+            FORMAT == 0 and minval is not None,
+            SHORT and LEVELS == 0,
+            False,
+            0,
+            UNIT == 8,
+            None,
+        )
+    else:
+        y = _element(x, s, zp, off, low, high, FORMAT, OP, CODE)
+        tl.store(output + start + element, _stored(y, output.dtype.element_ty, OP, CODE), mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "columns_by_8", "sizes", "strides"])
+@triton.jit(
+    do_not_specialize=["rows", "columns_by_8", "sizes", "strides"], do_not_specialize_on_alignment=["mask"]
+)
 def _rows(
     input,
     output,
@@ -152,50 +307,98 @@ def _rows(
     FORMAT: tl.constexpr,
     OP: tl.constexpr,
     CODE: tl.constexpr,
+    SHORT: tl.constexpr,
     WIDE: tl.constexpr,
+    FULL: tl.constexpr,
+    IN_ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # Passed as an eighth, so that the compiler knows the rows to be aligned.
-    columns = columns_by_8.to(tl.int64) * 8
-    chunks = tl.cdiv(columns_by_8, COLUMNS // 8)
-    program = tl.program_id(0)
-    first_row = (program // chunks).to(tl.int64) * ROWS
-    first_column = (program % chunks).to(tl.int64) * COLUMNS
-    start = first_row * columns + first_column
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     group = tl.arange(0, COLUMNS // 8)
     column = group[:, None] * 8 + tl.arange(0, 8)[None, :]
-    valid_row = row < rows - first_row
-    columns_left = columns - first_column
-    valid = valid_row[:, None, None] & (column < columns_left)[None, :, :]
-    # Within a tile 32 bits do: rows are longer than a tile only when there is one of them.
-    if ROWS == 1:
-        element = column[None, :, :]
-        byte = group[None, :]
+    valid_row = row < tl.minimum(rows - first_row, ROWS).to(tl.int32)
+    if FULL:
+        first_column = 0
+        columns_left = COLUMNS
+        start = first_row * COLUMNS
+        element = row[:, None, None] * COLUMNS + column[None, :, :]
+        byte = row[:, None] * (COLUMNS // 8) + group[None, :]
+        valid_byte = tl.broadcast_to(valid_row[:, None], (ROWS, COLUMNS // 8))
     else:
-        element = row[:, None, None] * (columns_by_8 * 8) + column[None, :, :]
-        byte = row[:, None] * columns_by_8 + group[None, :]
-    x = tl.load(input + start + element, mask=valid, other=0.0)
-    if WIDE:
-        index = grid_index(first_row + row, sizes, strides, LEVELS)
-    else:
-        index = grid_index(first_row.to(tl.int32) + row, sizes, strides, LEVELS)
-    if BY_COLUMN:
-        of_column = (first_column.to(tl.int32) + column) * column_stride
-        if LEVELS == 0:
-            valid_column = column < columns_left
-            s, zp, off = _parameters(scale, zero_point, minval, of_column, valid_column, low, FORMAT, 2)
+        # Passed as an eighth, so that the compiler knows the rows to be aligned.
+        columns = columns_by_8.to(tl.int64) * 8
+        first_column = tl.program_id(1) * COLUMNS
+        columns_left = tl.minimum(columns - first_column, COLUMNS).to(tl.int32)
+        start = first_row * columns + first_column
+        valid_byte = (group * 8 < columns_left)[None, :]
+        # Within a tile 32 bits do: rows are longer than a tile only when there is one of them.
+        if ROWS == 1:
+            element = column[None, :, :]
+            byte = group[None, :]
         else:
-            index = index[:, None, None] + of_column[None, :, :]
-            s, zp, off = _parameters(scale, zero_point, minval, index, valid, low, FORMAT, 0)
+            element = row[:, None, None] * (columns_by_8 * 8) + column[None, :, :]
+            byte = row[:, None] * columns_by_8 + group[None, :]
+            valid_byte = valid_row[:, None] & valid_byte
+    valid = tl.broadcast_to(valid_byte[:, :, None], (ROWS, COLUMNS // 8, 8))
+    x = tl.load(input + start + element, mask=valid, other=0.0)
+    if not WIDE:
+        first_row = first_row.to(tl.int32)
+    if ROWS == 1:
+        position = first_row
     else:
-        s, zp, off = _parameters(scale, zero_point, minval, index, valid_row, low, FORMAT, 1)
-    y, inside = _element(x, s, zp, off, low, high, FORMAT, OP, CODE)
-    tl.store(output + start + element, _stored(y, output.dtype.element_ty, OP, CODE), mask=valid)
-    if mask is not None:
-        valid_byte = valid_row[:, None] & (group * 8 < columns_left)[None, :]
-        tl.store(mask + start // 8 + byte, inside_bits(inside), mask=valid_byte)
+        position = first_row + row
+    if IN_ORDER:
+        index = position
+    else:
+        index = grid_index(position, sizes, strides, LEVELS)
+    BY: tl.constexpr = (
+        0 if (BY_COLUMN and LEVELS > 0) or (not BY_COLUMN and ROWS == 1) else (2 if BY_COLUMN else 1)
+    )
+    if BY_COLUMN:
+        of_column = (first_column + column) * column_stride
+        if LEVELS == 0:
+            s, zp, off = _parameters(scale, zero_point, minval, of_column, column < columns_left, low, FORMAT)
+        else:
+            index = index + tl.zeros((ROWS,), tl.int32)
+            index = index[:, None, None] + of_column[None, :, :]
+            s, zp, off = _parameters(scale, zero_point, minval, index, valid, low, FORMAT)
+    elif ROWS == 1:
+        s, zp, off = _parameters(scale, zero_point, minval, index, None, low, FORMAT)
+    else:
+        s, zp, off = _parameters(scale, zero_point, minval, index, valid_row, low, FORMAT)
+    if OP == 0:
+        bits = mask
+        if mask is not None:
+            bits = mask + start // 8
+        fake_quantize_tile(
+            x,
+            s,
+            zp,
+            off,
+            low,
+            high,
+            output + start,
+            element,
+            valid,
+            bits,
+            byte,
+            valid_byte,
+            FORMAT,
+            FORMAT == 0 and minval is None and zero_point is not None,
+            FORMAT == 0 and minval is not None,
+            SHORT and not (BY_COLUMN and LEVELS > 0),
+            False,
+            BY,
+            True,
+            None,
+        )
+    else:
+        zero_points = spread(zp, BY if FORMAT == 0 and minval is None and zero_point is not None else 0)
+        offsets = spread(off, BY if FORMAT == 0 and minval is not None else 0)
+        y = _element(x, spread(s, BY), zero_points, offsets, low, high, FORMAT, OP, CODE)
+        tl.store(output + start + element, _stored(y, output.dtype.element_ty, OP, CODE), mask=valid)
 
 
 def tile_elements(numel: int, element_size: int) -> int:
@@ -218,12 +421,15 @@ def unit_of(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=8192)
-def _plan(geometry: Geometry, element_size: int) -> tuple[Any, int, tuple[Any, ...], dict[str, Any]]:
-    """Kernel, number of programs, arguments and constants that shape and blocks determine."""
+def _plan(
+    geometry: Geometry, element_size: int
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """Kernel, grid of programs, arguments and constants that shape and blocks determine."""
     numel = geometry.numel
     tile = tile_elements(numel, element_size)
     levels = geometry.levels
-    if geometry.blocks == 1 or levels[-1][0] % 8:
+    too_wide = triton.cdiv(levels[-1][0], 64) > _MOST_IN_Y if levels else False
+    if geometry.blocks == 1 or levels[-1][0] % 8 or too_wide:
         sizes, strides = geometry.inner_first()
         unit = unit_of(numel)
         constants = {
@@ -232,12 +438,10 @@ def _plan(geometry: Geometry, element_size: int) -> tuple[Any, int, tuple[Any, .
             "UNIT": unit,
             "TILE": tile,
         }
-        return _flat, triton.cdiv(numel, tile), (numel // unit, sizes, strides), constants
+        return _flat, (triton.cdiv(numel, tile),), (numel // unit, sizes, strides), constants
     columns, stride = levels[-1]
     by_column = stride != 0
     sizes, strides = geometry.inner_first(skip=1)
-    if by_column:
-        tile = min(tile, 2048)
     # A tile of many rows reads the parameters of its columns once. 64 columns: fewer values than threads, so
     # that each thread loads what it needs; for more the compiler goes through shared memory.
     width = min(power_of_two(columns), 64 if by_column else tile)
@@ -247,10 +451,12 @@ def _plan(geometry: Geometry, element_size: int) -> tuple[Any, int, tuple[Any, .
         "LEVELS": 0 if by_column and not any(strides) else len(sizes),
         "BY_COLUMN": by_column,
         "WIDE": geometry.wide,
+        "FULL": width == columns and not by_column,
+        "IN_ORDER": not by_column and strides == (1,),
         "ROWS": height,
         "COLUMNS": width,
     }
-    programs = triton.cdiv(rows, height) * triton.cdiv(columns, width)
+    programs = (triton.cdiv(rows, height), triton.cdiv(columns, width))
     return _rows, programs, (rows, columns // 8, stride, sizes, strides), constants
 
 
@@ -296,6 +502,7 @@ def run(
         FORMAT=int(format),
         OP=op,
         CODE=code,
+        SHORT=has_short_bounds(format, quant_min, quant_max),
         warps=4,
         **constants,
     )

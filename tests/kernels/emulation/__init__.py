@@ -1,0 +1,1 @@
+"""GPU kernels on the CPU: CUDA C++ through a header, compiled PTX through an interpreter."""
