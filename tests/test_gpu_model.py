@@ -99,8 +99,9 @@ def test_budgets(key: tuple[str, str, str]) -> None:
     (variant,) = [each for each in variants() if (each.operation, each.case, each.dtype) == key]
     kernels = examine(variant, 90)
     assert sum(kernel.instructions for kernel in kernels) <= BUDGETS[key]
-    assert sum(kernel.bytes_loaded for kernel in kernels) == pytest.approx(variant.read)
-    assert sum(kernel.bytes_stored for kernel in kernels) == pytest.approx(variant.written)
+    for kernel in kernels:  # a reduction goes before the step on one large block
+        assert kernel.bytes_loaded == pytest.approx(variant.read)
+    assert kernels[-1].bytes_stored == pytest.approx(variant.written)
     for name, device in DEVICES.items():
         if device.arch == 90:
             assert 0 < shares(variant, kernels, name)["share"] <= 1
