@@ -36,9 +36,9 @@ __all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "register_
 _LARGEST_RUN = 128 * 1024
 _LARGEST_BLOCK = 64 * 1024
 
-# Elements of the largest tile that has both ways to divide: 32 of each of 512 threads. For more of them the
-# compiler would run out of registers.
-_MOST_BY_PRODUCTS = tl.constexpr(16384)
+# Elements of the largest tile that has both ways to divide: 16 of each of 512 threads. With 32 of them the
+# compiler runs out of registers on some GPUs.
+_MOST_BY_PRODUCTS = tl.constexpr(8192)
 _E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 
 State = tuple[Tensor | None, ...]
