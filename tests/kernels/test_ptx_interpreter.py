@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.emulation.ptx import Fault, Refused, launch, machine
-from tests.kernels.emulation.ptx.values import fma
+from tests.emulation.ptx import Fault, Refused, launch, machine
+from tests.emulation.ptx.values import fma
 
 HEADER = """.version 8.0
 .target sm_90

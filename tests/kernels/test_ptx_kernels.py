@@ -27,7 +27,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("compiles with Triton", allow_module_level=True)
 
 from coreai_kernels.triton import fake_quantize, observe_and_fake_quantize, observe_range, qparams
-from tests.kernels.emulation.triton_ptx import interpreted
+from tests.emulation.triton_ptx import interpreted
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 BY_NAME = {layout.name: layout for layout in LAYOUTS}

@@ -17,7 +17,7 @@ if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRE
     pytest.skip("compiles with Triton", allow_module_level=True)
 
 from coreai_kernels.triton import bits, masks, palettes
-from tests.kernels.emulation.triton_ptx import interpreted
+from tests.emulation.triton_ptx import interpreted
 
 
 def generator() -> torch.Generator:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from tests.kernels.emulation.ptx import cooperation  # noqa: F401 (fills the tables)
-from tests.kernels.emulation.ptx.instructions import CONTROL, OPERATIONS
-from tests.kernels.emulation.ptx.memory import Fault, Global, Shared
-from tests.kernels.emulation.ptx.parsing import DTYPES, Instruction, Kernel, Refused, kernel
+from tests.emulation.ptx import cooperation  # noqa: F401 (fills the tables)
+from tests.emulation.ptx.instructions import CONTROL, OPERATIONS
+from tests.emulation.ptx.memory import Fault, Global, Shared
+from tests.emulation.ptx.parsing import DTYPES, Instruction, Kernel, Refused, kernel
 
 __all__ = ["Block", "launch"]
 

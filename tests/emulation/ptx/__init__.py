@@ -7,8 +7,8 @@ undefined is an error: memory that no argument points to, addresses that are not
 two warps use without a barrier in between, shuffles with threads that took another branch.
 """
 
-from tests.kernels.emulation.ptx.machine import launch
-from tests.kernels.emulation.ptx.memory import Fault
-from tests.kernels.emulation.ptx.parsing import Refused
+from tests.emulation.ptx.machine import launch
+from tests.emulation.ptx.memory import Fault
+from tests.emulation.ptx.parsing import Refused
 
 __all__ = ["Fault", "Refused", "launch"]

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tests.kernels.emulation.ptx import values
-from tests.kernels.emulation.ptx.memory import Fault
-from tests.kernels.emulation.ptx.parsing import DTYPES, Instruction, Refused
+from tests.emulation.ptx import values
+from tests.emulation.ptx.memory import Fault
+from tests.emulation.ptx.parsing import DTYPES, Instruction, Refused
 
 if TYPE_CHECKING:
-    from tests.kernels.emulation.ptx.machine import Block
+    from tests.emulation.ptx.machine import Block
 
 __all__ = ["CONTROL", "OPERATIONS", "Operation", "control", "halves", "joined", "operation", "vector"]
 

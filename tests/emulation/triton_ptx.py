@@ -12,7 +12,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu_model.compiling import NamedTarget
-from tests.kernels.emulation.ptx import launch
+from tests.emulation.ptx import launch
 
 __all__ = ["interpreted"]
 

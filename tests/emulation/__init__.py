@@ -1,0 +1,1 @@
+"""GPU kernels on the CPU: their compiled PTX, through an interpreter."""

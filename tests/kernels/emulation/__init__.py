@@ -1,1 +1,0 @@
-"""GPU kernels on the CPU: CUDA C++ through a header, compiled PTX through an interpreter."""
