@@ -1,6 +1,7 @@
 """The pages of docs/claims/, one a claim, from the results: ``python -m benchmarks.claims``.
 
-Each page has the claim, the command, the machine, every case with its spread, and what speaks against it.
+Each page has the claim, the command, the machine, every case, with its spread if the results hold one,
+and what speaks against it.
 """
 
 import json

@@ -23,6 +23,8 @@ from coreai_opt.quantization.spec import QuantizationSpec
 
 __all__: list[str] = []
 
+_SPACING = "palette_spacing"
+
 
 @_FakePalettizeImplBase.register("default")
 class _KMeansFakePalettize(PaletteState):
@@ -229,7 +231,19 @@ class _KMeansFakePalettize(PaletteState):
         self._centroids_initialized = False
         self._indices_stale = True
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._training_strategy.uses_palette_spacing and self._centroids_initialized:
+            # Trained palettes no longer have the spacing that they were computed with.
+            destination[prefix + _SPACING] = torch.tensor(self.palette_spacing, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        spacing = state_dict.get(prefix + _SPACING)
+        if spacing is not None:
+            # No buffer, which each forward would have to read from the device.
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + _SPACING}
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if self._centroids_initialized:
             self._training_strategy.on_palette_computed(self)
+            if spacing is not None:
+                self.palette_spacing = float(spacing)

@@ -16,6 +16,8 @@ __all__ = ["DKMTrainingSpec"]
 class _DKMStrategy(TrainingStrategy):
     """The forward mixes the palette's entries by their nearness; the weight and the palette get gradients."""
 
+    uses_palette_spacing = True
+
     def __init__(self, temperature: float, iterations: int) -> None:
         self.temperature = temperature
         self.iterations = iterations
@@ -61,8 +63,9 @@ class DKMTrainingSpec(TrainingStrategySpec):
 
     Fields:
         temperature: ``t`` in units of the palette's spacing, the median squared distance between an entry
-            and its nearest neighbour when the palette is computed or loaded. Smaller is nearer to a hard
-            assignment, with less gradient to the entries that are not nearest.
+            and its nearest neighbour when the palette is computed. Smaller is nearer to a hard assignment,
+            with less gradient to the entries that are not nearest. A ``state_dict`` holds the spacing as
+            ``palette_spacing``, a key of this strategy alone; without it that of the loaded palette is taken.
         iterations: updates of the palette towards the soft means within each forward, as in the paper. In
             these the zeros of a pruned weight count as values, unless palettes are of vectors.
     """

@@ -22,6 +22,8 @@ class TrainingStrategy(ABC):
 
     # Whether the optimizer moves the weight or its palette, so that stored indices go out of date.
     updates_weight: ClassVar[bool] = True
+    # Whether forwards depend on the simulator's `palette_spacing`, which checkpoints then have to hold.
+    uses_palette_spacing: ClassVar[bool] = False
 
     @abstractmethod
     def train_forward(self, module: "_FakePalettizeImplBase", weight: torch.Tensor) -> torch.Tensor:

@@ -230,6 +230,23 @@ def test_nothing_is_read_on_the_host(simulator, weight, gradient, fields, strate
     assert not host_reads.seen
 
 
+def test_dkm_goes_on_from_a_checkpoint(simulator, weight):
+    module = simulator(n_bits=2, training_strategy_spec=DKMTrainingSpec())
+    module(weight)
+    with torch.no_grad():
+        module.centroids.copy_(module.centroids * 1.5)  # as training does, entry by entry
+    state = module.state_dict()
+    resumed = simulator(n_bits=2, training_strategy_spec=DKMTrainingSpec())
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed(weight), module(weight))
+    # Others do without; and what has no spacing takes that of its palette.
+    default = simulator(n_bits=2)
+    default.load_state_dict(state)
+    assert "palette_spacing" not in default.state_dict()
+    resumed.load_state_dict(default.state_dict())
+    assert resumed.palette_spacing == pytest.approx(1.5**2 * module.palette_spacing)
+
+
 class Halve(TrainingStrategy):
     def __init__(self, factor):
         self.factor = factor
