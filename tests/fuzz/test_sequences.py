@@ -1,6 +1,6 @@
 """A compressor in a random sequence of a user's actions: the fast backend does what the reference does.
 
-FUZZ_EXAMPLES: sequences (default 40); ``make fuzz`` takes many. The same actions, in
+FUZZ_EXAMPLES: sequences (default 200); ``make fuzz`` takes many. The same actions, in
 sequences drawn by a seed, are compared with Apple's package in tests/parity/test_sequences.py.
 """
 
@@ -22,7 +22,7 @@ from coreai_kernels import use_backend
 from tests.parity.sequences import KINDS, WORDS, Session
 from tests.parity.snapshots import differences
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 
 
 class Compressor(RuleBasedStateMachine):
