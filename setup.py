@@ -1,8 +1,9 @@
 """Builds the native parts of coreai_kernels; everything else about the package is in pyproject.toml.
 
-Made here, in ``coreai_kernels``: ``_C`` (a Python module: CPU kernels), ``_C_cuda.so`` (a plain library,
-loaded only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs), ``_C_autograd.so``
-(a Python module, loaded only beside the torch version that it was built with), and
+Made here, in ``coreai_kernels``: ``_C.abi3.so`` (a Python module: CPU kernels, for every CPython from 3.11
+and every torch from 2.10 on), ``_C_cuda.so`` (a plain library, loaded only beside a CUDA torch, since a
+CPU-only torch lacks the symbols that it needs), ``_C_autograd-torch2.13-cp311.so`` (a Python module,
+loaded only beside the torch and the Python that it was built for; a wheel has several), and
 ``_build_report.json``, which tells the library at run time what is missing and why.
 
 Why not torch's own extension builder: it gives all sources the same flags, and here each instruction
@@ -10,16 +11,20 @@ set has its own; and importing torch costs more than an incremental build. Why n
 nearly all of which need only the stable headers, a thread pool is as quick, and building takes one tool less.
 
 Environment:
-    CXX                   C++20 compiler (default: the first of c++, g++, clang++)
-    MAX_JOBS              compilers run at the same time (default: number of CPUs)
-    COREAI_BUILD_NATIVE   auto (default: a failure is recorded and the pure Python package is installed),
-                          require (a failure is an error), skip
-    COREAI_BUILD_CUDA     1 or 0 (default: 1 if the installed torch is a CUDA build)
-    TORCH_CUDA_ARCH_LIST  as for torch, e.g. "8.0;9.0+PTX" (default: 8.0;9.0;10.0+PTX, what nvcc knows of it)
+    CXX                      C++20 compiler (default: the first of c++, g++, clang++)
+    MAX_JOBS                 compilers run at the same time (default: number of CPUs)
+    COREAI_BUILD_NATIVE      auto (default: a failure is recorded and the pure Python package is installed),
+                             require (a failure is an error), skip
+    COREAI_BUILD_CUDA        1 or 0 (default: 1 if the installed torch is a CUDA build)
+    COREAI_AUTOGRAD_TORCHES  folders of other torches, of which version.py and include suffice, with colons
+                             between them: autograd's library is built for each, not for the installed one
+    COREAI_AUTOGRAD_PYTHONS  include folders of CPythons, likewise: and for each of these
+    TORCH_CUDA_ARCH_LIST     as for torch, e.g. "8.0;9.0+PTX" (default: of 8.0;9.0;10.0+PTX what nvcc knows)
 """
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -39,9 +44,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 FORMATS = ROOT / "kernels/coreai_kernels/formats.py"
+LIBRARIES = runpy.run_path(str(ROOT / "kernels/coreai_kernels/libraries.py"))
 REPORT = "_build_report.json"
 CUDA_LIBRARY = "_C_cuda.so"
-AUTOGRAD_LIBRARY = "_C_autograd.so"
 REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
 
 # The stable ABI of this torch version: the binary runs with it and everything newer.
@@ -95,7 +100,11 @@ class Torch:
                 "torch was not there when the package was built (isolated builds hide it)",
                 f"pip install 'torch>=2.10', then {REINSTALL}",
             )
-        root = Path(spec.origin).parent
+        return cls.at(Path(spec.origin).parent)
+
+    @classmethod
+    def at(cls, root: Path) -> "Torch":
+        """Read the facts of the torch in a folder."""
         text = (root / "version.py").read_text()
         version = _quoted(r"__version__", text) or "unknown"
         numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
@@ -116,6 +125,9 @@ class Job:
     source: Path
     command: tuple[str, ...]
     name: str
+    headers: str = (
+        ""  # what the compiler's list of dependencies leaves out: system headers, by their versions
+    )
 
 
 class Builder:
@@ -143,9 +155,9 @@ class Builder:
     def own_includes(self) -> list[str]:
         return [f"-I{CSRC}", f"-I{self.generated}"]
 
-    def includes(self) -> list[str]:
-        systems = (str(self.torch.root / "include"), sysconfig.get_path("include"))
-        return [*self.own_includes(), *(flag for path in systems for flag in ("-isystem", path))]
+    def includes(self, *systems: Path) -> list[str]:
+        systems = systems or (self.torch.root / "include", Path(sysconfig.get_path("include")))
+        return [*self.own_includes(), *(flag for path in systems for flag in ("-isystem", str(path)))]
 
     def link(self) -> list[str]:
         # No rpath: torch is imported first, so its libraries are loaded already, wherever they are.
@@ -153,21 +165,21 @@ class Builder:
             return [*self.cxx, "-bundle", "-undefined", "dynamic_lookup"]
         return [*self.cxx, "-shared", "-pthread"]
 
-    def jobs(self, sources: list[Path], command: list[str], units: int = 0) -> list[Job]:
+    def jobs(self, sources: list[Path], command: list[str], units: int = 0, headers: str = "") -> list[Job]:
         """One job for each source; for so many units of them, if this build starts from nothing anyway.
 
         What torch's headers cost is paid once a unit. A build in place is one of many, where only what
         changed should be compiled.
         """
         if self.in_place or not units:
-            return [Job(path, tuple(command), str(path.relative_to(ROOT))) for path in sources]
+            return [Job(path, tuple(command), str(path.relative_to(ROOT)), headers) for path in sources]
         jobs = []
         for unit in range(min(units, len(sources))):
             members = sources[unit::units]
             folder, stems = members[0].parent.name, ",".join(path.stem for path in members)
             path = self.generated / f"{folder}-{unit}.cpp"
             _write(path, "".join(f'#include "{member.relative_to(CSRC)}"\n' for member in members))
-            jobs.append(Job(path, tuple(command), f"csrc/{folder}/{{{stems}}}.cpp"))
+            jobs.append(Job(path, tuple(command), f"csrc/{folder}/{{{stems}}}.cpp", headers))
         return jobs
 
     def start(self, jobs: list[Job]) -> None:
@@ -207,7 +219,7 @@ class Builder:
 
     def _compile(self, job: Job) -> Path:
         stem = re.sub(r"\W+", "-", job.name.removeprefix("csrc/").removesuffix(".cpp"))
-        target = self.directory / f"{stem}-{_digest([*job.command, *self.identity])}.o"
+        target = self.directory / f"{stem}-{_digest([*job.command, job.headers, *self.identity])}.o"
         dependencies = target.with_suffix(".d")
         if target.exists() and dependencies.exists() and _newer(target, _read_dependencies(dependencies)):
             return target
@@ -303,13 +315,6 @@ def _compiler() -> list[str]:
     raise BuildError("no C++ compiler was found", _COMPILER_FIX)
 
 
-def _pybind11_include() -> list[str]:
-    spec = importlib.util.find_spec("pybind11")
-    if spec is None or spec.origin is None:
-        return []  # torch's include folder, which is on the path anyway, holds a copy
-    return ["-isystem", str(Path(spec.origin).parent / "include")]
-
-
 def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
     known = {isa for isas in ISAS.values() for isa in isas}
     unknown = {path.stem for path in CSRC.glob("cpu/kernels_*.cpp")} - {f"kernels_{isa}" for isa in known}
@@ -322,7 +327,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
-    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *_pybind11_include(), *builder.includes(), *macros]
+    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *builder.includes(), *macros]
     kernels = [
         job
         for isa, path in reversed(present.items())
@@ -333,21 +338,47 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         sources = sorted(CSRC.glob(f"{folder}/*.cpp"))
         others += builder.jobs([path for path in sources if path.stem[:8] != "kernels_"], base, units)
     # The longest first: what is left for the end is short, and no processor waits for another.
-    builder.start([*kernels, *autograd_jobs(builder), *others])
+    autograd = [autograd_jobs(builder, torch, include) for torch, _, include in autograd_targets(builder)]
+    builder.start([*kernels, *itertools.chain(*autograd), *others])
     builder.build([*others, *reversed(kernels)], builder.link(), output)
 
 
-def build_autograd(builder: Builder, output: Path) -> None:
+def build_autograd(
+    builder: Builder, folder: Path, torch: Torch, python: tuple[int, int], include: Path
+) -> Path:
     """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI.
 
     With the pybind11 that torch's include folder holds: what it shares with torch's own module has to fit.
     """
-    builder.build(autograd_jobs(builder), builder.link(), output, "torch_python")
+    output = folder / LIBRARIES["autograd_library"](torch.version, python)
+    builder.build(autograd_jobs(builder, torch, include), builder.link(), output, "torch_python")
+    return output
 
 
-def autograd_jobs(builder: Builder) -> list[Job]:
-    command = [*builder.cxx, *CXX_FLAGS, *builder.includes()]
-    return builder.jobs(sorted(CSRC.glob("autograd/*.cpp")), command, units=1)
+def autograd_targets(builder: Builder) -> list[tuple[Torch, tuple[int, int], Path]]:
+    """Return each torch, and each Python with its include folder, that autograd's library is built for."""
+    torches = [Torch.at(Path(path)) for path in _paths("COREAI_AUTOGRAD_TORCHES")] or [builder.torch]
+    pythons = [(_python_version(Path(path)), Path(path)) for path in _paths("COREAI_AUTOGRAD_PYTHONS")]
+    pythons = pythons or [(sys.version_info[:2], Path(sysconfig.get_path("include")))]
+    return [(torch, *python) for python in pythons for torch in torches]
+
+
+def _paths(variable: str) -> list[str]:
+    return [path for path in os.environ.get(variable, "").split(os.pathsep) if path]
+
+
+def _python_version(include: Path) -> tuple[int, int]:
+    header = include / "patchlevel.h"
+    if not header.exists():
+        raise BuildError(f"{include} has no headers of Python", "correct COREAI_AUTOGRAD_PYTHONS")
+    numbers = dict(re.findall(r"#define PY_(MAJOR|MINOR)_VERSION\s+(\d+)", header.read_text()))
+    return int(numbers["MAJOR"]), int(numbers["MINOR"])
+
+
+def autograd_jobs(builder: Builder, torch: Torch, python: Path) -> list[Job]:
+    command = [*builder.cxx, *CXX_FLAGS, *builder.includes(torch.root / "include", python)]
+    sources = sorted(CSRC.glob("autograd/*.cpp"))
+    return builder.jobs(sources, command, units=1, headers=f"torch {torch.version}")
 
 
 def build_cuda(builder: Builder, output: Path) -> str:
@@ -403,11 +434,12 @@ class BuildNative(build_ext):
         for ext in self.extensions:
             built = Path(self.build_lib, self.get_ext_filename(ext.name))
             target = Path(self.get_ext_fullpath(ext.name))
-            for name in (built.name, CUDA_LIBRARY, AUTOGRAD_LIBRARY, REPORT):
-                if (built.parent / name).exists():
-                    self.copy_file(str(built.parent / name), str(target.parent / name))
-                else:
-                    (target.parent / name).unlink(missing_ok=True)
+            # What an earlier build left, under other names perhaps, would be loaded instead.
+            for stale in target.parent.glob("_C*.so"):
+                if not (built.parent / stale.name).exists():
+                    stale.unlink()
+            for path in (*built.parent.glob("_C*.so"), built.parent / REPORT):
+                self.copy_file(str(path), str(target.parent / path.name))
 
 
 def build_all(directory: Path, output: Path, in_place: bool) -> dict[str, dict[str, object]]:
@@ -416,7 +448,8 @@ def build_all(directory: Path, output: Path, in_place: bool) -> dict[str, dict[s
     if mode not in ("auto", "require", "skip"):
         raise SystemExit(f"COREAI_BUILD_NATIVE={mode}: use auto, require or skip")
     report: dict[str, dict[str, object]] = {}
-    cuda_library, autograd_library = (output.with_name(name) for name in (CUDA_LIBRARY, AUTOGRAD_LIBRARY))
+    cuda_library = output.with_name(CUDA_LIBRARY)
+    autograd_libraries: list[Path] = []
     builder, archs = None, ""
     try:
         if mode == "skip":
@@ -439,16 +472,22 @@ def build_all(directory: Path, output: Path, in_place: bool) -> dict[str, dict[s
             except BuildError as error:
                 report["native"] = _failure(error, mode)
             try:
-                build_autograd(builder, autograd_library)
-                report["autograd"] = {"built": True, "torch": builder.torch.version}
+                targets = autograd_targets(builder)
+                autograd_libraries = [build_autograd(builder, output.parent, *target) for target in targets]
+                report["autograd"] = {
+                    "built": True,
+                    "torch": list(dict.fromkeys(torch.version for torch, _, _ in targets)),
+                    "python": list(dict.fromkeys("{}.{}".format(*python) for _, python, _ in targets)),
+                }
             except BuildError as error:
                 report["autograd"] = _failure(error, mode)
         finally:
             builder.close()
-    # What an earlier build left must not pass for this one's.
-    for part, path in (("native", output), ("cuda", cuda_library), ("autograd", autograd_library)):
-        if not report[part]["built"]:
-            path.unlink(missing_ok=True)
+    made = {"native": [output], "cuda": [cuda_library], "autograd": autograd_libraries}
+    fresh = [path for part, paths in made.items() for path in paths if report[part]["built"]]
+    for path in output.parent.glob("_C*.so"):
+        if path not in fresh:  # an earlier build left it, and it must not pass for this one's
+            path.unlink()
     return report
 
 
@@ -462,6 +501,8 @@ def _failure(error: BuildError, mode: str) -> dict[str, object]:
 if __name__ == "__main__":  # kernels/setup.py takes the builder from here
     setup(
         # The list of sources serves only to show setuptools that there is something to build.
-        ext_modules=[Extension("coreai_kernels._C", ["csrc/bindings.cpp"], optional=True)],
+        ext_modules=[
+            Extension("coreai_kernels._C", ["csrc/bindings.cpp"], optional=True, py_limited_api=True)
+        ],
         cmdclass={"build_ext": BuildNative},
     )

@@ -1,7 +1,9 @@
 // The extension module. Loading it runs the operator registrations of the other files; its own functions
-// only tell what was built.
-#include <pybind11/pybind11.h>
+// only tell what was built. In CPython's limited API, so that one file serves every Python from 3.11 on.
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
 
+#include <exception>
 #include <string>
 
 #include "cpu/dispatch.h"
@@ -14,34 +16,77 @@
 
 namespace {
 
-const char* compiler() {
 #if defined(__clang__)
-  return "clang " __clang_version__;
+constexpr const char* kCompiler = "clang " __clang_version__;
 #elif defined(__GNUC__)
-  return "gcc " __VERSION__;
+constexpr const char* kCompiler = "gcc " __VERSION__;
 #else
-  return "unknown";
+constexpr const char* kCompiler = "unknown";
 #endif
+
+// What `run` returns; RuntimeError instead of an exception of C++.
+template <class Run>
+PyObject* guarded(Run run) {
+  try {
+    return run();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = compiler();
-  info["cpu_isas"] = COREAI_ISAS;
-  info["torch_version"] = COREAI_TORCH_VERSION;
-  info["torch_target_version"] = static_cast<unsigned long long>(TORCH_TARGET_VERSION);
-  info["cuda_archs"] = COREAI_CUDA_ARCHS;
-  return info;
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:s,s:s,s:K,s:s}", "compiler", kCompiler, "cpu_isas", COREAI_ISAS, "torch_version",
+                       COREAI_TORCH_VERSION, "torch_target_version", static_cast<unsigned long long>(TORCH_TARGET_VERSION),
+                       "cuda_archs", COREAI_CUDA_ARCHS);
 }
+
+PyObject* cpu_capability(PyObject*, PyObject*) {
+  return guarded([] { return Py_BuildValue("s", std::string(coreai::cpu::capability()).c_str()); });
+}
+
+PyObject* set_cpu_capability(PyObject*, PyObject* name) {
+  const char* text = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (text == nullptr) return nullptr;
+  return guarded([&] {
+    coreai::cpu::set_capability(text);
+    return Py_BuildValue("");
+  });
+}
+
+PyMethodDef methods[] = {
+    {"build_info", &build_info, METH_NOARGS, "Compiler, instruction sets, torch version and CUDA architectures built."},
+    {"cpu_capability", &cpu_capability, METH_NOARGS,
+     "Instruction set in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run."},
+    {"set_cpu_capability", &set_cpu_capability, METH_O,
+     "Choose the instruction set of calls that begin from now on. RuntimeError if it cannot run."},
+    {},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Native CPU kernels of coreai_kernels. Importing it registers them with torch's dispatcher.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Native CPU kernels of coreai_kernels. Importing it registers them with torch's dispatcher.";
-  module.def("build_info", &build_info, "Compiler, instruction sets, torch version and CUDA architectures built.");
-  module.def("cpu_capability", &coreai::cpu::capability,
-             "Instruction set in use. RuntimeError if COREAI_CPU_CAPABILITY asks for one that cannot run.");
-  module.def("set_cpu_capability", &coreai::cpu::set_capability, pybind11::arg("name"),
-             "Choose the instruction set of calls that begin from now on. RuntimeError if it cannot run.");
-  module.attr("capture_functions") = pybind11::capsule(coreai::capture_functions(), coreai::kCaptureCapsule);
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  void* functions = const_cast<coreai::CaptureFunctions*>(coreai::capture_functions());
+  PyObject* capsule = PyCapsule_New(functions, coreai::kCaptureCapsule, nullptr);
+  if (capsule == nullptr || PyModule_AddObjectRef(module, "capture_functions", capsule) < 0) {
+    Py_XDECREF(capsule);
+    Py_DECREF(module);
+    return nullptr;
+  }
+  Py_DECREF(capsule);
+  return module;
 }

@@ -11,7 +11,5 @@ _spec = importlib.util.spec_from_file_location(
 _build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_build)
 
-setup(
-    ext_modules=[Extension("coreai_kernels._C", ["../csrc/bindings.cpp"], optional=True)],
-    cmdclass={"build_ext": _build.BuildNative},
-)
+_module = Extension("coreai_kernels._C", ["../csrc/bindings.cpp"], optional=True, py_limited_api=True)
+setup(ext_modules=[_module], cmdclass={"build_ext": _build.BuildNative})

@@ -17,10 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from coreai_kernels import native
+from coreai_kernels import libraries, native
 from coreai_opt import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
+
+MODULE = libraries.MODULE
+AUTOGRAD = libraries.autograd_library(torch.__version__, sys.version_info[:2])
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 needs_compiler = pytest.mark.skipif(
@@ -48,7 +51,7 @@ const CaptureFunctions* capture_functions() {
 }
 """
 
-MODULE = """
+AUTOGRAD_MODULE = """
 #include <pybind11/pybind11.h>
 PYBIND11_MODULE(_C_autograd, module) {}
 """
@@ -70,13 +73,13 @@ def make_tree(path: Path) -> Path:
         shutil.copy(ROOT / name, path / name)
     (path / "csrc/ops/captured.cpp").write_text(CAPTURED)
     (path / "csrc/autograd").mkdir()
-    (path / "csrc/autograd/module.cpp").write_text(MODULE)
+    (path / "csrc/autograd/module.cpp").write_text(AUTOGRAD_MODULE)
     for isa in ("generic", "avx2", "avx512", "neon"):
         (path / f"csrc/cpu/kernels_{isa}.cpp").write_text(KERNEL.replace("ISA", isa))
     (path / "kernels/coreai_kernels/ops").mkdir(parents=True)
     (path / "kernels/coreai_kernels/__init__.py").touch()
     (path / "kernels/coreai_kernels/ops/__init__.py").touch()
-    for name in ("native.py", "formats.py"):
+    for name in ("native.py", "formats.py", "libraries.py"):
         shutil.copy(ROOT / "kernels/coreai_kernels" / name, path / "kernels/coreai_kernels" / name)
     (path / "coreai_opt").mkdir()
     (path / "coreai_opt/__init__.py").touch()
@@ -85,8 +88,12 @@ def make_tree(path: Path) -> Path:
 
 
 def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = ("CXX", "COREAI_BUILD_NATIVE", "COREAI_BUILD_CUDA", "COREAI_CPU_CAPABILITY", "PYTHONPATH")
-    inherited = {name: value for name, value in os.environ.items() if name not in settings}
+    settings = ("CXX", "COREAI_CPU_CAPABILITY", "PYTHONPATH")
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in settings and not name.startswith(("COREAI_BUILD", "COREAI_AUTOGRAD"))
+    }
     result = subprocess.run(
         [sys.executable, *command],
         cwd=cwd,
@@ -156,7 +163,7 @@ class TestNativeBuild:
     def test_no_path_of_this_machine_in_the_binary(self, built):
         if shutil.which("readelf") is None:
             pytest.skip("no readelf")
-        (library,) = (built / "kernels/coreai_kernels").glob("_C.*.so")
+        library = built / "kernels/coreai_kernels" / MODULE
         dynamic = subprocess.run(
             ["readelf", "-d", library], capture_output=True, text=True, check=True
         ).stdout
@@ -167,8 +174,7 @@ class TestNativeBuild:
         install(built, tmp_path / "site")
         names = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
         assert {"coreai_opt/__init__.py", "coreai_opt/py.typed", "coreai_kernels/ops/__init__.py"} <= names
-        assert any(name.startswith("coreai_kernels/_C.") for name in names)
-        assert "coreai_kernels/_C_autograd.so" in names
+        assert {f"coreai_kernels/{name}" for name in (MODULE, AUTOGRAD)} <= names
         assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
         code = "from coreai_kernels import native; print(native.missing, native.autograd_missing)"
         assert ask(tmp_path / "site", code).stdout.split() == ["None", "None"]
@@ -177,39 +183,96 @@ class TestNativeBuild:
         tree = shutil.copytree(built, tmp_path / "tree")
         (tree / "csrc/cpu/kernels_generic.cpp").write_text("this is an error;\n")
         build_in_place(tree)
-        assert list((tree / "kernels/coreai_kernels").glob("_C.*.so")) == []
+        assert not (tree / "kernels/coreai_kernels" / MODULE).exists()
         report = json.loads((tree / "kernels/coreai_kernels/_build_report.json").read_text())
         assert "compile csrc/cpu/kernels_generic.cpp failed" in report["native"]["reason"]
         assert run(
             *("setup.py", "build_ext", "--inplace"), cwd=tree, check=False, COREAI_BUILD_NATIVE="require"
         ).returncode
 
+    def test_module_uses_the_limited_api_alone(self, built):
+        if shutil.which("nm") is None:
+            pytest.skip("no nm")
+        command = ["nm", "-D", "--undefined-only", built / "kernels/coreai_kernels" / MODULE]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        private = [name for name in symbols if name.startswith(("_Py", "__Py"))]
+        assert set(private) <= {"_Py_Dealloc", "_Py_NoneStruct"}  # what the limited API's macros come to
+
     def test_library_of_another_python_is_explained(self, built, tmp_path):
         folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
-        (library,) = folder.glob("_C.*.so")
-        library.rename(folder / "_C.cpython-399-x86_64-linux-gnu.so")
+        (folder / MODULE).rename(folder / "_C.cpython-399-x86_64-linux-gnu.so")
         result = ask(folder.parent, "from coreai_kernels import native; print(native.missing)")
         assert "built for another Python" in result.stdout
 
+    def test_libraries_of_other_names_do_not_outlive_a_build(self, built, tmp_path):
+        tree = shutil.copytree(built, tmp_path / "tree")
+        folder = tree / "kernels/coreai_kernels"
+        for name in ("_C.cpython-311-x86_64-linux-gnu.so", "_C_autograd-torch2.10-cp311.so"):
+            (folder / name).write_bytes(b"of an earlier build")
+        build_in_place(tree, COREAI_BUILD_NATIVE="require")
+        assert {path.name for path in folder.glob("*.so")} == {MODULE, AUTOGRAD}
+
     def test_library_that_does_not_load_is_explained(self, built, tmp_path):
         folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
-        (library,) = folder.glob("_C.*.so")
-        library.write_bytes(b"not a library")
+        (folder / MODULE).write_bytes(b"not a library")
         result = ask(folder.parent, "from coreai_kernels import native; print(native.missing)")
         assert "does not load beside torch" in result.stdout
         assert "To fix: pip install" in result.stdout
 
-    def test_autograd_library_is_loaded_beside_its_torch_only(self, built, tmp_path):
+    def test_autograd_library_is_loaded_beside_its_torch_and_python_only(self, built, tmp_path):
         folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
-        report = json.loads((folder / "_build_report.json").read_text())
-        assert report["autograd"] == {"built": True, "torch": torch.__version__}
-        report["autograd"]["torch"] = "2.10.0"
-        (folder / "_build_report.json").write_text(json.dumps(report))
-        # Loading it would be an error that is told.
-        (folder / "_C_autograd.so").write_bytes(b"not a library")
-        result = ask(folder.parent, "from coreai_kernels import native; print(native.autograd_missing)")
-        assert f"built for torch 2.10.0, and this is torch {torch.__version__}" in result.stdout
-        assert "To fix: pip install" in result.stdout
+        path = folder / "_build_report.json"
+        report = json.loads(path.read_text())
+        python = "{}.{}".format(*sys.version_info)
+        assert report["autograd"] == {"built": True, "torch": [torch.__version__], "python": [python]}
+        (folder / AUTOGRAD).rename(folder / "_C_autograd-torch2.9-cp310.so")
+        code = "from coreai_kernels import native; print(native.autograd_missing)"
+        assert "its file is gone" in ask(folder.parent, code).stdout
+        path.write_text(
+            json.dumps(report | {"autograd": {"built": True, "torch": ["2.9.1"], "python": ["3.10"]}})
+        )
+        said = ask(folder.parent, code).stdout
+        this = f"torch {torch.__version__} and Python {python}"
+        assert f"built for torch 2.9.1 and Python 3.10, and this is {this}" in said
+        assert "To fix: pip install" in said
+
+    def test_autograd_library_for_several_torches(self, built, tmp_path):
+        """What is built for another torch needs its headers only, and is there beside the installed one's."""
+        tree = shutil.copytree(built, tmp_path / "tree")
+        root = Path(torch.__file__).parent
+        other = tmp_path / "torch"
+        other.mkdir()
+        (other / "include").symlink_to(root / "include")
+        (other / "version.py").write_text("__version__ = '2.97.0'\n")
+        build_in_place(
+            tree, COREAI_BUILD_NATIVE="require", COREAI_AUTOGRAD_TORCHES=f"{other}{os.pathsep}{root}"
+        )
+        folder = tree / "kernels/coreai_kernels"
+        assert {path.name for path in folder.glob("_C_autograd*.so")} == {
+            AUTOGRAD,
+            AUTOGRAD.replace(libraries.torch_interface(torch.__version__), "2.97"),
+        }
+        assert json.loads((folder / "_build_report.json").read_text())["autograd"]["torch"] == [
+            "2.97.0",
+            torch.__version__,
+        ]
+        code = "from coreai_kernels import native; print(native.autograd.__file__)"
+        assert ask(folder.parent, code).stdout.strip().endswith(AUTOGRAD)
+
+
+@pytest.mark.parametrize(
+    ("version", "interface"),
+    [
+        ("2.13.0", "2.13"),
+        ("2.13.1+cpu", "2.13"),
+        ("2.14.1+cu130", "2.14"),
+        ("2.14.0a0+gitabc123", "2.14.0a0+gitabc123"),
+        ("2.15.0.dev20261101+cpu", "2.15.0.dev20261101+cpu"),
+        ("2.13.0+local.patch", "2.13.0+local.patch"),
+    ],
+)
+def test_releases_of_one_minor_version_run_each_others_code(version, interface):
+    assert libraries.torch_interface(version) == interface
 
 
 def test_install_without_a_compiler(tmp_path):

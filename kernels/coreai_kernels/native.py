@@ -1,18 +1,23 @@
 """The native extension, or the reason why it is not there.
 
 Importing this module loads ``coreai_kernels._C``, which registers the C++ kernels with torch's dispatcher,
-``_C_cuda.so`` beside a CUDA build of torch, and ``_C_autograd.so`` beside the torch it was built with.
+``_C_cuda.so`` beside a CUDA build of torch, and of autograd's libraries the one that was built for this torch
+and this Python.
 """
 
 import importlib
 import importlib.machinery
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+
+from .libraries import autograd_library, torch_interface
 
 __all__ = ["Missing", "autograd", "autograd_missing", "cuda_missing", "extension", "missing"]
 
@@ -70,24 +75,37 @@ def _load_cuda() -> Missing | None:
     # Not torch.cuda.is_available(): that starts the driver, after which a process cannot fork.
     if torch.version.cuda is None:
         return Missing(f"torch {torch.__version__} is not a CUDA build", "install a CUDA build of torch")
-    return _load_library("cuda", torch.ops.load_library)[1]
+    path = _FOLDER / "_C_cuda.so"
+    return _load_library("cuda", path, lambda: torch.ops.load_library(str(path)))[1]
 
 
 def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
-    # It uses what torch may change from version to version: whether it loads is no test of it.
-    built_with = (_report("autograd") or {}).get("torch", torch.__version__)
-    if built_with != torch.__version__:
-        cause = f"it was built for torch {built_with}, and this is torch {torch.__version__}"
-        return None, Missing(cause, _REINSTALL)
-    return _load_library("autograd", lambda _: importlib.import_module("coreai_kernels._C_autograd"))
+    # It uses what torch may change from version to version: whether another one loads would be no test of it.
+    python = sys.version_info[:2]
+    path = _FOLDER / autograd_library(torch.__version__, python)
+    entry = _report("autograd")
+    if not path.exists() and entry and entry["built"]:
+        torches = {torch_interface(version) for version in entry["torch"]}
+        this = f"{python[0]}.{python[1]}"
+        if torch_interface(torch.__version__) not in torches or this not in entry["python"]:
+            others = f"torch {', '.join(entry['torch'])} and Python {', '.join(entry['python'])}"
+            cause = f"it was built for {others}, and this is torch {torch.__version__} and Python {this}"
+            return None, Missing(cause, _REINSTALL)
+    return _load_library("autograd", path, lambda: _import_file("coreai_kernels._C_autograd", path))
 
 
-def _load_library(part: str, load: Callable[[str], Any]) -> tuple[Any, Missing | None]:
-    path = _FOLDER / f"_C_{part}.so"
+def _import_file(name: str, path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))  # type: ignore[arg-type]
+    loader.exec_module(module)
+    return module
+
+
+def _load_library(part: str, path: Path, load: Callable[[], Any]) -> tuple[Any, Missing | None]:
     if not path.exists():
         return None, _reported(part)
     try:
-        return load(str(path)), None
+        return load(), None
     except (ImportError, OSError) as error:
         cause = f"it does not load beside torch {torch.__version__}: {error}"
         return None, Missing(cause, _REINSTALL, broken=True)

@@ -1,0 +1,30 @@
+"""Names of the compiled libraries, for the build and for :mod:`coreai_kernels.native`.
+
+Imports nothing of the package: ``setup.py`` runs this file by itself.
+"""
+
+import re
+
+__all__ = ["MODULE", "autograd_library", "torch_interface"]
+
+MODULE = "_C.abi3.so"
+"""On the stable interfaces of CPython and of torch: one file for every version of both."""
+
+
+def torch_interface(version: str) -> str:
+    """Return what torches that run each other's C++ code have in common: ``"2.13"`` of every release 2.13.x.
+
+    A version that is no release, such as ``"2.14.0a0+git1234"``, is alike to itself alone.
+    """
+    release = re.fullmatch(r"(\d+\.\d+)(\.\d+)*(\+(cpu|cu\d+|rocm[\d.]+|xpu))?", version)
+    return release[1] if release else version
+
+
+def autograd_library(torch: str, python: tuple[int, int]) -> str:
+    """Return the file of autograd's library, e.g. ``"_C_autograd-torch2.13-cp311.so"``.
+
+    Args:
+        torch: A torch version, such as ``"2.13.0+cpu"``.
+        python: Major and minor version of CPython.
+    """
+    return f"_C_autograd-torch{torch_interface(torch)}-cp{python[0]}{python[1]}.so"
