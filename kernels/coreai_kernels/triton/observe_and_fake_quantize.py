@@ -36,8 +36,8 @@ __all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "register_
 _LARGEST_RUN = 128 * 1024
 _LARGEST_BLOCK = 64 * 1024
 
-# Elements of the largest tile that has both ways to divide: 16 of each of 512 threads. With 32 of them the
-# compiler runs out of registers on some GPUs.
+# Elements of the largest run of memory that has both ways to divide: 16 of each of 512 threads. With 32 of
+# them the compiler runs out of registers on some GPUs.
 _MOST_BY_PRODUCTS = tl.constexpr(8192)
 _E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 
@@ -151,7 +151,7 @@ def register_tile(
         CONFIG.format,
         ZERO_POINT,
         OFFSET,
-        CONFIG.short_bounds and SHAPE.depth * SHAPE.blocks * SHAPE.run <= _MOST_BY_PRODUCTS,
+        CONFIG.short_bounds and (SHAPE.depth > 1 or SHAPE.blocks * SHAPE.run <= _MOST_BY_PRODUCTS),
         CONFIG.scale_format == _E8M0,
         0 if SHAPE.blocks == 1 else 3,
         True,
