@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from coreai_opt import ExportBackend
+from coreai_opt.palettization import KMeansPalettizer
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, QuantizerConfig
 from coreai_opt.quantization.config.quantization_config import KVCacheQuantConfig, OpQuantizerConfig
 from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity
@@ -284,6 +286,19 @@ def recurrent_head() -> Probe:
 @probe
 def single_elements() -> Probe:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1)), (x(1, 4),), QuantizerConfig()
+
+
+@probe
+def one_by_one() -> Probe:
+    return nn.Sequential(nn.Linear(1, 1)), (x(1, 1),), QuantizerConfig()
+
+
+@probe
+def palettized() -> Probe:
+    model, inputs = mlp().eval(), (x(2, 4),)
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare(inputs)
+    return palettizer.finalize(backend=ExportBackend.CoreAI), inputs, QuantizerConfig()
 
 
 @probe
