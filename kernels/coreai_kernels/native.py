@@ -84,7 +84,8 @@ def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
     python = sys.version_info[:2]
     path = _FOLDER / autograd_library(torch.__version__, python)
     entry = _report("autograd")
-    if not path.exists() and entry and entry["built"]:
+    # The report of an earlier version, beside sources that are newer, names no Pythons.
+    if not path.exists() and entry and entry["built"] and "python" in entry:
         torches = {torch_interface(version) for version in entry["torch"]}
         this = f"{python[0]}.{python[1]}"
         if torch_interface(torch.__version__) not in torches or this not in entry["python"]:
