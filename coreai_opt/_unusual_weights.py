@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from coreai_opt._utils.config_utils import original_type, qualified_name
 from coreai_opt.quantization.spec import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
 
-__all__ = ["UnusualWeight", "quantized", "unusual_weights"]
+__all__ = ["UnusualWeight", "attention_weights", "quantized", "unusual_weights"]
 
 # Of GPT-2 and its like: a linear layer whose weight is [inputs, outputs].
 _TRANSPOSED_LINEAR = "transformers.pytorch_utils.Conv1D"
@@ -22,12 +22,15 @@ class UnusualWeight(NamedTuple):
         attribute: its name there.
         weight: the parameter.
         input_axis: 0, 1 or 2.
+        factors: how many arguments of the module's forward it, or a part of it, is multiplied with: from the
+            first on. 0 where these are not the forward's arguments.
     """
 
     module_name: str
     attribute: str
     weight: Tensor
     input_axis: int
+    factors: int = 1
 
 
 def unusual_weights(model: nn.Module) -> Iterator[UnusualWeight]:
@@ -38,7 +41,20 @@ def unusual_weights(model: nn.Module) -> Iterator[UnusualWeight]:
         elif name.rpartition(".")[2] == "experts":
             for attribute, tensor in module.named_parameters(recurse=False):
                 if tensor.dim() == 3 and tensor.is_floating_point():
-                    yield UnusualWeight(name, attribute, tensor, 1 if _is_transposed(module) else 2)
+                    # Which operations experts run depends on the data: their activations stay as they are.
+                    yield UnusualWeight(name, attribute, tensor, 1 if _is_transposed(module) else 2, 0)
+
+
+def attention_weights(model: nn.Module) -> Iterator[UnusualWeight]:
+    """The projections of ``nn.MultiheadAttention``, which reads them within one operation of torch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+                weight = getattr(module, attribute)
+                if weight is not None:
+                    yield UnusualWeight(name, attribute, weight, 1, 3)
+            # Of a layer that is never called.
+            yield UnusualWeight(f"{name}.out_proj".lstrip("."), "weight", module.out_proj.weight, 1, 0)
 
 
 def _is_transposed(module: Any) -> bool:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from coreai_opt import _left_out
 from coreai_opt._call_inputs import Inputs, read_inputs
-from coreai_opt._unusual_weights import UnusualWeight, quantized, unusual_weights
+from coreai_opt._unusual_weights import UnusualWeight, attention_weights, quantized, unusual_weights
 from coreai_opt._utils.config_utils import did_you_mean
 from coreai_opt.base_model_compressor import _BaseModelCompressor
 from coreai_opt.common import ExportBackend
@@ -133,7 +133,8 @@ def quantize(
         config = QuantizerConfig(global_config=_scheme(scheme), execution_mode=ExecutionMode.EAGER)
         for each in (*_left_out.norm_types(model), *_left_out.embedding_types(model)):
             config.set_module_type(each, None)
-        _add_unusual_weights(model, config, _quantized_entry(_scheme(scheme)))
+        weights = [*unusual_weights(model), *attention_weights(model)]
+        _add_unusual_weights(model, weights, config, _quantized_entry(_scheme(scheme)))
         _leave_out_routers_and_head(model, config, head, _scheme)
     else:
         config = _copied(scheme, QuantizerConfig, "scheme", head)
@@ -184,7 +185,7 @@ def prune(
         config = _copied(amount, MagnitudePrunerConfig, "amount", head)
     else:
         config = MagnitudePrunerConfig(global_config=_pruned(amount))
-        _add_unusual_weights(model, config, _pruned_entry(amount))
+        _add_unusual_weights(model, unusual_weights(model), config, _pruned_entry(amount))
         _leave_out_routers_and_head(model, config, head, _pruned)
         if isinstance(amount, str):
             _leave_out(model, config, _undivided(model, int(amount.partition(":")[2])))
@@ -230,7 +231,7 @@ def palettize(
         ungrouped = _ungrouped(model)
         for pattern in _left_out.patterns(model, ungrouped):
             config.set_module_name(pattern, _palettized(n_bits, in_groups=False))
-        _add_unusual_weights(model, config, _palettized_entry(n_bits))
+        _add_unusual_weights(model, unusual_weights(model), config, _palettized_entry(n_bits))
         in_groups = _left_out.find_head(model) not in ungrouped
         _leave_out_routers_and_head(model, config, head, lambda given: _palettized(given, in_groups))
     _apply_filter(model, config, filter_fn)
@@ -310,16 +311,17 @@ def _ungrouped(model: nn.Module) -> list[str]:
 
 def _add_unusual_weights(
     model: nn.Module,
+    found: Iterable[UnusualWeight],
     config: CompressionConfig[Any],
     entry: Callable[[dict[str, UnusualWeight]], ModuleCompressionConfig[Any, Any]],
 ) -> None:
     """Configure the weights that no operation reads as its weight, by the modules that hold them."""
     by_module: dict[str, dict[str, UnusualWeight]] = {}
-    for each in unusual_weights(model):
+    for each in found:
         by_module.setdefault(each.module_name, {})[each.attribute] = each
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for name, found in by_module.items():
-        form = tuple((each.attribute, each.weight.dim(), each.input_axis) for each in found.values())
+    for name, weights in by_module.items():
+        form = tuple(each._replace(module_name="", weight=each.weight.dim()) for each in weights.values())
         groups.setdefault(form, []).append(name)
     for names in groups.values():
         for pattern in _left_out.patterns(model, names):
@@ -333,15 +335,14 @@ def _quantized_entry(
     received, returned = ((each or {}).get("*") for each in (scheme.op_input_spec, scheme.op_output_spec))
 
     def entry(found: dict[str, UnusualWeight]) -> ModuleQuantizerConfig:
-        # Which operations experts run depends on the data: their activations stay as they are.
-        has_activations = all(each.weight.dim() == 2 for each in found.values())
+        factors = range(max(each.factors for each in found.values()))
         return ModuleQuantizerConfig(
             op_input_spec=None,
             op_output_spec=None,
             op_state_spec=None,
             module_state_spec={name: quantized(each, spec) for name, each in found.items()},
-            module_input_spec={0: received} if has_activations and received is not None else None,
-            module_output_spec={0: returned} if has_activations and returned is not None else None,
+            module_input_spec=None if received is None else dict.fromkeys(factors, received) or None,
+            module_output_spec={0: returned} if factors and returned is not None else None,
         )
 
     return entry

@@ -200,8 +200,9 @@ def test_keyword_only_input_reaches_the_model():
     )
     assert (model(**inputs) - expected(**inputs)).abs().max() < 10
     graph = QuantizerConfig(execution_mode="graph")
-    with pytest.raises(ValueError, match="value, extra by keyword only"):
-        coreai_opt.quantize(Added(), inputs, graph)
+    output = expected(**inputs)
+    model, _ = coreai_opt.quantize(expected, inputs, graph)
+    assert (model(**inputs) - output).abs().max() < 10
 
 
 def test_calibration_sees_the_batches():
@@ -296,3 +297,31 @@ def test_errors_name_the_argument(call, error, message):
 
 def test_functions_load_on_first_use():
     assert {"quantize", "prune", "palettize"} <= set(dir(coreai_opt))
+
+
+@pytest.mark.parametrize("scheme", ["w4", "w8a8"])
+def test_projections_of_attention_are_quantized(scheme):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 7, 64)
+    expected = model(x).detach()
+    model, quantizer = coreai_opt.quantize(model, x, scheme)
+    left_out = {each.name for each in quantizer.summary().tensors if each.simulator is None}
+    assert all("norm" in name or "bias" in name for name in left_out)
+    with quantizer.training_mode():
+        model(x).sum().backward()
+    assert model.layers[0].self_attn.parametrizations.in_proj_weight.original.grad.abs().sum() > 0
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0, atol=0.3)
+
+
+def test_attention_with_three_inputs_is_quantized():
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(64, 4, kdim=32, vdim=48, batch_first=True).eval()
+    inputs = torch.randn(2, 7, 64), torch.randn(2, 5, 32), torch.randn(2, 5, 48)
+    expected = model(*inputs)[0].detach()
+    model, _ = coreai_opt.quantize(model, inputs, "w8a8")
+    weights = {"q_proj_weight", "k_proj_weight", "v_proj_weight"}
+    assert set(model.parametrizations) == weights
+    assert set(model.out_proj.parametrizations) == {"weight"}
+    torch.testing.assert_close(model(*inputs)[0], expected, rtol=0, atol=0.02)
