@@ -238,4 +238,4 @@ def test_benchmark(tmp_path: Path) -> None:
         torch.set_num_threads(threads)
     rows = json.loads(out.read_text())["results"]
     assert [row["case"] for row in rows] == list(benchmark.CASES)
-    assert all(row["ours"] > 0 and row["torchao"] > 0 for row in rows)
+    assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())

@@ -90,7 +90,9 @@ class TestMark:
         made = compressor(model)
         made.prepare((X,))
         made.finalize(backend=ExportBackend.Torch)
-        assert set(model.__dict__) == before
+        # The quantizer's activations go on being simulated: what they are from is needed to save them.
+        assert set(model.__dict__) - before <= {"_coreai_opt_finalized"}
+        assert before <= set(model.__dict__)
         hooks = ("_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
         assert not any(getattr(model, name) for name in hooks)
 

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import coreai_opt
+from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
 from coreai_opt.quantization.post_training import GPTQ
 from coreai_opt.quantization.post_training import gptq as gptq_module
 from coreai_opt.quantization.post_training._layers import Columns
+from coreai_opt.quantization.spec import PerChannelGranularity
 from tests.coreai_opt.post_training.models import batches, loss_of, prepared, tokens, trained
 
 
@@ -274,11 +276,15 @@ def test_layers_that_no_batch_reaches_are_named(caplog: pytest.LogCaptureFixture
 
 
 def test_other_operations_stay_as_they_are_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ConvTranspose2d(4, 4, 2))
-    _, quantizer = prepared(model, torch.randn(1, 4, 5, 5), block=None)
-    found = quantizer.calibrate(torch.randn(8, 4, 5, 5), "gptq")
-    assert list(found) == ["1.weight"]
-    assert "GPTQ left 1.weight as it was" in caplog.text
+    model = nn.Sequential(nn.Embedding(8, 16), nn.Linear(16, 4))
+    ids = torch.arange(8)
+    spec = QuantizationSpec(dtype="int4", granularity=PerChannelGranularity(axis=None))
+    entry = ModuleQuantizerConfig(op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec})
+    quantizer = Quantizer(model, QuantizerConfig(global_config=entry, execution_mode="eager"))
+    quantizer.prepare((ids,))
+    found = quantizer.calibrate([ids, ids.flip(0)], "gptq")
+    assert list(found) == ["0.weight"]
+    assert "GPTQ left 0.weight as it was" in caplog.text
 
 
 def test_clear_errors() -> None:
@@ -303,10 +309,6 @@ def test_clear_errors() -> None:
     unprepared = coreai_opt.quantization.Quantizer(nn.Sequential(nn.Linear(16, 4)))
     with pytest.raises(RuntimeError, match="not prepared"):
         unprepared.calibrate(x, "gptq")
-    graph = coreai_opt.quantization.Quantizer(nn.Sequential(nn.Linear(16, 4)))
-    graph.prepare((x,))
-    with pytest.raises(NotImplementedError, match="prepared in eager mode"):
-        graph.calibrate(x, "gptq")
     with pytest.raises(ValueError, match="damping"):
         GPTQ(damping=0)
 
