@@ -321,7 +321,7 @@ def _add_unusual_weights(
         by_module.setdefault(each.module_name, {})[each.attribute] = each
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, weights in by_module.items():
-        form = tuple(each._replace(module_name="", weight=each.weight.dim()) for each in weights.values())
+        form = tuple((each.attribute, each.weight.dim(), *each[3:]) for each in weights.values())
         groups.setdefault(form, []).append(name)
     for names in groups.values():
         for pattern in _left_out.patterns(model, names):
