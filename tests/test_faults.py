@@ -1,10 +1,18 @@
-"""What goes wrong around training: a disk that is full, losses that are not finite."""
+"""What goes wrong around training: killed processes, full disks, no memory, losses that overflow, threads."""
 
+import copy
 import multiprocessing
 import os
+import random
 import resource
 import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,29 +23,106 @@ from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMag
 from coreai_opt.pruning.config import PolynomialDecaySchedule
 from coreai_opt.pruning.spec import PruningSpec
 from coreai_opt.quantization import Quantizer, QuantizerConfig
+from tests.kernels.support import assert_same_bits
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="needs processes that share what was imported"
+)
 
 STEPS = 40
 
 
-def batch() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
     return torch.randn(8, 16, generator=generator), torch.randint(0, 4, (8,), generator=generator)
 
 
 def prepared() -> tuple[nn.Module, MagnitudePruner, Quantizer]:
-    torch.manual_seed(0)
-    model: nn.Module = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+    model = network()
     entry = ModuleMagnitudePrunerConfig(
         op_state_spec={"weight": PruningSpec(target_sparsity=0.5)},
         sparsity_schedule=PolynomialDecaySchedule(total_iters=STEPS),
     )
     pruner = MagnitudePruner(model, MagnitudePrunerConfig(global_config=entry))
-    pruner.prepare(batch()[:1])
+    pruner.prepare(batch(0)[:1])
     quantizer = Quantizer(model, QuantizerConfig(execution_mode="eager"))
-    return quantizer.prepare(batch()[:1]), pruner, quantizer
+    return quantizer.prepare(batch(0)[:1]), pruner, quantizer
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def steps_of(pruner: MagnitudePruner) -> int:
+    steps: int = pruner.state_dict()["step_count"]
+    return steps
+
+
+def train(model: nn.Module, pruner: MagnitudePruner, quantizer: Quantizer, path: Path) -> None:
+    """From the step that the pruner is at to the last one, with a checkpoint after each."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with quantizer.training_mode():
+        for step in range(steps_of(pruner), STEPS):
+            inputs, labels = batch(step)
+            nn.functional.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.step()
+            coreai_opt.save_checkpoint(model, path)
+
+
+def forked(work: Callable[..., None], *args: Any) -> Any:
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def end_as_if_not_killed(folder: Path) -> int:
+    """Train in processes that are killed at random moments; return how many were. The caller never trains."""
+    whole = forked(train, *prepared(), folder / "whole.safetensors")
+    whole.join()
+    expected = coreai_opt.load_checkpoint(network(), folder / "whole.safetensors").model.state_dict()
+    path = folder / "killed" / "model.safetensors"
+    path.parent.mkdir()
+    choose, kills = random.Random(1), 0
+    state: Any = prepared()
+    for _ in range(200):
+        if steps_of(state[1]) == STEPS:
+            break
+        process = forked(train, *state, path)
+        process.join(choose.uniform(0.05, 0.4))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+            process.join()
+        if path.exists():
+            before = steps_of(state[1])
+            model, compressors = coreai_opt.load_checkpoint(network(), path)
+            state = (model, *compressors)
+            assert steps_of(state[1]) >= before
+    found = state[0].state_dict()
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert_same_bits(found[name], value, name)
+    return kills
+
+
+def test_killed_while_it_trains_and_saves(tmp_path: Path) -> None:
+    """Whenever it is killed, a whole checkpoint is there; training from it ends as if nothing had been."""
+    # In a process of its own: one that has computed gradients cannot be forked and go on with that.
+    program = (
+        f"import sys, pathlib; from {__name__} import end_as_if_not_killed; "
+        "print(end_as_if_not_killed(pathlib.Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 0
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
     model, pruner, _ = prepared()
@@ -54,8 +139,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
             os._exit(3)
         os._exit(0)
 
-    process = multiprocessing.get_context("fork").Process(target=save)
-    process.start()
+    process = forked(save)
     process.join()
     assert process.exitcode == 3
     assert path.read_bytes() == content
@@ -68,7 +152,7 @@ def test_a_loss_that_overflows_changes_no_weight() -> None:
     model, pruner, quantizer = prepared()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    inputs, labels = batch()
+    inputs, labels = batch(0)
     with quantizer.training_mode():
         for factor in (1.0, float("inf"), float("nan"), 1.0):
             before = {name: each.detach().clone() for name, each in model.named_parameters()}
@@ -82,3 +166,80 @@ def test_a_loss_that_overflows_changes_no_weight() -> None:
             assert changed == (factor == 1.0)
     assert all(value.isfinite().all() for value in model.state_dict().values() if value.is_floating_point())
     assert scaler.get_scale() == 256.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_memory_that_ends_in_a_forward_leaves_the_simulator_as_it_was() -> None:
+    """A forward that cannot have its output raises, and neither ranges nor scales move."""
+    quantizer = Quantizer(nn.Sequential(nn.Linear(4, 4)), QuantizerConfig(execution_mode="eager"))
+    model = quantizer.prepare((torch.randn(2, 4),))
+    large = torch.randn(1 << 22, 4)
+
+    def run() -> None:
+        with quantizer.training_mode():
+            model(torch.randn(2, 4))
+            before = copy.deepcopy(model.state_dict())
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            limit = used + (16 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            with pytest.raises(RuntimeError):
+                model(large)
+            same = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        os._exit(0 if same else 5)
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("needs /proc")
+    process = forked(run)
+    process.join()
+    assert process.exitcode == 0
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run ``work`` at the same time, and raise what any of them raises."""
+    errors: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_in_threads_of_their_own(tmp_path: Path) -> None:
+    """Four trainings at once end as one does."""
+    start = prepared()
+    states = [copy.deepcopy(start) for _ in range(4)]
+    train(*start, tmp_path / "alone.safetensors")
+    in_threads(4, lambda index: train(*states[index], tmp_path / f"{index}.safetensors"))
+    for model, *_ in states:
+        for name, value in start[0].state_dict().items():
+            assert_same_bits(model.state_dict()[name], value, name)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_model_in_several_threads() -> None:
+    """Forwards and gradients of a model whose ranges stand still are those of one thread."""
+    model, _, quantizer = prepared()
+    with quantizer.training_mode():
+        model(batch(0)[0])
+    model.eval()
+    expected = [model(batch(step)[0]).detach() for step in range(50)]
+
+    def work(index: int) -> None:
+        for step in range(50):
+            inputs = batch(step)[0].requires_grad_()
+            output = model(inputs)
+            assert_same_bits(output.detach(), expected[step], f"thread {index}, {step}")
+            torch.autograd.grad(output.sum(), inputs)
+            time.sleep(0)
+
+    in_threads(4, work)
