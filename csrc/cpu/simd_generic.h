@@ -69,7 +69,11 @@ struct Simd {
   static COREAI_HD F as_float(I a) { return {reinterpret_cast<F4>(a.half[0]), reinterpret_cast<F4>(a.half[1])}; }
   static COREAI_HD I iand(I a, I b) { return {a.half[0] & b.half[0], a.half[1] & b.half[1]}; }
   static COREAI_HD I ior(I a, I b) { return {a.half[0] | b.half[0], a.half[1] | b.half[1]}; }
-  static COREAI_HD I iadd(I a, I b) { return {a.half[0] + b.half[0], a.half[1] + b.half[1]}; }
+  // Wraps around, as the instructions of the other sets do.
+  static COREAI_HD I iadd(I a, I b) {
+    return {reinterpret_cast<I4>(reinterpret_cast<U4>(a.half[0]) + reinterpret_cast<U4>(b.half[0])),
+            reinterpret_cast<I4>(reinterpret_cast<U4>(a.half[1]) + reinterpret_cast<U4>(b.half[1]))};
+  }
   static COREAI_HD I imax(I a, I b) { return iselect({a.half[0] > b.half[0], a.half[1] > b.half[1]}, a, b); }
   static COREAI_HD I imin(I a, I b) { return iselect({a.half[0] < b.half[0], a.half[1] < b.half[1]}, a, b); }
   template <int kBits>
