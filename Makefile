@@ -24,7 +24,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count
+.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count sanitize
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make docs       the documentation as a site, in build/site; a broken link is an error'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make count      instructions of kernels and calls, against committed figures; needs valgrind'
+	@echo 'make sanitize   kernels under sanitizers and valgrind: some ten minutes'
 	@echo 'make fuzz       random calls and sequences of actions against the reference and Apple; FUZZ=100 for hours'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
 	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
@@ -96,6 +97,10 @@ bench: $(NATIVE)
 # A guard against slowing down that needs no clock. Debian: apt install valgrind
 count: $(NATIVE)
 	@$(BIN)/python -m benchmarks.instructions $(COUNT_FLAGS)
+
+# AddressSanitizer, UBSan, ThreadSanitizer, valgrind. Debian: apt install g++ valgrind
+sanitize: $(SETUP)
+	PYTHON=$(CURDIR)/$(BIN)/python .ci/sanitize
 
 # Random calls of kernels and sequences of actions, other ones each time; FUZZ=20 takes twenty times as long.
 FUZZ ?= 10

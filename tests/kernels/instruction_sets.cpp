@@ -4,11 +4,13 @@
 // an emulator, with what x86-64's generic code gives, which the tests compare with the reference.
 //
 //   instruction_sets SET [CASES]
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/dispatch.h"
@@ -16,16 +18,34 @@
 #include "cpu/kernels.h"
 
 namespace coreai::cpu {
+#if defined(COREAI_TEST_THREADS)
+// Threads for every piece of `grain` items, all at once: what they share, a sanitizer sees.
+void parallel(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  std::vector<std::thread> pool;
+  const int64_t pieces = std::min<int64_t>(COREAI_TEST_THREADS, (end - begin + grain - 1) / grain);
+  const int64_t piece = ((end - begin + grain - 1) / grain + pieces - 1) / pieces * grain;
+  for (int64_t at = begin; at < end; at += piece) pool.emplace_back(body, at, std::min(at + piece, end), context);
+  for (std::thread& thread : pool) thread.join();
+}
+int64_t threads() { return COREAI_TEST_THREADS; }
+#else
 void parallel(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
   body(begin, end, context);
 }
 int64_t threads() { return 1; }
+#endif
 }  // namespace coreai::cpu
 
 using namespace coreai;
 using namespace coreai::cpu;
 
 namespace {
+
+#if defined(COREAI_TEST_THREADS)
+constexpr int64_t kEnlarged = 64;  // tensors that are worth several threads
+#else
+constexpr int64_t kEnlarged = 1;
+#endif
 
 uint64_t state = 1;
 
@@ -138,6 +158,7 @@ Layout any_layout() {
   }
   if (axes == 1) shape[0] *= pick(1, 9);
   if (axes == 2) shape[pick(0, 1)] *= pick(1, 4);
+  shape[0] *= kEnlarged;
   for (size_t i = static_cast<size_t>(axes); i-- > 1;)
     std::swap(order[i], order[static_cast<size_t>(chance(3) ? pick(0, static_cast<int64_t>(i)) : static_cast<int64_t>(i))]);
   for (int i = 0; i < axes; ++i) {
@@ -275,7 +296,7 @@ void quantization(const Kernels& k) {
 void masks(const Kernels& k) {
   const Element e = static_cast<Element>(pick(0, 3));
   const int m = static_cast<int>(pick(2, 32)), n = static_cast<int>(pick(1, m));
-  const int64_t inner = chance(2) ? 1 : pick(1, 70), blocks = pick(1, 60), numel = blocks * m * inner;
+  const int64_t inner = chance(2) ? 1 : pick(1, 70), blocks = pick(1, 60) * kEnlarged, numel = blocks * m * inner;
   const Bytes x = elements(e, numel, chance(2), 1.0f);
   Bytes y(x.size());
   k.nm_mask({e, x.data(), y.data(), blocks, inner, n, m});
