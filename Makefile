@@ -24,7 +24,8 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 # The pinned versions hold for everything that pip installs below, build tools included.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count sanitize
+.PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count \
+	sanitize wheels
 .DELETE_ON_ERROR:
 
 help:
@@ -42,6 +43,7 @@ help:
 	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
 	@echo 'make neon-check kernels for Arm, cross-compiled and emulated, beside generic ones: the same bits'
 	@echo 'make neon-tests tests with an emulated aarch64 Python and torch   PYTEST_FLAGS=FILES selects'
+	@echo 'make wheels     wheels for x86-64 and aarch64 Linux, or for this Mac, into dist; installed and tried out'
 	@echo 'make build      set up .venv and build the native extension in place'
 	@echo 'make doctor     what is installed and which backends run'
 	@echo 'make clean      remove build products (distclean: the environments, too)'
@@ -153,6 +155,13 @@ neon-tests: PYTEST_FLAGS = tests/kernels/test_columns.py
 neon-tests: $(SETUP)
 	PYTHON=$(CURDIR)/$(BIN)/python tests/kernels/arm_emulation $(PYTEST_FLAGS)
 
+# Wheels of both distributions, and what a user does with one. Debian, for the second architecture:
+# apt install g++-aarch64-linux-gnu
+WHEEL_ARCHS ?= $(if $(filter Darwin,$(shell uname -s)),arm64,x86_64 aarch64)
+wheels: $(SETUP)
+	$(BIN)/python tools/wheels.py --arch $(WHEEL_ARCHS) $(WHEEL_FLAGS)
+	$(BIN)/python tools/try_wheel.py $(TRY_FLAGS)
+
 # torch comes first and alone: with it in place no other requirement can pull in another build of it.
 $(SETUP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -175,7 +184,7 @@ $(ORACLE): | $(SETUP)
 	@touch $@
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache $(NATIVE)
+	rm -rf build dist kernels/build *.egg-info kernels/*.egg-info .mypy_cache .pytest_cache .ruff_cache $(NATIVE)
 	rm -f kernels/coreai_kernels/_build_report.json kernels/coreai_kernels/*.so
 	find coreai_opt kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
