@@ -23,7 +23,7 @@ from torch.overrides import _pop_mode, _push_mode
 
 from coreai_opt.config.spec.compression_simulator import CallCountingMode, is_simulating
 from coreai_opt.quantization._eager.call_sites import CallGroup, Origin, Site, origin_of
-from coreai_opt.quantization._eager.operations import as_method, computes_floats
+from coreai_opt.quantization._eager.operations import as_method, is_counted
 
 __all__ = ["WITH_SHORTCUT", "Hook", "LeafHook", "ScopeHook", "install", "is_intercepting", "remove_hooks"]
 
@@ -117,7 +117,7 @@ class _Interception(CallCountingMode):
             func, args = as_method(func, args)
         if frame is not None and not is_simulating():
             group = frame.groups.get(func)
-            if group is not None and computes_floats(args, kwargs):
+            if group is not None and is_counted(func, args, kwargs):
                 compiling = torch.compiler.is_compiling()
                 site = frame.site(group) if compiling else frame.site_at(group, sys._getframe(1))
                 if site is not None:

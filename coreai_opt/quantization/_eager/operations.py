@@ -17,8 +17,8 @@ __all__ = [
     "OPERATIONS",
     "argument_name",
     "as_method",
-    "computes_floats",
     "function_name",
+    "is_counted",
     "is_in_place",
 ]
 
@@ -101,12 +101,14 @@ def as_method(function: Function, args: tuple[Any, ...]) -> tuple[Function, tupl
     return (method, (args[1], args[0])) if method in (Tensor.add, Tensor.mul) else (function, args)
 
 
-def computes_floats(args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> bool:
-    """Whether a call has operands that are no integers.
+def is_counted(function: Function, args: Iterable[Any], kwargs: Mapping[str, Any] | None) -> bool:
+    """Whether a call is one of those of its operation that are counted: unless it is arithmetic of integers.
 
-    Calls on positions and masks alone are none to simulate. Models make them or not, as inputs, caches and
-    masks are given, so that they do not count among the calls of an operation.
+    Arithmetic on positions and masks alone gives nothing to simulate. Models do it or not, as inputs, caches
+    and masks are given. Of other functions that is not known: ``ids / 3`` and ``ids.float()`` give floats.
     """
+    if function not in FUNCTIONS:
+        return True
     values = args if not kwargs else (*args, *kwargs.values())
     return any(
         each.is_floating_point() if isinstance(each, Tensor) else isinstance(each, float) for each in values

@@ -17,12 +17,7 @@ from coreai_opt._transposed_weights import is_product, is_transposition
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.export.parametrized import FinalizedWeight
 from coreai_opt.quantization._eager.call_sites import Origin, origin_of
-from coreai_opt.quantization._eager.operations import (
-    FUNCTIONS,
-    argument_name,
-    computes_floats,
-    function_name,
-)
+from coreai_opt.quantization._eager.operations import FUNCTIONS, argument_name, function_name, is_counted
 
 __all__ = [
     "Call",
@@ -86,7 +81,7 @@ class Call:
         function: the function, as torch reports it.
         operation: its name.
         index: how many calls of the operation came before it in the forward.
-        position: how many of these compute with floating-point numbers; None if it does not itself.
+        position: how many of these are counted (``is_counted``); None if it is not itself.
         operands: the tensors it receives.
         results: identity and device of each tensor it returns, None for what no simulator can serve.
     """
@@ -112,7 +107,7 @@ class ModuleTrace:
         module: the module.
         name: its name in the model.
         calls: those that may get simulators, by their labels.
-        counts: how often a forward calls each operation on floating-point numbers.
+        counts: how often a forward calls each operation, by those calls that are counted.
         origins: where in the source these calls are.
     """
 
@@ -149,11 +144,11 @@ class _Frame:
         self.counts: dict[str, int] = {}
         self.origins: dict[str, list[Origin | None]] = {}
 
-    def count(self, operation: str, frame: FrameType, is_floating: bool) -> tuple[int, int | None]:
-        """The number of calls before this one, which ``frame`` makes: of all, and of those with floats."""
+    def count(self, operation: str, frame: FrameType, counted: bool) -> tuple[int, int | None]:
+        """The number of calls before this one, which ``frame`` makes: of all, and of the counted."""
         index = self.counts.get(operation, 0)
         self.counts[operation] = index + 1
-        if not is_floating:
+        if not counted:
             return index, None
         origins = self.origins.setdefault(operation, [])
         origins.append(origin_of(frame, self.caller))
@@ -198,7 +193,7 @@ class _Recorder(TorchFunctionMode):
         if operation is None:
             return result
         frame = self.frames[-1]
-        index, position = frame.count(operation, sys._getframe(1), computes_floats(args, kwargs))
+        index, position = frame.count(operation, sys._getframe(1), is_counted(func, args, kwargs))
         operands = self._operands(func, args, kwargs)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if func not in FUNCTIONS and not frame.is_bounded:

@@ -1,5 +1,7 @@
 """Which simulators a configuration puts where."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,3 +328,15 @@ def test_modules_that_are_not_called_have_none() -> None:
     model.spare = nn.Linear(8, 8)
     _, model = prepared(model, X)
     assert not any(slot.startswith("spare") for slot in slots(model))
+
+
+@pytest.mark.parametrize("made", [lambda ids: ids / 3, lambda ids: ids.float()], ids=["div", "float"])
+def test_floats_made_of_integers_are_simulated_where_a_module_returns_them(made: Any) -> None:
+    class Made(nn.Module):
+        def forward(self, ids: Tensor) -> Tensor:
+            return made(ids)  # type: ignore[no-any-return]
+
+    ids = torch.arange(64).reshape(8, 8)
+    entry = ModuleQuantizerConfig(**OFF, module_output_spec={0: activation()})
+    _, model = prepared(nn.Sequential(Made()), ids, config=eager(module_name_configs={"0": entry}))
+    assert not torch.equal(model(ids), made(ids))
