@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.func import functional_call
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from coreai_kernels.wide import widened
 from coreai_opt.config.spec.storage import is_off
@@ -118,6 +119,49 @@ class Prober:
         """The damage with the weights of these layers replaced."""
         with self._replaced(weights):
             return damage_of(self.metric, self._run(), self.expected)
+
+    def damages(self, layer: str, weights: Sequence[Tensor]) -> list[float]:
+        """The damage with the weight of one layer replaced by each of ``weights``.
+
+        Several weights share one forward, which computes once what lies before the layer. Their damages
+        may differ in the last digits from those of :meth:`damage`.
+
+        Raises:
+            Exception: the model cannot run under ``torch.vmap``; a note says what to do.
+        """
+        if len(weights) == 1:
+            return [self.damage({layer: weights[0]})]
+        stacked = torch.stack(list(weights))
+        try:
+            runs = [self._run_each(layer, stacked, sample) for sample in self.samples]
+        except Exception as error:
+            error.add_note(
+                f"{type(self.model).__name__} was run under torch.vmap with {len(weights)} weights for layer "
+                f"{layer!r}, as candidates_per_forward asks; candidates_per_forward=1 runs it as it is"
+            )
+            raise
+        return [damage_of(self.metric, found, self.expected) for found in zip(*runs, strict=True)]
+
+    def _run_each(self, layer: str, weights: Tensor, sample: tuple[Any, ...]) -> list[Any]:
+        """The outputs for one sample with each of the weights."""
+        leaves: list[Any] = []
+        structures: list[TreeSpec] = []
+
+        def tensors_of_forward(weight: Tensor) -> list[Tensor]:
+            outputs = functional_call(self.model, {f"{layer}.weight".lstrip("."): weight}, sample)
+            found, structure = tree_flatten(outputs)
+            leaves.extend(found)
+            structures.append(structure)
+            return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+        with torch.no_grad():  # vmap refuses random numbers, which would differ from those of a forward alone
+            batched = torch.vmap(tensors_of_forward)(weights)
+        outputs = []
+        for number in range(len(weights)):
+            tensors = iter(batched)
+            values = [next(tensors)[number] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            outputs.append(tree_unflatten(values, structures[0]))
+        return outputs
 
     @contextmanager
     def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -88,6 +88,12 @@ class Ledger:
         if time.monotonic() - self._saved > _SECONDS_BETWEEN:
             self.save()
 
+    def has_all(self, candidate: str) -> bool:
+        """Whether a candidate was tried in each layer that it fits."""
+        return candidate in self.layers and all(
+            (layer, candidate) in self.found for layer in self.layers[candidate]
+        )
+
     def save(self) -> None:
         """Write the file, whole or not at all."""
         if self.path is None:

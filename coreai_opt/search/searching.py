@@ -27,6 +27,7 @@ def search(
     metric: Metric = "mse",
     method: Literal["optimal", "greedy"] = "optimal",
     layers: Sequence[str] | None = None,
+    candidates_per_forward: int = 1,
     state_path: str | None = None,
     progress: bool = True,
 ) -> SearchResult:
@@ -48,23 +49,28 @@ def search(
             and the float model's outputs that gives a number, less for better.
         method: ``"optimal"``, or ``"greedy"``: candidates from the least harmful on, until the budget is met.
         layers: regular expressions of the names of layers to compress; None for all that a candidate fits.
+        candidates_per_forward: so many candidates of a layer share one forward, by ``torch.vmap``: less time,
+            more memory, for models that run under it. Damages may differ in their last digits from those
+            of one at a time.
         state_path: a file that keeps measurements: a search that was ended goes on from there.
         progress: show a bar.
 
     Raises:
         TypeError: ``model`` is no module, or a candidate none.
-        ValueError: no budget, or two; no samples; an unknown metric or method; no layer to compress; the
-            state belongs to another search; or nothing fits the budget: the message says what does.
+        ValueError: no budget, or two; no samples; an unknown metric or method; ``candidates_per_forward`` is
+            no positive number; no layer to compress; the state belongs to another search; or nothing fits the
+            budget: the message says what does.
     """
-    _check(model, bits_per_weight, size_bytes, metric, method)
+    _check(model, bits_per_weight, size_bytes, metric, method, candidates_per_forward)
     batches = [each if isinstance(each, tuple) else (each,) for each in samples]
     if not batches:
         raise ValueError("samples must hold at least one sample")
     chosen_candidates = checked_candidates(candidates)
     prober = Prober(model, batches, metric, layers)
-    ledger = Ledger(state_path, fingerprint(model, [batches, layers], chosen_candidates, metric))
+    identity = [batches, layers] if candidates_per_forward == 1 else [batches, layers, candidates_per_forward]
+    ledger = Ledger(state_path, fingerprint(model, identity, chosen_candidates, metric))
     try:
-        measurements = _measure(prober, chosen_candidates, ledger, progress)
+        measurements = _measure(prober, chosen_candidates, candidates_per_forward, ledger, progress)
     finally:
         ledger.save()
     stored = list(stored_tensors(prober.model))
@@ -80,7 +86,7 @@ def search(
     return _result(prober, chosen_candidates, measurements, sizes, budget, found, method, options)
 
 
-def _check(model: Any, bits_per_weight: Any, size_bytes: Any, metric: Any, method: Any) -> None:
+def _check(model: Any, bits_per_weight: Any, size_bytes: Any, metric: Any, method: Any, at_once: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     if (bits_per_weight is None) == (size_bytes is None):
@@ -94,6 +100,8 @@ def _check(model: Any, bits_per_weight: Any, size_bytes: Any, metric: Any, metho
         raise ValueError(f"metric must be 'mse', 'kl' or a function; got {metric!r}")
     if method not in ("optimal", "greedy"):
         raise ValueError(f"method must be 'optimal' or 'greedy'; got {method!r}")
+    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
+        raise ValueError(f"candidates_per_forward must be a positive number; got {at_once!r}")
 
 
 class _LayerSizes:
@@ -119,23 +127,31 @@ class _LayerSizes:
 
 
 def _measure(
-    prober: Prober, candidates: Sequence[Candidate], ledger: Ledger, progress: bool
+    prober: Prober, candidates: Sequence[Candidate], at_once: int, ledger: Ledger, progress: bool
 ) -> tuple[Measurement, ...]:
-    ordered: list[Measurement] = []
-    for number, candidate in enumerate(candidates, 1):
-        known = ledger.layers.get(candidate.name)
-        if known is not None and all((layer, candidate.name) in ledger.found for layer in known):
-            ordered += [ledger.found[layer, candidate.name] for layer in known]
+    for start in range(0, len(candidates), at_once):
+        group = candidates[start : start + at_once]
+        names = [candidate.name for candidate in group]
+        if all(ledger.has_all(name) for name in names):
             continue
-        compressed = prober.compressed(candidate)
-        ledger.layers[candidate.name] = {layer: bits for layer, (_, bits) in compressed.items()}
-        title = f"{candidate.name} ({number} of {len(candidates)})"
-        for layer, (weight, bits) in tqdm(compressed.items(), desc=title, disable=not progress, leave=False):
-            if (layer, candidate.name) not in ledger.found:
-                damage = prober.damage({layer: weight})
-                ledger.add(Measurement(layer, candidate.name, damage, bits))
-            ordered.append(ledger.found[layer, candidate.name])
-    return tuple(ordered)
+        compressed = {candidate.name: prober.compressed(candidate) for candidate in group}
+        for name, found in compressed.items():
+            ledger.layers[name] = {layer: bits for layer, (_, bits) in found.items()}
+        layers = list(dict.fromkeys(layer for found in compressed.values() for layer in found))
+        title = f"{', '.join(names)} ({start + len(group)} of {len(candidates)})"
+        for layer in tqdm(layers, desc=title, disable=not progress, leave=False):
+            fitting = [name for name in names if layer in compressed[name]]
+            # All or none: what shares a forward must not depend on where a search was ended.
+            if all((layer, name) in ledger.found for name in fitting):
+                continue
+            damages = prober.damages(layer, [compressed[name][layer][0] for name in fitting])
+            for name, damage in zip(fitting, damages, strict=True):
+                ledger.add(Measurement(layer, name, damage, compressed[name][layer][1]))
+    return tuple(
+        ledger.found[layer, candidate.name]
+        for candidate in candidates
+        for layer in ledger.layers[candidate.name]
+    )
 
 
 def _result(

@@ -24,6 +24,13 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--layer", action="append", metavar="REGEX", help="search these layers; may be repeated"
     )
+    parser.add_argument(
+        *("--candidates-per-forward", "-k"),
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many candidates of a layer share a forward, for models that run under torch.vmap",
+    )
     parser.add_argument("--state", type=Path, metavar="FILE", help="keep measurements, and go on from them")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all measurements")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write the front as SVG")
@@ -44,6 +51,7 @@ def run(parsed: argparse.Namespace) -> int:
         metric=parsed.metric,
         method=parsed.method,
         layers=parsed.layer,
+        candidates_per_forward=parsed.candidates_per_forward,
         state_path=None if parsed.state is None else str(parsed.state),
         progress=not parsed.json,
     )

@@ -137,6 +137,86 @@ def test_a_search_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest
         search(model(), [X], state_path=state, **arguments)
 
 
+class Scored(nn.Module):
+    """A model with a tied weight, an output that is no tensor, and one that no weight changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(16, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> dict[str, Any]:
+        hidden = self.inner(self.embedding(ids)).relu()
+        return {"scores": self.head(hidden), "length": ids.shape[1], "mask": ids > 3}
+
+
+@pytest.mark.parametrize("metric", ["mse", lambda a, b: float((a["scores"] - b["scores"]).abs().max())])
+def test_candidates_that_share_a_forward_do_what_they_do_alone(metric: Any):
+    torch.manual_seed(0)
+    net, ids = Scored().eval(), torch.randint(16, (3, 5))
+    arguments: dict[str, Any] = {"bits_per_weight": 9.5, "candidates": [INT8, INT4, TWO, HALF]}
+    arguments |= {"metric": metric, "progress": False}
+    alone = search(net, [ids, ids.flip(0)], **arguments)
+    for number in (2, 3, 9):
+        shared = search(net, [ids, ids.flip(0)], candidates_per_forward=number, **arguments)
+        assert [(each.layer, each.candidate, each.bits) for each in shared.measurements] == [
+            (each.layer, each.candidate, each.bits) for each in alone.measurements
+        ]
+        assert [each.damage for each in shared.measurements] == pytest.approx(
+            [each.damage for each in alone.measurements], rel=1e-4
+        )
+        assert shared.choice == alone.choice
+
+
+def test_a_search_with_shared_forwards_goes_on_where_it_was_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    state = str(tmp_path / "state.json")
+    arguments: dict[str, Any] = {"bits_per_weight": 6.0, "candidates": [INT8, INT4, TWO], "progress": False}
+    expected = search(model(), [X], candidates_per_forward=2, **arguments)
+    calls = []
+    damages = searching.Prober.damages
+
+    def ends_at_the_third(self: Any, layer: str, weights: Any) -> list[float]:
+        calls.append(layer)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return damages(self, layer, weights)
+
+    monkeypatch.setattr(searching.Prober, "damages", ends_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        search(model(), [X], candidates_per_forward=2, state_path=state, **arguments)
+    # A state that lacks one candidate of a pair: both are measured again.
+    kept = json.loads(Path(state).read_text())
+    kept["measurements"].pop()
+    Path(state).write_text(json.dumps(kept))
+    resumed = search(model(), [X], candidates_per_forward=2, state_path=state, **arguments)
+    assert resumed.as_dict() == expected.as_dict()
+    assert calls[3:] == ["2", "4", "0", "2", "4"]
+    with pytest.raises(ValueError, match="belongs to a search with another"):
+        search(model(), [X], state_path=state, **arguments)
+
+
+def test_a_model_that_cannot_share_forwards_is_told():
+    class Branching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out if out.sum().item() > 0 else -out
+
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + torch.rand_like(x))
+
+    arguments: dict[str, Any] = {"bits_per_weight": 9.5, "candidates": [INT8, INT4], "progress": False}
+    for kind in (Branching, Noisy):
+        net = nn.Sequential(kind(32, 8))
+        search(net, [X], **arguments)
+        with pytest.raises(RuntimeError) as caught:
+            search(net, [X], candidates_per_forward=2, **arguments)
+        assert "layer '0', as candidates_per_forward asks" in caught.value.__notes__[0]
+
+
 def test_layers_that_a_candidate_does_not_fit_stay(caplog: pytest.LogCaptureFixture):
     blocks = Candidate(
         "blocks", QuantizationSpec(dtype="int4", granularity=PerBlockGranularity(axis=1, block_size=64))
@@ -175,6 +255,11 @@ def test_reports(tmp_path: Path):
         ({}, ValueError, "one of bits_per_weight and size_bytes"),
         ({"bits_per_weight": 4, "size_bytes": 4}, ValueError, "one of bits_per_weight and size_bytes"),
         ({"bits_per_weight": -1}, ValueError, "the budget must be a positive number"),
+        (
+            {"bits_per_weight": 4, "candidates_per_forward": 0},
+            ValueError,
+            "candidates_per_forward must be a positive number",
+        ),
         ({"bits_per_weight": 1.5}, ValueError, "nothing fits the budget: the smallest choice takes 4"),
         ({"size_bytes": 100}, ValueError, "nothing fits the budget"),
         ({"bits_per_weight": 4, "metric": "psnr"}, ValueError, "metric must be"),
