@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from coreai_opt.quantization._graph.deviation import deviation
 from coreai_opt.quantization._graph.modes import batch_norm_arguments
 from coreai_opt.quantization._graph.nodes import overload_name, tensor_of
 from coreai_opt.quantization._graph.patterns import BATCH_NORM
@@ -85,11 +86,10 @@ def _rewrite(graph: Graph, pair: _Pair) -> dict[Node, Node]:
         return graph.create_node("call_function", target, arguments, options or {}, name=name)
 
     with graph.inserting_before(_first_user(graph, batch_norm)):
-        deviation = call(aten.sqrt.default, (call(aten.add.Tensor, (variance, eps)),))
+        total = call(aten.add.Tensor, (variance, eps))
+        root = graph.create_node("call_function", deviation, (total,), name="sqrt")
         scale = (
-            call(aten.reciprocal.default, (deviation,))
-            if gamma is None
-            else call(aten.div.Tensor, (gamma, deviation))
+            call(aten.reciprocal.default, (root,)) if gamma is None else call(aten.div.Tensor, (gamma, root))
         )
         scaled = call(aten.mul.Tensor, (weight, call(aten.reshape.default, (scale, over_weight))))
         no_bias = None if bias is None else call(aten.zeros_like.default, (bias,))
