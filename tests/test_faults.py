@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import coreai_opt
+from coreai_kernels import native
+from coreai_opt.export import save
+from coreai_opt.inspection import report
 from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMagnitudePrunerConfig
 from coreai_opt.pruning.config import PolynomialDecaySchedule
 from coreai_opt.pruning.spec import PruningSpec
@@ -146,6 +150,48 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
 
 
+def as_nobody(work: Callable[[], None]) -> int:
+    """The exit status of a process that may write where everybody may: root writes everywhere."""
+
+    def run() -> None:
+        if os.getuid() == 0:
+            os.setgid(65534)
+            os.setuid(65534)
+        work()
+
+    process = forked(run)
+    process.join()
+    status: int = process.exitcode
+    return status
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_folder_that_is_read_only_is_named_and_stays_as_it_was() -> None:
+    model, *_ = prepared()
+    before = copy.deepcopy(model.state_dict())
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others
+        folder = Path(name)
+        path = coreai_opt.save_checkpoint(model, folder / "model.safetensors")
+        content = path.read_bytes()
+        folder.chmod(0o555)
+
+        def write() -> None:
+            for work in (
+                lambda: coreai_opt.save_checkpoint(model, path),
+                lambda: save(model, folder / "model.pt2", batch(0)[:1], progress=False),
+                lambda: report(model, folder / "report.html"),
+            ):
+                with pytest.raises(PermissionError, match=name):
+                    work()
+            same = all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+            os._exit(0 if same else 5)
+
+        assert as_nobody(write) == 0
+        assert [each.name for each in folder.iterdir()] == [path.name]
+        assert path.read_bytes() == content
+        folder.chmod(0o755)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_overflows_changes_no_weight() -> None:
     """GradScaler leaves out steps with gradients that are not finite; the next ones are as ever."""
@@ -182,8 +228,12 @@ def test_memory_that_ends_in_a_forward_leaves_the_simulator_as_it_was() -> None:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             limit = used + (16 << 20)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-            with pytest.raises(RuntimeError):
+            with pytest.raises(RuntimeError) as raised:
                 model(large)
+            # The operator, and what it wanted; no path of whoever built it.
+            wanted = "coreai_kernels::observe_and_fake_quantize_", f"{large.nbytes} bytes", "[4194304, 4]"
+            assert native.missing or all(each in str(raised.value) for each in wanted)
+            assert ".h:" not in str(raised.value)
             same = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
         os._exit(0 if same else 5)
 

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -38,10 +39,14 @@ class Folder:
         self._path = path
 
     def moved(self, constant: nn.Module, name: str) -> nn.Module:
-        """The module, its buffers in a file ``<name>.safetensors``."""
+        """The module, its buffers in a file ``<name>.safetensors``.
+
+        What is more than letters, digits and ``_.-~`` in the name is written ``%2F``: modules may be called
+        ``a/b``, or by an absolute path, and the file stays in the folder.
+        """
         if self._path is None:
             return constant
-        file = self._path / f"{name}.safetensors"
+        file = self._path / f"{quote(name, safe='')}.safetensors"
         buffers = {key: value.contiguous() for key, value in constant.named_buffers()}
         save_file(buffers, file)
         for key, value in load_file(file).items():

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from coreai_opt._utils.svg import bars
+from coreai_opt._utils.writing import write_text
 from coreai_opt.inspection.figures import figures
 
 __all__ = ["report"]
@@ -52,7 +53,7 @@ def report(
         TypeError: ``example_inputs`` is no tuple.
     """
     found = figures(model, example_inputs)
-    Path(path).write_text(page(type(model).__name__, found), encoding="utf-8")
+    write_text(path, page(type(model).__name__, found))
     return found
 
 

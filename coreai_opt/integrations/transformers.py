@@ -117,6 +117,7 @@ class CompressionQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Any = None, **_: Any
     ) -> None:
         self._files = list(checkpoint_files or ())
+        _check_files(self._files, Path(model.config._name_or_path))
         # What simulators hold: it is read once they are there.
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, rf"(^|\.){PREFIX.replace('.', r'[.]')}"}
@@ -210,6 +211,15 @@ def _preparation_of(model: nn.Module) -> dict[str, Any]:
     description["metadata"] = {"": description["metadata"].get("", {})}
     del description["parameters"]
     return description
+
+
+def _check_files(files: list[str], folder: Path) -> None:
+    """ValueError if the index in a local folder names files elsewhere."""
+    if not folder.is_dir():
+        return
+    for file in files:
+        if not Path(file).is_relative_to(folder) or ".." in Path(file).relative_to(folder).parts:
+            raise ValueError(f"the checkpoint {folder} names a file outside of its folder: {file}")
 
 
 def _simulators_in(files: list[str]) -> dict[str, Tensor]:

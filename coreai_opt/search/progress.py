@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from coreai_opt._utils.writing import write_text
 from coreai_opt.search.candidates import Candidate
 from coreai_opt.search.measuring import Measurement, Metric
 
@@ -100,7 +100,5 @@ class Ledger:
             return
         rows = [[each.layer, each.candidate, each.damage, each.bits] for each in self.found.values()]
         data = {"search": self.identity, "layers": self.layers, "measurements": rows}
-        temporary = self.path.with_name(self.path.name + ".part")
-        temporary.write_text(json.dumps(data))
-        os.replace(temporary, self.path)
+        write_text(self.path, json.dumps(data))
         self._saved = time.monotonic()

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from coreai_opt._utils.svg import curve
+from coreai_opt._utils.writing import write_text
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.search.candidates import Candidate, configurations, prepared
 from coreai_opt.search.measuring import Measurement
@@ -76,7 +77,7 @@ class SearchResult:
         writer = csv.DictWriter(text, ["layer", "candidate", "bits", "damage", "chosen"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        Path(path).write_text(text.getvalue())
+        write_text(path, text.getvalue())
 
     def table(self) -> str:
         """The choice as text: a line a layer, and the whole model."""
@@ -102,7 +103,7 @@ class SearchResult:
         """Write the front, this choice, and the uniform ones as an SVG drawing."""
         marks = [(self.bits_per_weight, self.damage, self.method)]
         marks += [(bits, damage, name) for name, (bits, damage) in self.uniform.items()]
-        Path(path).write_text(curve(self.front, marks, "bits per weight", "damage"))
+        write_text(path, curve(self.front, marks, "bits per weight", "damage"))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain data, for JSON."""

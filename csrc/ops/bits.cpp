@@ -25,8 +25,8 @@ Tensor unpack_bits(const Tensor& packed, int64_t bits, int64_t numel, bool is_si
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("pack_bits", TORCH_BOX(&pack_bits));
-  library.impl("unpack_bits", TORCH_BOX(&unpack_bits));
+  COREAI_IMPL("pack_bits", &pack_bits);
+  COREAI_IMPL("unpack_bits", &unpack_bits);
 }
 
 }  // namespace

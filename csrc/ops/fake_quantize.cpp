@@ -50,10 +50,10 @@ void fake_quantize_backward_(Tensor grad, const Tensor& mask, const Blocks& axes
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("fake_quantize", TORCH_BOX(&fake_quantize));
-  library.impl("fake_quantize_forward", TORCH_BOX(&fake_quantize));
-  library.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
-  library.impl("fake_quantize_backward_", TORCH_BOX(&fake_quantize_backward_));
+  COREAI_IMPL("fake_quantize", &fake_quantize);
+  COREAI_IMPL("fake_quantize_forward", &fake_quantize);
+  COREAI_IMPL("fake_quantize_backward", &fake_quantize_backward);
+  COREAI_IMPL("fake_quantize_backward_", &fake_quantize_backward_);
 }
 
 }  // namespace

@@ -61,10 +61,10 @@ std::tuple<Tensors, Tensor> foreach_observe_and_fake_quantize_(
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("foreach_fake_quantize_forward", TORCH_BOX(&foreach_fake_quantize_forward));
-  library.impl("foreach_fake_quantize_backward", TORCH_BOX(&foreach_fake_quantize_backward));
-  library.impl("foreach_fake_quantize_backward_", TORCH_BOX(&foreach_fake_quantize_backward_));
-  library.impl("foreach_observe_and_fake_quantize_", TORCH_BOX(&foreach_observe_and_fake_quantize_));
+  COREAI_IMPL("foreach_fake_quantize_forward", &foreach_fake_quantize_forward);
+  COREAI_IMPL("foreach_fake_quantize_backward", &foreach_fake_quantize_backward);
+  COREAI_IMPL("foreach_fake_quantize_backward_", &foreach_fake_quantize_backward_);
+  COREAI_IMPL("foreach_observe_and_fake_quantize_", &foreach_observe_and_fake_quantize_);
 }
 
 }  // namespace

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> gptq_columns(const Tensor& columns, const Tensor& fac
   return {output, errors};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { library.impl("gptq_columns", TORCH_BOX(&gptq_columns)); }
+STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { COREAI_IMPL("gptq_columns", &gptq_columns); }
 
 }  // namespace
 }  // namespace coreai

@@ -106,10 +106,10 @@ std::tuple<Tensor, Tensor, Tensor> learnable_range_backward(Tensor grad, Tensor 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("learnable_range_backward", TORCH_BOX(&learnable_range_backward));
-  library.impl("sampled_mask", TORCH_BOX(&sampled_mask));
-  library.impl("sampled_mask_backward", TORCH_BOX(&sampled_mask_backward));
-  library.impl("sampled_mask_forward", TORCH_BOX(&sampled_mask));
+  COREAI_IMPL("learnable_range_backward", &learnable_range_backward);
+  COREAI_IMPL("sampled_mask", &sampled_mask);
+  COREAI_IMPL("sampled_mask_backward", &sampled_mask_backward);
+  COREAI_IMPL("sampled_mask_forward", &sampled_mask);
 }
 
 }  // namespace

@@ -234,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> lloyd(Tensor vectors, Optional mass, Tensor c
   return {result, masses, spread};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { library.impl("lloyd", TORCH_BOX(&lloyd)); }
+STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) { COREAI_IMPL("lloyd", &lloyd); }
 
 }  // namespace
 }  // namespace coreai

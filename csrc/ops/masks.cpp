@@ -101,12 +101,12 @@ Tensor apply_mask(Tensor weight, Tensor mask) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("apply_mask", TORCH_BOX(&apply_mask));
-  library.impl("block_mask", TORCH_BOX(&block_mask));
-  library.impl("nm_mask", TORCH_BOX(&nm_mask));
-  library.impl("top_blocks", TORCH_BOX(&top_blocks));
-  library.impl("topk_mask", TORCH_BOX(&topk_mask));
-  library.impl("topk_masks", TORCH_BOX(&topk_masks));
+  COREAI_IMPL("apply_mask", &apply_mask);
+  COREAI_IMPL("block_mask", &block_mask);
+  COREAI_IMPL("nm_mask", &nm_mask);
+  COREAI_IMPL("top_blocks", &top_blocks);
+  COREAI_IMPL("topk_mask", &topk_mask);
+  COREAI_IMPL("topk_masks", &topk_masks);
 }
 
 }  // namespace

@@ -116,11 +116,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> observe_and_f
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("observe_range", TORCH_BOX(&observe_range));
-  library.impl("choose_qparams", TORCH_BOX(&choose_qparams));
-  library.impl("observe_and_fake_quantize", TORCH_BOX(&observe_and_fake_quantize));
-  library.impl("observe_and_fake_quantize_", TORCH_BOX(&observe_and_fake_quantize_));
-  library.impl("observe_and_fake_quantize_unpacked_", TORCH_BOX(&observe_and_fake_quantize_unpacked_));
+  COREAI_IMPL("observe_range", &observe_range);
+  COREAI_IMPL("choose_qparams", &choose_qparams);
+  COREAI_IMPL("observe_and_fake_quantize", &observe_and_fake_quantize);
+  COREAI_IMPL("observe_and_fake_quantize_", &observe_and_fake_quantize_);
+  COREAI_IMPL("observe_and_fake_quantize_unpacked_", &observe_and_fake_quantize_unpacked_);
 }
 
 }  // namespace

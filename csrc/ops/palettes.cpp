@@ -236,11 +236,11 @@ Tensor lookup_backward(Tensor grad, Tensor indices, Blocks block_size, int64_t c
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("kmeans_1d", TORCH_BOX(&kmeans_1d));
-  library.impl("lookup", TORCH_BOX(&lookup));
-  library.impl("lookup_backward", TORCH_BOX(&lookup_backward));
-  library.impl("lookup_packed", TORCH_BOX(&lookup_packed));
-  library.impl("palettize", TORCH_BOX(&palettize));
+  COREAI_IMPL("kmeans_1d", &kmeans_1d);
+  COREAI_IMPL("lookup", &lookup);
+  COREAI_IMPL("lookup_backward", &lookup_backward);
+  COREAI_IMPL("lookup_packed", &lookup_packed);
+  COREAI_IMPL("palettize", &palettize);
 }
 
 }  // namespace

@@ -31,8 +31,8 @@ Tensor dequantize(const Tensor& input, const Tensor& scale, const Optional& zero
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("quantize", TORCH_BOX(&quantize));
-  library.impl("dequantize", TORCH_BOX(&dequantize));
+  COREAI_IMPL("quantize", &quantize);
+  COREAI_IMPL("dequantize", &dequantize);
 }
 
 }  // namespace

@@ -182,10 +182,10 @@ std::tuple<Tensor, Tensor> soft_centroids_backward(Tensor grad, Tensor moved, Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coreai_kernels, CPU, library) {
-  library.impl("soft_centroids", TORCH_BOX(&soft_centroids));
-  library.impl("soft_centroids_backward", TORCH_BOX(&soft_centroids_backward));
-  library.impl("soft_palettize", TORCH_BOX(&soft_palettize));
-  library.impl("soft_palettize_backward", TORCH_BOX(&soft_palettize_backward));
+  COREAI_IMPL("soft_centroids", &soft_centroids);
+  COREAI_IMPL("soft_centroids_backward", &soft_centroids_backward);
+  COREAI_IMPL("soft_palettize", &soft_palettize);
+  COREAI_IMPL("soft_palettize_backward", &soft_palettize_backward);
 }
 
 }  // namespace

@@ -9,8 +9,13 @@
 #include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <new>
 #include <numeric>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/geometry.h"
@@ -66,11 +71,49 @@ inline cpu::Storage storage_of(const char* name, ScalarType type) {
   }
 }
 
+// Memory that there is not; `COREAI_IMPL` adds for which operator.
+struct OutOfMemory : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// As the ABI names it.
+inline int32_t dtype_of(ScalarType type) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)); }
+
+inline std::string told(const Ints& shape, ScalarType type) {
+  std::ostringstream text;
+  int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(type)));
+  for (const int64_t size : shape) bytes *= size;
+  text << "out of memory: a result of " << bytes << " bytes, " << type << " of shape [";
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << "], cannot be allocated";
+  return text.str();
+}
+
+template <size_t size>
+struct Name {
+  char text[size];
+  constexpr Name(const char (&literal)[size]) { std::copy_n(literal, size, text); }
+};
+
+template <auto boxed, Name name>
+void named(StableIValue* stack, uint64_t arguments, uint64_t results) {
+  try {
+    boxed(stack, arguments, results);
+  } catch (const OutOfMemory& error) {
+    throw std::runtime_error(std::string("coreai_kernels::") + name.text + ": " + error.what());
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(std::string("coreai_kernels::") + name.text + ": out of memory");
+  }
+}
+
+// Registers a function as the operator of that name in the block's `library`.
+#define COREAI_IMPL(name, function) library.impl(name, named<&TORCH_BOX(function), name>)
+
 inline Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                              dtype_of(type), aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != TORCH_SUCCESS) throw OutOfMemory(told(shape, type));
   Tensor tensor(handle);
   cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   return tensor;

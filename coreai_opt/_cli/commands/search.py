@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from coreai_opt._cli.models import add_json, add_model, load, print_json
+from coreai_opt._utils.writing import write_text
 
 __all__ = ["add_to"]
 
@@ -62,7 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.configs is not None:
         parsed.configs.mkdir(parents=True, exist_ok=True)
         for kind, config in result.configs().items():
-            (parsed.configs / f"{kind}.yaml").write_text(config.to_yaml())
+            write_text(parsed.configs / f"{kind}.yaml", config.to_yaml())
     if parsed.json:
         print_json(result.as_dict())
     else:

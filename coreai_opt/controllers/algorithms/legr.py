@@ -8,7 +8,6 @@ steps.
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
+from coreai_opt._utils.writing import write_text
 from coreai_opt.controllers.core.config import ConfigModel
 
 __all__ = ["Evolution", "LegrParams", "load_coefficients", "save_coefficients"]
@@ -129,9 +129,7 @@ class Evolution:
             "best": [self.best.coefficients, self.best.loss],
             "history": self.history,
         }
-        temporary = path.with_name(path.name + ".part")
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, path)
+        write_text(path, json.dumps(state))
 
     def _load(self, path: Path) -> None:
         try:
@@ -189,7 +187,7 @@ def _candidate(saved: Any) -> _Candidate:
 
 def save_coefficients(path: str | Path, coefficients: dict[str, tuple[float, float]]) -> None:
     """Write coefficients, by the name of a cluster's first layer, as JSON."""
-    Path(path).write_text(json.dumps({name: list(pair) for name, pair in coefficients.items()}, indent=1))
+    write_text(path, json.dumps({name: list(pair) for name, pair in coefficients.items()}, indent=1))
 
 
 def load_coefficients(path: str | Path, names: Sequence[str]) -> Coefficients:

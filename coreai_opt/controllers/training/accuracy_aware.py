@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from coreai_opt._utils.writing import write_text
 from coreai_opt.controllers.core.api import CompressionStage
 from coreai_opt.controllers.core.base import BaseCompressionAlgorithmController
 from coreai_opt.controllers.core.config import AccuracyAwareConfig, AccuracyAwareParams, ControllerConfig
@@ -169,7 +170,7 @@ class AccuracyAwareTraining:
         )
         if log_dir is not None:
             Path(log_dir).mkdir(parents=True, exist_ok=True)
-            (Path(log_dir) / "report.txt").write_text(self.report.to_str() + "\n")
+            write_text(Path(log_dir) / "report.txt", self.report.to_str() + "\n")
         return model
 
     def _train(self) -> str:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import training_flags, undone_on_failure
 from coreai_opt._sharding.layout import is_sharded, whole
+from coreai_opt._utils.writing import replaced
 from coreai_opt.base_model_compressor import EagerCompressionComponentBuilderMixin, _BaseModelCompressor
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.palettization.config import KMeansPalettizerConfig
@@ -181,7 +182,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             raise ValueError(
                 "the model has no sensitivities: run calibration_mode, or give prepare a sensitivity_path"
             )
-        torch.save(found, path)
+        with replaced(path) as part:
+            torch.save(found, part)
 
     @contextmanager
     def training_mode(self) -> Iterator["KMeansPalettizer"]:  # type: ignore[override]
@@ -268,7 +270,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         self, model: nn.Module, sensitivities: dict[str, Tensor], path: str | Path | None
     ) -> None:
         if path is not None:
-            torch.save(sensitivities, path)
+            with replaced(path) as part:
+                torch.save(sensitivities, part)
         placed = list(placed_simulators(model))
         new = [
             sensitivity_of(each.original_name, each.chain.original.shape, sensitivities) for each in placed

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from coreai_opt._call_inputs import Arguments
+from coreai_opt._utils.writing import replaced, write_text
 
 __all__ = ["Progress"]
 
@@ -46,7 +46,7 @@ class Progress:
                 )
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        marker.write_text(json.dumps({"identity": identity, "algorithm": algorithm}))
+        write_text(marker, json.dumps({"identity": identity, "algorithm": algorithm}))
 
     def _file(self, unit: str) -> Path | None:
         name = hashlib.sha256(unit.encode()).hexdigest()[:24]
@@ -67,11 +67,9 @@ class Progress:
         """Keep what the unit left."""
         file = self._file(unit)
         if file is not None:
-            part = file.with_suffix(".part")
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(part)
-            )
-            os.replace(part, file)
+            kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            with replaced(file) as part:
+                save_file(kept, str(part))
 
 
 def _fingerprint(model: nn.Module, algorithm: str, batches: Sequence[Arguments]) -> str:
