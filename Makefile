@@ -66,7 +66,7 @@ test-without-native: $(SETUP)
 	rm -rf $(WITHOUT)
 	mkdir -p $(WITHOUT)/source
 	git archive HEAD | tar -x -C $(WITHOUT)/source
-	CXX=/nonexistent $(PIP) wheel -q --no-deps --no-build-isolation -w $(WITHOUT) $(WITHOUT)/source
+	CXX=/nonexistent $(PIP) wheel -q --no-deps --no-build-isolation -w $(WITHOUT) $(WITHOUT)/source/kernels $(WITHOUT)/source
 	$(PIP) install -q --no-deps --target $(WITHOUT)/site $(WITHOUT)/*.whl
 	cp -r tests pyproject.toml $(WITHOUT)/site
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 $(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) \
@@ -163,16 +163,17 @@ wheels: $(SETUP)
 	$(BIN)/python tools/try_wheel.py $(TRY_FLAGS)
 
 # torch comes first and alone: with it in place no other requirement can pull in another build of it.
-$(SETUP): pyproject.toml constraints.txt
+$(SETUP): pyproject.toml kernels/pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(PIP_FLAGS) torch setuptools wheel ninja pybind11
-	COREAI_BUILD_NATIVE=skip $(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e '.[dev]'
+	COREAI_BUILD_NATIVE=skip COREAI_BUILD_ENGINE=version \
+		$(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e ./kernels -e '.[dev]'
 	@touch $@
 
 # Not by pip above, which builds in a new folder each time; here only what changed is compiled.
-$(NATIVE): $(SETUP) setup.py $(SOURCES)
+$(NATIVE): $(SETUP) kernels/setup.py $(SOURCES)
 	COREAI_BUILD_NATIVE=require $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 

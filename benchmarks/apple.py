@@ -49,7 +49,8 @@ class Apple:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", str(folder.resolve()), *(engine * accelerated)],
             cwd=_ROOT,
-            env=os.environ | {"PYTHONPATH": str(_ROOT)},
+            # The plugin may be installed here, and would be activated by the import.
+            env=os.environ | {"PYTHONPATH": str(_ROOT), "COREAI_ACCELERATE": str(int(accelerated))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

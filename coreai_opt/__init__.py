@@ -55,7 +55,7 @@ _FUNCTIONS = {
 }
 
 _environment.warn_of_name_clash()
-
+_environment.check_engine()
 
 if TYPE_CHECKING:
     from coreai_opt.checkpoint import load_checkpoint as load_checkpoint

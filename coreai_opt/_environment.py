@@ -1,6 +1,7 @@
 """What surrounds the package: another owner of its import name, and a dependency that talks."""
 
 import importlib.metadata
+import importlib.util
 import logging
 import pathlib
 import warnings
@@ -9,7 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 __all__ = [
+    "ENGINES_DISTRIBUTION",
+    "check_engine",
     "check_state_version",
+    "engine_mismatch",
     "own_version",
     "quiet_torchao_import",
     "state_versions",
@@ -18,6 +22,8 @@ __all__ = [
 
 _OTHER_DISTRIBUTION = "coreai-opt"
 _OWN_DISTRIBUTION = "coreai-opt-fused"
+ENGINES_DISTRIBUTION = "coreai-kernels"
+_ENGINES_PACKAGE = "coreai_kernels"
 
 
 def own_version() -> str:
@@ -51,6 +57,34 @@ def check_state_version(versions: Any, what: str) -> None:
             f"{what} has the form {state!r}, made by version {made_by} of coreai-opt-fused. This is version "
             f"{own_version()}, which reads form {_STATE}: install a later one"
         )
+
+
+def check_engine() -> None:
+    """ImportError without the engine; a RuntimeWarning about one of another version than this package's."""
+    if importlib.util.find_spec(_ENGINES_PACKAGE) is None:
+        raise ImportError(
+            f"{_OWN_DISTRIBUTION} runs on the distribution {ENGINES_DISTRIBUTION}, which is not installed. "
+            f"To fix: pip install {ENGINES_DISTRIBUTION}; in a checkout: "
+            f"pip install ./kernels --no-build-isolation"
+        )
+    if text := engine_mismatch():
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def engine_mismatch() -> str | None:
+    """What is wrong if the installed engine is of another version than this package; else None."""
+    try:
+        own, engines = (
+            importlib.metadata.version(name) for name in (_OWN_DISTRIBUTION, ENGINES_DISTRIBUTION)
+        )
+    except importlib.metadata.PackageNotFoundError:
+        return None  # one of them is a source tree on the path
+    if own == engines:
+        return None
+    return (
+        f"{_OWN_DISTRIBUTION} {own} needs {ENGINES_DISTRIBUTION} {own}, and {engines} is installed. "
+        f"To fix: pip install {ENGINES_DISTRIBUTION}=={own}"
+    )
 
 
 def warn_of_name_clash() -> None:

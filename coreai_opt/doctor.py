@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from coreai_opt import _environment
+
 __all__ = ["Diagnosis", "Finding", "examine", "main"]
 
 _DISTRIBUTION = "coreai-opt-fused"
 _APPLES_DISTRIBUTION = "coreai-opt"
-_ENGINES_DISTRIBUTION = "coreai-kernels"
 _REQUIRED = ("torch", "torchao", "numpy", "pydantic", "PyYAML", "rich", "safetensors", "tqdm")
 _MINIMUM_TORCH = (2, 10)
 
@@ -78,12 +79,18 @@ def _examine_distributions(diagnosis: Diagnosis) -> None:
             f"{version}: Apple's package, too, is imported as coreai_opt; the two overwrite each other",
             f"pip uninstall {_APPLES_DISTRIBUTION} {_DISTRIBUTION}, then install one of them again",
         )
-    if version := _version(_ENGINES_DISTRIBUTION):
+    engines = _version(_environment.ENGINES_DISTRIBUTION)
+    mismatch, _, fix = (_environment.engine_mismatch() or "").partition(". To fix: ")
+    if mismatch:
+        diagnosis.add(_environment.ENGINES_DISTRIBUTION, "broken", mismatch, fix)
+    elif engines:
+        diagnosis.add(_environment.ENGINES_DISTRIBUTION, "ok", engines)
+    else:
         diagnosis.add(
-            _ENGINES_DISTRIBUTION,
-            "broken",
-            f"{version}: the engine for Apple's package, which is here already; the two overwrite each other",
-            f"pip uninstall {_ENGINES_DISTRIBUTION} {_DISTRIBUTION}, then install one of them again",
+            _environment.ENGINES_DISTRIBUTION,
+            "missing",
+            "used from a source tree, not installed",
+            "pip install ./kernels --no-build-isolation",
         )
     for name in _REQUIRED:
         version = _version(name)

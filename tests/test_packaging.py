@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -58,6 +59,7 @@ PYBIND11_MODULE(_C_autograd, module) {}
 
 
 def make_tree(path: Path) -> Path:
+    (path / "kernels").mkdir()
     for name in (
         "setup.py",
         "pyproject.toml",
@@ -66,6 +68,10 @@ def make_tree(path: Path) -> Path:
         "README.md",
         "Makefile",
         "constraints.txt",
+        "kernels/setup.py",
+        "kernels/pyproject.toml",
+        "kernels/MANIFEST.in",
+        "kernels/LICENSE",
     ):
         shutil.copy(ROOT / name, path / name)
     for name in ("csrc/bindings.cpp", "csrc/ops/captured.h", "csrc/cpu/dispatch.h", "csrc/cpu/dispatch.cpp"):
@@ -81,6 +87,8 @@ def make_tree(path: Path) -> Path:
     (path / "kernels/coreai_kernels/ops/__init__.py").touch()
     for name in ("native.py", "formats.py", "libraries.py"):
         shutil.copy(ROOT / "kernels/coreai_kernels" / name, path / "kernels/coreai_kernels" / name)
+    (path / "kernels/coreai_accelerate").mkdir()
+    (path / "kernels/coreai_accelerate/__init__.py").touch()
     (path / "coreai_opt").mkdir()
     (path / "coreai_opt/__init__.py").touch()
     (path / "coreai_opt/py.typed").touch()
@@ -110,9 +118,8 @@ def run(*command: str, cwd: Path, check: bool = True, **environment: str) -> sub
 
 def install(tree: Path, target: Path, **environment: str) -> str:
     options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check", "-v")
-    return run(
-        "-m", "pip", "install", *options, "--target", str(target), str(tree), cwd=tree, **environment
-    ).stdout
+    command = ("-m", "pip", "install", *options, "--target", str(target), str(tree), str(tree / "kernels"))
+    return run(*command, cwd=tree, **environment).stdout
 
 
 def build_in_place(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -170,7 +177,7 @@ class TestNativeBuild:
         assert "RPATH" not in dynamic
         assert "RUNPATH" not in dynamic
 
-    def test_install_holds_both_packages_and_no_sources(self, built, tmp_path):
+    def test_install_holds_the_packages_and_no_sources(self, built, tmp_path):
         install(built, tmp_path / "site")
         names = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.*")}
         assert {"coreai_opt/__init__.py", "coreai_opt/py.typed", "coreai_kernels/ops/__init__.py"} <= names
@@ -306,28 +313,102 @@ print(model.parametrizations.weight.original.grad is not None, fast_path_counts(
 """
 
 
-def test_sdist_is_complete_and_holds_no_build_products(tmp_path):
+@pytest.fixture
+def tree(tmp_path) -> Path:
     (tmp_path / "tree").mkdir()
-    tree = make_tree(tmp_path / "tree")
+    return make_tree(tmp_path / "tree")
+
+
+def test_sdists_are_complete_and_hold_no_build_products(tree):
     (tree / "kernels/coreai_kernels/_C.cpython-311-x86_64-linux-gnu.so").touch()
     (tree / "kernels/coreai_kernels/_build_report.json").touch()
-    run("setup.py", "-q", "sdist", cwd=tree)
-    (archive,) = (tree / "dist").glob("*.tar.gz")
+    dropin, requirements = make_sdist(tree)
+    engine, _ = make_sdist(tree / "kernels")
+    assert {"setup.py", "LICENSE", "coreai_opt/py.typed"} <= dropin
+    assert {"setup.py", "LICENSE", "csrc/cpu/dispatch.h", "csrc/bindings.cpp"} <= engine
+    assert "coreai_kernels/native.py" in engine
+    assert not [name for name in dropin | engine if name.endswith((".so", "_build_report.json"))]
+    # What leaves the checkout names no folder of it.
+    assert not [name for name in dropin if name.startswith(("kernels", "csrc"))]
+    assert "coreai-kernels==" in requirements
+
+
+def make_sdist(folder: Path) -> tuple[set[str], str]:
+    """The files of a source distribution, and the metadata of a wheel that is built from it."""
+    run("setup.py", "-q", "sdist", cwd=folder)
+    (archive,) = (folder / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
-    assert {"setup.py", "LICENSE", "csrc/cpu/dispatch.h", "csrc/bindings.cpp", "coreai_opt/py.typed"} <= names
-    assert not [name for name in names if name.endswith((".so", "_build_report.json"))]
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    run("-m", "pip", "wheel", "-q", *options, "-w", "dist", str(archive), cwd=folder)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as wheel_file:
+        (metadata,) = (name for name in wheel_file.namelist() if name.endswith("/METADATA"))
+        return names, wheel_file.read(metadata).decode()
 
 
-def test_wheel_without_torch_at_hand_says_so(tmp_path):
-    (tmp_path / "tree").mkdir()
-    tree = make_tree(tmp_path / "tree")
+class Environment:
+    """A fresh environment, over what this one has."""
+
+    def __init__(self, folder: Path) -> None:
+        run("-m", "venv", "--without-pip", str(folder), cwd=folder.parent)
+        self.python = folder / "bin/python"
+        self.site = folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        (self.site / "over.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+
+    def pip(self, *command: str, check: bool = True) -> str:
+        options = ("-m", "pip", "--python", str(self.python), "--disable-pip-version-check")
+        return run(*options, *command, cwd=self.site, check=check, COREAI_BUILD_NATIVE="skip").stdout
+
+    def install(self, *what: str) -> None:
+        self.pip("install", "-q", "--no-build-isolation", "--no-index", *what)
+
+    def owned(self, distribution: str) -> set[str]:
+        (record,) = self.site.glob(f"{distribution}-*.dist-info/RECORD")
+        return {line.split(",")[0] for line in record.read_text().splitlines()}
+
+    def has(self, package: str) -> bool:
+        return (self.site / package / "__init__.py").exists()
+
+
+def test_one_command_installs_two_distributions_that_share_no_file(tree, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    environment.install(str(tree))
+    dropin, engine = environment.owned("coreai_opt_fused"), environment.owned("coreai_kernels")
+    assert not dropin & engine
+    assert {"coreai_opt/__init__.py", "coreai_opt/py.typed"} <= dropin
+    assert {"coreai_kernels/__init__.py", "coreai_accelerate/__init__.py"} <= engine
+    environment.pip("uninstall", "-q", "-y", "coreai-opt-fused")
+    assert (environment.has("coreai_opt"), environment.has("coreai_kernels")) == (False, True)
+
+
+def test_wheels_name_the_engines_version(tree, tmp_path):
+    options = ("--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check")
+    run("-m", "pip", "wheel", "-q", *options, "-w", "dist", ".", cwd=tree, COREAI_BUILD_ENGINE="version")
+    environment = Environment(tmp_path / "environment")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    # This environment's own engine, where there is one, would do.
+    (environment.site / "over.pth").unlink()
+    said = environment.pip("install", "--no-index", str(wheel), check=False)
+    assert "coreai-kernels==" in said
+
+
+def test_both_distributions_have_one_version():
+    versions = {
+        tomllib.loads((folder / "pyproject.toml").read_text())["project"]["version"]
+        for folder in (ROOT, ROOT / "kernels")
+    }
+    assert len(versions) == 1
+
+
+def test_wheel_without_torch_at_hand_says_so(tree):
     # What an isolated build sees: setuptools, no torch.
     hide = "import importlib.util as u, runpy, sys; find = u.find_spec\n"
     hide += "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
     hide += "sys.argv = ['setup.py', '-q', 'bdist_wheel']; runpy.run_path('setup.py', run_name='__main__')"
-    run("-c", hide, cwd=tree)
-    (wheel,) = (tree / "dist").glob("*.whl")
+    run("-c", hide, cwd=tree / "kernels")
+    (wheel,) = (tree / "kernels/dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         report = json.loads(archive.read("coreai_kernels/_build_report.json"))
     assert "torch was not there" in report["native"]["reason"]

@@ -1,9 +1,9 @@
-"""Installs a wheel into a fresh environment as a user does, and trains one step; says how long each took.
+"""Installs the wheels into a fresh environment as a user does, and trains one step; says how long each took.
 
-    python tools/try_wheel.py                      # coreai-opt-fused of dist, with this Python
+    python tools/try_wheel.py                      # those of dist, with this Python
     python tools/try_wheel.py --torch torch==2.14.1 --python python3.12
 
-Torch is installed first, since its size is not this project's; everything else that the wheel requires
+Torch is installed first, since its size is not this project's; everything else that the wheels require
 counts.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from versions import find_wheel
+from versions import find_wheels
 
 STEP = """
 import json, torch, coreai_opt
@@ -37,13 +37,13 @@ print(json.dumps(facts | {"loss is finite": bool(loss.isfinite())}))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="install a wheel and train a step")
-    parser.add_argument("--wheel", type=Path, help="default: coreai-opt-fused in dist, for this machine")
+    parser = argparse.ArgumentParser(description="install the wheels and train a step")
+    parser.add_argument("--wheels", nargs="+", type=Path, help="default: those in dist for this machine")
     parser.add_argument("--torch", default="torch", help="what pip installs first")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--pip-flags", default="")
     options = parser.parse_args()
-    wheel = options.wheel or find_wheel()
+    wheels = options.wheels or find_wheels()
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([options.python, "-m", "venv", folder], check=True)
         python = Path(folder) / "bin/python"
@@ -57,10 +57,11 @@ def main() -> None:
             *options.pip_flags.split(),
         ]
         subprocess.run([*install, options.torch], check=True)
-        installed, _ = timed([*install, wheel], folder)
+        installed, _ = timed([*install, *wheels], folder)
         stepped, output = timed([python, "-c", STEP], folder)
     facts = json.loads(output.splitlines()[-1])
-    print(f"{wheel.name}: pip install {installed:.1f} s, import and first step {stepped:.1f} s; {facts}")
+    names = " and ".join(wheel.name for wheel in wheels)
+    print(f"{names}: pip install {installed:.1f} s, import and first step {stepped:.1f} s; {facts}")
     if facts != {"kernels": "compiled", "fast path": "compiled", "loss is finite": True}:
         raise SystemExit("the installation lacks a compiled part")
 

@@ -42,12 +42,13 @@ def ask(python: Path, code: str) -> str:
     ).stdout.strip()
 
 
-def find_wheel() -> Path:
-    """Return the drop-in's wheel for this machine, the newest in ``dist``."""
+def find_wheels() -> list[Path]:
+    """Return the wheels of both distributions for this machine, the newest in ``dist``."""
     arch = platform.machine()
-    wheels = sorted(
-        (ROOT / "dist").glob(f"coreai_opt_fused-*{arch}.whl"), key=lambda path: path.stat().st_mtime
-    )
-    if not wheels:
-        raise SystemExit(f"dist has no wheel for {arch}: python tools/wheels.py builds one")
-    return wheels[-1]
+    found = []
+    for pattern in ("coreai_opt_fused-*-any.whl", f"coreai_kernels-*{arch}.whl"):
+        wheels = sorted((ROOT / "dist").glob(pattern), key=lambda path: path.stat().st_mtime)
+        if not wheels:
+            raise SystemExit(f"dist has no {pattern}: python tools/wheels.py builds one")
+        found.append(wheels[-1])
+    return found

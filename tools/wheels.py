@@ -1,6 +1,6 @@
 """Builds wheels, into ``dist``, that install in seconds: everything is compiled.
 
-One wheel of each distribution (``coreai-opt-fused`` and ``coreai-kernels``) and architecture serves every
+``coreai-opt-fused`` is Python alone. One wheel of ``coreai-kernels`` for each architecture serves every
 CPython and torch of ``versions.py``: the kernels are on the stable interfaces of both, and autograd's
 library, which is not, is built for each pair of a torch and a Python. Of the torches only the headers are
 needed, which are taken from the wheels of their CPU builds; of the Pythons, too, but an interpreter tells
@@ -28,7 +28,6 @@ from versions import PYTHONS, TORCHES, ask, find_python
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/wheels"
-DISTRIBUTIONS = {"coreai-opt-fused": ROOT, "coreai-kernels": ROOT / "kernels"}
 # Torch's own libraries, which are in memory before ours.
 TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch_python.so", "libc10.so")
 
@@ -37,18 +36,19 @@ def main() -> None:
     options = parse()
     torches = [headers(version, options.pip_flags) for version in options.torch]
     pythons = python_headers(options)
+    (ROOT / "dist").mkdir(exist_ok=True)
+    wheels = [shutil.copy(build(ROOT, "any", {"COREAI_BUILD_ENGINE": "version"}), ROOT / "dist")]
     for arch in options.arch:
-        for name in options.distribution:
-            wheel = build(name, arch, torches, pythons)
-            final = repair(wheel) if sys.platform == "linux" else shutil.copy(wheel, ROOT / "dist")
-            print(f"{Path(final).relative_to(ROOT)}: {Path(final).stat().st_size / 1e6:.1f} MB")
+        wheel = build_engine(arch, torches, pythons)
+        wheels.append(repair(wheel) if sys.platform == "linux" else shutil.copy(wheel, ROOT / "dist"))
+    for path in map(Path, wheels):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="build wheels", epilog="see the file's first lines")
     parser.add_argument("--arch", nargs="+", default=[platform.machine()], help="default: this machine's")
     parser.add_argument("--torch", nargs="+", default=TORCHES, help=f"default: {' '.join(TORCHES)}")
-    parser.add_argument("--distribution", nargs="+", default=DISTRIBUTIONS, choices=DISTRIBUTIONS)
     parser.add_argument("--python", nargs="+", default=PYTHONS, help=f"default: {' '.join(PYTHONS)}")
     parser.add_argument("--python-include", nargs="*", type=Path, default=[], help="others with Python.h")
     parser.add_argument("--all-pythons", action="store_true", help="fail where a supported Python is missing")
@@ -100,18 +100,8 @@ def python_headers(options: argparse.Namespace) -> dict[str, Path]:
     return {version: found[version] for version in options.python if version in found}
 
 
-def build(name: str, arch: str, torches: list[Path], pythons: dict[str, Path]) -> Path:
-    folder = WORK / arch / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    # Objects are shared by the distributions; what setuptools collects for a wheel is not.
-    settings = folder / "settings.cfg"
-    settings.write_text(
-        f"[build]\nbuild_base = {folder}\n[build_ext]\nbuild_temp = {WORK / arch / 'objects'}\n"
-        f"[bdist_wheel]\npy_limited_api = cp311\nplat_name = {platform_name(arch)}\n"
-    )
+def build_engine(arch: str, torches: list[Path], pythons: dict[str, Path]) -> Path:
     environment = {
-        "DIST_EXTRA_CONFIG": str(settings),
         "COREAI_BUILD_NATIVE": "require",
         "COREAI_BUILD_CUDA": "0",
         "COREAI_AUTOGRAD_TORCHES": os.pathsep.join(map(str, torches)),
@@ -121,8 +111,21 @@ def build(name: str, arch: str, torches: list[Path], pythons: dict[str, Path]) -
     }
     if arch != platform.machine() and "CXX" not in os.environ:
         environment["CXX"] = f"{arch}-linux-gnu-g++"
+    settings = (
+        f"[build_ext]\nbuild_temp = {WORK / arch / 'objects'}\n"
+        f"[bdist_wheel]\npy_limited_api = cp311\nplat_name = {platform_name(arch)}\n"
+    )
+    return build(ROOT / "kernels", arch, environment, settings)
+
+
+def build(source: Path, name: str, environment: dict[str, str], settings: str = "") -> Path:
+    """Build a wheel, from nothing but compiled objects: what an earlier build has collected is left out."""
+    folder = WORK / name / "wheel"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "settings.cfg").write_text(f"[build]\nbuild_base = {folder}\n{settings}")
     flags = ["--no-deps", "--no-build-isolation", "-v", "-w", str(folder)]
-    pip("wheel", *flags, str(DISTRIBUTIONS[name]), **environment)
+    pip("wheel", *flags, str(source), DIST_EXTRA_CONFIG=str(folder / "settings.cfg"), **environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -142,7 +145,6 @@ def repair(wheel: Path) -> Path:
     command = [sys.executable, "-m", "auditwheel", "repair", *excluded, "-w", str(folder), str(wheel)]
     subprocess.run(command, check=True, env=os.environ | {"PATH": path})
     (repaired,) = folder.glob("*.whl")
-    (ROOT / "dist").mkdir(exist_ok=True)
     return Path(shutil.copy(repaired, ROOT / "dist"))
 
 

@@ -39,10 +39,10 @@ def activate() -> None:
             "To fix: pip install coreai-opt"
         ) from error
     if hasattr(coreai_opt, "__fused_version__"):
-        # Not the plugin alone: both distributions own the engine's files, and one takes the other's along.
         raise RuntimeError(
-            "coreai_opt is coreai-opt-fused, which runs on the engine already: coreai-kernels is for Apple's "
-            "coreai-opt. To fix: pip uninstall coreai-kernels coreai-opt-fused, then install one of the two"
+            "coreai_opt is coreai-opt-fused, which runs on the engine already: there is nothing to activate. "
+            "To fix: pip uninstall coreai-opt-fused, then pip install --force-reinstall --no-deps coreai-opt "
+            "for Apple's package; or leave the call out"
         )
     from coreai_accelerate import palettization, pruning, quantization
 

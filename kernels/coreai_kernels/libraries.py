@@ -5,10 +5,14 @@ Imports nothing of the package: ``setup.py`` runs this file by itself.
 
 import re
 
-__all__ = ["MODULE", "autograd_library", "torch_interface"]
+__all__ = ["MODULE", "REINSTALL", "autograd_library", "torch_interface"]
 
 MODULE = "_C.abi3.so"
 """On the stable interfaces of CPython and of torch: one file for every version of both."""
+
+
+REINSTALL = "pip install ./kernels --no-build-isolation --force-reinstall --no-deps"
+"""What brings a library that is missing, in a checkout."""
 
 
 def torch_interface(version: str) -> str:

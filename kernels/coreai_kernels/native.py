@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .libraries import autograd_library, torch_interface
+from .libraries import REINSTALL, autograd_library, torch_interface
 
 __all__ = ["Missing", "autograd", "autograd_missing", "cuda_missing", "extension", "missing"]
 
 _FOLDER = Path(__file__).parent
-_REINSTALL = "pip install . --no-build-isolation --force-reinstall --no-deps"
 
 
 class Missing(NamedTuple):
@@ -47,10 +46,10 @@ def _reported(part: str) -> Missing:
     """Why there is no file of a part."""
     entry = _report(part)
     if entry is None:
-        return Missing("it was never built", _REINSTALL)
+        return Missing("it was never built", REINSTALL)
     if not entry["built"]:
         return Missing(entry["reason"], entry["fix"])
-    return Missing("it was built, but its file is gone", _REINSTALL, broken=True)
+    return Missing("it was built, but its file is gone", REINSTALL, broken=True)
 
 
 def _load() -> tuple[ModuleType | None, Missing | None]:
@@ -59,13 +58,13 @@ def _load() -> tuple[ModuleType | None, Missing | None]:
         others = sorted(path.name for path in _FOLDER.glob("_C.*.so"))
         if others:
             cause = f"it was built for another Python ({', '.join(others)}; this one loads _C{suffixes[0]})"
-            return None, Missing(cause, _REINSTALL, broken=True)
+            return None, Missing(cause, REINSTALL, broken=True)
         return None, _reported("native")
     try:
         module = importlib.import_module("coreai_kernels._C")
     except ImportError as error:
         cause = f"it does not load beside torch {torch.__version__}: {error}"
-        return None, Missing(cause, _REINSTALL, broken=True)
+        return None, Missing(cause, REINSTALL, broken=True)
     # A wrong COREAI_CPU_CAPABILITY is the user's mistake to hear of, not a reason to run something slower.
     module.cpu_capability()
     return module, None
@@ -91,7 +90,7 @@ def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
         if torch_interface(torch.__version__) not in torches or this not in entry["python"]:
             others = f"torch {', '.join(entry['torch'])} and Python {', '.join(entry['python'])}"
             cause = f"it was built for {others}, and this is torch {torch.__version__} and Python {this}"
-            return None, Missing(cause, _REINSTALL)
+            return None, Missing(cause, REINSTALL)
     return _load_library("autograd", path, lambda: _import_file("coreai_kernels._C_autograd", path))
 
 
@@ -109,7 +108,7 @@ def _load_library(part: str, path: Path, load: Callable[[], Any]) -> tuple[Any, 
         return load(), None
     except (ImportError, OSError) as error:
         cause = f"it does not load beside torch {torch.__version__}: {error}"
-        return None, Missing(cause, _REINSTALL, broken=True)
+        return None, Missing(cause, REINSTALL, broken=True)
 
 
 extension, missing = _load()

@@ -26,6 +26,7 @@ warnings.simplefilter("ignore")
 import torch
 from torch import nn
 import coreai_opt, coreai_accelerate
+coreai_accelerate.disable()  # where the distribution is installed, the import has activated it
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
 
 def simulators(model):

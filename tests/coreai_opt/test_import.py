@@ -60,10 +60,32 @@ def test_the_package_alone_loads_nothing_heavy():
     assert run(code) == ("", "")
 
 
-def fake_distribution(folder):
-    information = folder / "coreai_opt-0.4.0.dist-info"
+def fake_distribution(folder, name="coreai-opt", version="0.4.0"):
+    information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: coreai-opt\nVersion: 0.4.0\n")
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_without_the_engine_it_says_what_to_install():
+    code = "sys.modules['coreai_kernels'] = None\ntry: import coreai_opt\nexcept ImportError as e: print(e)"
+    assert "To fix: pip install coreai-kernels" in run(code)[0]
+
+
+def test_engine_of_another_version(tmp_path):
+    fake_distribution(tmp_path, "coreai-opt-fused", "0.2.0")
+    fake_distribution(tmp_path, "coreai-kernels", "0.1.9")
+    _, said = run("import coreai_opt", tmp_path)
+    assert "coreai-opt-fused 0.2.0 needs coreai-kernels 0.2.0, and 0.1.9 is installed" in said
+    code = "from coreai_opt import doctor; print(doctor.examine().broken)"
+    assert run(code, tmp_path)[0].strip() == "True"
+
+
+def test_the_engines_plugin_for_apples_package_is_left_alone(tmp_path):
+    fake_distribution(tmp_path, "coreai-kernels", importlib.metadata.version("coreai-opt-fused"))
+    (information,) = tmp_path.glob("coreai_kernels-*")
+    text = "[coreai_opt.plugins]\ncoreai_kernels = coreai_accelerate:activate\n"
+    (information / "entry_points.txt").write_text(text)
+    assert run("import coreai_opt; assert 'coreai_accelerate' not in sys.modules", tmp_path) == ("", "")
 
 
 def test_another_owner_of_the_name_elsewhere(tmp_path):

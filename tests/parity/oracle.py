@@ -50,6 +50,8 @@ def ask(job: dict[str, Any], folder: Path, accelerated: bool = False) -> Any:
         f"from {__package__}.jobs import main; main(*sys.argv[1:])"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # The plugin may be installed here, and would be activated by the import.
+    environment["COREAI_ACCELERATE"] = str(int(accelerated))
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, str(job_file), str(result_file)],
         env=environment,
