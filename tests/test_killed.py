@@ -1,4 +1,4 @@
-"""kill -9 at random moments of exports and searches: files are whole, and what goes on ends as undisturbed."""
+"""kill -9 at random moments of exports and searches: whole files, and results as if nothing had been."""
 
 import json
 import multiprocessing
