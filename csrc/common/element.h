@@ -6,6 +6,8 @@
 
 #include "common/types.h"
 
+// Of hosts alone. Inlined everywhere: a copy compiled for one instruction set must not be kept for all.
+#define COREAI_HOST inline __attribute__((always_inline))
 #if defined(__CUDACC__)
 #define COREAI_HD __host__ __device__ __forceinline__
 #else
@@ -15,7 +17,7 @@
 namespace coreai {
 
 // Exponent of the largest quantized value: that of the format, of integers that of `quant_max`.
-inline int largest_exponent(Format format, double quant_max) {
+COREAI_HOST int largest_exponent(Format format, double quant_max) {
   switch (format) {
 #define COREAI_CASE(name) \
   case Format::name:      \

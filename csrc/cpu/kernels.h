@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "common/qparams.h"
 #include "common/types.h"
 #include "cpu/palettes/palette_kernels.h"
 
@@ -57,23 +58,6 @@ struct RangeRequest {
   const void* input;
   float* low;  // one a block
   float* high;
-};
-
-// How a range becomes parameters. `rounding`: the type that every intermediate result is rounded to.
-struct QParamsRule {
-  Scheme scheme;
-  Format format;
-  double quant_min, quant_max;
-  ScaleFormat scale_format;
-  Element rounding;
-};
-
-struct UpdateRule {
-  RangeUpdate update;
-  bool has_running;
-  float constant, one_minus_constant;
-  bool fix_low, fix_high;
-  float low, high;  // already rounded to the input's type
 };
 
 struct QParams {

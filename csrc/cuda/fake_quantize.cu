@@ -3,18 +3,16 @@
 
 #include "cuda/quantize/fake_quantize.cuh"
 #include "cuda/quantize/masked_gradient.cuh"
+#include "cuda/quantize/queue.h"
 #include "cuda/tensors.cuh"
 
 namespace coreai::cuda {
+
+void queue_simulation(const cpu::FakeQuantize& job, int64_t most_blocks, Stream stream) {
+  queue_fake_quantize(job, most_blocks, stream);
+}
+
 namespace {
-
-const int32_t* ints_of(const std::optional<Tensor>& x) {
-  return x ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;
-}
-
-const float* floats_of(const std::optional<Tensor>& x) {
-  return x ? static_cast<const float*>(x->const_data_ptr()) : nullptr;
-}
 
 std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point,
                                          const Optional& minval, const Blocks& block_size, int64_t format, double quant_min,
@@ -26,7 +24,8 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
   }
   const int32_t device = input.get_device_index();
   const DeviceGuard guard(device);
-  const DeviceOperand x(input);
+  const DeviceInput x(input);
+  const Tensor output = x.output(input.scalar_type());
   const Tensor mask = empty_mask_beside(input, with_mask);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
   const auto parameter = [&](const char* name, const Optional& values, ScalarType type) -> Optional {
@@ -35,22 +34,22 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
   const Optional scales = parameter("scale", scale, ScalarType::Float);
   const Optional zero_points = parameter("zero_point", zero_point, ScalarType::Int);
   const Optional offsets = parameter("minval", minval, ScalarType::Float);
-  if (input.numel() == 0) return {x.output, mask};
+  if (input.numel() == 0) return {output, mask};
   const cpu::FakeQuantize job = {.geometry = &layout.geometry,
                                  .element = element_of("input", input),
-                                 .input = x.data,
-                                 .output = x.output.mutable_data_ptr(),
+                                 .input = x.data(),
+                                 .output = output.mutable_data_ptr(),
                                  .mask = bytes_of(mask),
                                  .affine = {.format = static_cast<Format>(format),
                                             .low = static_cast<float>(quant_min),
                                             .high = static_cast<float>(quant_max),
-                                            .scale = floats_of(scales),
-                                            .zero_point = ints_of(zero_points),
-                                            .offset = floats_of(offsets),
+                                            .scale = data_of<float>(scales),
+                                            .zero_point = data_of<int32_t>(zero_points),
+                                            .offset = data_of<float>(offsets),
                                             .constant = minval ? static_cast<float>(quant_min) : 0.0f}};
   queue_fake_quantize(job, most_blocks(device), current_stream(device));
   check_launch("fake_quantize");
-  return {x.output, mask};
+  return {output, mask};
 }
 
 Ints order_of(const Tensor& x, const Blocks& axes) {

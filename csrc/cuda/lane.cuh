@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/element.h"
+#include "cuda/launch.cuh"
 
 namespace coreai::cuda {
 
@@ -14,6 +15,7 @@ struct Lane {
   using F = float;
   using I = int32_t;
   using M = bool;
+  static constexpr bool kHasQuotient = false;
 
   static COREAI_HD F set(float x) { return x; }
   static COREAI_HD I iset(int32_t x) { return x; }
@@ -26,6 +28,20 @@ struct Lane {
   static COREAI_HD F min(F a, F b) { return a < b ? a : b; }
   static COREAI_HD F max(F a, F b) { return a > b ? a : b; }
   static COREAI_HD F round(F a) { return rintf(a); }
+  static COREAI_HD I truncate(F a) {  // NaN becomes INT32_MIN
+    return a != a ? INT32_MIN : static_cast<int32_t>(a);
+  }
+  static COREAI_HD F round_half(F a) {
+#if defined(__CUDA_ARCH__)
+    F result;
+    asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(result) : "f"(a));
+    return result;
+#elif defined(COREAI_EMULATED_THREADS)
+    return emulation::from_half(emulation::to_half(a));
+#else
+    return a;  // not called on the host
+#endif
+  }
   static COREAI_HD M equal(F a, F b) { return a == b; }
   static COREAI_HD M greater(F a, F b) { return a > b; }
   static COREAI_HD M unordered(F a, F b) { return a != a || b != b; }

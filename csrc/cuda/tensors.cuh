@@ -75,34 +75,28 @@ inline Tensor empty_mask_beside(const Tensor& x, bool wanted) {
   return empty_beside(x, one_axis(wanted ? (x.numel() + 7) / 8 : 0), ScalarType::Byte);
 }
 
-// An input, a fresh output in the input's memory format, and the memory that kernels read: the input's own if it is
-// dense; else the output, into which the input was copied.
-struct DeviceOperand {
-  Ints shape, order;
-  Tensor output;
-  const void* data;
+// An input as kernels read it: its own memory if that is dense, else a copy in its memory format.
+struct DeviceInput {
+  Ints shape, strides, order;
+  Tensor dense;
 
-  // `output_type` null: the input's.
-  explicit DeviceOperand(const Tensor& input, std::optional<ScalarType> output_type = {})
-      : shape(to_ints(input.sizes())), output(input), data(nullptr) {
-    const ScalarType type = output_type.value_or(input.scalar_type());
-    Ints strides = to_ints(input.strides());
+  explicit DeviceInput(const Tensor& input)
+      : shape(to_ints(input.sizes())), strides(to_ints(input.strides())), order(memory_order(shape, strides)), dense(input) {
+    is_copy_ = !is_dense(shape, strides, order);
+    if (!is_copy_) return;
+    dense = torch::stable::empty_like(input);
+    torch::stable::copy_(dense, input);
+    strides = to_ints(dense.strides());
     order = memory_order(shape, strides);
-    Tensor source = input;
-    const bool dense = is_dense(shape, strides, order);
-    if (!dense) {
-      source = torch::stable::empty_like(input);
-      torch::stable::copy_(source, input);
-      strides = to_ints(source.strides());
-      order = memory_order(shape, strides);
-      copy_ = source;
-    }
-    output = !dense && type == input.scalar_type() ? source : empty_beside(input, shape, strides, type);
-    data = source.const_data_ptr();
+  }
+  const void* data() const { return dense.const_data_ptr(); }
+  // A fresh tensor that lies in memory as this does; the copy, where there is one and the type is its own.
+  Tensor output(ScalarType type) const {
+    return is_copy_ && type == dense.scalar_type() ? dense : empty_beside(dense, shape, strides, type);
   }
 
  private:
-  std::optional<Tensor> copy_;
+  bool is_copy_;
 };
 
 inline Tensor permuted(const Tensor& x, const Ints& order) {
@@ -120,9 +114,9 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 }
 
 // A parameter of blocks that kernels read, in memory order of the blocks: the tensor itself where that is row-major order.
-inline Tensor in_memory_order(const char* name, const Tensor& values, ScalarType type, const DeviceOperand& x,
+inline Tensor in_memory_order(const char* name, const Tensor& values, ScalarType type, const DeviceInput& x,
                               const cpu::Layout& layout, const Blocks& block) {
-  STD_TORCH_CHECK(same_device(values, x.output), name, " must be on the input's device");
+  STD_TORCH_CHECK(same_device(values, x.dense), name, " must be on the input's device");
   STD_TORCH_CHECK(values.scalar_type() == type, name, " must be ", type == ScalarType::Int ? "int32" : "float32");
   STD_TORCH_CHECK(values.numel() == layout.geometry.blocks, name, " must have one value per block, that is ",
                   layout.geometry.blocks, "; it has ", values.numel());
@@ -130,6 +124,24 @@ inline Tensor in_memory_order(const char* name, const Tensor& values, ScalarType
   const Ints grid = grid_of(x.shape, block);
   const Tensor shaped = torch::stable::reshape(values, {grid.data(), grid.size()});
   return torch::stable::contiguous(permuted(shaped, x.order));
+}
+
+// The inverse: values that kernels wrote in memory order of the blocks, as a row-major tensor.
+inline Tensor in_row_major(const Tensor& values, const DeviceInput& x, const cpu::Layout& layout, const Blocks& block) {
+  if (layout.block_index.empty()) return values;
+  const Ints grid = grid_of(x.shape, block);
+  Ints in_memory(grid.size()), inverse(grid.size());
+  for (size_t i = 0; i < grid.size(); ++i) {
+    in_memory[i] = grid[static_cast<size_t>(x.order[i])];
+    inverse[static_cast<size_t>(x.order[i])] = static_cast<int64_t>(i);
+  }
+  const Tensor shaped = torch::stable::reshape(values, {in_memory.data(), in_memory.size()});
+  return torch::stable::contiguous(permuted(shaped, inverse));
+}
+
+template <class T>
+T* data_of(const Optional& x) {
+  return x ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
 }
 
 }  // namespace

@@ -39,12 +39,8 @@ Element common_element(const Tensor& low, const Tensor& high) {
 std::tuple<Tensor, Tensor, Tensor> choose_qparams(const Tensor& min_val, const Tensor& max_val, int64_t scheme,
                                                   int64_t format, double quant_min, double quant_max, int64_t scale_format) {
   STD_TORCH_CHECK(min_val.numel() == max_val.numel(), "min_val and max_val must have one shape");
-  const cpu::QParamsRule rule = {.scheme = static_cast<Scheme>(scheme),
-                                 .format = static_cast<Format>(format),
-                                 .quant_min = quant_min,
-                                 .quant_max = quant_max,
-                                 .scale_format = static_cast<ScaleFormat>(scale_format),
-                                 .rounding = common_element(min_val, max_val)};
+  const auto rule = QParamsRule::of(static_cast<Scheme>(scheme), static_cast<Format>(format), quant_min, quant_max,
+                                    static_cast<ScaleFormat>(scale_format), common_element(min_val, max_val));
   const Tensor low = as_float32(min_val), high = as_float32(max_val);
   const Ints shape = to_ints(min_val.sizes());
   const Tensor scale = empty(shape, ScalarType::Float), zero_point = empty(shape, ScalarType::Int),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from coreai_kernels.formats import native_header
+from coreai_kernels.reference.layout import memory_order
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -58,6 +60,16 @@ def emulated_operators(name: str, operators: Sequence[str], folder: Path) -> cty
     library = emulated(name, folder)
     torch.ops.load_library(library._name)
     return library
+
+
+def behind(x: Tensor, elements: int) -> Tensor:
+    """The same values in dense memory of the same order, so many elements behind 16 bytes' alignment."""
+    memory = torch.zeros(x.numel() + elements + 16, dtype=x.dtype)
+    first = elements + -memory.data_ptr() % 16 // x.element_size()
+    order = memory_order(x)
+    flat = memory[first : first + x.numel()]
+    flat.copy_(x.permute(order).reshape(-1))
+    return flat.view([x.size(i) for i in order]).permute([order.index(i) for i in range(x.dim())])
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,8 @@ void quantization(const Kernels& k) {
   static const ScaleFormat formats[] = {ScaleFormat::kFloat32, ScaleFormat::kE8M0, ScaleFormat::kE4M3};
   const Scheme scheme = numbers.format == Format::kInt ? static_cast<Scheme>(pick(0, 2)) : Scheme::kSymmetric;
   const ScaleFormat scales = scheme == Scheme::kAsymmetric ? ScaleFormat::kFloat32 : formats[pick(0, 2)];
-  const QParamsRule rule = {scheme, numbers.format, numbers.low, numbers.high, scales, chance(2) ? Element::kFloat32 : e};
+  const Element rounding = chance(2) ? Element::kFloat32 : e;
+  const auto rule = QParamsRule::of(scheme, numbers.format, numbers.low, numbers.high, scales, rounding);
   std::vector<float> scale(low.size()), minval(low.size());
   std::vector<int32_t> zero_point(low.size());
   k.choose_qparams(rule, low.data(), high.data(), g.blocks, {scale.data(), zero_point.data(), minval.data()});

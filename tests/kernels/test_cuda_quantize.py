@@ -14,8 +14,7 @@ from torch import Tensor
 import coreai_kernels as ck  # noqa: F401  (defines the operators)
 from coreai_kernels import Format
 from coreai_kernels.reference import fake_quantize as reference
-from coreai_kernels.reference.layout import memory_order
-from tests.kernels.cuda_support import ROOT, emulated_operators
+from tests.kernels.cuda_support import ROOT, behind, emulated_operators
 from tests.kernels.support import DTYPES, SPECIAL, Case, assert_same_bits, assert_same_memory_format, cases
 
 pytestmark = pytest.mark.skipif(not (ROOT / "csrc/cuda").exists(), reason="needs the source tree")
@@ -34,16 +33,6 @@ def turns(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[None
     library.take_turns_backwards(request.param == "backwards")
     yield
     library.take_turns_backwards(False)
-
-
-def behind(x: Tensor, elements: int) -> Tensor:
-    """The same values in dense memory of the same order, so many elements behind 16 bytes' alignment."""
-    memory = torch.zeros(x.numel() + elements + 16, dtype=x.dtype)
-    first = elements + -memory.data_ptr() % 16 // x.element_size()
-    order = memory_order(x)
-    flat = memory[first : first + x.numel()]
-    flat.copy_(x.permute(order).reshape(-1))
-    return flat.view([x.size(i) for i in order]).permute([order.index(i) for i in range(x.dim())])
 
 
 def check_forward(x: Tensor, *args: object) -> None:

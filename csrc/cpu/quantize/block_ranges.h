@@ -200,7 +200,7 @@ COREAI_HD Range range_of_blocks(const T* x, int64_t run, int blocks) {
   }
   for (int i = blocks; i < kWidth; ++i) low[i] = high[i] = Simd::set(0.0f);
   Range range = {Simd::min_of_rows(low), Simd::max_of_rows(high)};
-  if (kWithZero) range = {at_most_zero(range.low), at_least_zero(range.high)};
+  if (kWithZero) range = {at_most_zero<Simd>(range.low), at_least_zero<Simd>(range.high)};
   return __builtin_expect(Simd::any(nan), false) ? with_nan(x, run, blocks, range) : range;
 }
 

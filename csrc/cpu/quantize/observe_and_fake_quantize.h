@@ -14,10 +14,10 @@ constexpr int64_t kCachedElements = 8192;
 template <class = void>
 COREAI_HD Range next_range(const Observe& job, Range batch, int64_t block, int n) {
   Range old = batch;
-  if (reads_running(job.update)) {
+  if (job.update.reads_running()) {
     old = {load_elements(job.running, job.running_low, block, n), load_elements(job.running, job.running_high, block, n)};
   }
-  const Range range = update_lanes(job.update, job.quantize.element, batch, old);
+  const Range range = update_lanes<Simd>(job.update, job.quantize.element, batch, old);
   if (job.running_low) {
     store_elements(job.running, job.running_low, block, range.low, n);
     store_elements(job.running, job.running_high, block, range.high, n);
@@ -27,7 +27,7 @@ COREAI_HD Range next_range(const Observe& job, Range batch, int64_t block, int n
 
 template <class = void>
 COREAI_HD void set_qparams(const Observe& job, Range batch, int64_t block, int n) {
-  store_qparams(choose_lanes(job.rule, next_range(job, batch, block, n)), job.out, block, n);
+  store_qparams(choose_lanes<Simd>(job.rule, next_range(job, batch, block, n)), job.out, block, n);
 }
 
 // Parameters of all blocks, whose ranges in this batch are given and become the next ones.

@@ -24,8 +24,8 @@ COREAI_HD void merge_run(const T* x, int64_t n, float* block_low, float* block_h
 
 template <class = void>
 COREAI_HD void merge_lanes(F low, F high, float* into_low, float* into_high, int n) {
-  Simd::store_n(into_low, nan_min(Simd::load_n(into_low, n), low), n);
-  Simd::store_n(into_high, nan_max(Simd::load_n(into_high, n), high), n);
+  Simd::store_n(into_low, nan_min<Simd>(Simd::load_n(into_low, n), low), n);
+  Simd::store_n(into_high, nan_max<Simd>(Simd::load_n(into_high, n), high), n);
 }
 
 // n <= kWidth columns of some rows, `stride` elements apart.

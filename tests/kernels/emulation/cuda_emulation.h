@@ -192,4 +192,20 @@ T __shfl_xor_sync(uint32_t all, T value, int mask) {
   return __shfl_sync(all, value, emulation::Block::current()->lane() ^ mask);
 }
 
+// What all lanes of the warp have come with, folded: into each lane's own, so that all come to the same.
+template <class Fold>
+uint32_t fold_warp(uint32_t value, Fold fold) {
+  uint32_t result = value;
+  for (int lane = 0; lane < emulation::kWarp; ++lane) result = fold(result, __shfl_sync(0xffffffffu, value, lane));
+  return result;
+}
+
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+  return fold_warp(value, [](uint32_t a, uint32_t b) { return a > b ? a : b; });
+}
+
+inline bool __any_sync(uint32_t, bool value) {
+  return fold_warp(value, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
+}
+
 #define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(kernel, blocks, __VA_ARGS__)
