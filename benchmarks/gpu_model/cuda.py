@@ -1,7 +1,9 @@
 """The CUDA C++ kernels in machine code: ``python -m benchmarks.gpu_model.cuda``.
 
-Their main path is a loop over tiles: what is done once for a thread is spread over many elements. Loops
-inside of it, which take elements out of the ordinary one by one, are no part of the path; all else is.
+Their main path is a loop over tiles: what is done once for a thread is spread over many elements. Loops in
+it, which take elements out of the ordinary one by one, are no part of the path; all else is. What lies
+between two barriers one warp of eight does for all. Of a kernel that serves many kinds of steps a copy is
+counted to which the kind is known: what other kinds need is gone from it, but for the branches.
 """
 
 import argparse
@@ -22,17 +24,19 @@ from rich.table import Table
 from benchmarks.gpu_model.devices import DEVICES
 from benchmarks.gpu_model.model import Kernel, shares
 from benchmarks.gpu_model.variants import Variant
-from coreai_kernels.formats import Format, native_header
+from coreai_kernels.formats import Format, ScaleFormat, native_header
+from coreai_kernels.types import RangeUpdate, Scheme
 
 __all__ = ["CASES", "Case", "examine", "main", "nvcc"]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr")
 THREADS = 256
+_WARPS = THREADS // 32
 
 _SECTION = re.compile(r"(?m)^\.text\.([\w$]+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
-_CODES = re.compile(r"L(?:b|NS\d?_\d+[A-Za-z]+E)(\d+)E")
+_CODES = re.compile(r"L(?:[bi]|NS\d?_\d+[A-Za-z]+E)(\d+)E")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,28 @@ _TEMPLATES = {
     ),
     "masked_gradient": ("quantize/masked_gradient.cuh", "GradientJob", "Element({}), bool({})"),
 }
+# Steps, with their settings beside the template's arguments: scheme, update of the range, format of scales.
+_STEPS = {
+    "counted_rows": ("step_rows", "StepJob", "int({})", "kHeld > kUnroll ? 2 : 4"),
+    "counted_short_runs": ("step_short_runs", "StepJob", "", "3"),
+    "counted_tensor": ("step_tensor", "TensorStepJob", "", "1"),
+}
+_COUNTED = """
+template <class K, Element kElement, {parameters}Scheme kScheme, RangeUpdate kUpdate, ScaleFormat kScale>
+__global__ void __launch_bounds__(kThreads, {blocks}) {name}({job} job) {{
+  job.after.rule.scheme = kScheme, job.after.rule.scale_format = kScale;
+  job.after.update.update = kUpdate, job.after.update.has_running = true;
+  job.after.update.fix_low = job.after.update.fix_high = false;
+  {function}<K, kElement{arguments}>(job);
+}}
+"""
+for _name, (_, _job, _more, _) in _STEPS.items():
+    _given = "Scheme({}), RangeUpdate({}), ScaleFormat({})"
+    _TEMPLATES[_name] = (
+        "quantize/observe_and_fake_quantize.cuh",
+        _job,
+        "Kind<Format({}), bool({}), Division({})>, Element({}), " + (f"{_more}, " if _more else "") + _given,
+    )
 _DTYPES = {"fp32": (0, 4), "bf16": (1, 2)}
 _FORMATS = {"int4, int8": Format.INT, "fp8": Format.E4M3, "fp4": Format.E2M1}
 # By the code of Runs; of 32-bit elements blocks of 16 are long.
@@ -103,7 +129,38 @@ def _cases() -> Iterator[Case]:
             )
 
 
-CASES: Sequence[Case] = tuple(_cases())
+def _steps() -> Iterator[Case]:
+    int4 = (Format.INT, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.FLOAT32)
+    average = (Format.INT, Scheme.ASYMMETRIC, RangeUpdate.MOVING_AVERAGE, ScaleFormat.FLOAT32)
+    fp8 = (Format.E4M3, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.FLOAT32)
+    mxfp4 = (Format.E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.E8M0)
+    mxint8 = (Format.INT, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.E8M0)
+    for dtype, (element, size) in _DTYPES.items():
+        pack = 16 // size
+        for name, (fmt, scheme, update, scales), ways in (
+            ("int4, int8", int4, ("tensor", "rows", "longer rows", "blocks of 32")),
+            ("uint8, averaged", average, ("tensor", "rows", "longer rows", "blocks of 32")),
+            ("fp8", fp8, ("tensor", "rows", "longer rows")),
+            ("MXFP4", mxfp4, ("blocks of 32",)),
+            ("MXINT8", mxint8, ("blocks of 32",)),
+        ):
+            kind = (int(fmt), 0, 0, element)
+            settings = (int(scheme), int(update), int(scales))
+            for way in ways:
+                held = {"longer rows": 8}.get(way, 4)
+                more = (held,) if way.endswith("rows") else ()
+                kernel = {"tensor": "counted_tensor", "blocks of 32": "counted_short_runs"}.get(
+                    way, "counted_rows"
+                )
+                yield Case(
+                    *("step", f"{name}, {way}", dtype, kernel, (*kind, *more, *settings), held * pack),
+                    # A whole tensor is read twice, the second time from the cache if it has room for it.
+                    *(size * (1 + (way == "tensor")), size + 1 / 8),
+                    budget=20 if size == 2 else 24,
+                )
+
+
+CASES: Sequence[Case] = (*_cases(), *_steps())
 
 
 def nvcc() -> str | None:
@@ -140,6 +197,18 @@ def _compile(compiler: str, cases: Sequence[Case], arch: int, folder: Path) -> P
     formats.write_text(native_header())
     lines = [f'#include "cuda/{header}"' for header in sorted({_TEMPLATES[case.kernel][0] for case in cases})]
     lines.append("namespace coreai::cuda {")
+    for name in sorted({case.kernel for case in cases} & set(_STEPS)):
+        function, job, more, blocks = _STEPS[name]
+        lines.append(
+            _COUNTED.format(
+                name=name,
+                function=function,
+                job=job,
+                blocks=blocks,
+                parameters="int kHeld, " if more else "",
+                arguments=", kHeld" if more else "",
+            )
+        )
     for case in cases:
         _, job, arguments = _TEMPLATES[case.kernel]
         lines.append(f"template __global__ void {case.kernel}<{arguments.format(*case.codes)}>({job});")
@@ -173,7 +242,7 @@ def _counted(case: Case, arch: int, listing: str, used: dict[str, int]) -> Kerne
     return Kernel(
         name=case.kernel,
         arch=arch,
-        instructions=len(names) / case.elements,
+        instructions=(len(names) - (1 - 1 / _WARPS) * _between_barriers(names)) / case.elements,
         bytes_loaded=case.read,
         bytes_stored=case.written,
         registers=used["REG"],
@@ -181,6 +250,12 @@ def _counted(case: Case, arch: int, listing: str, used: dict[str, int]) -> Kerne
         threads_in_block=THREADS,
         in_flight=16 * wide,
     )
+
+
+def _between_barriers(names: Sequence[str]) -> int:
+    """How many instructions lie between the barriers of a loop, which one warp does for all."""
+    barriers = [i for i, name in enumerate(names) if name.startswith("BAR.SYNC")]
+    return barriers[-1] - barriers[0] - 1 if len(barriers) == 2 else 0
 
 
 def _main_loop(listing: str) -> list[str]:

@@ -8,7 +8,14 @@ import coreai_kernels as ck
 from coreai_kernels import Format
 from tests.kernels.support import assert_same_bits
 from tests.kernels.test_triton_gpu import dtypes_for, huge, layouts  # noqa: F401  (a fixture)
-from tests.kernels.triton_support import KINDS, Layout, check_fake_quantize, check_observe_range
+from tests.kernels.triton_support import (
+    KINDS,
+    STEPS,
+    Layout,
+    check_fake_quantize,
+    check_observe_range,
+    check_step,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,6 +35,13 @@ def test_fake_quantize(layout: Layout) -> None:
 def test_observe_range(layout: Layout) -> None:
     for dtype in dtypes_for(layout, 0):
         check_observe_range("auto", "cuda", layout, dtype)
+
+
+@layouts
+def test_steps(layout: Layout) -> None:
+    for turn, kind in enumerate(STEPS):
+        for dtype in dtypes_for(layout, turn):
+            check_step("auto", "cuda", layout, kind, dtype)
 
 
 def step(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

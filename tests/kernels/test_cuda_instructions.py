@@ -27,9 +27,15 @@ def test_the_main_loop_without_those_inside() -> None:
     assert cuda._main_loop(LOOP) == ["LDG.E.128", "FADD", "STG.E.128", "BRA"]
 
 
-# Beyond the budget: what is looked up for a pack of its own, or for columns, has fewer elements to share.
-MORE = {"blocks of 8": 8, "blocks of 16": 4, "columns": 3, "rows, blocks of 32": 1, "in place": 1}
-CHOSEN = [case for case in cuda.CASES if "fp4" not in case.case]  # like fp8 but for constants
+# Beyond the budget: what is looked up for a pack of its own, or for columns, has fewer elements to share; so have
+# the parameters that are chosen for a short block.
+MORE = {
+    "forward": {"blocks of 8": 8, "blocks of 16": 4, "columns": 3, "rows, blocks of 32": 1},
+    "backward": {"in place": 1},
+    "step": {"fp8, rows": 2, "blocks of 32": 8},
+}
+# fp4 is like fp8 but for constants, MXINT8 like MXFP4.
+CHOSEN = [case for case in cuda.CASES if not any(name in case.case for name in ("fp4", "MXINT8"))]
 
 
 @pytest.mark.skipif(cuda.nvcc() is None, reason="needs nvcc")
@@ -38,10 +44,10 @@ def test_instructions_an_element(arch: int) -> None:
     found = cuda.examine(CHOSEN, arch)
     over = {}
     for case, kernel in found.items():
-        more = next((value for name, value in MORE.items() if name in case.case), 0)
+        more = next((value for name, value in MORE[case.operation].items() if name in case.case), 0)
         if kernel.instructions > case.budget + more:
             over[case] = kernel.instructions
         # Two blocks of 256 threads at least, and as much under way as memory's latency asks for.
-        assert kernel.registers <= 96, case
+        assert kernel.registers <= 128, case
         assert kernel.in_flight >= 32, case
     assert not over

@@ -39,18 +39,22 @@ template <class K>
 struct BlockParams : Params<Lane> {
   static constexpr bool kIsInt = K::kFormat == Format::kInt;
 
-  // The reciprocal is NaN where there is no quick way: so is then what quantize() gives.
   static __device__ __forceinline__ BlockParams load(const AffineMap& a, int64_t block) {
+    if constexpr (K::kHasOffset) return of(a, a.scale[block], 0, a.offset[block]);
+    return of(a, a.scale[block], kIsInt && a.zero_point ? a.zero_point[block] : 0, 0.0f);
+  }
+  // Of the map no more is read than its range. The reciprocal is NaN where there is no quick way: so is then what
+  // quantize() gives.
+  static __device__ __forceinline__ BlockParams of(const AffineMap& a, float scale, int32_t zero_point, float offset) {
     BlockParams p;
-    p.scale = a.scale[block];
+    p.scale = scale;
     p.low = a.low, p.high = a.high, p.offset = 0.0f;
     bool quick = QuickLane::has_quotient(p.scale) && a.has_quick_bounds;
     if constexpr (K::kHasOffset) {
       p.low -= a.constant, p.high -= a.constant;
-      p.offset = a.offset[block];
+      p.offset = offset;
       quick = quick && Lane::as_int(p.offset) != INT32_MIN;  // signs of zeros do not show
     } else if (kIsInt && a.zero_point) {
-      const int32_t zero_point = a.zero_point[block];
       p.low -= static_cast<float>(zero_point), p.high -= static_cast<float>(zero_point);
       quick = quick && static_cast<uint32_t>(zero_point) - static_cast<uint32_t>(a.first_zero_point) <= a.zero_points_more;
     }

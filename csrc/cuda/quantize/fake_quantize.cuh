@@ -109,14 +109,13 @@ struct RunsJob {
 // parameters for each other; or whole numbers of packs.
 enum class Runs { kOne, kLong, kShort };
 
+// `block`: the parameters, if there is a single block.
 template <class K, Element kElement, Runs kRuns>
-__global__ void __launch_bounds__(kThreads) fake_quantize_runs(RunsJob job) {
+__device__ __forceinline__ void quantize_runs(const RunsJob& job, BlockParams<K> block) {
   using P = Pack<kElement>;
   using Block = BlockParams<K>;
   constexpr uint32_t kTile = kThreads * kUnroll, kWarpTile = kWarp * kUnroll;
   const uint32_t thread = threadIdx.x, lane = thread % kWarp;
-  Block block;
-  if constexpr (kRuns == Runs::kOne) block = Block::load(job.affine, 0);
   const auto block_of = [&](uint32_t pack) {
     if constexpr (kRuns == Runs::kOne) return block;
     uint32_t index = job.packs_of_run.quotient(pack);
@@ -188,6 +187,13 @@ __global__ void __launch_bounds__(kThreads) fake_quantize_runs(RunsJob job) {
                                                         [&](int) { return params; });
     if (job.mask) job.mask[begin / 8] = static_cast<uint8_t>(bits);
   }
+}
+
+template <class K, Element kElement, Runs kRuns>
+__global__ void __launch_bounds__(kThreads) fake_quantize_runs(RunsJob job) {
+  BlockParams<K> block;
+  if constexpr (kRuns == Runs::kOne) block = BlockParams<K>::load(job.affine, 0);
+  quantize_runs<K, kElement, kRuns>(job, block);
 }
 
 // First block of a row of blocks.
@@ -336,24 +342,32 @@ void queue_columns(const cpu::FakeQuantize& job, Stream stream) {
 // Of more elements than these, positions of packs need more than 31 bits.
 constexpr int64_t kMostInRuns = int64_t{1} << 32;
 
+// Of one block; queue_runs() says how others are found.
+template <Element kElement>
+RunsJob runs_job(const cpu::FakeQuantize& job) {
+  constexpr int kSize = Pack<kElement>::kSize;
+  const cpu::Geometry& g = *job.geometry;
+  const auto packs = static_cast<uint32_t>(g.numel / 8 * (8 / kSize));
+  return {.input = job.input,
+          .output = job.output,
+          .mask = job.mask,
+          .affine = AffineMap(job.affine),
+          .numel = g.numel,
+          .packs = packs,
+          .tiles = packs / (kThreads * kUnroll),
+          .packs_of_run = {},
+          .shares = g.outer_axes > 0,
+          .columns = 0,
+          .runs_of_row = {},
+          .sharing = {}};
+}
+
 template <class K, Element kElement, class Stream>
 void queue_runs(const cpu::FakeQuantize& job, int64_t most_blocks, Stream stream) {
   constexpr int kSize = Pack<kElement>::kSize;
   const cpu::Geometry& g = *job.geometry;
-  const auto packs = static_cast<uint32_t>(g.numel / 8 * (8 / kSize)), tiles = packs / (kThreads * kUnroll);
-  const int64_t blocks = blocks_of_tiles(tiles, most_blocks);
-  RunsJob runs = {.input = job.input,
-                  .output = job.output,
-                  .mask = job.mask,
-                  .affine = AffineMap(job.affine),
-                  .numel = g.numel,
-                  .packs = packs,
-                  .tiles = tiles,
-                  .packs_of_run = {},
-                  .shares = g.outer_axes > 0,
-                  .columns = 0,
-                  .runs_of_row = {},
-                  .sharing = {}};
+  RunsJob runs = runs_job<kElement>(job);
+  const int64_t blocks = blocks_of_tiles(runs.tiles, most_blocks);
   if (g.blocks > 1) {
     runs.packs_of_run = Divider::by(static_cast<uint32_t>(g.run / kSize));
     runs.columns = static_cast<uint32_t>(g.columns);

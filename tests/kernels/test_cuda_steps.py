@@ -1,0 +1,175 @@
+"""The CUDA C++ of ``observe_and_fake_quantize`` without a GPU: its operators run on the CPU."""
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import coreai_kernels as ck  # noqa: F401  (defines the operators)
+from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme
+from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
+from tests.kernels.cuda_support import ROOT, behind, emulated_operators
+from tests.kernels.support import SPECIAL, Case, assert_same_bits, assert_same_memory_format, cases
+from tests.kernels.triton_support import STEPS, Step
+
+pytestmark = pytest.mark.skipif(not (ROOT / "csrc/cuda").exists(), reason="needs the source tree")
+
+FORMS = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "observe_and_fake_quantize_unpacked_"]
+NAMES = ["output", "mask", "scale", "zero point", "minimum", "running minimum", "running maximum"]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return emulated_operators("observe_and_fake_quantize", FORMS, tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def turns(dtype: torch.dtype, library: ctypes.CDLL) -> Iterator[None]:
+    """Threads' turns in either order, which the type decides."""
+    library.take_turns_backwards(dtype != torch.float16)
+    yield
+    library.take_turns_backwards(False)
+
+
+def check_step(x: Tensor, running: tuple[Tensor, Tensor] | None, config: QuantConfig, form: str) -> None:
+    low, high = running or (None, None)
+    expected = reference(x, low, high, config, True)
+    ops = torch.ops.coreai_emulated
+    before = x.clone()
+    if form == FORMS[0]:
+        found = ops.observe_and_fake_quantize(x, low, high, *config.arguments(), True)
+        state_wanted = list(expected)
+    else:
+        grid = expected[2].shape
+        state = [torch.full(grid, 7.0), torch.full(grid, 7, dtype=torch.int32), torch.full(grid, 7.0)]
+        state += [value.clone() for value in running or (torch.zeros(grid, dtype=x.dtype),) * 2]
+        if form == FORMS[1]:
+            found = ops.observe_and_fake_quantize_(x, *state, running is not None, config.packed(), True)
+        else:
+            # What the caller does not keep the kernels still need.
+            state[1 if config.use_minval else 2] = None
+            arguments = (*state, running is not None, *config.arguments())
+            found = ops.observe_and_fake_quantize_unpacked_(x, *arguments, False)
+            assert found[1].numel() == 0
+            found = (found[0], expected[1])
+        found = (*found, *state)
+        state_wanted = [want if got is not None else None for got, want in zip(found, expected, strict=True)]
+    for got, wanted, name in zip(found, state_wanted, NAMES, strict=True):
+        if wanted is not None:
+            assert_same_bits(got, wanted, f"{name} of {tuple(x.shape)} with {config}")
+    assert_same_memory_format(found[0], expected[0])
+    assert_same_bits(x, before, "input")
+
+
+def running_of(grid: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = ((torch.rand(grid, generator=generator) * sign).to(dtype) for sign in (-1, 1))
+    return low, high
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    case=cases(),
+    scheme=st.sampled_from(list(Scheme)),
+    update=st.sampled_from(list(RangeUpdate)),
+    use_minval=st.booleans(),
+    scale_format=st.sampled_from(list(ScaleFormat)),
+    fixed=st.sampled_from([(None, None), (-0.7, None), (None, 1.3), (-2.0, 0.3)]),
+    has_running=st.booleans(),
+    elements=st.sampled_from([0, 0, 0, 1]),
+    form=st.sampled_from(FORMS),
+)
+def test_any_blocks(
+    library: ctypes.CDLL,
+    case: Case,
+    scheme: Scheme,
+    update: RangeUpdate,
+    use_minval: bool,
+    scale_format: ScaleFormat,
+    fixed: tuple[float | None, float | None],
+    has_running: bool,
+    elements: int,
+    form: str,
+) -> None:
+    x = case.tensor()
+    if case.layout not in ("sliced", "expanded"):
+        x = behind(x, elements)
+    config = QuantConfig(
+        block_size=case.block_size,
+        scheme=scheme,
+        format=case.format,
+        quant_min=case.quant_min,
+        quant_max=case.quant_max,
+        use_minval=use_minval and case.format == Format.INT,
+        update=update,
+        averaging_constant=0.1,
+        range_min=fixed[0],
+        range_max=fixed[1],
+        scale_format=case.suited(scale_format, scheme),
+    )
+    check_step(x, running_of(case.grid, x.dtype, case.seed) if has_running else None, config, form)
+
+
+# With blocks of 64 threads, of which five run at a time: short runs, one and two warps to a row, whole and in
+# part; a tensor in one block and in parts; columns and other blocks one by one.
+SHAPES = [
+    *(
+        ((24, 512), (1, 32)),
+        ((24, 512), (1, 16)),
+        ((41, 256), (1, 256)),
+        ((5, 64), (1, 64)),
+        ((9, 128), (1, 128)),
+    ),
+    *(((40, 512), (1, 512)), ((9, 1056), (1, 1056)), ((3, 1000), (1, 1000)), ((3, 4096), (1, 4096))),
+    *(((23, 1111), (23, 1111)), ((3000,), (3000,)), ((4096,), (4096,)), ((5, 3), (5, 3))),
+    *(((41, 264), (41, 1)), ((64, 512), (32, 1)), ((4, 16, 40), (1, 16, 1)), ((6, 16), (1, 1))),
+    *(((32, 64), (8, 16)), ((6, 8, 96), (3, 4, 32)), ((7, 27), (1, 9))),
+]
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_every_way(step: Step, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for turn, (shape, block) in enumerate(SHAPES):
+        config = QuantConfig(block_size=block, **step.config)
+        x = torch.randn(shape, generator=generator).to(dtype)
+        grid = tuple(size // part for size, part in zip(shape, block, strict=True))
+        check_step(x, running_of(grid, dtype, turn), config, FORMS[turn % 3])
+        for value in SPECIAL:
+            x.view(-1)[torch.randint(0, x.numel(), (1,), generator=generator)] = value
+        check_step(x, None if turn % 2 else running_of(grid, dtype, turn), config, FORMS[(turn + 1) % 3])
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_tensors_in_parts(step: Step, dtype: torch.dtype) -> None:
+    """One block that is too large for a block of threads."""
+    numel = 20001
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
+    config = QuantConfig(block_size=(numel,), **step.config)
+    for running in (running_of((1,), dtype, 1), None):
+        check_step(x, running, config, FORMS[1])
+    x[numel // 2] = float("nan")
+    check_step(x, running_of((1,), dtype, 2), config, FORMS[1])
+
+
+@pytest.mark.usefixtures("library")
+def test_errors_name_the_argument() -> None:
+    step = torch.ops.coreai_emulated.observe_and_fake_quantize_
+    x, four = torch.zeros(4, 8), torch.zeros(4)
+    config = QuantConfig((1, 8), Scheme.SYMMETRIC, Format.INT, -8.0, 7.0).packed()
+    with pytest.raises(RuntimeError, match="scale must have one value per block, that is 4; it has 2"):
+        step(x, torch.ones(2), None, None, None, None, False, config, True)
+    with pytest.raises(RuntimeError, match="scale must be contiguous"):
+        step(x, torch.ones(8)[::2], None, None, None, None, False, config, True)
+    with pytest.raises(RuntimeError, match="running_min and running_max must both be given, or neither"):
+        step(x, four, None, None, torch.zeros(4), None, False, config, True)
+    with pytest.raises(RuntimeError, match="zero_point must be int32"):
+        step(x, four, torch.zeros(4), None, None, None, False, config, True)
