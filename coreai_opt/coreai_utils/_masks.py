@@ -13,7 +13,7 @@ __all__ = ["block_mask", "magnitude_mask", "nm_mask", "selected"]
 
 def magnitude_mask(values: Tensor, sparsity: float) -> Tensor:
     """Whether each element is larger in magnitude than the quantile of the magnitudes at ``sparsity``."""
-    return _above_quantile(values.abs(), sparsity)
+    return _above_quantile(values, sparsity)
 
 
 def selected(values: Tensor, mask: Tensor) -> Tensor:
@@ -55,20 +55,22 @@ def nm_mask(values: Tensor, n: int, m: int, axis: int) -> Tensor:
     return kept[..., :channels].movedim(-1, axis)
 
 
-def _above_quantile(magnitudes: Tensor, sparsity: float) -> Tensor:
-    """Whether each value lies above the quantile, interpolated between neighbours.
+def _above_quantile(values: Tensor, sparsity: float) -> Tensor:
+    """Whether each magnitude lies above their quantile, interpolated between neighbours.
 
     The neighbours are found by selection: nothing is sorted.
     """
     if sparsity <= 0:
-        return torch.ones_like(magnitudes, dtype=torch.bool)
+        return torch.ones_like(values, dtype=torch.bool)
     if sparsity >= 1:
-        return torch.zeros_like(magnitudes, dtype=torch.bool)
-    flat = magnitudes.reshape(-1)
+        return torch.zeros_like(values, dtype=torch.bool)
+    flat = values.reshape(-1)
     # As numpy has it for a percentage.
     below = int(100 * sparsity / 100 * (flat.numel() - 1))
     # No value lies between the two neighbours, so that what is above the lower one is above the quantile.
     kept = coreai_kernels.topk_mask(flat, flat.numel() - below - 1)
     rest = torch.addcmul(flat, flat, kept, value=-1)
-    _, lower = coreai_kernels.observe_range(rest, block_size=(flat.numel(),))
-    return magnitudes > lower
+    low, high = coreai_kernels.observe_range(rest, block_size=(flat.numel(),))
+    # In memory that is there: fresh pages cost more than the arithmetic.
+    magnitudes = torch.abs(flat, out=rest)
+    return (magnitudes > torch.maximum(-low, high)).reshape(values.shape)

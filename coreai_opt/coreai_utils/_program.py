@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from coreai._compiler._mlir_libs._coreaiIR._bindings import compiler
 from coreai._compiler.dialects import coreai as dialect
 from coreai._compiler.ir import (
     DenseElementsAttr,
@@ -25,7 +25,6 @@ from coreai.authoring import AIProgram
 from torch import Tensor
 
 import coreai_kernels
-from coreai_opt.coreai_utils._bytecode import resources
 
 __all__ = ["Builder", "Unsuitable", "Weight", "check_threshold", "compress"]
 
@@ -40,13 +39,11 @@ _HUGE = 10**8
 _BITS_OF_A_BYTE = 8
 # So many values tell most weights from constants that hold one value.
 _HEAD = 64
-# The code of each float32 that float4 (e2m1) has, by its sign, exponent and first bit of mantissa.
-_CODE_SHIFT = 22
+# The code of each float8 (e4m3) that float4 (e2m1) has, too.
 _FLOAT4S = np.arange(16, dtype=np.uint8)
-_CODES = np.zeros(1 << (32 - _CODE_SHIFT), np.uint8)
-_CODES[_FLOAT4S.view(ml_dtypes.float4_e2m1fn).astype(np.float32).view(np.uint32) >> _CODE_SHIFT] = _FLOAT4S
-_HANDLE = re.compile(r"dense_resource<([^>]+)>")
-
+_CODES = np.zeros(256, np.uint8)
+_CODES[_FLOAT4S.view(ml_dtypes.float4_e2m1fn).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)] = _FLOAT4S
+_FLOAT8S = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu)
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "f64": torch.float64}
 
 
@@ -59,7 +56,7 @@ class Weight:
     """A weight of a program.
 
     Attributes:
-        values: its values, in its own dtype.
+        values: its values, in its own dtype; valid while the weight is replaced.
         output_axis: the axis of what the operation makes.
         input_axis: the axis that the operation sums over.
     """
@@ -95,13 +92,15 @@ class Builder:
             )
             return dialect.ConstantOp(DenseElementsAttr.get_splat(kind, splat)).result
         width = IntegerType(element_type).width if is_integer else FloatType(element_type).width
-        if width >= _BITS_OF_A_BYTE:
+        if width < _BITS_OF_A_BYTE:
+            stream = coreai_kernels.pack_bits(values if is_integer else _codes(values), width).numpy()
+        elif values.dtype in _FLOAT8S:
+            stream = _as_array(values)
+        else:
             return dialect.constant(_as_array(values), dtype=element_type)
-        if not is_integer:
-            values = torch.from_numpy(_CODES.take(values.contiguous().numpy().view(np.uint32) >> _CODE_SHIFT))
-        stream: Any = coreai_kernels.pack_bits(values, width).numpy()
-        packed = DenseResourceElementsAttr.get_from_buffer(stream, "dense_resource", kind)
-        return dialect.ConstantOp(packed).result
+        # The program holds the array itself, and keeps it alive.
+        stored = DenseResourceElementsAttr.get_from_buffer(stream, "dense_resource", kind)  # type: ignore[arg-type]
+        return dialect.ConstantOp(stored).result
 
     def zeros(self, shape: tuple[int, ...], element_type: Any) -> Any:
         """A constant of zeros."""
@@ -152,14 +151,11 @@ def compress(
     program = program if in_place else copy.deepcopy(program)
     module = program._module._mlir_module
     weights = [op for op in _operations(module.operation) if _is_weight(op, threshold)]
-    stored = resources(module) if any(_handle(op) for op in weights) else {}
+    # One buffer for all weights: fresh pages would cost more than the copies.
+    buffer = np.empty(max(map(_bytes, weights), default=0), np.uint8)
     for op in weights:
         name = f"the constant of shape {tuple(op.results[0].type.shape)} that {_readers(op)} read"
-        values = _values(op, stored)
-        if values is None:
-            logger.warning(f"{name} has a type that is not compressed, {op.results[0].type}: left as it is")
-            continue
-        _replace(op, Weight(values, *_axes(op, name)), replacement, name)
+        _replace(op, Weight(_values(op, buffer), *_axes(op, name)), replacement, name)
     return program
 
 
@@ -208,35 +204,18 @@ def _readers(op: Any) -> str:
     return ", ".join(sorted({use.owner.operation.name for use in op.results[0].uses}))
 
 
-def _handle(op: Any) -> str | None:
-    attribute = op.attributes["value"]
-    if not DenseResourceElementsAttr.isinstance(attribute):
-        return None
-    found = _HANDLE.search(str(attribute))
-    return found[1] if found else None
-
-
-def _values(op: Any, stored: dict[str, memoryview]) -> Tensor | None:
-    """The values of a constant; None if they cannot be read."""
+def _values(op: Any, buffer: np.ndarray) -> Tensor:
+    """The values of a constant, in memory of ``buffer``."""
     kind = RankedTensorType(op.results[0].type)
-    dtype, handle = _FLOATS[str(kind.element_type)], _handle(op)
-    if handle is not None:
-        if handle not in stored:
-            return None
-        flat = torch.frombuffer(stored[handle], dtype=dtype)
-        if flat.data_ptr() % dtype.itemsize:  # the bytes may lie at any address
-            flat = torch.frombuffer(bytearray(stored[handle]), dtype=dtype)
-        return flat.reshape(tuple(kind.shape))
-    attribute = op.attributes["value"]
-    if not DenseElementsAttr.isinstance(attribute):
-        return None
-    dense = DenseElementsAttr(attribute)
-    if dense.is_splat:
-        return torch.full(tuple(kind.shape), FloatAttr(dense.get_splat_value()).value, dtype=dtype)
-    # The bindings end the process where numpy has no such type.
-    if dtype not in (torch.float32, torch.float64):
-        return None
-    return torch.from_numpy(np.array(dense)).reshape(tuple(kind.shape))
+    shape, dtype = tuple(kind.shape), _FLOATS[str(kind.element_type)]
+    part = buffer[: _bytes(op)]
+    compiler.copy_constant_value_to_array(constant_op=op, destination=part)
+    return torch.from_numpy(part).view(dtype).reshape(shape)
+
+
+def _bytes(op: Any) -> int:
+    kind = RankedTensorType(op.results[0].type)
+    return int(np.prod(tuple(kind.shape))) * _FLOATS[str(kind.element_type)].itemsize
 
 
 def _axes(op: Any, name: str) -> tuple[int, int]:
@@ -264,6 +243,12 @@ def _axes_of_use(use: Any, rank: int, is_transposed: bool = False) -> Iterator[t
         yield 0, min(1, rank - 1)
 
 
+def _codes(values: Tensor) -> Tensor:
+    """The codes in float4 (e2m1), one a byte, of values of it in float8 (e4m3)."""
+    stored = bytearray(values.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return torch.frombuffer(stored.translate(_CODES.tobytes()), dtype=torch.uint8).reshape(values.shape)
+
+
 def _are_equal(values: Tensor) -> bool:
     """Whether there are values, all of them equal."""
     flat = values.reshape(-1)
@@ -277,7 +262,7 @@ def _as_array(tensor: Tensor) -> np.ndarray:
     tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu):
+    if tensor.dtype in _FLOAT8S:
         name = str(tensor.dtype).removeprefix("torch.")
         return tensor.view(torch.uint8).numpy().view(getattr(ml_dtypes, name))
     return tensor.numpy()

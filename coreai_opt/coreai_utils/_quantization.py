@@ -23,7 +23,7 @@ __all__ = ["Quantized", "bits_of", "element_type", "quantize", "scaled_symmetric
 
 _EPSILON = 1e-6
 _FORMATS = {
-    DType.FP4_E2M1FN: (Format.E2M1, 6.0, torch.float32),
+    DType.FP4_E2M1FN: (Format.E2M1, 6.0, torch.float8_e4m3fn),
     DType.FP8_E4M3FN: (Format.E4M3, 448.0, torch.float8_e4m3fn),
     DType.FP8_E5M2: (Format.E5M2, 57344.0, torch.float8_e5m2),
 }

@@ -66,7 +66,8 @@ def sparsify_weights(
         else:
             assert target_sparsity is not None
             mask = magnitude_mask(weight.values, target_sparsity)
-        mask = mask & (weight.values != 0)
+        if n_m_ratio is not None or block_size is not None or not target_sparsity:
+            mask = mask & (weight.values != 0)  # above a quantile there are no zeros
         bitmask = builder.constant(mask.view(torch.uint8), IntegerType.get_unsigned(1))
         return _stored(
             builder, selected(weight.values, mask), bitmask, mask.dim(), quantize_dtype, palettize_nbits

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,8 @@ from coreai_opt.coreai_utils import (  # noqa: E402
     quantize_weights,
     sparsify_weights,
 )
-from coreai_opt.coreai_utils._bytecode import resources  # noqa: E402
 from coreai_opt.coreai_utils._masks import block_mask, magnitude_mask, nm_mask  # noqa: E402
+from coreai_opt.coreai_utils._program import Unsuitable, Weight, compress  # noqa: E402
 
 G = CompressionGranularity
 
@@ -61,13 +60,22 @@ def test_a_copy_is_changed_unless_asked(linear: Any):
     assert quantize_weights(changed, DType.INT4, in_place=True) is changed
 
 
-def test_weights_are_read_from_the_bytecode():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_weight_is_read(dtype: torch.dtype):
     torch.manual_seed(0)
-    layers = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 7))
-    stored = resources(program_of(layers, torch.randn(1, 300))._module._mlir_module)
-    sizes = {len(each): each for each in stored.values()}
-    values = np.frombuffer(sizes[300 * 200 * 4], np.float32).reshape(200, 300)
-    assert np.array_equal(values, layers[0].weight.detach().numpy())
+    layers = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 70), nn.Linear(70, 30)).to(dtype)
+    with torch.no_grad():
+        layers[1].weight.fill_(0.75)  # stored as one value
+    found = []
+
+    def keep(weight: Weight, builder: Any) -> Any:
+        found.append(weight.values.clone())
+        raise Unsuitable("it is only looked at")
+
+    compress(program_of(layers, torch.randn(1, 300, dtype=dtype)), 1024, False, keep)
+    for values, layer in zip(found, layers, strict=True):
+        assert values.dtype == dtype
+        assert torch.equal(values, layer.weight)
 
 
 def test_dense_constants_do_not_stay(linear: Any):
