@@ -27,8 +27,8 @@ def test_the_main_loop_without_those_inside() -> None:
     assert cuda._main_loop(LOOP) == ["LDG.E.128", "FADD", "STG.E.128", "BRA"]
 
 
-# Beyond the budget: what is looked up for a pack of its own, or for columns, has fewer elements to share; so have
-# the parameters that are chosen for a short block.
+# Beyond the budget: what is looked up for a pack of its own, or for columns, has fewer elements to share; so
+# have the parameters that are chosen for a short block.
 MORE = {
     "forward": {"blocks of 8": 8, "blocks of 16": 4, "columns": 3, "rows, blocks of 32": 1},
     "backward": {"in place": 1},
