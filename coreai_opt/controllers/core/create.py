@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coreai_opt._sharding.layout import is_sharded
 from coreai_opt.controllers.core.api import State
 from coreai_opt.controllers.core.base import (
     MARK,
@@ -55,10 +56,16 @@ def create_compressed_model(
         TypeError: ``model`` is not a module.
         ValueError: the configuration does not hold, names no algorithm or an unknown one, or the model fits
             none of its scopes.
-        RuntimeError: the model is compressed already.
+        RuntimeError: the model is compressed already, or its parameters are sharded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got a {type(model).__name__}")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise RuntimeError(
+            "model: its parameters are sharded already. Create the compressed model first, and call "
+            "fully_shard on it then. Under tensor parallelism, which comes before, there are no controllers: "
+            "use Quantizer, MagnitudePruner and KMeansPalettizer"
+        )
     if hasattr(model, MARK):
         raise RuntimeError(
             f"the model is compressed already, by {getattr(model, MARK)}: compress a fresh one, or strip it "

@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -18,6 +19,8 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from coreai_opt._sharding.layout import whole
+from coreai_opt.controllers import create_compressed_model
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig
 from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig
 from coreai_opt.quantization import Quantizer, QuantizerConfig
@@ -288,6 +291,34 @@ def fully_sharded(folder: Path) -> None:
             run = Run(compression, after=sharded(mesh), rank=(dist.get_rank(), ranks))
             run.train(STEPS)
             compare(run.state(), alone(compression), f"{compression}, {ranks} ranks")
+
+
+def trained_graph(rank: tuple[int, int] = (0, 1), mesh: DeviceMesh | None = None) -> dict[str, Tensor]:
+    """What a graph with quantized weights holds after some steps on the rank's share of each batch."""
+    config = _quantizer(net())._config.model_copy(deep=True).set_execution_mode("graph")
+    quantizer = Quantizer(net(), config)
+    model = quantizer.prepare((batch(-1),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    called = model if mesh is None else fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with quantizer.training_mode():
+        for step in range(STEPS):
+            called(batch(step)[rank[0] :: rank[1]]).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {name: whole(value).detach().clone() for name, value in model.state_dict().items()}
+
+
+@case
+def fully_sharded_graphs(folder: Path) -> None:
+    compare(trained_graph((dist.get_rank(), 4), line(4)), trained_graph(), "a graph, 4 ranks")
+
+
+@case
+def controllers_refuse_sharded_models(folder: Path) -> None:
+    """Under tensor parallelism, where parameters are sharded before."""
+    model = parallelize_module(net(), init_device_mesh("cpu", (4,)), PLAN)
+    with pytest.raises(RuntimeError, match="Under tensor parallelism"):
+        create_compressed_model(model, {"compression": {"algorithm": "magnitude_sparsity"}})
 
 
 PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
