@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -78,8 +78,7 @@ def figures(
     moved: float,
     copied: int,
     copy: float,
-    torchs_own: Callable[[], Any] | None,
-    compiled: Callable[[], Any] | None,
+    contenders: Mapping[str, Callable[[], Any] | None],
 ) -> dict[str, Any]:
     """Times and ratios of one operation.
 
@@ -89,24 +88,23 @@ def figures(
         moved: bytes of the least traffic.
         copied: bytes that the copy moves.
         copy: the copy's time in microseconds.
-        torchs_own: torch's operator for the same, if there is one.
-        compiled: the compiled reference, if it is to be measured.
+        contenders: the same by others, by name; None for those that have nothing of the kind.
     """
     time_us = timer(ours)
-    theirs, theirs_error = attempt(timer, torchs_own)
-    compiled_us, compiled_error = attempt(timer, compiled)
     floor = copy * moved / copied
-    return {
+    found = {
         "time_us": time_us,
         "host_us": host_time(ours),
         "copy_us": copy,
         "floor_us": floor,
         "floor_over_time": floor / time_us,
         "gigabytes_per_second": moved / time_us / 1e3,
-        "torch_us": theirs,
-        "torch_over_time": theirs and theirs / time_us,
-        "torch_error": theirs_error,
-        "compile_us": compiled_us,
-        "compile_over_time": compiled_us and compiled_us / time_us,
-        "compile_error": compiled_error,
     }
+    for name, run in contenders.items():
+        theirs, error = attempt(timer, run)
+        found |= {
+            f"{name}_us": theirs,
+            f"{name}_over_time": theirs and theirs / time_us,
+            f"{name}_error": error,
+        }
+    return found

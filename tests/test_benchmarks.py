@@ -1,9 +1,11 @@
 """The benchmark suite end to end on tiny matrices: what it writes, not how fast anything is."""
 
+import importlib.util
 import io
 import json
 import math
 import os
+import time
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ from rich.console import Console
 from benchmarks import cli, targets
 from benchmarks.apple import Apple, AppleError
 from benchmarks.cases import Case, Sweep, geometric_mean
+from benchmarks.gpu_cases import OPERATIONS as GPU_OPERATIONS
+from benchmarks.gpu_cases import cases
+from benchmarks.gpu_check import until
 from benchmarks.gpu_operators import operator_benches
+from benchmarks.gpu_peers import modelopts, torchaos
+from benchmarks.gpu_predictions import Predictions
+from benchmarks.gpu_training import training_loop
 from benchmarks.harness import COPY, MULTIPLY, NATIVE, Bench, Effort, Local, Result, add_if_supported, measure
 from benchmarks.memory import held_and_peak_bytes
 from benchmarks.plot import save_plot
@@ -50,6 +58,55 @@ def test_gpu_check_runs_masks_and_palettes_where_their_tensors_are() -> None:
     for _, bench in operator_benches([64], "meta"):
         outputs = bench.contenders[NATIVE]()  # type: ignore[operator]
         assert all(output.is_meta for output in ([outputs] if isinstance(outputs, torch.Tensor) else outputs))
+
+
+@pytest.mark.parametrize("operation", GPU_OPERATIONS)
+def test_gpu_check_compares_the_same_simulation(operation: str) -> None:
+    """Ours, torch's and torchao's give one result on the same parameters: like is compared with like."""
+    compared = 0
+    for case, its_operation in cases(64, torch.float32, "cpu"):
+        if its_operation != operation:
+            continue
+        ours = case.ours(operation)()
+        theirs = {"torch": case.torchs_own(operation), "torchao": torchaos(case, operation)}
+        assert modelopts(case, operation) is None or importlib.util.find_spec("modelopt")
+        for call in theirs.values():
+            if call is not None:
+                found = call()
+                assert found.shape == case.x.shape
+                if operation == "forward":
+                    assert torch.allclose(found, ours[0], atol=0.06)  # a step of the scale at ties
+                    assert (found - ours[0]).abs().gt(1e-5).float().mean() < 0.01
+                compared += 1
+    assert compared >= {"forward": 8, "backward": 1, "step": 8}[operation]
+
+
+def test_gpu_check_expects_what_the_model_says() -> None:
+    rows = [
+        {"operation": "forward", "case": "int8, rows", "dtype": "fp32", "devices": {"H200": {"share": 0.5}}},
+        {"operation": "backward", "case": "", "dtype": "fp32", "devices": {"A100": {"share": 0.5}}},
+    ]
+    found = {
+        (case.format_name, case.granularity, operation): Predictions(rows, "NVIDIA H200").microseconds(
+            case, operation, "fp32", copy=10.0
+        )
+        for case, operation in cases(64, torch.float32, "cpu")
+    }
+    assert found.pop(("int8", "channel", "forward")) == pytest.approx(10.0 * 65 / 64 / 0.5)
+    assert set(found.values()) == {None}
+
+
+def test_gpu_check_trains() -> None:
+    found = training_loop("cpu", width=16, batch=8, steps=20, graphs=False)
+    assert set(found["milliseconds"]) == {"float", "quantized"}
+    assert found["last_losses"]["quantized"] == pytest.approx(found["last_losses"]["float"], rel=0.1)
+    assert found["last_losses"]["quantized"] != found["last_losses"]["float"]
+
+
+def test_gpu_check_ends_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = iter([{"number": 1}, {"number": 2}])
+    assert list(until(time.monotonic() - 1, rows)) == [{"number": 1}]
+    assert "the time is up" in capsys.readouterr().err
 
 
 def text_of(function, *args) -> str:
