@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from coreai_opt.export.checkpoint_config import check_configuration
 from coreai_opt.export.checkpoints import CONFIG_KEY, METHOD
 from coreai_opt.export.compressed_tensors import NVFP4, decoded, parameters_of
 from coreai_opt.export.parametrized import slots_of
@@ -53,8 +54,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> QuantizerConfig:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the checkpoint has no configuration of compressed-tensors, or a format that is unknown; or
-            the model has parametrizations.
+        ValueError: the checkpoint has no configuration of compressed-tensors, one that cannot be read, or a
+            format that is unknown; or the model has parametrizations.
         RuntimeError: tensors are missing, unexpected, or of another shape. The model stays as it was.
     """
     if any(parametrize.is_parametrized(module) for module in model.modules()):
@@ -82,7 +83,7 @@ def load_quantization(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the checkpoint has no configuration of compressed-tensors.
+        ValueError: the checkpoint has no configuration of compressed-tensors, or one that cannot be read.
         RuntimeError: a layer of the checkpoint has no simulator, or one for other blocks. The model stays as
             it was.
     """
@@ -154,7 +155,7 @@ def _read(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], dict[str, _L
         for name in _matched(model, group["targets"], config.get("ignore") or ()):
             keys = by_layer.get(name, ())
             parts = {key.rpartition(".")[2]: key for key in keys if not key.endswith("bias")}
-            if "weight_scale" in parts and name not in layers:
+            if "weight_scale" in parts and group.get("weights") and name not in layers:
                 tensors = {part: state.pop(key) for part, key in parts.items()}
                 layers[name] = _Layer(tensors, group.get("format") or config["format"], group)
     return state, layers
@@ -167,7 +168,8 @@ def _located(path: Path) -> tuple[list[Path], dict[str, Any]]:
         config_file = path / "config.json"
         if not files or not config_file.is_file():
             raise FileNotFoundError(f"path: {path} has no config.json with safetensors files beside it")
-        config = json.loads(config_file.read_text()).get(CONFIG_KEY)
+        whole = json.loads(config_file.read_text())
+        config = whole.get(CONFIG_KEY) if isinstance(whole, Mapping) else None
     elif path.is_file():
         files = [path]
         with safe_open(path, framework="pt") as file:
@@ -176,6 +178,7 @@ def _located(path: Path) -> tuple[list[Path], dict[str, Any]]:
         raise FileNotFoundError(f"path: there is no {path}")
     if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
         raise ValueError(f"path: {path} has no {CONFIG_KEY} of {METHOD}")
+    check_configuration(config, path)
     return files, dict(config)
 
 

@@ -17,15 +17,18 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-import coreai_opt
+import coreai_opt.export
 from coreai_opt import _prepared_models
 from coreai_opt.controllers import ControllerConfig
 from coreai_opt.palettization import KMeansPalettizerConfig
 from coreai_opt.palettization.kmeans._sensitivities import load_sensitivities
 from coreai_opt.pruning import MagnitudePrunerConfig
-from coreai_opt.quantization import Quantizer, QuantizerConfig
+from coreai_opt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
+from coreai_opt.quantization.spec import PerChannelGranularity, QuantizationSpec
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
 many = settings(
@@ -274,3 +277,31 @@ def test_a_pickle_of_code_is_no_file_of_sensitivities(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged, or no file of tensors"):
         load_sensitivities(tmp_path / "sensitivities.pt")
     assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.slow
+def test_quantized_checkpoints_of_other_content(tmp_path: Path) -> None:
+    """A configuration of compressed-tensors, changed: it is read, or an error says why not."""
+    weight = {"op_state_spec": {"weight": QuantizationSpec(granularity=PerChannelGranularity(axis=0))}}
+    only_weights = ModuleQuantizerConfig(op_input_spec=None, op_output_spec=None, **weight)
+    net = model()
+    Quantizer(net, QuantizerConfig(global_config=only_weights, execution_mode="eager")).prepare(
+        (torch.randn(2, 8),)
+    )
+    saved = coreai_opt.export.save(net, tmp_path / "model.safetensors", (torch.randn(2, 8),), progress=False)
+    with safe_open(saved.path, framework="pt") as file:
+        plain = json.loads(file.metadata()["quantization_config"])
+    tensors = load_file(saved.path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+
+    @many
+    @given(changed(plain))
+    def check(content: Any) -> None:
+        (folder / "config.json").write_text(json.dumps({"quantization_config": content}))
+        allowed(
+            lambda: coreai_opt.export.load_checkpoint(model(), folder), (ValueError, TypeError, RuntimeError)
+        )
+
+    check()

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from coreai_opt.export import load_checkpoint, load_quantization, save, save_checkpoint
@@ -258,3 +259,53 @@ def test_checkpoints_that_do_not_fit_change_nothing(tmp_path):
         load_quantization(per_tensor, path)
     with pytest.raises(RuntimeError, match="no simulator here"):
         load_quantization(mlp(), path)
+
+
+def _group(**changes):
+    weights = {"num_bits": 8, "type": "int", "strategy": "channel", **changes.pop("weights", {})}
+    return {"targets": ["Linear"], "weights": weights, "format": "int-quantized", **changes}
+
+
+MALFORMED = {
+    "no groups": ({}, "config_groups: Field required"),
+    "groups in a list": ({"config_groups": []}, "config_groups: Input should be a valid dict"),
+    "no targets": (
+        {"config_groups": {"g": {"weights": {"num_bits": 8}}}}, r"config_groups\.g\.targets: Field required",
+    ),
+    "a broken pattern": (
+        {"config_groups": {"g": _group(targets=["re:("])}}, r"targets\.0: .*'\(' is no regular expression",
+    ),
+    "a broken pattern to ignore": ({"config_groups": {}, "ignore": ["re:["]}, "is no regular expression"),
+    "bits": ({"config_groups": {"g": _group(weights={"num_bits": "many"})}}, r"g\.weights\.num_bits"),
+    "type": ({"config_groups": {"g": _group(weights={"type": "complex"})}}, r"g\.weights\.type"),
+    "groups without a size": (
+        {"config_groups": {"g": _group(weights={"strategy": "group"})}}, "needs a group_size; got None",
+    ),
+    "blocks without extents": (
+        {"config_groups": {"g": _group(weights={"strategy": "block"})}}, "needs a block_structure",
+    ),
+    "no format": ({"config_groups": {"g": _group(format=None)}}, "'g' of config_groups has a format"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_configurations_that_cannot_be_read_are_told(case, tmp_path):
+    config, message = MALFORMED[case]
+    model = mlp()
+    (tmp_path / "config.json").write_text(
+        json.dumps({"quantization_config": {"quant_method": "compressed-tensors", **config}})
+    )
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for load in (load_checkpoint, load_quantization):
+        with pytest.raises(ValueError, match=rf"quantization_config of .* cannot be read: .*{message}"):
+            load(model, tmp_path)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"quantization_config": 3}', "{"])
+def test_a_config_that_is_none_is_told(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    save_file(dict(mlp().state_dict()), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"quantization_config|Expecting"):
+        load_checkpoint(mlp(), tmp_path)
