@@ -12,6 +12,7 @@ from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.quant_config import QuantConfig, taking_config, taking_packed_config
 from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
+from coreai_kernels.runtime.inductor import recompute_masks
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import RangeUpdate, grid_shape
 
@@ -220,6 +221,7 @@ def apply(
         operator = torch.ops.coreai_kernels.observe_and_fake_quantize_unpacked_
         fields = (*state, has_running, *config.arguments())
         if needs_grad:
+            recompute_masks()
             return fake_quantize.StraightThrough.apply(input, operator, fields)  # type: ignore[no-any-return]
         return operator(input, *fields, False)[0]  # type: ignore[no-any-return]
     running = state[3:] if has_running else (None, None)
