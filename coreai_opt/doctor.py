@@ -109,7 +109,7 @@ def _triton_fix(version: str | None) -> str:
         return ""
     if sys.platform != "linux":
         return "exists for Linux only"
-    return "pip install triton"
+    return "torch's builds for GPUs bring it; elsewhere only TRITON_INTERPRET=1 needs it: pip install triton"
 
 
 def _examine_engine(diagnosis: Diagnosis) -> None:
