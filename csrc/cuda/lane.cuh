@@ -31,6 +31,7 @@ struct Lane {
   static COREAI_HD I truncate(F a) {  // NaN becomes INT32_MIN
     return a != a ? INT32_MIN : static_cast<int32_t>(a);
   }
+  static COREAI_HD F to_float(I a) { return static_cast<float>(a); }
   static COREAI_HD F round_half(F a) {
 #if defined(__CUDA_ARCH__)
     F result;

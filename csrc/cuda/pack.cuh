@@ -59,6 +59,23 @@ __device__ __forceinline__ void store_element(WordOf<kElement>* x, float value) 
   }
 }
 
+// The same of a type that is known when the kernel runs; not float64.
+__device__ __forceinline__ float load_as(Element element, const void* from, int64_t at) {
+  if (element == Element::kBFloat16) return widen<Element::kBFloat16>(static_cast<const uint16_t*>(from)[at]);
+  if (element == Element::kFloat16) return widen<Element::kFloat16>(static_cast<const uint16_t*>(from)[at]);
+  return static_cast<const float*>(from)[at];
+}
+
+__device__ __forceinline__ void store_as(Element element, void* to, int64_t at, float value) {
+  if (element == Element::kBFloat16) {
+    store_element<Element::kBFloat16>(static_cast<uint16_t*>(to) + at, value);
+  } else if (element == Element::kFloat16) {
+    store_element<Element::kFloat16>(static_cast<uint16_t*>(to) + at, value);
+  } else {
+    static_cast<float*>(to)[at] = value;
+  }
+}
+
 template <Element kElement>
 struct Pack {
   using Word = WordOf<kElement>;

@@ -14,6 +14,7 @@ from tests.kernels.triton_support import (
     Layout,
     check_fake_quantize,
     check_observe_range,
+    check_quantize,
     check_step,
 )
 
@@ -35,6 +36,13 @@ def test_fake_quantize(layout: Layout) -> None:
 def test_observe_range(layout: Layout) -> None:
     for dtype in dtypes_for(layout, 0):
         check_observe_range("auto", "cuda", layout, dtype)
+
+
+@layouts
+def test_quantize(layout: Layout) -> None:
+    for turn, kind in enumerate(KINDS):
+        for dtype in dtypes_for(layout, turn):
+            check_quantize("auto", "cuda", layout, kind, dtype)
 
 
 @layouts

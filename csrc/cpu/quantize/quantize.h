@@ -1,6 +1,7 @@
 // quantize and dequantize: values of a storage type on one side, of a floating-point type on the other.
 #pragma once
 
+#include "common/fp8.h"
 #include "cpu/quantize/fake_quantize.h"
 
 namespace coreai::cpu::COREAI_ISA {
@@ -8,42 +9,6 @@ namespace {
 
 // Elements converted at a time, by way of float32 in a buffer on the stack: a multiple of kWidth.
 constexpr int64_t kChunk = 256;
-
-// fp8 bits of values that the format can represent. NaN is the pattern of all ones.
-template <Format kFormat>
-COREAI_HD I encode_fp8(F x) {
-  constexpr int kMantissaBits = FormatFacts<kFormat>::kMantissaBits, kMinExponent = FormatFacts<kFormat>::kMinExponent;
-  const I bits = Simd::as_int(x), magnitude = Simd::iand(bits, Simd::iset(0x7fffffff));
-  const I above = Simd::imax(Simd::iset(0), Simd::iadd(magnitude, Simd::iset(-((127 + kMinExponent) << 23))));
-  const I normal = Simd::iadd(Simd::template shr<23 - kMantissaBits>(above), Simd::iset(1 << kMantissaBits));
-  // The code of a subnormal is the number of its quanta, which for normal numbers is no less than their code.
-  const float per_quantum = __builtin_ldexpf(1.0f, kMantissaBits - kMinExponent);
-  const F quanta = Simd::mul(Simd::as_float(magnitude), Simd::set(per_quantum));
-  const I code = Simd::imin(normal, Simd::truncate(Simd::min(Simd::set(0x1p20f), quanta)));
-  const F or_nan = Simd::select(Simd::unordered(x, x), Simd::as_float(Simd::iset(0x7f)), Simd::as_float(code));
-  return Simd::ior(Simd::as_int(or_nan), Simd::iand(Simd::template shr<24>(bits), Simd::iset(0x80)));
-}
-
-template <class = void>
-COREAI_HD M at_least(F x, float bound) {
-  return Simd::equal(Simd::max(Simd::set(bound), x), x);
-}
-
-template <Format kFormat>
-COREAI_HD F decode_fp8(I code) {
-  constexpr int kMantissaBits = FormatFacts<kFormat>::kMantissaBits, kMinExponent = FormatFacts<kFormat>::kMinExponent;
-  constexpr bool kHasInfinity = FormatFacts<kFormat>::kHasInfinity;
-  const I magnitude = Simd::iand(code, Simd::iset(0x7f));
-  const F count = Simd::to_float(magnitude);
-  const F subnormal = Simd::mul(count, Simd::set(__builtin_ldexpf(1.0f, kMinExponent - kMantissaBits)));
-  const I shifted = Simd::template shl<23 - kMantissaBits>(magnitude);
-  const F normal = Simd::as_float(Simd::iadd(shifted, Simd::iset((126 + kMinExponent) << 23)));
-  F value = Simd::select(at_least(count, 1 << kMantissaBits), normal, subnormal);
-  constexpr int kTop = kHasInfinity ? (0x7f >> kMantissaBits) << kMantissaBits : 0x7f;
-  if (kHasInfinity) value = Simd::select(at_least(count, kTop), Simd::set(__builtin_inff()), value);
-  value = Simd::select(at_least(count, kHasInfinity ? kTop + 1 : kTop), Simd::set(__builtin_nanf("")), value);
-  return Simd::as_float(Simd::ior(Simd::as_int(value), Simd::template shl<24>(Simd::iand(code, Simd::iset(0x80)))));
-}
 
 // Whole numbers, of which the low byte is kept. NaN has none and becomes 0.
 template <class = void>
@@ -93,9 +58,9 @@ inline void store_as(Storage storage, void* out, int64_t at, const float* values
     case Storage::kUInt8:
       return store_codes(bytes, values, n, to_byte<>);
     case Storage::kE4M3:
-      return store_codes(bytes, values, n, encode_fp8<Format::kE4M3>);
+      return store_codes(bytes, values, n, encode_fp8<Simd, Format::kE4M3>);
     case Storage::kE5M2:
-      return store_codes(bytes, values, n, encode_fp8<Format::kE5M2>);
+      return store_codes(bytes, values, n, encode_fp8<Simd, Format::kE5M2>);
     case Storage::kFloat32:
       return store_floats(static_cast<float*>(out) + at, values, n);
     case Storage::kBFloat16:
@@ -118,9 +83,9 @@ inline void load_from(Storage storage, const void* in, int64_t at, float* values
     case Storage::kUInt8:
       return load_codes(values, bytes, n, [](I code) { return Simd::to_float(code); });
     case Storage::kE4M3:
-      return load_codes(values, bytes, n, decode_fp8<Format::kE4M3>);
+      return load_codes(values, bytes, n, decode_fp8<Simd, Format::kE4M3>);
     case Storage::kE5M2:
-      return load_codes(values, bytes, n, decode_fp8<Format::kE5M2>);
+      return load_codes(values, bytes, n, decode_fp8<Simd, Format::kE5M2>);
     case Storage::kFloat32:
       return load_floats(values, static_cast<const float*>(in) + at, n);
     case Storage::kBFloat16:

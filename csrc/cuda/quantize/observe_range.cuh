@@ -197,6 +197,7 @@ __global__ void __launch_bounds__(kThreads) observe_columns(ObserveJob job) {
 }
 
 // Merges the parts of blocks: a block for each warp.
+template <class = void>
 __global__ void __launch_bounds__(kThreads) merge_parts(ObserveJob job) {
   const int64_t blocks = job.geometry.blocks;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -298,7 +299,7 @@ void queue_observe(const cpu::Geometry& g, Element element, const void* input, c
   });
   if (plan.parts > 1 && !old) {
     const int64_t launched = blocks_of_tiles((g.blocks + kThreads / kWarp - 1) / (kThreads / kWarp), most_blocks);
-    COREAI_LAUNCH(merge_parts, launched, kThreads, stream, job);
+    COREAI_LAUNCH(merge_parts<>, launched, kThreads, stream, job);
   }
 }
 

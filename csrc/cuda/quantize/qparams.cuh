@@ -6,22 +6,6 @@
 
 namespace coreai::cuda {
 
-__device__ __forceinline__ float load_as(Element element, const void* from, int64_t at) {
-  if (element == Element::kBFloat16) return widen<Element::kBFloat16>(static_cast<const uint16_t*>(from)[at]);
-  if (element == Element::kFloat16) return widen<Element::kFloat16>(static_cast<const uint16_t*>(from)[at]);
-  return static_cast<const float*>(from)[at];
-}
-
-__device__ __forceinline__ void store_as(Element element, void* to, int64_t at, float value) {
-  if (element == Element::kBFloat16) {
-    store_element<Element::kBFloat16>(static_cast<uint16_t*>(to) + at, value);
-  } else if (element == Element::kFloat16) {
-    store_element<Element::kFloat16>(static_cast<uint16_t*>(to) + at, value);
-  } else {
-    static_cast<float*>(to)[at] = value;
-  }
-}
-
 __device__ __forceinline__ void store_qparams(const QParamsLanes<Lane>& chosen, const cpu::QParams& out, int64_t block) {
   out.scale[block] = chosen.scale;
   if (out.zero_point) out.zero_point[block] = chosen.zero_point;
@@ -79,6 +63,7 @@ __device__ __forceinline__ void finish_range(const AfterRange& after, Range rang
 }
 
 // The largest magnitudes of ranges that contain zero, of so many blocks of threads one each.
+template <class = void>
 __global__ void __launch_bounds__(kThreads)
     largest_magnitudes(const float* low, const float* high, int64_t blocks, float* largest) {
   float own = 0.0f;
@@ -99,6 +84,7 @@ struct ChooseJob {
   int parts;             // so many
 };
 
+template <class = void>
 __global__ void __launch_bounds__(kThreads) choose_parameters(ChooseJob job) {
   float of_tensor = 0.0f;
   if (job.rule.scale_format == ScaleFormat::kE4M3) {
@@ -128,9 +114,9 @@ void queue_choose(const QParamsRule& rule, const float* low, const float* high, 
                   float* workspace, int64_t most_blocks, Stream stream) {
   const int64_t parts = blocks_of_largest(blocks);
   if (rule.scale_format == ScaleFormat::kE4M3) {
-    COREAI_LAUNCH(largest_magnitudes, parts, kThreads, stream, low, high, blocks, workspace);
+    COREAI_LAUNCH(largest_magnitudes<>, parts, kThreads, stream, low, high, blocks, workspace);
   }
-  COREAI_LAUNCH(choose_parameters, blocks_of_tiles(blocks_for(blocks), most_blocks), kThreads, stream,
+  COREAI_LAUNCH(choose_parameters<>, blocks_of_tiles(blocks_for(blocks), most_blocks), kThreads, stream,
                 ChooseJob{rule, low, high, blocks, out, workspace, static_cast<int>(parts)});
 }
 

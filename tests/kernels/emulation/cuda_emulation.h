@@ -2,6 +2,7 @@
 // others. Who waits goes on when all whom it waits for have come: the block's threads, or the warp's.
 #pragma once
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -26,6 +27,10 @@ inline Index threadIdx, blockIdx, gridDim;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 
 template <class T>
@@ -126,6 +131,22 @@ class Block {
 // Blocks and threads come in order, or all the other way round: what depends on their order shows.
 inline bool backwards = false;
 
+#if defined(COREAI_RECORDED)
+// Kernels are not run, but told: what they are given, one by one, then a kernel's name and its blocks. So is memory that
+// is allocated for them. (The name is how symbols are looked up; a GPU's code has the same.)
+inline void (*tell_argument)(const void* data, int64_t size) = nullptr;
+inline void (*tell_launch)(const char* name, int64_t blocks) = nullptr;
+inline void (*tell_memory)(const void* data, int64_t size) = nullptr;
+
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), int64_t blocks, const Args&... args) {
+  const auto tell = [](const auto& value) { tell_argument(&value, sizeof(value)); };
+  (tell(static_cast<Parameters>(args)), ...);
+  Dl_info info = {};
+  if (dladdr(reinterpret_cast<void*>(kernel), &info) == 0 || info.dli_sname == nullptr) abort();
+  tell_launch(info.dli_sname, blocks);
+}
+#else
 template <class Kernel, class... Args>
 void launch(Kernel kernel, int64_t blocks, Args... args) {
   static Block block(COREAI_EMULATED_THREADS);
@@ -136,6 +157,7 @@ void launch(Kernel kernel, int64_t blocks, Args... args) {
     block.run(body, backwards);
   }
 }
+#endif
 
 inline float from_bits(uint32_t bits) {
   float result;
