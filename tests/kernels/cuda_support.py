@@ -4,7 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ TARGET_VERSION = "0x020a000000000000ULL"
 TORCH_HEADERS = str(Path(torch.__file__).parent / "include")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
-_emulated = torch.library.Library("coreai_emulated", "DEF")
+_libraries = {name: torch.library.Library(name, "DEF") for name in ("coreai_emulated", "coreai_recorded")}
 
 
 def includes(folder: Path) -> list[str]:
@@ -34,8 +34,8 @@ def includes(folder: Path) -> list[str]:
     return [f"-I{ROOT / 'csrc'}", f"-I{folder / 'include'}"]
 
 
-def emulated(name: str, folder: Path) -> ctypes.CDLL:
-    """``emulation/{name}.cpp``, whose blocks of 64 threads take turns on the CPU.
+def emulated(name: str, folder: Path, threads: int = 64, *defines: str) -> ctypes.CDLL:
+    """``emulation/{name}.cpp``, whose blocks of so many threads take turns on the CPU.
 
     What it registers with torch's dispatcher is for CPU tensors, in the namespace ``coreai_emulated``.
     """
@@ -43,23 +43,37 @@ def emulated(name: str, folder: Path) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     library = folder / f"{name}.so"
     command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
-    command += ["-DCOREAI_EMULATED_THREADS=64", *includes(folder), f"-I{ROOT / 'tests/kernels'}"]
+    command += [f"-DCOREAI_EMULATED_THREADS={threads}", *defines]
+    command += [*includes(folder), f"-I{ROOT / 'tests/kernels'}"]
     command += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", TORCH_HEADERS]
     command += ["-o", str(library), str(ROOT / f"tests/kernels/emulation/{name}.cpp")]
-    command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return ctypes.CDLL(str(library))
 
 
-def emulated_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
-    """The same, with the schemas of such operators of ``coreai_kernels`` for what it registers."""
+def _with_schemas(
+    namespace: str, operators: Sequence[str], library: Callable[[], ctypes.CDLL]
+) -> ctypes.CDLL:
     for operator in operators:
         schema = str(getattr(torch.ops.coreai_kernels, operator).default._schema)
-        _emulated.define(schema.removeprefix("coreai_kernels::"))
-    library = emulated(name, folder)
-    torch.ops.load_library(library._name)
-    return library
+        _libraries[namespace].define(schema.removeprefix("coreai_kernels::"))
+    loaded = library()
+    torch.ops.load_library(loaded._name)
+    return loaded
+
+
+def emulated_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
+    """The same, with the schemas of such operators of ``coreai_kernels`` for what it registers."""
+    return _with_schemas("coreai_emulated", operators, lambda: emulated(name, folder))
+
+
+def recorded_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
+    """The same in ``coreai_recorded``; kernels are not run, but told to whom ``tell`` names."""
+    return _with_schemas(
+        "coreai_recorded", operators, lambda: emulated(name, folder, 256, "-DCOREAI_RECORDED")
+    )
 
 
 def behind(x: Tensor, elements: int) -> Tensor:

@@ -82,6 +82,34 @@ def test_conversions_round() -> None:
     assert word("cvt.rzi.s32.f32 %r9, %r2;", 3e10, dtype=torch.int32) == 2**31 - 1
     assert word("cvt.rzi.s32.f32 %r9, %r2;", float("nan"), dtype=torch.int32) == 0
     assert word("cvt.rn.f32.s32 %r9, %r2;", 2**24 + 1) == 2.0**24
+    assert word("cvt.rni.f32.f32 %r9, %r2;", 2.5) == 2.0
+    assert np.signbit(word("cvt.rni.f32.f32 %r9, %r2;", -0.25))
+
+
+def test_reciprocals_are_off_by_a_unit_at_most() -> None:
+    for x in (1.5, 3.0, 0.7, -5.0):
+        nearest = np.float32(1) / np.float32(x)
+        found = np.float32(word("rcp.approx.ftz.f32 %r9, %r2;", x))
+        assert abs(int(found.view(np.int32)) - int(nearest.view(np.int32))) <= 1
+    assert word("rcp.approx.ftz.f32 %r9, %r2;", 0.0) == float("inf")
+
+
+def test_16_bit_pairs() -> None:
+    words = {"%r2": 0x40003F80, "%r3": 0x3F807FC0}  # bfloat16: (1, 2) and (NaN, 1), the lower half first
+    moves = "".join(f"mov.b32 {register}, {bits};\n" for register, bits in words.items())
+    assert word(f"{moves}min.NaN.bf16x2 %r9, %r2, %r3;", dtype=torch.int32) == 0x3F807FFF
+    assert word(f"{moves}max.bf16x2 %r9, %r2, %r3;", dtype=torch.int32) == 0x40003F80
+    fused = "mov.b32 %r4, 0x80008000;\nfma.rn.bf16x2 %r9, %r2, %r2, %r4;"
+    assert word(moves + fused, dtype=torch.int32) == 0x40803F80
+    halves = "mov.b32 %r2, 0x40003C00;\nmov.b32 %r4, 0x80008000;\nfma.rn.f16x2 %r9, %r2, %r2, %r4;"
+    assert word(halves, dtype=torch.int32) == 0x44003C00
+
+
+def test_registers_of_a_scope() -> None:
+    body = (
+        "mov.u32 %r2, 5;\n{ .reg .pred p; setp.ne.u32 p, %r2, 0; @p or.b32 %r2, %r2, 8; }\nmov.b32 %r9, %r2;"
+    )
+    assert word(body, dtype=torch.int32) == 13
 
 
 def test_subnormals_are_flushed_only_where_an_instruction_says_so() -> None:

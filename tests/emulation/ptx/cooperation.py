@@ -80,7 +80,14 @@ def _load(block: "Block", i: Instruction, lanes: Array) -> None:
     size = i.type.itemsize * count
     if len(to) != count:
         raise Refused(i.text)
-    if space == "param":
+    if space == "param" and re.match(r"\[\s*%", i.operands[1]):
+        # An address that was computed: of an element of an array in a parameter.
+        places = block.address(i.operands[1]).astype(np.int64)[lanes, None] + np.arange(size)
+        if np.any((places < 0) | (places >= len(block.parameters))):
+            raise Fault(f"beyond the parameters: {i.text}")
+        found = np.zeros((block.threads, size), np.uint8)
+        found[lanes] = np.frombuffer(block.parameters, np.uint8)[places]
+    elif space == "param":
         offset, left = block.parameter(i.operands[1])
         if size > left:
             raise Refused(i.text)

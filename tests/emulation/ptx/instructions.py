@@ -79,8 +79,8 @@ def _cvta(block: "Block", i: Instruction, lanes: Array) -> None:
 
 @operation("add", "sub", "mul", "mad", "fma")
 def _arithmetic(block: "Block", i: Instruction, lanes: Array) -> None:
-    if i.types in (("bf16",), ("bf16x2",)):
-        block.write(i.operands[0], _of_bfloat16(block, i), lanes)
+    if i.types in (("bf16",), ("bf16x2",), ("f16x2",)):
+        block.write(i.operands[0], _of_16_bits(block, i), lanes)
         return
     if i.types == ("f32x2",):
         pairs = [_pair(x) for x in inputs_of(block, i, DTYPES["u64"])]
@@ -133,23 +133,35 @@ def _of_integers(block: "Block", i: Instruction) -> Array:
     return result + block.read(i.operands[3], result.dtype) if i.name == "mad" else result
 
 
-def _of_bfloat16(block: "Block", i: Instruction) -> Array:
+def _of_16_bits(block: "Block", i: Instruction) -> Array:
     """One or two numbers in a register."""
     i.allow("rn")
-    is_pair = i.types == ("bf16x2",)
+    is_pair, is_bfloat16 = i.types[0].endswith("x2"), i.types[0].startswith("b")
     words = [halves(x) if is_pair else [x] for x in inputs_of(block, i, DTYPES["u32" if is_pair else "u16"])]
+    exact = {
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: a * b,
+        "fma": lambda a, b, c: a * b + c,
+    }
+    if i.name not in exact or len(words) != (3 if i.name == "fma" else 2):
+        raise Refused(i.text)
     results = []
     for parts in zip(*words, strict=True):
         # Products and sums of these are exact in float64, or far from a tie.
-        a, b, *c = (values.from_bfloat16(part).astype(np.float64) for part in parts)
-        exact = {"add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b}
-        if i.name not in exact or c:
-            raise Refused(i.text)
-        single = exact[i.name](a, b)
+        single = exact[i.name](*(_widened(part, is_bfloat16).astype(np.float64) for part in parts))
         if np.any((single.astype(np.float32) != single) & np.isfinite(single)):
             raise Refused(f"a sum that float32 does not hold: {i.text}")
-        results.append(values.bfloat16(single.astype(np.float32)))
+        results.append(_narrowed(single.astype(np.float32), is_bfloat16))
     return joined(*results) if is_pair else results[0]
+
+
+def _widened(words: Array, is_bfloat16: bool) -> Array:
+    return values.from_bfloat16(words) if is_bfloat16 else words.view(np.float16).astype(np.float32)
+
+
+def _narrowed(x: Array, is_bfloat16: bool) -> Array:
+    return values.bfloat16(x) if is_bfloat16 else x.astype(np.float16).view(np.uint16)
 
 
 def halves(x: Array) -> list[Array]:
@@ -183,6 +195,18 @@ def _divide(block: "Block", i: Instruction, lanes: Array) -> None:
     block.write(i.operands[0], quotient if i.name == "div" else a - quotient * divisor, lanes)
 
 
+@operation("rcp")
+def _reciprocal(block: "Block", i: Instruction, lanes: Array) -> None:
+    """The hardware's is one unit in the last place off, either way; so are these, by the number's bits."""
+    if i.allow("approx", "ftz") != {"approx", "ftz"} or i.types != ("f32",):
+        raise Refused(i.text)
+    x = values.flushed(inputs_of(block, i, i.type)[0])
+    near = values.flushed(np.float32(1) / x)
+    units = (x.view(np.int32) % 3 - 1).astype(np.int32)
+    other = (np.atleast_1d(near).view(np.int32) + units).view(np.float32)
+    block.write(i.operands[0], np.where(np.isfinite(near) & (near != 0), other, near), lanes)
+
+
 @operation("sqrt")
 def _sqrt(block: "Block", i: Instruction, lanes: Array) -> None:
     if i.allow("rn") != {"rn"}:
@@ -211,6 +235,9 @@ def _unary(block: "Block", i: Instruction, lanes: Array) -> None:
 @operation("min", "max")
 def _extreme(block: "Block", i: Instruction, lanes: Array) -> None:
     modifiers = i.allow("NaN")
+    if i.types in (("bf16x2",), ("f16x2",)):
+        block.write(i.operands[0], _extreme_of_pairs(block, i, "NaN" in modifiers), lanes)
+        return
     result, *others = inputs_of(block, i, i.type)
     for other in others:
         if i.type.kind == "f":
@@ -219,6 +246,17 @@ def _extreme(block: "Block", i: Instruction, lanes: Array) -> None:
         else:
             result = np.minimum(result, other) if i.name == "min" else np.maximum(result, other)
     block.write(i.operands[0], result, lanes)
+
+
+def _extreme_of_pairs(block: "Block", i: Instruction, nan_wins: bool) -> Array:
+    function = values.minimum if i.name == "min" else values.maximum
+    is_bfloat16 = i.types == ("bf16x2",)
+    words = [halves(x) for x in inputs_of(block, i, DTYPES["u32"])]
+    found = [
+        _narrowed(function(*(_widened(part, is_bfloat16) for part in parts), nan_wins), is_bfloat16)
+        for parts in zip(*words, strict=True)
+    ]
+    return joined(*found)
 
 
 @operation("and", "or", "xor")
@@ -353,6 +391,9 @@ def _combined(name: str, a: Array, b: Array) -> Array:
     return result
 
 
+_TO_WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+
+
 @operation("cvt")
 def _convert(block: "Block", i: Instruction, lanes: Array) -> None:
     to, source = i.types[0], i.types[-1]
@@ -379,8 +420,11 @@ def _convert(block: "Block", i: Instruction, lanes: Array) -> None:
         if result_type.kind == "f" and modifiers != {"rn"}:
             raise Refused(i.text)
         result = x.astype(result_type)
+    elif result_type == source_type and len(modifiers) == 1 and modifiers <= set(_TO_WHOLE):
+        (name,) = modifiers
+        result = np.copysign(_TO_WHOLE[name](x), x)
     elif result_type.kind == "f":
-        if (result_type.itemsize < source_type.itemsize) != (modifiers == {"rn"}):
+        if (result_type.itemsize < source_type.itemsize) != (modifiers == {"rn"}) or modifiers - {"rn"}:
             raise Refused(i.text)
         result = x.astype(result_type)
     elif (

@@ -138,6 +138,9 @@ class Block:
                 return np.array([bool(value)])
             bits = 8 * dtype.itemsize
             return np.array([value & ((1 << bits) - 1)], np.dtype(f"u{dtype.itemsize}")).view(dtype)
+        if operand in self.program.parameters:
+            offset = self.program.parameters[operand].offset
+            return np.array([offset], np.dtype(f"u{dtype.itemsize}")).view(dtype)
         if operand in self.program.symbols:
             return np.array([self.program.symbols[operand]], np.dtype(f"u{dtype.itemsize}")).view(dtype)
         raise Refused(f"operand {operand}")

@@ -195,7 +195,7 @@ def _add_body(made: Kernel, text: str) -> None:
                     prefix = name.partition("<")[0]
                     if len(scopes) > 1:
                         serial += 1
-                        scopes[-1][prefix] = f"{prefix}.{serial}."
+                        scopes[-1][prefix] = f"%{prefix.removeprefix('%')}.{serial}."
                     made.widths[scopes[-1].get(prefix, prefix)] = registers[1]
             elif statement.startswith(".shared"):
                 _add_shared(made, statement)

@@ -4,7 +4,11 @@
 
 #include <cstdint>
 
+#if defined(COREAI_RECORDED)
+#define COREAI_GPU_LIBRARY coreai_recorded, CPU
+#else
 #define COREAI_GPU_LIBRARY coreai_emulated, CPU
+#endif
 
 namespace coreai::cuda {
 namespace {
@@ -12,6 +16,21 @@ namespace {
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
+
+#if defined(COREAI_RECORDED)
+inline AOTITorchError empty_and_told(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type,
+                                     int32_t device_type, int32_t device, AtenTensorHandle* made) {
+  const AOTITorchError error = aoti_torch_empty_strided(axes, sizes, strides, type, device_type, device, made);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*made, &data) == AOTI_TORCH_SUCCESS &&
+      aoti_torch_get_storage_size(*made, &bytes) == AOTI_TORCH_SUCCESS) {
+    emulation::tell_memory(data, bytes);
+  }
+  return error;
+}
+#define aoti_torch_empty_strided empty_and_told
+#endif
 
 inline int current_stream(int32_t) { return 0; }
 inline int64_t multiprocessors(int32_t) { return 1; }
