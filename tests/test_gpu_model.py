@@ -91,6 +91,8 @@ BUDGETS = {
     ("backward", "", "bf16"): 8,
     ("observe and quantize", "int8, rows", "bf16"): 23,
     ("observe and quantize", "int4, tensor", "bf16"): 28,
+    ("learned range, backward", "int8, rows", "fp32"): 29,
+    ("learned range, backward", "int8, rows", "bf16"): 30.5,
 }
 
 

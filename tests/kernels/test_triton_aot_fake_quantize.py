@@ -117,7 +117,8 @@ def _learned(blocks: str, dtype: torch.dtype, has_low: bool, **expected: Any) ->
         return learnable_range.learnable_range_backward(x, x, given, span, list(block), *levels)
 
     name = f"learned-{blocks}-{short(dtype)}{'-low' * has_low}"
-    return Variant(name, run, ("backward",), wide_loads=False, wide_stores=False, **expected)
+    wide = blocks != "columns"
+    return Variant(name, run, ("backward",), wide_loads=wide, wide_stores=wide, **expected)
 
 
 def _bits(width: int) -> list[Variant]:

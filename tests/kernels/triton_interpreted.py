@@ -17,6 +17,7 @@ from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
 from tests.kernels.gptq_support import check_gptq_columns
 from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
+from tests.kernels.learned_support import run as on_backend
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
 from tests.kernels.support import assert_same_bits
 from tests.kernels.test_quotients import STEPS as STEPS_OF
@@ -228,6 +229,28 @@ def test_sampled_mask(shape: tuple[int, ...], block: object, layout: str, dtype:
 def test_learnable_range(shape: tuple[int, ...], block: tuple[int, ...], layout: str, has_low: bool) -> None:
     dtype = torch.float32 if has_low else torch.bfloat16
     check_learnable_range("triton", shape, block, layout, dtype, has_low)
+
+
+@pytest.mark.parametrize("levels", [(-8.0, 7.0), (-128.0, 127.0), (0.0, 255.0), (-300.0, 300.0)])
+def test_learnable_range_of_unusual_ranges(levels: tuple[float, float]) -> None:
+    """Ranges with and without corrected products, and inputs on the edges between two levels."""
+    spans = torch.tensor([0.0, 1e-41, 1e-30, 1e-17, 0.3, 1.0, 1e17, 1e30, float("inf"), float("nan")])[
+        :, None
+    ]
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randint(-700, 700, (10, 1100), generator=generator) / 2
+    x = (
+        halves
+        * (spans / levels[1])
+        * (1 + torch.randint(-2, 3, halves.shape, generator=generator) * 2.0**-23)
+    )
+    grad = torch.randn(x.shape, generator=generator)
+    args = (grad, x, None, spans, [1, 1100], *levels)
+    expected, actual = (
+        on_backend(each, "learnable_range_backward", *args) for each in ("reference", "triton")
+    )
+    assert_same_bits(actual[0], expected[0], "gradient to the input")  # type: ignore[index]
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-4, atol=1e-3, equal_nan=True)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("kind", GPTQ_KINDS)
