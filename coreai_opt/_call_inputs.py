@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Arguments", "Inputs", "arguments_of", "keywords_added", "read_inputs"]
+from coreai_opt._state_tensors import check_example_inputs
+
+__all__ = [
+    "Arguments",
+    "Inputs",
+    "arguments_of",
+    "arguments_of_batch",
+    "example_arguments",
+    "keywords_added",
+    "read_inputs",
+]
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ def read_inputs(model: nn.Module, data: Any, input_fn: Callable[[Any], Any] | No
             f"inputs must be a tensor, a tuple of positional arguments, a mapping of keyword arguments, or "
             f"an iterable of batches such as a DataLoader; got {type(data).__name__}"
         )
-    batches = (_of_batch(model, batch, input_fn) for batch in data)
+    batches = (arguments_of_batch(model, batch, input_fn) for batch in data)
     first = next(batches, None)
     if first is None:
         raise ValueError(f"inputs, a {type(data).__name__}, gives no batch")
@@ -92,7 +102,26 @@ def keywords_added(model: nn.Module, kwargs: Mapping[str, Any]) -> Iterator[None
         handle.remove()
 
 
-def _of_batch(model: nn.Module, batch: Any, input_fn: Callable[[Any], Any] | None) -> Arguments:
+def example_arguments(model: nn.Module, example_inputs: Any) -> Arguments:
+    """Example inputs as arguments, of which what can be given by position is.
+
+    Args:
+        model: has a ``forward`` with a signature.
+        example_inputs: positional arguments, or a mapping of keyword ones.
+
+    Raises:
+        TypeError: it is neither, or ``forward`` does not take the keywords.
+    """
+    if isinstance(example_inputs, Mapping):
+        return arguments_of(model, example_inputs, "example_inputs")
+    check_example_inputs(example_inputs)
+    return Arguments(example_inputs, {})
+
+
+def arguments_of_batch(
+    model: nn.Module, batch: Any, input_fn: Callable[[Any], Any] | None = None
+) -> Arguments:
+    """The arguments of ``model`` in a batch, in one of the forms that :func:`read_inputs` names."""
     if input_fn is not None:
         return arguments_of(model, input_fn(batch), "what input_fn returns")
     if isinstance(batch, tuple | list):

@@ -24,6 +24,7 @@ __all__ = [
     "configured_targets",
     "put_on_owners",
     "record_state_uses",
+    "refuse_meta",
     "side_effects_undone",
 ]
 
@@ -144,6 +145,16 @@ def check_example_inputs(example_inputs: Any) -> None:
             f"example_inputs must be a tuple of the model's positional arguments, e.g. (images,); "
             f"got {type(example_inputs).__name__}"
         )
+
+
+def refuse_meta(model: nn.Module) -> None:
+    """RuntimeError if a parameter or buffer of ``model`` is on the meta device."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise RuntimeError(
+                f"{name!r} is on the meta device and has no values. Give the model its parameters first: "
+                f"model.to_empty(device=...) and load_state_dict, or load_state_dict(assign=True)."
+            )
 
 
 def configured_targets(

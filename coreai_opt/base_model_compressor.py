@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from coreai_opt import _prepared_models
-from coreai_opt._call_inputs import Arguments, arguments_of, keywords_added
+from coreai_opt._call_inputs import Arguments, example_arguments, keywords_added
 from coreai_opt._environment import check_state_version, state_versions
 from coreai_opt._input_outlines import outline_of
 from coreai_opt._restoring import training_flags
 from coreai_opt._sharding.layout import is_fully_sharded, refuse
 from coreai_opt._state_tensors import (
     StateTarget,
-    check_example_inputs,
     configured_targets,
     put_on_owners,
     record_state_uses,
@@ -135,11 +134,8 @@ class _BaseModelCompressor(ABC):
         Raises:
             TypeError: ``forward`` does not take them.
         """
-        if isinstance(example_inputs, Mapping):
-            example_inputs = arguments_of(self._model, example_inputs, "example_inputs")
         if not isinstance(example_inputs, Arguments):
-            check_example_inputs(example_inputs)
-            example_inputs = Arguments(example_inputs, {})
+            example_inputs = example_arguments(self._model, example_inputs)
         self._outline = outline_of(example_inputs)
         return example_inputs
 

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from coreai_opt import _prepared_models
 from coreai_opt._restoring import undone_on_failure
+from coreai_opt._state_tensors import refuse_meta
 from coreai_opt.common import ExportBackend
 from coreai_opt.quantization._eager import preparation
 from coreai_opt.quantization._eager.operations import MODULES, OPERATIONS
@@ -107,7 +108,7 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
         """
         in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
         self._require_unprepared()
-        _refuse_meta(self._model)
+        refuse_meta(self._model)
         if in_graph_mode:
             return self._prepare_graph(example_inputs, dynamic_shapes, export_with_no_grad, state_dict)
         if dynamic_shapes is not None:
@@ -267,12 +268,3 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
         if in_graph_mode:
             self._model = chosen
         return chosen
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise RuntimeError(
-                f"{name!r} is on the meta device and has no values to observe. Give the model its parameters "
-                f"first: model.to_empty(device=...) and load_state_dict, or load_state_dict(assign=True)."
-            )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from coreai_opt._call_inputs import Arguments
 from coreai_opt.config.compression_config import CompressionConfig
 from coreai_opt.config.spec import CompressionSpec
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
@@ -120,9 +121,18 @@ def configurations(choice: Mapping[str, Candidate | None]) -> dict[str, Compress
 
 
 def prepared(
-    model: nn.Module, configs: Mapping[str, CompressionConfig[Any]], example_inputs: tuple[Any, ...]
+    model: nn.Module,
+    configs: Mapping[str, CompressionConfig[Any]],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | Arguments,
+    progress: bool = True,
 ) -> nn.Module:
     """A copy of the model, prepared by the compressors of ``configs``.
+
+    Args:
+        model: stays as it is.
+        configs: by kind.
+        example_inputs: arguments for one forward: positional ones, or a mapping of keyword arguments.
+        progress: show a bar where weights are palettized.
 
     Raises:
         ValueError: a weight is both pruned and otherwise compressed, in a model with palettes.
@@ -130,12 +140,13 @@ def prepared(
     pruned: nn.Module | None = None
     if "palettization" in configs and "pruning" in configs:
         # The two refuse a model of the other, as a palette has to know the mask of its weight.
-        pruned = prepared(model, {"pruning": configs["pruning"]}, example_inputs)
+        pruned = prepared(model, {"pruning": configs["pruning"]}, example_inputs, progress)
         configs = {kind: config for kind, config in configs.items() if kind != "pruning"}
     compressed = copy.deepcopy(model)
     for kind, config in configs.items():
         compressor = _COMPRESSORS[kind][0](compressed, config)
-        compressed = compressor.prepare(example_inputs)
+        options = {"progress": progress} if kind == "palettization" else {}
+        compressed = compressor.prepare(example_inputs, **options)
     if pruned is not None:
         _copy_masks(pruned, compressed)
     return compressed

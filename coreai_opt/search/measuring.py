@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from coreai_kernels.wide import widened
+from coreai_opt._call_inputs import Arguments
 from coreai_opt.config.spec.storage import is_off
 from coreai_opt.inspection.bits_per_weight import stored_tensors
 from coreai_opt.search.candidates import Candidate, configurations, prepared
@@ -22,7 +23,7 @@ __all__ = ["Measurement", "Metric", "Outputs", "Prober", "damage_of"]
 
 # The model's outputs for one sample: its floating-point tensors.
 Outputs = list[Tensor]
-Metric = Literal["mse", "kl"] | Callable[[Any, Any], float]
+Metric = Literal["mse", "psnr", "kl"] | Callable[[Any, Any], float]
 
 
 @dataclass(frozen=True)
@@ -42,33 +43,63 @@ class Measurement:
     bits: int
 
 
-def damage_of(metric: Metric, found: Sequence[Any], expected: Sequence[Any]) -> float:
+def damage_of(metric: Metric, found: Sequence[Any], expected: Sequence[Any], where: str) -> float:
     """The mean of the metric over samples.
 
+    Args:
+        metric: see :func:`coreai_opt.search.search`.
+        found: outputs, one a sample.
+        expected: the float model's outputs.
+        where: what is compressed, for errors.
+
     Raises:
-        ValueError: it is not a finite number.
+        TypeError: the metric gives no number.
+        ValueError: it is not a finite number; or there is no output that a metric by name compares.
     """
     values = [_damage(metric, *pair) for pair in zip(found, expected, strict=True)]
     mean = math.fsum(values) / len(values)
     if not math.isfinite(mean):
-        raise ValueError(f"the metric must give finite numbers; it gave {mean}")
+        finite = all(bool(leaf.isfinite().all()) for each in expected for leaf in _floating(each))
+        cause = "" if finite else "; outputs of the float model are not finite, either"
+        raise ValueError(f"the metric must give finite numbers; it gave {mean} for {where}{cause}")
     return mean
 
 
 def _damage(metric: Metric, found: Any, expected: Any) -> float:
     if callable(metric):
-        return float(metric(found, expected))
-    pairs = list(zip(_floating(found), _floating(expected), strict=True))
-    if metric == "mse":
-        errors = [(widened(a) - widened(b)).square().mean() for a, b in pairs]
-        powers = [widened(b).square().mean() for _, b in pairs]
-        return float(torch.stack(errors).sum() / torch.stack(powers).sum().clamp(min=1e-30))
-    logs = [(widened(a).log_softmax(-1), widened(b).log_softmax(-1)) for a, b in pairs]
-    return float(torch.stack([(b.exp() * (b - a)).sum(-1).mean() for a, b in logs]).sum())
+        value = metric(found, expected)
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"metric must return a number; got {type(value).__name__}: {error}") from error
+    pairs = [(widened(a), widened(b)) for a, b in zip(_floating(found), _floating(expected), strict=True)]
+    if not pairs:
+        raise ValueError(
+            f"metric={metric!r} compares floating-point outputs, and the model has none: give a function"
+        )
+    if metric == "kl":
+        logs = [(a.log_softmax(-1), b.log_softmax(-1)) for a, b in pairs]
+        return float(torch.stack([_divergence(a, b).sum(-1).mean() for a, b in logs]).sum())
+    errors = torch.stack([(a - b).square().mean() for a, b in pairs]).sum()
+    if metric == "psnr":
+        scales = [b.abs().max().square() for _, b in pairs]
+    else:
+        scales = [b.square().mean() for _, b in pairs]
+    return float(errors / torch.stack(scales).sum().clamp(min=1e-30))
+
+
+def _divergence(found: Tensor, expected: Tensor) -> Tensor:
+    """The terms of the Kullback-Leibler divergence, from logarithms; what has no probability has none."""
+    return (expected.exp() * (expected - found)).masked_fill(expected == -math.inf, 0.0)
 
 
 def _floating(outputs: Any) -> Outputs:
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def _layers_in_words(layers: Collection[str]) -> str:
+    names = list(layers)
+    return f"layer {names[0]!r}" if len(names) == 1 else f"{len(names)} layers together"
 
 
 class Prober:
@@ -76,7 +107,7 @@ class Prober:
 
     Args:
         model: the float model, in evaluation mode while it runs.
-        samples: positional arguments, one tuple a forward.
+        samples: arguments, one a forward.
         metric: see :func:`coreai_opt.search.search`.
         patterns: regular expressions of the layers to compress; None for all.
     """
@@ -84,7 +115,7 @@ class Prober:
     def __init__(
         self,
         model: nn.Module,
-        samples: Sequence[tuple[Any, ...]],
+        samples: Sequence[Arguments],
         metric: Metric,
         patterns: Sequence[str] | None,
     ) -> None:
@@ -97,11 +128,12 @@ class Prober:
 
     def _run(self) -> list[Any]:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return [self.model(*sample) for sample in self.samples]
+            return [self.model(*each.args, **each.kwargs) for each in self.samples]
 
     def compressed(self, candidate: Candidate) -> dict[str, tuple[Tensor, int]]:
         """The compressed weight of each layer that the candidate fits, and the bits that it takes."""
-        everything = prepared(self.model, configurations({".*": candidate}), self.samples[0]).eval()
+        configs = configurations({".*": candidate})
+        everything = prepared(self.model, configs, self.samples[0], progress=False).eval()
         found: dict[str, tuple[Tensor, int]] = {}
         modules = dict(everything.named_modules())
         for stored in stored_tensors(everything):
@@ -118,7 +150,7 @@ class Prober:
     def damage(self, weights: Mapping[str, Tensor]) -> float:
         """The damage with the weights of these layers replaced."""
         with self._replaced(weights):
-            return damage_of(self.metric, self._run(), self.expected)
+            return damage_of(self.metric, self._run(), self.expected, _layers_in_words(weights))
 
     def damages(self, layer: str, weights: Sequence[Tensor]) -> list[float]:
         """The damage with the weight of one layer replaced by each of ``weights``.
@@ -140,15 +172,19 @@ class Prober:
                 f"{layer!r}, as candidates_per_forward asks; candidates_per_forward=1 runs it as it is"
             )
             raise
-        return [damage_of(self.metric, found, self.expected) for found in zip(*runs, strict=True)]
+        return [
+            damage_of(self.metric, found, self.expected, _layers_in_words([layer]))
+            for found in zip(*runs, strict=True)
+        ]
 
-    def _run_each(self, layer: str, weights: Tensor, sample: tuple[Any, ...]) -> list[Any]:
+    def _run_each(self, layer: str, weights: Tensor, sample: Arguments) -> list[Any]:
         """The outputs for one sample with each of the weights."""
         leaves: list[Any] = []
         structures: list[TreeSpec] = []
 
         def tensors_of_forward(weight: Tensor) -> list[Tensor]:
-            outputs = functional_call(self.model, {f"{layer}.weight".lstrip("."): weight}, sample)
+            replaced = {f"{layer}.weight".lstrip("."): weight}
+            outputs = functional_call(self.model, replaced, sample.args, sample.kwargs)
             found, structure = tree_flatten(outputs)
             leaves.extend(found)
             structures.append(structure)

@@ -71,15 +71,20 @@ class Ledger:
     def _load(self, path: Path) -> None:
         try:
             data = json.loads(path.read_text())
-            identity, rows = data["search"], data["measurements"]
-        except (ValueError, KeyError, TypeError) as error:
+            identity = data["search"]
+            layers = {name: dict(found) for name, found in data["layers"].items()}
+            rows = [
+                (str(layer), str(name), float(damage), int(bits))
+                for layer, name, damage, bits in data["measurements"]
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"state_path {path} holds no state of a search: {error!r}") from error
         if identity != self.identity:
             raise ValueError(
                 f"state_path {path} belongs to a search with another model, samples, candidates or metric: "
                 f"remove it, or name another file"
             )
-        self.layers = data["layers"]
+        self.layers = layers
         self.found = {(row[0], row[1]): Measurement(*row) for row in rows}
 
     def add(self, measurement: Measurement) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -48,12 +49,12 @@ class SearchResult:
         """The configurations of the compressors, by kind: one for each kind of candidate that was chosen."""
         return configurations({re.escape(layer): candidate for layer, candidate in self.choice.items()})
 
-    def prepare(self, model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
+    def prepare(self, model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any]) -> nn.Module:
         """A copy of the model, prepared as chosen.
 
         Args:
             model: the model that was searched, or one with its layers.
-            example_inputs: positional arguments for one forward.
+            example_inputs: positional arguments for one forward, or a mapping of keyword arguments.
         """
         return prepared(model, self.configs(), example_inputs)
 
@@ -89,9 +90,10 @@ class SearchResult:
             name = self._name(layer)
             found = chosen.get((layer, name or ""))
             if found is None:
-                table.add_row(layer, "as it is", "", "")
+                table.add_row(escape(layer), "as it is", "", "")
             else:
-                table.add_row(layer, found.candidate, str(found.bits), f"{found.damage:.3g}")
+                candidate = escape(found.candidate)
+                table.add_row(escape(layer), candidate, str(found.bits), f"{found.damage:.3g}")
         table.add_section()
         table.add_row("whole model", "", "", f"{self.damage:.3g}")
         console = Console(width=110, highlight=False, color_system=None)

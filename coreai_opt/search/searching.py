@@ -1,12 +1,15 @@
 """The search itself."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from coreai_opt._call_inputs import Arguments, arguments_of, arguments_of_batch
+from coreai_opt._state_tensors import refuse_meta
 from coreai_opt.inspection.bits_per_weight import StoredTensor, stored_tensors
 from coreai_opt.search.assigning import greedy, optimal, options_of, pareto_front
 from coreai_opt.search.candidates import Candidate, checked_candidates
@@ -40,13 +43,18 @@ def search(
 
     Args:
         model: a float model; it is copied, and stays as it is.
-        samples: tensors, or tuples of positional arguments, one a forward; a batch is one sample.
+        samples: what the model gets, one a forward, such as a list of batches or a DataLoader: tensors,
+            tuples of positional arguments, or mappings of keyword arguments. A list, as a DataLoader makes
+            of several tensors, may go on behind what ``forward`` requires, with targets: these are passed
+            over.
         bits_per_weight: budget for the average of all parameters and buffers, uncompressed ones included.
         size_bytes: the budget as a size; one of the two must be given.
         candidates: what layers may be compressed to; None for :func:`default_candidates`.
-        metric: ``"mse"``, the squared error of all floating-point outputs relative to their power; ``"kl"``,
-            the Kullback-Leibler divergence of the softmax over the last axis; or a function of the outputs
-            and the float model's outputs that gives a number, less for better.
+        metric: ``"mse"``, the mean squared error of all floating-point outputs relative to their power;
+            ``"psnr"``, the same relative to the square of their largest magnitude: the peak signal-to-noise
+            ratio in dB is ``-10 * log10`` of it; ``"kl"``, the Kullback-Leibler divergence of the softmax
+            over the last axis; or a function of the outputs and the float model's outputs that gives a
+            number, less for better.
         method: ``"optimal"``, or ``"greedy"``: candidates from the least harmful on, until the budget is met.
         layers: regular expressions of the names of layers to compress; None for all that a candidate fits.
         candidates_per_forward: so many candidates of a layer share one forward, by ``torch.vmap``: less time,
@@ -56,27 +64,35 @@ def search(
         progress: show a bar.
 
     Raises:
-        TypeError: ``model`` is no module, or a candidate none.
-        ValueError: no budget, or two; no samples; an unknown metric or method; ``candidates_per_forward`` is
-            no positive number; no layer to compress; the state belongs to another search; or nothing fits the
-            budget: the message says what does.
+        TypeError: ``model`` is no module, a candidate none, or ``layers`` no sequence of texts; ``forward``
+            does not take a sample; or the metric gives no number.
+        RuntimeError: the model is on the meta device, or prepared already.
+        ValueError: no budget, or two; no samples; an unknown metric or method, or one whose numbers are not
+            finite; ``candidates_per_forward`` is no positive number; no layer to compress; the state belongs
+            to another search; or nothing fits the budget: the message says what does.
     """
     _check(model, bits_per_weight, size_bytes, metric, method, candidates_per_forward)
-    batches = [each if isinstance(each, tuple) else (each,) for each in samples]
+    layers = _checked_patterns(layers)
+    refuse_meta(model)
+    batches = [_arguments(model, each) for each in samples]
     if not batches:
         raise ValueError("samples must hold at least one sample")
     chosen_candidates = checked_candidates(candidates)
     prober = Prober(model, batches, metric, layers)
-    identity = [batches, layers] if candidates_per_forward == 1 else [batches, layers, candidates_per_forward]
+    identity: list[Any] = [[(each.args, each.kwargs) for each in batches], layers]
+    if candidates_per_forward > 1:
+        identity.append(candidates_per_forward)
     ledger = Ledger(state_path, fingerprint(model, identity, chosen_candidates, metric))
     try:
+        _check_resumed(prober, chosen_candidates, ledger)
         measurements = _measure(prober, chosen_candidates, candidates_per_forward, ledger, progress)
     finally:
         ledger.save()
     stored = list(stored_tensors(prober.model))
     sizes = _LayerSizes(stored, {each.layer for each in measurements})
     if not sizes.layers:
-        raise ValueError("no candidate fits any layer: there is nothing to choose")
+        among = "" if layers is None else f" among those that layers={layers} names"
+        raise ValueError(f"no candidate fits any layer{among}: there is nothing to choose")
     budget = sizes.budget(bits_per_weight, size_bytes)
     options = options_of(measurements, sizes.layers)
     found = (optimal if method == "optimal" else greedy)(options, budget)
@@ -96,12 +112,34 @@ def _check(model: Any, bits_per_weight: Any, size_bytes: Any, metric: Any, metho
     budget = bits_per_weight if size_bytes is None else size_bytes
     if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
         raise ValueError(f"the budget must be a positive number; got {budget!r}")
-    if not callable(metric) and metric not in ("mse", "kl"):
-        raise ValueError(f"metric must be 'mse', 'kl' or a function; got {metric!r}")
+    if not callable(metric) and metric not in ("mse", "psnr", "kl"):
+        raise ValueError(f"metric must be 'mse', 'psnr', 'kl' or a function; got {metric!r}")
     if method not in ("optimal", "greedy"):
         raise ValueError(f"method must be 'optimal' or 'greedy'; got {method!r}")
     if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
         raise ValueError(f"candidates_per_forward must be a positive number; got {at_once!r}")
+
+
+def _checked_patterns(layers: Any) -> list[str] | None:
+    if layers is None:
+        return None
+    patterns = [] if isinstance(layers, str) else list(layers)
+    if isinstance(layers, str) or not all(isinstance(each, str) for each in patterns):
+        raise TypeError(f"layers must be a list of regular expressions; got {layers!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"layers: {pattern!r} is no regular expression: {error}") from None
+    return patterns
+
+
+def _arguments(model: nn.Module, sample: Any) -> Arguments:
+    if isinstance(sample, Mapping):
+        return arguments_of(model, sample, "a sample")
+    if isinstance(sample, list):
+        return arguments_of_batch(model, sample)
+    return Arguments(sample if isinstance(sample, tuple) else (sample,), {})
 
 
 class _LayerSizes:
@@ -126,6 +164,26 @@ class _LayerSizes:
         return (bits + self.rest) / self.elements
 
 
+def _check_resumed(prober: Prober, candidates: Sequence[Candidate], ledger: Ledger) -> None:
+    """Repeat a measurement of the state: neither a metric nor a forward can be told by its code alone.
+
+    Raises:
+        ValueError: it comes out otherwise.
+    """
+    if not ledger.found:
+        return
+    kept = max(ledger.found.values(), key=lambda each: abs(each.damage))
+    candidate = next(each for each in candidates if each.name == kept.candidate)
+    compressed = prober.compressed(candidate)
+    damage = prober.damage({kept.layer: compressed[kept.layer][0]}) if kept.layer in compressed else math.nan
+    if not math.isclose(damage, kept.damage, rel_tol=1e-3, abs_tol=1e-12):
+        raise ValueError(
+            f"state_path {ledger.path} belongs to a search with another metric or forward: "
+            f"{kept.candidate!r} in layer {kept.layer!r} does a damage of {damage:.6g} now, of "
+            f"{kept.damage:.6g} there. Remove the file, or name another one"
+        )
+
+
 def _measure(
     prober: Prober, candidates: Sequence[Candidate], at_once: int, ledger: Ledger, progress: bool
 ) -> tuple[Measurement, ...]:
@@ -144,7 +202,11 @@ def _measure(
             # All or none: what shares a forward must not depend on where a search was ended.
             if all((layer, name) in ledger.found for name in fitting):
                 continue
-            damages = prober.damages(layer, [compressed[name][layer][0] for name in fitting])
+            try:
+                damages = prober.damages(layer, [compressed[name][layer][0] for name in fitting])
+            except Exception as error:
+                error.add_note(f"while {', '.join(fitting)} was tried in layer {layer!r}")
+                raise
             for name, damage in zip(fitting, damages, strict=True):
                 ledger.add(Measurement(layer, name, damage, compressed[name][layer][1]))
     return tuple(

@@ -66,6 +66,8 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
         sensitivity_path: str | Path | None = None,
         num_workers: int = 1,
         state_dict: Mapping[str, Any] | None = None,
+        *,
+        progress: bool = True,
     ) -> nn.Module:
         """Cluster the weights that the configuration names, and return the model with palettized weights.
 
@@ -78,6 +80,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
             num_workers: how many weights are clustered at a time.
             state_dict: the state of a model that was prepared with the same configuration. It is loaded
                 strictly, the weights as well, and nothing is clustered.
+            progress: show a bar.
 
         Raises:
             RuntimeError: the model is prepared already, also by a pruner; or a pruned weight cannot be stored
@@ -108,7 +111,7 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
                 shape = each.target.tensor.shape
                 each.simulator.sensitivities = sensitivity_of(each.original_name, shape, sensitivities)
         if state_dict is None:
-            _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers)
+            _cluster_all([(each.simulator, each.target.tensor) for each in planned], num_workers, progress)
         with undone_on_failure(self._model):
             for each in planned:
                 self._insert(each.target, each.simulator)
@@ -292,9 +295,12 @@ class KMeansPalettizer(EagerCompressionComponentBuilderMixin, _BaseModelCompress
                 simulator.ensure_initialized(each.weight())
 
 
-def _cluster_all(jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: int) -> None:
+def _cluster_all(
+    jobs: list[tuple[_KMeansFakePalettize, Tensor]], num_workers: int, progress: bool = True
+) -> None:
     """Give each simulator its palettes, ``num_workers`` at a time."""
-    bar = tqdm(total=len(jobs), desc=f"Palettizing layers (num_workers={num_workers})", disable=not jobs)
+    title = f"Palettizing layers (num_workers={num_workers})"
+    bar = tqdm(total=len(jobs), desc=title, disable=not (jobs and progress))
     if any(is_sharded(weight) for _, weight in jobs):
         with bar:
             for simulator, weight in jobs:  # ranks have to ask for the same one at a time

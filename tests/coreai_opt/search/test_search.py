@@ -1,14 +1,17 @@
 """What a search returns, that it goes on where it was ended, and what it refuses."""
 
 import csv
+import functools
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from coreai_opt.export import save
 from coreai_opt.inspection import bits_per_weight
@@ -128,13 +131,103 @@ def test_a_search_goes_on_where_it_was_ended(tmp_path: Path, monkeypatch: pytest
     assert len(json.loads(Path(state).read_text())["measurements"]) == 3
     resumed = search(model(), [X], state_path=state, **arguments)
     assert resumed.as_dict() == expected.as_dict()
-    # Two were left, then the choice, and each candidate everywhere.
-    assert [len(each) for each in calls[4:]] == [1, 1, 1, 3, 3, 3]
+    # One is repeated, three were left, then the choice, and each candidate everywhere.
+    assert [len(each) for each in calls[4:]] == [1, 1, 1, 1, 3, 3, 3]
     with pytest.raises(ValueError, match="belongs to a search with another"):
         search(model(), [X * 2], state_path=state, **arguments)
     Path(state).write_text("{}")
     with pytest.raises(ValueError, match="holds no state"):
         search(model(), [X], state_path=state, **arguments)
+
+
+def test_a_state_of_another_function_is_refused(tmp_path: Path):
+    def distance(found: Tensor, expected: Tensor, power: int) -> float:
+        return float((found - expected).abs().pow(power).mean())
+
+    state = str(tmp_path / "state.json")
+    arguments: dict[str, Any] = {"bits_per_weight": 9.0, "candidates": [INT8], "progress": False}
+    metric = functools.partial(distance, power=1)
+    first = search(model(), [X], metric=metric, state_path=state, **arguments)
+    again = search(model(), [X], metric=functools.partial(distance, power=1), state_path=state, **arguments)
+    assert again.as_dict() == first.as_dict()
+    with pytest.raises(ValueError, match=r"another metric or forward: 'int8' in layer '\d' does a damage"):
+        search(model(), [X], metric=functools.partial(distance, power=2), state_path=state, **arguments)
+
+
+@pytest.mark.parametrize("damaged", [{"layers": []}, {"measurements": [["0"]]}, {"layers": {"int8": None}}])
+def test_a_damaged_state_is_told(tmp_path: Path, damaged: dict[str, Any]):
+    state = tmp_path / "state.json"
+    arguments: dict[str, Any] = {"bits_per_weight": 9.0, "candidates": [INT8], "progress": False}
+    search(model(), [X], state_path=str(state), **arguments)
+    state.write_text(json.dumps({**json.loads(state.read_text()), **damaged}))
+    with pytest.raises(ValueError, match="holds no state of a search"):
+        search(model(), [X], state_path=str(state), **arguments)
+
+
+def test_without_progress_nothing_is_written(capfd: pytest.CaptureFixture[str]):
+    result = search(model(), [X], bits_per_weight=6.0, candidates=[INT8, TWO], progress=False)
+    assert capfd.readouterr() == ("", "")
+    result.table()
+    search(model(), [X], bits_per_weight=6.0, candidates=[INT8, TWO])
+    written = capfd.readouterr().err
+    assert "palette 2 (2 of 2)" in written
+    assert "Palettizing layers" not in written
+
+
+def test_samples_by_keyword_and_as_a_loader_gives_them():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor, *, scale: float) -> Tensor:
+            return self.layer(x) * scale
+
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"bits_per_weight": 9.5, "progress": False}
+    for number in (1, 2):
+        options = {"candidates": [INT8, INT4], "candidates_per_forward": number, **arguments}
+        result = search(Scaled(), [{"x": X, "scale": 2.0}], **options)
+        assert result.choice == {"layer": INT8}
+    prepared = result.prepare(Scaled(), {"x": X, "scale": 2.0})
+    assert prepared(X, scale=1.0).shape == (16, 8)
+    loader = DataLoader(TensorDataset(X, torch.zeros(16)), batch_size=8)
+    assert next(iter(loader))[1].shape == (8,)
+    by_loader = search(model(), loader, candidates=[INT8], **arguments)
+    by_hand = search(model(), [X[:8], X[8:]], candidates=[INT8], **arguments)
+    assert by_loader.as_dict() == by_hand.as_dict()
+    with pytest.raises(TypeError, match=r"a sample does not fit Scaled\.forward"):
+        search(Scaled(), [{"y": X}], candidates=[INT8], **arguments)
+
+
+def test_the_metrics_are_what_their_names_say():
+    net, generator = model(), torch.Generator().manual_seed(0)
+    expected = net(X)
+    result = search(net, [X], bits_per_weight=9.0, candidates=[INT8], metric="psnr", progress=False)
+    found = result.prepare(net, (X,)).eval()(X)
+    error = (found - expected).detach().square().mean()
+    assert -10 * math.log10(result.damage) == pytest.approx(
+        float(10 * torch.log10(expected.detach().abs().max() ** 2 / error)), rel=1e-4
+    )
+    # A class that the model rules out is no reason to fail.
+    ruled_out = torch.zeros(8).masked_fill(torch.arange(8) == 3, -math.inf)
+
+    class RuledOut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + ruled_out
+
+    with torch.no_grad():
+        net = RuledOut().eval()
+        net.layer.weight.copy_(torch.randn(8, 32, generator=generator))
+    result = search(net, [X], bits_per_weight=9.5, candidates=[INT8], metric="kl", progress=False)
+    found = result.prepare(net, (X,)).eval()(X).detach().log_softmax(-1)
+    target = net(X).detach().log_softmax(-1)
+    terms = (target.exp() * (target - found))[:, ruled_out == 0]
+    assert result.damage == pytest.approx(float(terms.sum(-1).mean()), rel=1e-3)
 
 
 class Scored(nn.Module):
@@ -262,13 +355,16 @@ def test_reports(tmp_path: Path):
         ),
         ({"bits_per_weight": 1.5}, ValueError, "nothing fits the budget: the smallest choice takes 4"),
         ({"size_bytes": 100}, ValueError, "nothing fits the budget"),
-        ({"bits_per_weight": 4, "metric": "psnr"}, ValueError, "metric must be"),
+        ({"bits_per_weight": 4, "metric": "ssim"}, ValueError, "metric must be"),
         ({"bits_per_weight": 4, "method": "best"}, ValueError, "method must be"),
         ({"bits_per_weight": 4, "candidates": []}, ValueError, "at least one"),
         ({"bits_per_weight": 4, "candidates": [INT8, INT8]}, ValueError, "a name of its own"),
         ({"bits_per_weight": 4, "candidates": ["int8"]}, TypeError, "must be Candidate objects; got str"),
-        ({"bits_per_weight": 9, "layers": ["nothing"]}, ValueError, "no candidate fits any layer"),
-        ({"bits_per_weight": 9, "metric": lambda a, b: float("nan")}, ValueError, "finite"),
+        ({"bits_per_weight": 9, "layers": ["nothing"]}, ValueError, r"among those that layers=\['nothing'\]"),
+        ({"bits_per_weight": 9, "layers": "0"}, TypeError, "layers must be a list of regular expressions"),
+        ({"bits_per_weight": 9, "layers": ["("]}, ValueError, r"layers: '\(' is no regular expression"),
+        ({"bits_per_weight": 9, "metric": lambda a, b: float("nan")}, ValueError, "finite.* for layer '0'"),
+        ({"bits_per_weight": 9, "metric": lambda a, b: None}, TypeError, "metric must return a number"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], words: str):
@@ -276,9 +372,46 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], words:
         search(model(), [X], **{"candidates": [INT8, INT4], "progress": False, **arguments})
 
 
+class Largest(nn.Module):
+    """The index of the largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.argmax(-1)
+
+
+def test_an_error_in_a_metric_says_where():
+    def fails(found: Tensor, expected: Tensor) -> float:
+        raise KeyError("missing")
+
+    with pytest.raises(KeyError) as caught:
+        search(model(), [X], bits_per_weight=9, candidates=[INT8], metric=fails, progress=False)
+    assert caught.value.__notes__ == ["while int8 was tried in layer '0'"]
+
+
+def test_names_that_look_like_markup():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("[/red]", nn.Linear(32, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("[/red]")(x)
+
+    candidate = Candidate("[bold]", INT8.spec)
+    result = search(Named(), [X], bits_per_weight=9.5, candidates=[candidate], progress=False)
+    assert "[/red]" in result.table()
+    assert "[bold]" in result.table()
+
+
 def test_bad_candidates_and_samples():
     with pytest.raises(TypeError, match="spec must be a QuantizationSpec"):
         Candidate("x", 8)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"'0\.weight' is on the meta device"):
+        search(model().to("meta"), [X], bits_per_weight=8)
+    with pytest.raises(
+        ValueError, match="metric='kl' compares floating-point outputs, and the model has none"
+    ):
+        search(nn.Sequential(model(), Largest()), [X], bits_per_weight=9, metric="kl", progress=False)
     with pytest.raises(ValueError, match="at least one sample"):
         search(model(), [], bits_per_weight=8)
     with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
