@@ -52,4 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         except (ValueError, TypeError, RuntimeError, NotImplementedError, OSError, ImportError) as error:
             print(f"{parser.prog} {parsed.command}: {type(error).__name__}: {error}", file=sys.stderr)
+            for note in getattr(error, "__notes__", ()):
+                print(note, file=sys.stderr)
             return 1

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import yaml
 from torch import nn
 
 __all__ = ["UsageError", "add_configurations", "add_json", "add_model", "compressed", "load", "print_json"]
+
+# What a forward gets: positional arguments, or keyword ones.
+Inputs = tuple[Any, ...] | Mapping[str, Any]
 
 # Options, and the kinds of compression that they configure, in the order of preparation.
 _KINDS = {"prune": "pruning", "palettize": "palettization", "quantize": "quantization"}
@@ -39,7 +43,7 @@ def add_configurations(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{kind}", type=Path, metavar="YAML", help=f"{kind} as this configuration says")
 
 
-def load(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+def load(name: str) -> tuple[nn.Module, Inputs]:
     """The model and the example inputs that ``module:function`` gives.
 
     Raises:
@@ -68,15 +72,15 @@ def load(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
             f"MODEL: {name} must return (model, example_inputs); it returned {type(built).__name__}"
         )
     model, inputs = built
-    if not isinstance(inputs, tuple):
+    if not isinstance(inputs, tuple | Mapping):
         raise UsageError(
-            f"MODEL: {name} must return the example inputs as a tuple of positional arguments; "
-            f"got {type(inputs).__name__}"
+            f"MODEL: {name} must return the example inputs as a tuple of positional arguments or a mapping "
+            f"of keyword arguments; got {type(inputs).__name__}"
         )
     return model, inputs
 
 
-def compressed(parsed: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
+def compressed(parsed: argparse.Namespace) -> tuple[nn.Module, Inputs]:
     """The model, prepared by the configurations that the arguments name, and its example inputs.
 
     Raises:

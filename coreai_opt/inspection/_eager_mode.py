@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 from torch.overrides import TorchFunctionMode, get_overridable_functions, resolve_name
 from torch.utils._pytree import tree_leaves
 
+from coreai_opt._call_inputs import Arguments
 from coreai_opt._state_tensors import side_effects_undone
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.inspection._tree import build_tree, qualified_type
@@ -34,20 +35,20 @@ _ATTRIBUTE_ACCESS = ("__get__", "__set__", "__delete__")
 
 
 def inspect_eager(
-    model: nn.Module, example_inputs: Sequence[Any], op_types: Mapping[Function, str] | None
+    model: nn.Module, arguments: Arguments, op_types: Mapping[Function, str] | None
 ) -> ModuleInfo:
-    """Run ``model(*example_inputs)`` once and return its modules with what they called.
+    """Run the model once and return its modules with what they called.
 
     Args:
         model: is left as it was; its train or eval mode is kept during the forward.
-        example_inputs: positional arguments.
+        arguments: those of the forward.
         op_types: the functions to list, and their types; None to list all.
     """
     recorder = _Recorder(model, op_types)
     with _hooks(model, recorder), side_effects_undone(model), torch.no_grad():
-        recorder.enter_model(example_inputs)
+        recorder.enter_model([*arguments.args, *arguments.kwargs.values()])
         with recorder:
-            result = model(*example_inputs)
+            result = model(*arguments.args, **arguments.kwargs)
         recorder.leave_model(result)
     return recorder.tree()
 

@@ -78,6 +78,7 @@ def bits_per_weight(model: nn.Module) -> BitsPerWeightResult:
             weights are dense again; for Core AI and Core ML they count as their converters store them.
 
     Raises:
+        TypeError: ``model`` is no module.
         NotImplementedError: the model is an exported program or a graph without quantizers, or has a
             parametrization, such as weight_norm, that keeps several tensors for one.
     """
@@ -102,6 +103,8 @@ def stored_tensors(model: nn.Module) -> Iterator[StoredTensor]:
     Raises:
         NotImplementedError: see :func:`bits_per_weight`.
     """
+    if not isinstance(model, nn.Module | torch.export.ExportedProgram):
+        raise TypeError(f"model must be an nn.Module; got {type(model).__name__}")
     quantizers: dict[str, Any] = {}
     if is_prepared_graph(model):
         quantizers = weight_quantizers(cast(torch.fx.GraphModule, model))

@@ -1,6 +1,6 @@
 """The numbers of a compressed model: sizes, ranges, errors, clipping, palettes, masks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from coreai_kernels.wide import widened
-from coreai_opt._state_tensors import check_example_inputs, side_effects_undone
+from coreai_opt._call_inputs import example_arguments
+from coreai_opt._state_tensors import refuse_meta, side_effects_undone
 from coreai_opt.config.spec import CompressionSimulatorBase
 from coreai_opt.config.spec.storage import is_off
 from coreai_opt.inspection._graph_storage import weight_values
@@ -21,13 +22,15 @@ __all__ = ["figures", "scalars"]
 _BINS = 48
 
 
-def figures(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> dict[str, Any]:
+def figures(
+    model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The numbers of a model as plain data, ready for JSON.
 
     Args:
         model: a float model, or one prepared in either mode or finalized; it is left as it was.
-        example_inputs: positional arguments for one forward, which shows how much of the activations is
-            clipped; None to leave that out.
+        example_inputs: positional arguments for one forward, or a mapping of keyword arguments, which shows
+            how much of the activations is clipped; None to leave that out.
 
     Returns:
         ``"model"``: ``bits_per_weight``, ``total_bits``, ``total_weights``, ``bytes``. ``"tensors"``: a dict
@@ -37,9 +40,11 @@ def figures(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> 
 
     Raises:
         NotImplementedError: see :func:`coreai_opt.inspection.bits_per_weight`.
-        TypeError: ``example_inputs`` is no tuple.
+        TypeError: ``model`` is no module; or ``example_inputs`` is neither a tuple nor a mapping.
+        RuntimeError: the model is on the meta device.
     """
     total = bits_per_weight(model)
+    refuse_meta(model)
     modules = dict(model.named_modules())
     tensors = [_tensor(model, modules[stored.module_name], stored) for stored in stored_tensors(model)]
     weights = {id(each) for stored in stored_tensors(model) for each in stored.simulators}
@@ -147,13 +152,15 @@ def _relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def _activations(
-    model: nn.Module, simulators: dict[str, FakeQuantizeImplBase], example_inputs: tuple[Any, ...] | None
+    model: nn.Module,
+    simulators: dict[str, FakeQuantizeImplBase],
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None,
 ) -> list[dict[str, Any]]:
     seen: dict[str, list[Tensor]] = {name: [] for name in simulators}
     if example_inputs is not None:
-        check_example_inputs(example_inputs)
+        arguments = example_arguments(model, example_inputs)
         with _watched(simulators, seen), side_effects_undone(model), torch.no_grad():
-            model(*example_inputs)
+            model(*arguments.args, **arguments.kwargs)
     return [_activation(name, simulator, seen[name]) for name, simulator in simulators.items()]
 
 

@@ -1,7 +1,7 @@
 """A page about a compressed model: one file, readable offline and without scripts."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ _MUCH_CLIPPED, _MUCH_DEAD = 0.01, 0.1
 
 
 def report(
-    model: nn.Module, path: str | Path, example_inputs: tuple[Any, ...] | None = None
+    model: nn.Module, path: str | Path, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Write an HTML page about a model: sizes, ranges, errors, clipping, histograms, palettes, masks.
 
@@ -42,15 +42,16 @@ def report(
     Args:
         model: a float model, or one prepared in either mode or finalized; it is left as it was.
         path: where to write.
-        example_inputs: positional arguments for one forward, which shows how much of the activations is
-            clipped; None to leave that out.
+        example_inputs: positional arguments for one forward, or a mapping of keyword arguments, which shows
+            how much of the activations is clipped; None to leave that out.
 
     Returns:
         The figures on the page, see :func:`coreai_opt.inspection.figures`.
 
     Raises:
         NotImplementedError: see :func:`coreai_opt.inspection.bits_per_weight`.
-        TypeError: ``example_inputs`` is no tuple.
+        TypeError: ``model`` is no module; or ``example_inputs`` is neither a tuple nor a mapping.
+        RuntimeError: the model is on the meta device.
     """
     found = figures(model, example_inputs)
     write_text(path, page(type(model).__name__, found))

@@ -2,13 +2,13 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from coreai_opt._state_tensors import check_example_inputs
+from coreai_opt._call_inputs import Arguments, example_arguments
 from coreai_opt.inspection._eager_mode import inspect_eager
 from coreai_opt.inspection._graph_mode import inspect_graph, quantizable_nodes
 from coreai_opt.inspection._text import summary_text
@@ -33,7 +33,8 @@ class ModelInspector:
 
     Args:
         model: the model; in graph mode also an exported or traced ``GraphModule``, which is read as it is.
-        example_inputs: positional arguments for one forward; None only with a GraphModule in graph mode.
+        example_inputs: positional arguments for one forward, or a mapping of keyword arguments; None only
+            with a GraphModule in graph mode.
         execution_mode: ``"eager"`` for the model as it runs, ``"graph"`` for the graph exported from it.
         compressor: list only the operations that this compressor knows: ``Quantizer``, or in eager mode
             ``KMeansPalettizer``. None to list all.
@@ -41,7 +42,8 @@ class ModelInspector:
         export_with_no_grad: whether to export under ``torch.no_grad``, graph mode alone.
 
     Raises:
-        TypeError: ``model`` is no module, or in eager mode a GraphModule; ``example_inputs`` is no tuple.
+        TypeError: ``model`` is no module, or in eager mode a GraphModule; ``example_inputs`` is
+            neither a tuple nor a mapping, or does not fit ``forward``.
         InvalidExecutionModeError: there is no such mode.
         ValueError: ``example_inputs`` is missing, or the compressor has no operations in this mode.
         RuntimeError: torch cannot export the model.
@@ -50,7 +52,7 @@ class ModelInspector:
     def __init__(
         self,
         model: nn.Module | fx.GraphModule,
-        example_inputs: tuple[Any, ...] | None,
+        example_inputs: tuple[Any, ...] | Mapping[str, Any] | None,
         execution_mode: ExecutionMode | str,
         compressor: Compressor | None = None,
         dynamic_shapes: Any = None,
@@ -62,6 +64,7 @@ class ModelInspector:
             raise InvalidExecutionModeError(execution_mode)
         mode = ExecutionMode(execution_mode)
         is_graph = isinstance(model, fx.GraphModule)
+        arguments = Arguments((), {})
         if example_inputs is None:
             if not (is_graph and mode is ExecutionMode.GRAPH):
                 raise ValueError(
@@ -69,20 +72,19 @@ class ModelInspector:
                     "GraphModule with execution_mode='graph' alone"
                 )
         else:
-            check_example_inputs(example_inputs)
+            arguments = example_arguments(model, example_inputs)
         _check_compressor(compressor, mode)
         if mode is ExecutionMode.EAGER:
             if is_graph:
                 raise TypeError("model must be an nn.Module for execution_mode='eager'; got a GraphModule")
             _warn_of_graph_arguments(dynamic_shapes, export_with_no_grad)
-            assert example_inputs is not None
-            root = inspect_eager(model, example_inputs, _functions(compressor))
+            root = inspect_eager(model, arguments, _functions(compressor))
         else:
             if isinstance(model, fx.GraphModule):
                 graph = model
             else:
-                assert example_inputs is not None
-                graph = export_model(model, tuple(example_inputs), dynamic_shapes, export_with_no_grad)
+                positional = tuple(arguments.args)
+                graph = export_model(model, positional, dynamic_shapes, export_with_no_grad, arguments.kwargs)
             root_type = fx.GraphModule if is_graph else type(model)
             listed = None if compressor is None else quantizable_nodes(graph)
             root = inspect_graph(graph, root_type, listed)
@@ -123,7 +125,12 @@ class ModelInspector:
         Args:
             module_type: the class, or ``module.qualname`` of where it is defined, e.g.
                 ``"torch.nn.modules.linear.Linear"``.
+
+        Raises:
+            TypeError: it is neither.
         """
+        if not isinstance(module_type, type | str):
+            raise TypeError(f"module_type must be a class or its name; got {module_type!r}")
         wanted = module_type if isinstance(module_type, str) else qualified_type(module_type)
         return self._matching(lambda op: any(context.module_type == wanted for context in op.module_stack))
 
@@ -173,6 +180,8 @@ def _warn_of_graph_arguments(dynamic_shapes: Any, export_with_no_grad: bool) -> 
 
 
 def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
+    if not isinstance(pattern, str):
+        raise TypeError(f"{argument} must be a regular expression; got {pattern!r}")
     try:
         return re.compile(pattern)
     except re.error as error:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from coreai_opt._cli.models import add_configurations, add_json, add_model, compressed, print_json
+from coreai_opt._cli.models import UsageError, add_configurations, add_json, add_model, compressed, print_json
 
 __all__ = ["add_to"]
 
@@ -25,6 +25,11 @@ def run(parsed: argparse.Namespace) -> int:
     from coreai_opt.export import save
 
     model, inputs = compressed(parsed)
+    if not isinstance(inputs, tuple):
+        raise UsageError(
+            f"MODEL: export needs the example inputs as a tuple of positional arguments; "
+            f"{parsed.model} returns a {type(inputs).__name__}"
+        )
     saved = save(model, parsed.path, inputs, half=parsed.half, progress=not parsed.json)
     if parsed.json:
         print_json(

@@ -18,7 +18,7 @@ def add_to(commands: Any) -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--bits-per-weight", type=float, metavar="BITS", help="average over the whole model")
     budget.add_argument("--size-bytes", type=int, metavar="BYTES", help="of the whole model")
-    parser.add_argument("--metric", choices=("mse", "kl"), default="mse", help="default: %(default)s")
+    parser.add_argument("--metric", choices=("mse", "psnr", "kl"), default="mse", help="default: %(default)s")
     parser.add_argument(
         "--method", choices=("optimal", "greedy"), default="optimal", help="default: %(default)s"
     )

@@ -25,6 +25,20 @@ def only_a_model():
 def inputs_in_a_list():
     return nn.ReLU(), [torch.ones(1)]
 
+class Scaled(nn.Linear):
+    def forward(self, x, *, scale):
+        return super().forward(x) * scale
+
+def by_keyword():
+    return Scaled(32, 8), {"x": torch.randn(4, 32), "scale": 2.0}
+
+def not_finite():
+    return nn.Sequential(nn.Linear(32, 8), nn.Hardtanh(), Infinite()), (torch.randn(4, 32),)
+
+class Infinite(nn.Module):
+    def forward(self, x):
+        return x * float("inf")
+
 def broken():
     raise RuntimeError("no weights on this machine")
 """
@@ -103,6 +117,16 @@ def test_report_and_export(capsys: pytest.CaptureFixture[str], folder: Path):
     assert (folder / "net.pt2").exists()
 
 
+def test_inputs_by_keyword(capsys: pytest.CaptureFixture[str], folder: Path):
+    name = "command_models:by_keyword"
+    assert "linear" in json.dumps(output(capsys, "inspect", name, "--json"))
+    found = output(capsys, "search", name, "--bits-per-weight", "9", "--metric", "psnr", "--json")
+    assert found["bits_per_weight"] <= 9
+    assert output(capsys, "report", name, "page.html", "--quantize", "int8.yaml", "--json")["tensors"]
+    assert main(["export", name, "net.pt2"]) == 2
+    assert "by_keyword returns a dict" in capsys.readouterr().err
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]):
     status = main(["doctor", "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -132,6 +156,7 @@ def test_configurations_written_by_the_package_are_read(capsys: pytest.CaptureFi
         (["inspect", "command_models:broken"], 1, "RuntimeError: no weights on this machine"),
         (["search", "command_models:build"], 2, "--bits-per-weight"),
         (["search", "command_models:build", "--bits-per-weight", "0.5"], 1, "nothing fits the budget"),
+        (["search", "command_models:not_finite", "--bits-per-weight", "9"], 1, "was tried in layer '0'"),
         (
             ["report", "command_models:build", "page.html", "--quantize", "none.yaml"],
             2,

@@ -214,3 +214,37 @@ def test_a_thousand_layers():
         root = ModelInspector(model, (torch.ones(1, 4),), "eager").summary.model
     assert len(root.all_ops()) == 1000
     assert root.get_submodule("999").ops[0].inputs[0].op_name == "998.linear"
+
+
+class Scaled(nn.Module):
+    """A model whose forward has an argument that is by keyword only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, *, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_inputs_by_keyword(mode: str):
+    inputs = {"scale": torch.tensor(2.0), "x": torch.randn(2, 8)}
+    inspector = ModelInspector(Scaled(), inputs, mode)
+    assert sorted(op.op_type or "" for op in inspector.summary.model.all_ops()) == ["linear", "mul"]
+    (scaling,) = inspector.get_matched_ops_for_op_type("mul")
+    # The scale is an input of the model, not a tensor of unknown origin.
+    assert scaling.inputs[1].op_name in ("input_1", "scale")
+    with pytest.raises(TypeError, match=r"example_inputs does not fit Scaled\.forward"):
+        ModelInspector(Scaled(), {"y": torch.randn(2, 8)}, mode)
+
+
+def test_lookups_refuse_what_is_no_text():
+    inspector = ModelInspector(nn.Sequential(nn.Linear(8, 8)), (torch.randn(2, 8),), "eager")
+    for lookup, name in (
+        (inspector.get_matched_ops_for_op_name, "pattern"),
+        (inspector.get_matched_ops_for_module_name, "module_name"),
+        (inspector.get_matched_ops_for_module_type, "module_type"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a .*; got 3"):
+            lookup(3)  # type: ignore[arg-type]

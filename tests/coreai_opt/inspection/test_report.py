@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from coreai_opt.inspection import bits_per_weight, figures, report, scalars
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
@@ -251,3 +251,28 @@ def test_other_models(tmp_path: Path):
     with pytest.raises(NotImplementedError, match="graph has no quantizers"):
         report(torch.fx.symbolic_trace(nn.ReLU()), tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
+
+
+def test_inputs_by_keyword():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor, *, scale: float) -> Tensor:
+            return self.layer(x) * scale
+
+    inputs = {"x": torch.randn(4, 32), "scale": 2.0}
+    prepared = Quantizer(Scaled(), QuantizerConfig(execution_mode="eager")).prepare(inputs)
+    prepared(inputs["x"], scale=2.0)
+    activations = figures(prepared, inputs)["activations"]
+    assert activations
+    assert all(entry["clipped"] is not None for entry in activations)
+
+
+def test_what_has_no_figures():
+    with pytest.raises(RuntimeError, match="'weight' is on the meta device and has no values"):
+        figures(nn.Linear(4, 4, device="meta"))
+    for function in (figures, bits_per_weight):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module; got NoneType"):
+            function(None)  # type: ignore[operator]
