@@ -76,7 +76,8 @@ def _sweep(
     return sum_low, sum_range
 
 
-@triton.jit(do_not_specialize=["size", "run", "width", "slab", "pieces", "length"])
+# `per_slab` is among them because 1 would be folded away, and with it what is said of `first`.
+@triton.jit(do_not_specialize=["size", "run", "width", "slab", "per_slab", "pieces", "length"])
 def _backward(
     grad, input, low, range_, output, sums, level_low, level_high, size, run, width, slab, per_slab, pieces,
     length, HAS_LOW: tl.constexpr, PRODUCTS: tl.constexpr, PLACES: tl.constexpr, ALIGNED: tl.constexpr,
