@@ -223,7 +223,7 @@ struct ColumnsJob {
 // Each element of a row is a block of its own, and rows are whole bytes of the mask. A thread has a pack of columns, and
 // walks down some rows with their parameters.
 template <class K, Element kElement>
-__global__ void __launch_bounds__(kThreads) fake_quantize_columns(ColumnsJob job) {
+__global__ void __launch_bounds__(kThreads, 4) fake_quantize_columns(ColumnsJob job) {
   using P = Pack<kElement>;
   using Word = WordOf<kElement>;
   const int64_t columns = job.geometry.columns, packs = columns / P::kSize;

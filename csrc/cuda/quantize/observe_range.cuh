@@ -82,7 +82,7 @@ __device__ __forceinline__ int64_t offset_of_run(const cpu::Geometry& g, int64_t
 // Any blocks: a part for each team, which is a warp or, if `width` is not 1, a block of threads. A unit is a pack, which
 // runs have to be whole numbers of, or an element.
 template <Element kElement, bool kByPacks>
-__global__ void __launch_bounds__(kThreads) observe_blocks(ObserveJob job) {
+__global__ void __launch_bounds__(kThreads, 3) observe_blocks(ObserveJob job) {
   using P = Pack<kElement>;
   const cpu::Geometry& g = job.geometry;
   constexpr int kUnit = kByPacks ? P::kSize : 1;

@@ -133,13 +133,15 @@ inline bool backwards = false;
 
 #if defined(COREAI_RECORDED)
 // Kernels are not run, but told: what they are given, one by one, then a kernel's name and its blocks. So is memory that
-// is allocated for them. (The name is how symbols are looked up; a GPU's code has the same.)
+// is allocated for them. Where nobody listens, nothing is done. (The name is how symbols are looked up; a GPU's code has the
+// same.)
 inline void (*tell_argument)(const void* data, int64_t size) = nullptr;
 inline void (*tell_launch)(const char* name, int64_t blocks) = nullptr;
 inline void (*tell_memory)(const void* data, int64_t size) = nullptr;
 
 template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), int64_t blocks, const Args&... args) {
+  if (tell_launch == nullptr) return;
   const auto tell = [](const auto& value) { tell_argument(&value, sizeof(value)); };
   (tell(static_cast<Parameters>(args)), ...);
   Dl_info info = {};

@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-#if defined(COREAI_RECORDED)
+#if defined(COREAI_GPU_LIBRARY)
+#elif defined(COREAI_RECORDED)
 #define COREAI_GPU_LIBRARY coreai_recorded, CPU
 #else
 #define COREAI_GPU_LIBRARY coreai_emulated, CPU
@@ -23,7 +24,7 @@ inline AOTITorchError empty_and_told(int64_t axes, const int64_t* sizes, const i
   const AOTITorchError error = aoti_torch_empty_strided(axes, sizes, strides, type, device_type, device, made);
   void* data = nullptr;
   int64_t bytes = 0;
-  if (error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*made, &data) == AOTI_TORCH_SUCCESS &&
+  if (emulation::tell_memory && error == AOTI_TORCH_SUCCESS && aoti_torch_get_data_ptr(*made, &data) == AOTI_TORCH_SUCCESS &&
       aoti_torch_get_storage_size(*made, &bytes) == AOTI_TORCH_SUCCESS) {
     emulation::tell_memory(data, bytes);
   }
