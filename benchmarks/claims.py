@@ -94,7 +94,12 @@ def _case(row: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, parts))
 
 
-def _against(peer: str, chosen: Callable[[Mapping[str, Any]], bool], name: str) -> dict[str, Any]:
+def _against(
+    peer: str,
+    chosen: Callable[[Mapping[str, Any]], bool],
+    name: str,
+    case: Callable[[Mapping[str, Any]], str] = _case,
+) -> dict[str, Any]:
     """Figure and table of operators: ours and a peer's times, with spreads, and their ratio."""
 
     def of(rows: Rows) -> list[Mapping[str, Any]]:
@@ -116,11 +121,16 @@ def _against(peer: str, chosen: Callable[[Mapping[str, Any]], bool], name: str) 
     def table(rows: Rows) -> Table:
         head = ("case", "ours", name, "times as fast")
         return head, (
-            (_case(row), _with_spread(row, "native"), _with_spread(row, peer), f"{ratio(row):.1f}")
+            (case(row), _with_spread(row, "native"), _with_spread(row, peer), f"{ratio(row):.1f}")
             for row in of(rows)
         )
 
     return {"figure": figure, "table": table, "extremes": extremes}
+
+
+def _square(row: Mapping[str, Any]) -> str:
+    """The case of a comparison with one peer's simulators."""
+    return f"{row['case']}, {row['size']}²"
 
 
 def _overhead_ratio(row: Mapping[str, Any]) -> float:
@@ -211,6 +221,16 @@ CLAIMS = {
         f"{_TURNS}",
         against="NNCF's extension, which needs a compiler at run time, was not measured.",
         **_against("nncf", lambda row: True, "NNCF's"),
+    ),
+    "modelopt": Claim(
+        title="Fake quantization of weights is {} as ModelOpt's on a CPU",
+        results="modelopt-avx2-2cores.json",
+        peer="`TensorQuantizer` of ModelOpt 0.47.0 on a CPU, its range known (`benchmarks/modelopt.py` says "
+        f"how to set it up), beside `coreai_kernels.fake_quantize`; forward and backward. {_TURNS}",
+        against="ModelOpt is written for GPUs, where its kernels are its own; on a CPU it runs torch's "
+        "operators. Other jobs ran on both cores: times are the processor's, and longer than on an idle "
+        "machine.",
+        **_against("modelopt", lambda row: True, "ModelOpt's", _square),
     ),
     "palettes": Claim(
         title="4-bit palettes of a 4096² weight are found {}",
