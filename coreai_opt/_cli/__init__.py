@@ -4,6 +4,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from coreai_opt._cli.commands import doctor, export, inspect, report, search
 from coreai_opt._cli.models import UsageError
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as ended:
         # argparse ends the process for --help and for wrong arguments, after it has said why.
         return int(ended.code or 0)
-    with warnings.catch_warnings():
+    parsed.output = sys.stdout
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr if parsed.json else sys.stdout):
+        # What models and converters print is no JSON.
         warnings.simplefilter("ignore", FutureWarning)
         try:
             return int(parsed.run(parsed))

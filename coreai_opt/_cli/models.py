@@ -115,6 +115,6 @@ def _configuration(kind: str, path: Path, config: Any) -> Any:
     return found
 
 
-def print_json(value: Any) -> None:
-    """Write plain data to standard output."""
-    print(json.dumps(value, indent=2))
+def print_json(parsed: argparse.Namespace, value: Any) -> None:
+    """Write plain data to where standard output was when the command began."""
+    print(json.dumps(value, indent=2), file=parsed.output)

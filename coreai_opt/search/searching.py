@@ -205,7 +205,7 @@ def _measure(
             try:
                 damages = prober.damages(layer, [compressed[name][layer][0] for name in fitting])
             except Exception as error:
-                error.add_note(f"while {', '.join(fitting)} was tried in layer {layer!r}")
+                error.add_note(f"while trying {', '.join(fitting)} in layer {layer!r}")
                 raise
             for name, damage in zip(fitting, damages, strict=True):
                 ledger.add(Measurement(layer, name, damage, compressed[name][layer][1]))

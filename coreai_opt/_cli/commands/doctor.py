@@ -24,5 +24,5 @@ def run(parsed: argparse.Namespace) -> int:
         return doctor.main()
     diagnosis = doctor.examine()
     findings = [dataclasses.asdict(finding) for finding in diagnosis.findings]
-    print_json({"broken": diagnosis.broken, "findings": findings})
+    print_json(parsed, {"broken": diagnosis.broken, "findings": findings})
     return int(diagnosis.broken)

@@ -33,12 +33,13 @@ def run(parsed: argparse.Namespace) -> int:
     saved = save(model, parsed.path, inputs, half=parsed.half, progress=not parsed.json)
     if parsed.json:
         print_json(
+            parsed,
             {
                 "path": str(saved.path),
                 "size": saved.size,
                 "difference": saved.difference,
                 "checked": saved.checked,
-            }
+            },
         )
     else:
         print(saved)

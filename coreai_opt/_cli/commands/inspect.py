@@ -51,5 +51,5 @@ def run(parsed: argparse.Namespace) -> int:
         }
         for name, module in inspector.summary.model.named_modules()
     ]
-    print_json({"mode": str(inspector.summary.mode), "modules": modules})
+    print_json(parsed, {"mode": str(inspector.summary.mode), "modules": modules})
     return 0

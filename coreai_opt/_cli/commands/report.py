@@ -26,7 +26,7 @@ def run(parsed: argparse.Namespace) -> int:
     model, inputs = compressed(parsed)
     found = report(model, parsed.path, inputs)
     if parsed.json:
-        print_json(found)
+        print_json(parsed, found)
     else:
         print(f"{parsed.path}: {found['model']['bits_per_weight']:.3f} bits per weight")
     return 0

@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
         for kind, config in result.configs().items():
             write_text(parsed.configs / f"{kind}.yaml", config.to_yaml())
     if parsed.json:
-        print_json(result.as_dict())
+        print_json(parsed, result.as_dict())
     else:
         print(result.table())
     return 0

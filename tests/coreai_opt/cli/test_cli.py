@@ -29,6 +29,10 @@ class Scaled(nn.Linear):
     def forward(self, x, *, scale):
         return super().forward(x) * scale
 
+def talkative():
+    print("building")
+    return build()
+
 def by_keyword():
     return Scaled(32, 8), {"x": torch.randn(4, 32), "scale": 2.0}
 
@@ -117,6 +121,15 @@ def test_report_and_export(capsys: pytest.CaptureFixture[str], folder: Path):
     assert (folder / "net.pt2").exists()
 
 
+def test_json_is_all_there_is_on_standard_output(capsys: pytest.CaptureFixture[str]):
+    # A model's function and converters print.
+    assert output(capsys, "export", "command_models:talkative", "net.pt2", "--json")["path"] == "net.pt2"
+    assert main(["inspect", "command_models:talkative", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "building" in captured.err
+    json.loads(captured.out)
+
+
 def test_inputs_by_keyword(capsys: pytest.CaptureFixture[str], folder: Path):
     name = "command_models:by_keyword"
     assert "linear" in json.dumps(output(capsys, "inspect", name, "--json"))
@@ -156,7 +169,7 @@ def test_configurations_written_by_the_package_are_read(capsys: pytest.CaptureFi
         (["inspect", "command_models:broken"], 1, "RuntimeError: no weights on this machine"),
         (["search", "command_models:build"], 2, "--bits-per-weight"),
         (["search", "command_models:build", "--bits-per-weight", "0.5"], 1, "nothing fits the budget"),
-        (["search", "command_models:not_finite", "--bits-per-weight", "9"], 1, "was tried in layer '0'"),
+        (["search", "command_models:not_finite", "--bits-per-weight", "9"], 1, "in layer '0'"),
         (
             ["report", "command_models:build", "page.html", "--quantize", "none.yaml"],
             2,

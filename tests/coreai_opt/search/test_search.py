@@ -385,7 +385,7 @@ def test_an_error_in_a_metric_says_where():
 
     with pytest.raises(KeyError) as caught:
         search(model(), [X], bits_per_weight=9, candidates=[INT8], metric=fails, progress=False)
-    assert caught.value.__notes__ == ["while int8 was tried in layer '0'"]
+    assert caught.value.__notes__ == ["while trying int8 in layer '0'"]
 
 
 def test_names_that_look_like_markup():
