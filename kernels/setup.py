@@ -60,6 +60,8 @@ CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno"),
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
+# Of torch's operators that code calls one: without this, headers of all 2,000 are read.
+AUTOGRAD_FLAGS = ["-DAT_PER_OPERATOR_HEADERS"]
 STABLE_ABI = f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"
 NVCC_FLAGS = (
     "-std=c++20 -O3 -Xcompiler -fPIC,-fvisibility=hidden --fmad=false --expt-relaxed-constexpr "
@@ -380,7 +382,7 @@ def _python_version(include: Path) -> tuple[int, int]:
 
 
 def autograd_jobs(builder: Builder, torch: Torch, python: Path) -> list[Job]:
-    command = [*builder.cxx, *CXX_FLAGS, *builder.includes(torch.root / "include", python)]
+    command = [*builder.cxx, *CXX_FLAGS, *AUTOGRAD_FLAGS, *builder.includes(torch.root / "include", python)]
     sources = sorted(CSRC.glob("autograd/*.cpp"))
     return builder.jobs(sources, command, units=1, headers=f"torch {torch.version}")
 
