@@ -25,7 +25,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*) kernels/coreai_kernels/f
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: help demo test test-fast test-without-native lint docs bench build doctor gpu-check mps-check neon-check neon-tests clean distclean fuzz count \
-	sanitize wheels
+	sanitize wheels matrix print-fast-tests
 .DELETE_ON_ERROR:
 
 help:
@@ -44,6 +44,7 @@ help:
 	@echo 'make neon-check kernels for Arm, cross-compiled and emulated, beside generic ones: the same bits'
 	@echo 'make neon-tests tests with an emulated aarch64 Python and torch   PYTEST_FLAGS=FILES selects'
 	@echo 'make wheels     wheels for x86-64 and aarch64 Linux, or for this Mac, into dist; installed and tried out'
+	@echo 'make matrix     fast tests of the wheels beside every torch and Python that can be had; 20 GB of downloads'
 	@echo 'make build      set up .venv and build the native extension in place'
 	@echo 'make doctor     what is installed and which backends run'
 	@echo 'make clean      remove build products (distclean: the environments, too)'
@@ -161,6 +162,13 @@ WHEEL_ARCHS ?= $(if $(filter Darwin,$(shell uname -s)),arm64,x86_64 aarch64)
 wheels: $(SETUP)
 	$(BIN)/python tools/wheels.py --arch $(WHEEL_ARCHS) $(WHEEL_FLAGS)
 	$(BIN)/python tools/try_wheel.py $(TRY_FLAGS)
+
+# MATRIX_FLAGS="--torch 2.15.0 --python 3.11" selects.
+matrix: $(SETUP)
+	$(BIN)/python tools/matrix.py $(MATRIX_FLAGS)
+
+print-fast-tests:
+	@echo $(FAST_TESTS)
 
 # torch comes first and alone: with it in place no other requirement can pull in another build of it.
 $(SETUP): pyproject.toml kernels/pyproject.toml setup.py constraints.txt
