@@ -13,6 +13,8 @@ from coreai_opt.quantization import Quantizer
 
 from .support import Function, prepared, x
 
+pytestmark = pytest.mark.slow  # inductor's C++ compiler
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
