@@ -8,10 +8,9 @@ machine leaves alone. ``MODELOPT_PATH`` names a folder with ModelOpt and what it
 
 import argparse
 import os
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from torch import Tensor
 
 import coreai_kernels as ck
 from benchmarks.facts import save_rows
-from benchmarks.harness import spread_of
-from benchmarks.timing import seconds_per_call, settle_allocator
+from benchmarks.timing import settle_allocator
+from benchmarks.turns import processor_seconds, steps_in_turns
 
 __all__ = ["CASES", "main", "measure"]
 
@@ -81,20 +80,11 @@ def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
                 run(x).backward(gradient)
                 x.grad = None
 
-            def seconds(run: Any, calls: int, step: Any = step) -> float:
-                return seconds_per_call(lambda: step(run), calls, untimed_call=True, clock=time.process_time)
-
-            calls = {who: max(1, int(_SAMPLE_SECONDS / seconds(run, 1))) for who, run in functions.items()}
-            times = [[seconds(run, calls[who]) for who, run in functions.items()] for _ in range(rounds)]
-            columns = dict(zip(functions, zip(*times, strict=True), strict=True))
-            rows.append(
-                {
-                    "case": name,
-                    "size": size,
-                    "seconds": {who: statistics.median(column) for who, column in columns.items()},
-                    "spread": {who: spread_of(column) for who, column in columns.items()},
-                }
-            )
+            steps = {who: partial(step, run) for who, run in functions.items()}
+            calls = {
+                who: max(1, int(_SAMPLE_SECONDS / processor_seconds(each, 1))) for who, each in steps.items()
+            }
+            rows.append({"case": name, "size": size, **steps_in_turns(steps, calls, rounds)})
     return rows
 
 

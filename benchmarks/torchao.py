@@ -5,10 +5,9 @@ machine leaves alone.
 """
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.facts import save_rows
-from benchmarks.harness import spread_of
-from benchmarks.timing import seconds_per_call, settle_allocator
+from benchmarks.timing import settle_allocator
+from benchmarks.turns import processor_seconds, steps_in_turns
 
 __all__ = ["CASES", "main", "measure"]
 
@@ -57,24 +56,12 @@ def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
                 module(x).backward(gradient)
                 x.grad = None
 
-            def seconds(module: torch.nn.Module, calls: int, step: Any = step) -> float:
-                return seconds_per_call(
-                    lambda: step(module), calls, untimed_call=True, clock=time.process_time
-                )
-
-            calls = max(1, int(_SAMPLE_SECONDS / seconds(eager, 1)))
-            for module in modules.values():
-                step(module)  # compiles
-            times = [[seconds(module, calls) for module in modules.values()] for _ in range(rounds)]
-            columns = dict(zip(modules, zip(*times, strict=True), strict=True))
-            rows.append(
-                {
-                    "case": name,
-                    "size": size,
-                    "seconds": {whose: statistics.median(column) for whose, column in columns.items()},
-                    "spread": {whose: spread_of(column) for whose, column in columns.items()},
-                }
-            )
+            steps = {whose: partial(step, module) for whose, module in modules.items()}
+            calls = max(1, int(_SAMPLE_SECONDS / processor_seconds(steps["torchao"], 1)))
+            for each in steps.values():
+                each()  # compiles
+            found = steps_in_turns(steps, dict.fromkeys(steps, calls), rounds)
+            rows.append({"case": name, "size": size, **found})
     return rows
 
 

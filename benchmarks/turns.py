@@ -1,15 +1,18 @@
-"""A call that both packages make in turns: medians, their ratio, and the options of a command for them."""
+"""Calls of several packages in turns: medians, ratios and spreads, and the options of a command for them."""
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.apple import Apple
 from benchmarks.facts import save_rows
+from benchmarks.harness import spread_of
+from benchmarks.timing import seconds_per_call
 
-__all__ = ["add_options", "in_turns", "measured"]
+__all__ = ["add_options", "in_turns", "measured", "processor_seconds", "steps_in_turns"]
 
 Call = Callable[[], dict[str, float]]
 
@@ -32,6 +35,32 @@ def in_turns(rounds: int, ours: Call, theirs: Call | None) -> dict[str, Any]:
 
 def _median(runs: Sequence[dict[str, float]]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def processor_seconds(step: Callable[[], Any], calls: int) -> float:
+    """Processor time of a call, in seconds, after an untimed one."""
+    return seconds_per_call(step, calls, untimed_call=True, clock=time.process_time)
+
+
+def steps_in_turns(
+    steps: Mapping[str, Callable[[], Any]], calls: Mapping[str, int], rounds: int
+) -> dict[str, dict[str, float]]:
+    """Processor time of each contender's step.
+
+    Args:
+        steps: by contender.
+        calls: how often each is called in a turn.
+        rounds: turns.
+
+    Returns:
+        By contender, under ``"seconds"`` the medians and under ``"spread"`` what :func:`spread_of` gives.
+    """
+    times = [[processor_seconds(step, calls[who]) for who, step in steps.items()] for _ in range(rounds)]
+    columns = dict(zip(steps, zip(*times, strict=True), strict=True))
+    return {
+        "seconds": {who: statistics.median(column) for who, column in columns.items()},
+        "spread": {who: spread_of(column) for who, column in columns.items()},
+    }
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
