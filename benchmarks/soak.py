@@ -1,8 +1,8 @@
 """Memory and step time over many steps of the demo's training: ``python -m benchmarks.soak``.
 
 The network, data and compressions of ``examples/digits_qat.py``: pruned and quantized in eager mode, a
-quantized graph, palettes. Memory counts from the end of the first window on. Exit status 1 if one of them
-grows by more than ``--most`` MiB.
+quantized graph, palettes. What is seen is printed as it goes. Memory counts from the end of the first window
+on. Exit status 1 if one of them grows by more than ``--most`` MiB.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,8 +96,8 @@ def _prepared(kind: str, images: torch.Tensor, steps: int) -> tuple[nn.Module, A
     return quantizer.prepare((images,)), quantizer.training_mode, pruner.step
 
 
-def soak(kind: str, steps: int, windows: int, batch: int) -> list[Window]:
-    """Train for so many steps, and look at the process so many times."""
+def soak(kind: str, steps: int, windows: int, batch: int) -> Iterator[Window]:
+    """Train for so many steps, and look at the process so many times on the way."""
     sys.path[:0] = [str(EXAMPLES)]
     from digits_model import load_data
     from training import training_step
@@ -106,7 +106,7 @@ def soak(kind: str, steps: int, windows: int, batch: int) -> list[Window]:
     data = load_data(0)
     model, mode, after = _prepared(kind, data.train_images[:batch], steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    shuffling, found, times = torch.Generator().manual_seed(0), [], []
+    shuffling, times = torch.Generator().manual_seed(0), []
     entered: AbstractContextManager[Any] = mode()
     with entered:
         for step in range(1, steps + 1):
@@ -118,9 +118,8 @@ def soak(kind: str, steps: int, windows: int, batch: int) -> list[Window]:
             if step % (steps // windows) == 0:
                 gc.collect()
                 seconds = statistics.median(times)
-                found.append(Window(step, _rss(), _allocated(), len(gc.get_objects()), seconds))
+                yield Window(step, _rss(), _allocated(), len(gc.get_objects()), seconds)
                 times = []
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +141,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         table.add_column(heading, justify="left" if heading == "training" else "right")
     grown = False
     for kind in arguments.kinds:
-        windows = soak(kind, arguments.steps, arguments.windows, arguments.batch)
+        windows = []
+        for window in soak(kind, arguments.steps, arguments.windows, arguments.batch):
+            windows.append(window)
+            memory = f"RSS {window.rss / _MIB:.1f}, allocated {window.allocated / _MIB:.2f} MiB"
+            print(
+                f"{kind}, {window.steps}: {memory}, {window.objects} objects, {1e3 * window.seconds:.2f} ms",
+                flush=True,
+            )
         rows += [{"training": kind} | asdict(window) for window in windows]
         first, last = windows[0], windows[-1]
         pairs = (first.rss, last.rss), (first.allocated, last.allocated)
