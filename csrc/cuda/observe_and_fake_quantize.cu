@@ -83,27 +83,13 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
                                  .input = x.data(),
                                  .output = output.mutable_data_ptr(),
                                  .mask = bytes_of(mask),
-                                 .affine = {.format = config.format,
-                                            .low = static_cast<float>(config.quant_min),
-                                            .high = static_cast<float>(config.quant_max),
-                                            .scale = scale.as<float>(),
-                                            .zero_point = config.uses_zero_point() ? zero_point.as<int32_t>() : nullptr,
-                                            .offset = config.uses_minval() ? minval.as<float>() : nullptr,
-                                            .constant = config.uses_minval() ? static_cast<float>(config.quant_min) : 0.0f}};
+                                 .affine = config.affine(scale.as<float>(), zero_point.as<int32_t>(), minval.as<float>())};
   const AfterRange after = {
       .element = element,
       .is_step = true,
       .chooses = true,
-      .update = {.update = config.update,
-                 .has_running = has_running && low.data() && high.data(),
-                 .constant = static_cast<float>(config.averaging_constant),
-                 .one_minus_constant = static_cast<float>(1.0 - config.averaging_constant),
-                 .fix_low = config.range_min.has_value(),
-                 .fix_high = config.range_max.has_value(),
-                 .low = rounded_to(config.range_min.value_or(0), type),
-                 .high = rounded_to(config.range_max.value_or(0), type)},
-      .rule =
-          QParamsRule::of(config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format, element),
+      .update = config.update_rule(has_running && low.data() && high.data(), type),
+      .rule = config.qparams_rule(element),
       .out = {.scale = scale.as<float>(), .zero_point = zero_point.as<int32_t>(), .minval = minval.as<float>()},
       .kept_low = low.data(),
       .kept_high = high.data()};

@@ -112,32 +112,15 @@ class StepJob {
     }
     const ScalarType type = x.output.scalar_type();
     const Element element = element_of("input", x.output);
-    const cpu::Affine affine = {
-        .format = config.format,
-        .low = static_cast<float>(config.quant_min),
-        .high = static_cast<float>(config.quant_max),
-        .scale = scale_.data(),
-        .zero_point = config.uses_zero_point() ? data_or_null(zero_point_) : nullptr,
-        .offset = config.uses_minval() ? data_or_null(minval_) : nullptr,
-        .constant = config.uses_minval() ? static_cast<float>(config.quant_min) : 0.0f,
-    };
     job_ = {
         .quantize = {.geometry = &layout.geometry,
                      .element = element,
                      .input = x.data,
                      .output = x.output.mutable_data_ptr(),
                      .mask = mask,
-                     .affine = affine},
-        .rule =
-            QParamsRule::of(config.scheme, config.format, config.quant_min, config.quant_max, config.scale_format, element),
-        .update = {.update = config.update,
-                   .has_running = has_running && low_.data() && high_.data(),
-                   .constant = static_cast<float>(config.averaging_constant),
-                   .one_minus_constant = static_cast<float>(1.0 - config.averaging_constant),
-                   .fix_low = config.range_min.has_value(),
-                   .fix_high = config.range_max.has_value(),
-                   .low = rounded_to(config.range_min.value_or(0), type),
-                   .high = rounded_to(config.range_max.value_or(0), type)},
+                     .affine = config.affine(scale_.data(), data_or_null(zero_point_), data_or_null(minval_))},
+        .rule = config.qparams_rule(element),
+        .update = config.update_rule(has_running && low_.data() && high_.data(), type),
         .out = {.scale = scale_.data(), .zero_point = data_or_null(zero_point_), .minval = data_or_null(minval_)},
         .running_low = low_.data(),
         .running_high = high_.data(),

@@ -23,6 +23,30 @@ struct QuantConfig {
   bool uses_zero_point() const { return format == Format::kInt && !use_minval; }
   bool uses_minval() const { return format == Format::kInt && use_minval; }
 
+  // What a kernel of steps is told. Parts of the state that the format does not use may be there; they are left out.
+  cpu::Affine affine(const float* scale, const int32_t* zero_point, const float* minval) const {
+    return {.format = format,
+            .low = static_cast<float>(quant_min),
+            .high = static_cast<float>(quant_max),
+            .scale = scale,
+            .zero_point = uses_zero_point() ? zero_point : nullptr,
+            .offset = uses_minval() ? minval : nullptr,
+            .constant = uses_minval() ? static_cast<float>(quant_min) : 0.0f};
+  }
+  UpdateRule update_rule(bool has_running, ScalarType type) const {
+    return {.update = update,
+            .has_running = has_running,
+            .constant = static_cast<float>(averaging_constant),
+            .one_minus_constant = static_cast<float>(1.0 - averaging_constant),
+            .fix_low = range_min.has_value(),
+            .fix_high = range_max.has_value(),
+            .low = rounded_to(range_min.value_or(0), type),
+            .high = rounded_to(range_max.value_or(0), type)};
+  }
+  QParamsRule qparams_rule(Element element) const {
+    return QParamsRule::of(scheme, format, quant_min, quant_max, scale_format, element);
+  }
+
   // From an operator's arguments, in the order of QuantConfig.SCHEMA.
   static QuantConfig of(Blocks block_size, int64_t scheme, int64_t format, double quant_min, double quant_max,
                         bool use_minval, int64_t update, double averaging_constant, std::optional<double> range_min,
