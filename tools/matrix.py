@@ -81,7 +81,7 @@ def test(python: str, torch: str, wheels: list[Path], options: argparse.Namespac
         return "no interpreter here"
     environment = WORK / f"python{python}"
     folder = WORK / f"torch{torch}-python{python}"
-    log = folder.with_suffix(".txt")
+    log = WORK / f"{folder.name}.txt"
     try:
         make_environment(interpreter, environment, wheels)
         pip(environment, "--no-deps", "--target", str(folder), *options.pip_flags.split(), f"torch=={torch}")
@@ -184,7 +184,8 @@ def make_stand_in(path: Path, versions: dict[str, set[str]]) -> None:
     source, script = path.with_suffix(".s"), path.with_suffix(".map")
     symbols = sorted(set().union(*versions.values()))
     source.write_text(
-        ".text\n"
+        # Without the note the stack would be executable, which newer C libraries refuse.
+        '.section .note.GNU-stack,"",%progbits\n.text\n'
         + "".join(
             f".globl {symbol}\n.type {symbol}, %function\n{symbol}: {answer}\n ret\n" for symbol in symbols
         )
