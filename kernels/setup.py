@@ -151,7 +151,7 @@ class Builder:
         directory.mkdir(parents=True, exist_ok=True)
         self.pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
         self.started: dict[Job, Future[Path]] = {}
-        self.seconds: dict[str, float] = {}  # of processor time, each source's
+        self.seconds: dict[Job, float] = {}  # of processor time
         self.in_place = in_place
         self.generated = directory / "include"
         write_formats(self.generated / "common/formats.h")
@@ -231,7 +231,7 @@ class Builder:
             return target
         partial = target.with_suffix(".new.o")
         command = [*job.command, "-c", str(job.source), "-MMD", "-MF", str(dependencies), "-o", str(partial)]
-        self.seconds[job.name] = _run(command, f"compile {job.name}")
+        self.seconds[job] = _run(command, f"compile {job.name}")
         os.replace(partial, target)
         return target
 
@@ -240,10 +240,13 @@ class Builder:
         self.pool.shutdown(cancel_futures=True)
         if not self.seconds:
             return
-        longest = sorted(self.seconds.items(), key=lambda item: -item[1])[:8]
+        sources: dict[str, float] = {}  # autograd's are compiled once for each torch and Python
+        for job, seconds in self.seconds.items():
+            sources[job.name] = sources.get(job.name, 0) + seconds
+        longest = sorted(sources.items(), key=lambda item: -item[1])[:8]
         text = ", ".join(f"{name.removeprefix('csrc/')} {seconds:.0f} s" for name, seconds in longest)
-        total = sum(self.seconds.values())
-        _say(f"{total:.0f} s of processor time for {len(self.seconds)} sources: {text}, ...")
+        total = sum(sources.values())
+        _say(f"{total:.0f} s of processor time for {len(sources)} sources: {text}, ...")
 
 
 def write_formats(path: Path) -> None:
