@@ -20,8 +20,11 @@ SHIFT, LUT = "blockwise_shift_scale", "lut_to_dense"
 SPARSE = {"build_sparse_with_bitmask": 2, "sparse_with_bitmask_to_dense": 2}
 
 
-def check(compressor, model, operations, constants, folder, tolerance=3e-7):
-    """In torch and as a program, the finalized model computes what the prepared one does."""
+def check(compressor, model, operations, constants, folder, tolerance=1e-6):
+    """In torch and as a program, the finalized model computes what the prepared one does.
+
+    But for the order in which the runtime adds products, up to 288: the machine's instruction set decides it.
+    """
     expected = output(model)
     finalized = compressor.finalize()
     assert (output(finalized) - expected).abs().max() <= 1.2e-7
