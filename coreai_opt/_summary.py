@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.nn.utils import parametrize
@@ -117,7 +115,9 @@ class CompressionSummary:
             + (f"; left out: {reasons}" if reasons else "")
         )
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
         table = Table(title=self.line, title_justify="left")
         for title in ("parameter", "shape", "elements", "bits", "compressed"):
             table.add_column(title, justify="right" if title in ("elements", "bits") else "left")
@@ -129,6 +129,8 @@ class CompressionSummary:
         return table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=110, color_system=None)
         with console.capture() as capture:
             console.print(self)

@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from coreai_kernels.imports import once_imported
 
 __all__ = [
     "Part",
@@ -27,9 +25,21 @@ __all__ = [
 ]
 
 
+# torch.distributed.tensor, which takes a while to import. Where nobody has, nothing is a DTensor.
+_dtensor: Any = None
+
+
+def _take(module: Any) -> None:
+    global _dtensor
+    _dtensor = module
+
+
+once_imported("torch.distributed.tensor", _take)
+
+
 def is_sharded(tensor: object) -> bool:
     """Whether it is a DTensor: of FSDP2, of tensor parallelism, or of a user's own."""
-    return dist.is_available() and isinstance(tensor, DTensor)
+    return _dtensor is not None and isinstance(tensor, _dtensor.DTensor)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -134,7 +144,7 @@ def part_of(tensor: Tensor) -> Part:
     mesh, placements = sharded.device_mesh, sharded.placements
     if any(each.is_partial() for each in placements):
         raise ValueError(f"the tensor is a sum that is pending ({placements}): redistribute it first")
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    shape, offset = _dtensor._utils.compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     local = sharded._local_tensor.detach()
     if local.shape != shape:  # an empty part may have forgotten its other axes
         local = local.reshape(shape)
@@ -148,14 +158,14 @@ def with_sums(tensor: Tensor) -> Tensor:
     sharded = cast(Any, tensor)
     if not any(each.is_partial() for each in sharded.placements):
         return tensor
-    done = [Replicate() if each.is_partial() else each for each in sharded.placements]
+    done = [_dtensor.Replicate() if each.is_partial() else each for each in sharded.placements]
     return sharded.redistribute(sharded.device_mesh, done)  # type: ignore[no-any-return]
 
 
 def with_local(tensor: Tensor, local: Tensor) -> Tensor:
     """A DTensor placed as ``tensor`` is, of which this rank holds ``local``; gradients pass."""
     like = cast(Any, tensor)
-    return DTensor.from_local(
+    return _dtensor.DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
@@ -163,7 +173,7 @@ def with_local(tensor: Tensor, local: Tensor) -> Tensor:
 def with_whole(tensor: Tensor, value: Tensor) -> Tensor:
     """A DTensor placed as ``tensor`` is, of a value that each rank has whole; gradients reach it whole."""
     like = cast(Any, tensor)
-    replicated = DTensor.from_local(
-        value, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False
+    replicated = _dtensor.DTensor.from_local(
+        value, like.device_mesh, [_dtensor.Replicate()] * like.device_mesh.ndim, run_check=False
     )
     return replicated.redistribute(like.device_mesh, like.placements)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coreai_opt._environment import quiet_torchao_import
 from coreai_opt.export.records import Affine
 
 __all__ = ["quantized_tensor"]
@@ -128,7 +129,8 @@ def _opaque(record: Affine, values: Tensor, zero_point: Tensor, block: list[int]
 
 def _class(module: str, name: str) -> Any:
     try:
-        return getattr(importlib.import_module(module), name)
+        with quiet_torchao_import():
+            return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"tensor_subclass needs {module}.{name} of torchao 0.18 or later ({error})"

@@ -60,6 +60,53 @@ def test_the_package_alone_loads_nothing_heavy():
     assert run(code) == ("", "")
 
 
+HEAVY = ("torchao", "torch._dynamo", "torch._inductor", "torch.distributed.tensor", "sympy", "triton", "rich")
+STEP = f"""
+import sys, torch
+from torch import nn
+before = set(sys.modules)
+from coreai_opt.quantization import Quantizer, QuantizerConfig
+model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+x = torch.randn(2, 1, 4, 4)
+prepared = Quantizer(model, QuantizerConfig(execution_mode="eager")).prepare((x,))
+prepared.train()
+prepared(x).sum().backward()
+assert all(p.grad is not None for p in prepared.parameters())
+print(*[name for name in {HEAVY!r} if name in sys.modules and name not in before])
+"""
+
+
+def test_eager_training_imports_neither_torchao_nor_torchs_compiler():
+    """Optimizers of torch import its compiler; what is here comes before."""
+    assert run(STEP)[0].split() == []
+
+
+def test_classes_are_torchaos_whoever_is_imported_first():
+    ours = (
+        "from coreai_opt.quantization import QuantizationSpec\n"
+        "from coreai_opt.quantization.spec import factory\n"
+        "made = factory.QuantizationComponentFactory.construct_partial("
+        "QuantizationSpec(), factory.CompressionTargetTensor.WEIGHT)\n"
+    )
+    theirs = (
+        "from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase, disable_observer\n"
+        "from torchao.quantization.pt2e.observer import PartialWrapper\n"
+    )
+    check = (
+        "import pickle, torch\n"
+        "quantizer = made()\n"
+        "assert isinstance(made, PartialWrapper) and isinstance(made.with_args(n_bits=4), PartialWrapper)\n"
+        "assert isinstance(quantizer, FakeQuantizeBase) and issubclass(made.p.func, FakeQuantizeBase)\n"
+        "assert not isinstance(torch.nn.Linear(1, 1), FakeQuantizeBase)\n"
+        "quantizer.apply(disable_observer)\n"
+        "assert quantizer.observer_enabled.item() == 0\n"
+        "copy = pickle.loads(pickle.dumps(quantizer))\n"
+        "assert isinstance(copy, FakeQuantizeBase) and copy.observer_enabled.item() == 0\n"
+    )
+    run(ours + theirs + check)
+    run(theirs + ours + check)
+
+
 def fake_distribution(folder, name="coreai-opt", version="0.4.0"):
     information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir()

@@ -13,14 +13,14 @@ the source and by their order.
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import skip_code
 from torch.overrides import _pop_mode, _push_mode
 
+from coreai_kernels.imports import once_imported
 from coreai_opt.config.spec.compression_simulator import CallCountingMode, is_simulating
 from coreai_opt.quantization._eager.call_sites import CallGroup, Origin, Site, origin_of
 from coreai_opt.quantization._eager.operations import as_method, is_counted
@@ -312,8 +312,12 @@ def install(hook: Hook, module: nn.Module) -> None:
 
 # torch.compile traces the hooks as part of a model. Compiled by themselves, which happens where a graph
 # breaks, they would not change the stack of modes.
-for _function in (_enter, _leave, LeafHook.before, LeafHook.after, ScopeHook.before, ScopeHook.after):
-    skip_code(_function.__code__)
+def _compile_not_alone(eval_frame: ModuleType) -> None:
+    for function in (_enter, _leave, LeafHook.before, LeafHook.after, ScopeHook.before, ScopeHook.after):
+        eval_frame.skip_code(function.__code__)
+
+
+once_imported("torch._dynamo.eval_frame", _compile_not_alone)
 
 
 def remove_hooks(model: nn.Module) -> None:

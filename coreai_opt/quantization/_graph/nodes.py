@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = [
     "attribute_of",
@@ -80,6 +79,8 @@ def is_quantizable(node: Node) -> bool:
     tensor = tensor_of(node)
     if tensor is None or not tensor.is_floating_point():
         return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second: it imports sympy
+
     return not statically_known_true(tensor.numel() <= 1)
 
 

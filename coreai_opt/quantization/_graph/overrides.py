@@ -47,7 +47,9 @@ class _Writer:
 
     def __init__(self, graph: Graph, placement: Placement) -> None:
         self._placement = placement
-        self._followers: dict[Planned, list[Place]] = {}
+        self._followers: dict[
+            object, list[Place]
+        ] = {}  # by a Planned, or the quantizer that is there already
         for place, planned in placement.in_order(graph):
             self._followers.setdefault(planned, []).append(place)
 

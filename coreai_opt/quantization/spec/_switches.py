@@ -1,17 +1,15 @@
 """The switches of a fake quantizer: buffers that anybody may write, read without waiting for the device."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from coreai_opt._environment import quiet_torchao_import
+from coreai_kernels.imports import once_imported
 from coreai_opt.quantization.spec._generation import HasGeneration
-
-with quiet_torchao_import():
-    from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 __all__ = ["Flags", "SwitchableFakeQuantize"]
 
@@ -116,15 +114,40 @@ class Flags:
         self._observe.update(buffers["observer_enabled"])
 
 
+class FakeQuantizeBase(ABC, nn.Module):
+    """What torchao's class of this name asks of a fake quantizer, whose instances count as torchao's, too."""
+
+    fake_quant_enabled: Tensor
+    observer_enabled: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not bool: NCCL, which spreads buffers over processes, cannot send it.
+        self.register_buffer("fake_quant_enabled", torch.ones(1, dtype=torch.uint8))
+        self.register_buffer("observer_enabled", torch.ones(1, dtype=torch.uint8))
+
+    @abstractmethod
+    def forward(self, tensor: Tensor) -> Tensor:
+        """Observe and simulate a tensor."""
+
+    @abstractmethod
+    def calculate_qparams(self) -> Any:
+        """Return the parameters for what was observed."""
+
+
+once_imported(
+    "torchao.quantization.pt2e.fake_quantize",
+    lambda module: module.FakeQuantizeBase.register(FakeQuantizeBase),
+)
+
+
 class SwitchableFakeQuantize(HasGeneration, FakeQuantizeBase):
-    """torchao's base of fake quantizers, with switches that cost a forward no wait.
+    """A fake quantizer with switches that cost a forward no wait.
 
     The buffers ``fake_quant_enabled`` and ``observer_enabled`` (uint8, one element) switch simulation and
     observation; ``_disabled`` (bool) switches off both for good.
     """
 
-    fake_quant_enabled: Tensor
-    observer_enabled: Tensor
     _disabled: Tensor
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import coreai_kernels
 from coreai_kernels import Format
+from coreai_kernels.imports import assume_constant_result
 from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as training_step_op
 from coreai_kernels.ops.quantize import STORAGE_DTYPES
@@ -289,12 +290,12 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         return self._fused_fake_quant_dequant(tensor.to(torch.float32), *qparams).to(tensor.dtype)
 
     # Evaluated when a program is traced: which methods are overridden is no matter for the compiled code.
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def facts(self) -> Facts:
         """What the forward takes from the module, whatever the tensor's shape."""
         return facts_of(self)
 
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _simulates_as_built_in(self) -> bool:
         return simulates_as_built_in(self)
 
@@ -311,7 +312,7 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         self._disable()
 
     # torch.compile traces no logging: this runs while it traces.
-    @torch.compiler.assume_constant_result
+    @assume_constant_result
     def _log_mismatch(self, shape: tuple[int, ...]) -> bool:
         reason = "a block does not divide it"
         try:

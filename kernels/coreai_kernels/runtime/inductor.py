@@ -14,6 +14,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from coreai_kernels.imports import assume_constant_result
+
 __all__ = ["recompute_masks"]
 
 _OPERATORS = frozenset(
@@ -25,7 +27,7 @@ _MARK = "recompute"
 
 
 # Called while torch.compile traces: what it does is no part of the program.
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def recompute_masks() -> bool:
     """Let programs for a CPU that inductor compiles from now on compute masks of simulated tensors anew."""
     _register()
