@@ -1,5 +1,6 @@
 """kill -9 at random moments of exports and searches: whole files, and results as if nothing had been."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -56,7 +57,7 @@ def killed(work: Callable[[], Any], longest: float, choose: random.Random) -> bo
     return False
 
 
-def export(folder: Path, suffix: str) -> int:
+def export(folder: Path, suffix: str, tries: int = 10) -> int:
     """Write one of two models over the other, again and again; the file is one of them each time."""
     path, models = folder / f"model{suffix}", [network(seed) for seed in (0, 1)]
     for each in models:
@@ -67,7 +68,7 @@ def export(folder: Path, suffix: str) -> int:
         contents.append(path.read_bytes())
     assert contents[0] != contents[1]
     choose, kills = random.Random(1), 0
-    for number in range(10):
+    for number in range(tries):
         each = models[number % 2]
         kills += killed(lambda each=each: save(each, path, INPUTS, progress=False), 2 * longest, choose)  # type: ignore[misc]
         assert path.read_bytes() in contents
@@ -153,6 +154,8 @@ CASES: dict[str, Callable[[Path], int]] = {
     "filters": rank_filters,
     "gptq": calibrate,
 }
+if all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+    CASES["onnx"] = lambda folder: export(folder, ".onnx", tries=5)  # seconds each
 
 
 def main(folder: Path) -> None:
