@@ -2,12 +2,14 @@
 
 The tests of ``test_backends_agree.py`` with cases drawn by a seed: without hypothesis, which takes longer to
 choose a case than the operators do. A failure prints the seed; ``--start SEED --examples 1`` repeats it.
+Triton's kernels without a GPU: ``TRITON_INTERPRET=1 python -m tests.kernels.random_calls --backend triton``.
 """
 
 import argparse
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from coreai_kernels import RangeUpdate, ScaleFormat, Scheme, native
+from coreai_kernels import RangeUpdate, ScaleFormat, Scheme, native, use_backend
 from tests.kernels import test_backends_agree as tests
 from tests.kernels.support import cases
 
@@ -86,17 +88,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calls", type=int, default=100_000, help="at least so many of operators")
     parser.add_argument("--start", type=int, default=0, help="seed of the first example")
     parser.add_argument("--isa", help="instruction set, e.g. generic; by default the best")
+    parser.add_argument("--backend", choices=("auto", "triton"), default="auto", help="the one under test")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of the processor, at most")
     parser.add_argument("--examples", type=int, help="so many instead of --calls")
     arguments = parser.parse_args(argv)
-    if native.extension is None:
+    if arguments.backend == "auto" and native.extension is None:
         raise SystemExit(f"the native backend is not loaded: {native.missing}")
     if arguments.isa:
         native.extension.set_cpu_capability(arguments.isa)
+    tests.TESTED = arguments.backend
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN under Triton's interpreter
     start, count, seed = time.process_time(), 0, arguments.start
     last = None if arguments.examples is None else arguments.start + arguments.examples
-    with tqdm(total=arguments.calls, unit="call", disable=None) as bar:
+    bar = tqdm(total=arguments.calls, unit="call", disable=None)
+    with bar, use_backend(arguments.backend):
         while count < arguments.calls if last is None else seed < last:
+            if time.process_time() - start > arguments.seconds:
+                break
             try:
                 done = run(seed)
             except Exception as error:
@@ -104,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             count, seed = count + done, seed + 1
             bar.update(done)
-    isa, seconds = native.extension.cpu_capability(), time.process_time() - start
+    isa = native.extension.cpu_capability() if arguments.backend == "auto" else arguments.backend
+    seconds = time.process_time() - start
     seeds = f"seeds {arguments.start} to {seed - 1}"
     print(f"{isa}: {count:,} calls, {seeds}, gave the reference's bits in {seconds:.0f} s")
     return 0

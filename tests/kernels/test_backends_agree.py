@@ -15,6 +15,7 @@ from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
 from tests.kernels.support import Case, assert_same_bits, assert_same_memory_format, cases
 
 pytestmark = pytest.mark.usefixtures("isa")
+TESTED = "auto"  # random_calls.py takes others
 many = settings(max_examples=int(os.environ.get("FUZZ_CALLS", "250")), deadline=None)
 
 
@@ -42,7 +43,7 @@ def test_fake_quantize(case: Case, formulation: str) -> None:
     params = params_of(case, formulation)
     gradient = case.tensor(seed=1)
     results = {}
-    for backend in ("reference", "auto"):
+    for backend in ("reference", TESTED):
         x = case.tensor().detach().requires_grad_()
         with ck.use_backend(backend):
             y = ck.fake_quantize(x, **params, **case.quant)
@@ -50,10 +51,10 @@ def test_fake_quantize(case: Case, formulation: str) -> None:
             plain = ck.fake_quantize(x.detach(), **params, **case.quant)
         assert_same_bits(plain, y.detach(), "without and with gradient")
         results[backend] = (y.detach(), x.grad)
-    for got, wanted, what in zip(results["auto"], results["reference"], ("output", "gradient"), strict=True):
+    for got, wanted, what in zip(results[TESTED], results["reference"], ("output", "gradient"), strict=True):
         assert_same_bits(got, wanted, what)
         assert_same_memory_format(got, wanted)
-    assert_same_memory_format(results["auto"][0], torch.empty_like(case.tensor()))
+    assert_same_memory_format(results[TESTED][0], torch.empty_like(case.tensor()))
 
 
 @many
@@ -101,7 +102,7 @@ def test_observe_and_fake_quantize(
     fixed: tuple[float | None, float | None],
 ) -> None:
     results = {}
-    for backend in ("reference", "auto"):
+    for backend in ("reference", TESTED):
         is_int = case.format == Format.INT
         state = {"scale": torch.zeros(case.grid)}
         if is_int:
@@ -134,7 +135,7 @@ def test_observe_and_fake_quantize(
             found += [y.detach(), x.grad, *(value.clone() for value in state.values())]
         results[backend] = found
     names = ["output", "gradient", *state] * 3
-    for got, wanted, what in zip(results["auto"], results["reference"], names, strict=True):
+    for got, wanted, what in zip(results[TESTED], results["reference"], names, strict=True):
         assert_same_bits(got, wanted, what)
 
 
@@ -154,13 +155,13 @@ def test_quantize_and_dequantize(case: Case, formulation: str, data: st.DataObje
     target = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
     without_max = {name: case.quant[name] for name in ("block_size", "format", "quant_min")}
     results = {}
-    for backend in ("reference", "auto"):
+    for backend in ("reference", TESTED):
         with ck.use_backend(backend):
             q = ck.quantize(case.tensor(), **params, **case.quant, dtype=dtype)
             results[backend] = (q, ck.dequantize(q, **params, **without_max, dtype=target))
-    assert_same_bits(results["auto"][0], results["reference"][0], "quantized")
-    assert_same_bits(results["auto"][1], results["reference"][1], "dequantized")
-    assert_same_memory_format(results["auto"][0], torch.empty_like(case.tensor()))
+    assert_same_bits(results[TESTED][0], results["reference"][0], "quantized")
+    assert_same_bits(results[TESTED][1], results["reference"][1], "dequantized")
+    assert_same_memory_format(results[TESTED][0], torch.empty_like(case.tensor()))
 
 
 @many
