@@ -1,6 +1,8 @@
 """Counting instructions in machine code, and budgets for those of the hot kernels."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -107,6 +109,15 @@ def test_budgets(key: tuple[str, str, str]) -> None:
     for name, device in DEVICES.items():
         if device.arch == 90:
             assert 0 < shares(variant, kernels, name)["share"] <= 1
+
+
+@pytest.mark.slow
+def test_tritons_host_time_is_measured_without_a_gpu() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_model.host", "--triton"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = {line[:50].strip(): float(line[50:]) for line in done.stdout.splitlines() if line[50:].strip()}
+    assert {"ATen: x * scale", "operator: forward", "operator: step", "operator: backward"} < set(found)
+    assert min(found.values()) > 0
 
 
 def test_occupancy() -> None:

@@ -1,9 +1,10 @@
-"""Host time of the CUDA C++ operators without a GPU: ``python -m benchmarks.gpu_model.host``.
+"""Host time of the GPU operators without a GPU: ``python -m benchmarks.gpu_model.host``.
 
 Launches do nothing, and memory is the CPU's. In a process without the CPU's kernels the operators for
 CUDA tensors take those of the CPU, so that a fake quantizer's call goes the way of a CUDA tensor's, with
 autograd's node and the dispatcher, up to where the launch would be: what the driver takes for that comes on
-top, as it does for ATen. Captured calls are off: there are none for CUDA tensors.
+top, as it does for ATen. For Triton, its operators are registered for CPU tensors, and its launcher calls a
+driver that does nothing. Captured calls are off: there are none for CUDA tensors.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from benchmarks.gpu_model import stub_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS, CALLS = 40, 200
@@ -107,21 +110,34 @@ def main() -> int:
     """Build, then measure in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model.host", description=__doc__)
     parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--triton", action="store_true", help="Triton's operators alone")
+    parser.add_argument("--in-here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.library is not None:
-        torch.ops.load_library(arguments.library)
+    if arguments.in_here:
+        if arguments.library is not None:
+            torch.ops.load_library(arguments.library)
+        else:
+            stub_driver.operators_of_cuda_on_the_cpu()
+            stub_driver.install()
         torch.set_num_threads(1)
         measure()
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        library = build(folder)
         path = os.pathsep.join([str(without_kernels(folder)), str(ROOT)])
         environment = os.environ | {"PYTHONPATH": path, "COREAI_FAST_PATH": "0"}
         # By -c: the folder of a module is put on the path ahead of the environment's.
         code = "import sys; from benchmarks.gpu_model.host import main; sys.exit(main())"
-        command = [sys.executable, "-P", "-c", code, "--library", str(library)]
-        return subprocess.run(command, env=environment, check=False).returncode
+        command = [sys.executable, "-P", "-c", code, "--in-here"]
+        status = 0
+        if not arguments.triton:
+            print("CUDA C++")
+            library = ["--library", str(build(folder))]
+            status = subprocess.run([*command, *library], env=environment, check=False).returncode
+        print("Triton")
+        stub_driver.build_libcuda(folder)
+        environment |= stub_driver.environment(folder)
+        return status or subprocess.run(command, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":
