@@ -6,7 +6,9 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided_ops.h>
 #include <ATen/record_function.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
@@ -43,16 +45,18 @@ bool is_plain_eager() {
          !at::impl::torch_function_mode_enabled();
 }
 
-// Keys of tensors that have nothing special about them.
-DispatchKeySet plain_keys() {
-  static const auto keys = [] {
-    const c10::InferenceMode ordinary(false);
-    return at::detail::empty_cpu({0}, at::kFloat).key_set();
-  }();
-  return keys;
+// Keys of a backend's tensors that have nothing special about them.
+DispatchKeySet plain_keys(c10::DispatchKey backend) {
+  const DispatchKeySet keys(backend);
+  const auto component = keys.highestBackendKey();
+  return keys | c10::getAutocastRelatedKeySetFromBackend(component) | c10::getAutogradRelatedKeySetFromBackend(component);
 }
 
-bool is_plain(const Tensor& x) { return x.key_set() == plain_keys(); }
+bool is_plain(const Tensor& x) {
+  static const DispatchKeySet on_cpu = plain_keys(c10::DispatchKey::CPU), on_cuda = plain_keys(c10::DispatchKey::CUDA);
+  const DispatchKeySet keys = x.key_set();
+  return keys == on_cpu || keys == on_cuda;
+}
 
 // A tensor that has to keep its values at the same place.
 class Placed {
@@ -91,17 +95,21 @@ class Slot {
   py::object value_;
 };
 
-// A tensor of one byte that has to keep its value.
+// A tensor of one byte that has to keep its value. On a GPU, where reading it would be to wait, nobody may have written it.
 class Switch {
  public:
   explicit Switch(const Tensor& tensor)
-      : tensor_(tensor), byte_(static_cast<const uint8_t*>(tensor.const_data_ptr())), value_(*byte_) {}
-  bool holds() const { return *byte_ == value_; }
+      : tensor_(tensor), byte_(tensor.is_cpu() ? static_cast<const uint8_t*>(tensor.const_data_ptr()) : nullptr) {
+    value_ = now();
+  }
+  bool holds() const { return now() == value_; }
 
  private:
+  int64_t now() const { return byte_ ? *byte_ : tensor_._version(); }
+
   Tensor tensor_;
   const uint8_t* byte_;
-  uint8_t value_;
+  int64_t value_;
 };
 
 // A class whose attributes, with those of its bases, have to stay: Python renews the tag when any is assigned.
@@ -173,7 +181,7 @@ class Guard {
   std::vector<Class> classes_;
 };
 
-// One captured call, for inputs of one dtype, shape and strides.
+// One captured call, for inputs of one device, dtype, shape and strides.
 class Entry {
  public:
   // `name`: the operator that does the same, for the profiler.
@@ -183,21 +191,25 @@ class Entry {
         sizes_(input.sizes().vec()),
         strides_(input.strides().vec()),
         order_(order_of(input)),
-        type_(input.scalar_type()) {}
+        type_(input.scalar_type()),
+        device_(input.device()) {}
 
   bool suits(const Tensor& input) const {
-    return input.scalar_type() == type_ && input.sizes().equals(sizes_) && input.strides().equals(strides_);
+    return input.device() == device_ && input.scalar_type() == type_ && input.sizes().equals(sizes_) &&
+           input.strides().equals(strides_);
   }
 
   Tensor run(const Tensor& input) const {
     RECORD_FUNCTION(name_, std::vector<c10::IValue>({input}));
-    Tensor output = at::detail::empty_strided_cpu(sizes_, strides_, type_);
+    c10::OptionalDeviceGuard on_device;
+    if (!device_.is_cpu()) on_device.reset_device(device_);
+    Tensor output = empty(sizes_, strides_, type_);
     if (!needs_node(input)) {
       call_->run(input.const_data_ptr(), output.mutable_data_ptr(), nullptr);
       return output;
     }
     return record<StraightThrough>({input}, [&](AutogradContext* ctx) -> variable_list {
-      const Tensor mask = at::detail::empty_cpu({(input.numel() + 7) / 8}, at::kByte);
+      const Tensor mask = empty({(input.numel() + 7) / 8}, {1}, at::kByte);
       call_->run(input.const_data_ptr(), output.mutable_data_ptr(), mask.mutable_data_ptr<uint8_t>());
       StraightThrough::save(ctx, mask, order_);
       return {output};
@@ -205,13 +217,21 @@ class Entry {
   }
 
  private:
+  Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, at::ScalarType type) const {
+    if (device_.is_cpu()) return at::detail::empty_strided_cpu(sizes, strides, type);
+    // Torch's own function for the device: it knows of memory pools, of graphs and of allocators of the user's.
+    return at::_ops::empty_strided::redispatch(DispatchKeySet(c10::DispatchKey::CUDA), c10::fromIntArrayRefSlow(sizes),
+                                               c10::fromIntArrayRefSlow(strides), type, std::nullopt, device_, std::nullopt);
+  }
+
   const char* name_;
   std::unique_ptr<CapturedCall> call_;
   Ints sizes_, strides_, order_;
   at::ScalarType type_;
+  c10::Device device_;
 };
 
-const CaptureFunctions& functions() {
+const CaptureFunctions& cpu_functions() {
   static const auto* found = [] {
     const py::capsule capsule = py::module_::import("coreai_kernels._C").attr("capture_functions");
     return static_cast<const CaptureFunctions*>(PyCapsule_GetPointer(capsule.ptr(), kCaptureCapsule));
@@ -220,9 +240,17 @@ const CaptureFunctions& functions() {
   return *found;
 }
 
+// Of CUDA tensors, if the library for them is there.
+const CaptureFunctions* cuda_functions = nullptr;
+
+bool can_capture(const Tensor& input) { return input.is_cpu() || (input.is_cuda() && cuda_functions); }
+
+const CaptureFunctions& functions(const Tensor& input) { return input.is_cpu() ? cpu_functions() : *cuda_functions; }
+
 AtenTensorHandle handle_of(const Tensor& tensor) { return torch::aot_inductor::new_tensor_handle(Tensor(tensor)); }
 AtenTensorHandle handle_of(const Optional& tensor) { return tensor ? handle_of(*tensor) : nullptr; }
 
+// Tensors of inference mode, which do not count how often they are written, are not plain.
 bool is_switch(const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.element_size() == 1; }
 
 // The captured calls of one owner, such as a fake quantizer: one guard, and a call for each kind of input.
@@ -257,8 +285,8 @@ class CapturedCalls {
   bool capture_simulation(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
                           const Ints& block_size, int64_t format, double quant_min, double quant_max) {
     return add("coreai_kernels::fake_quantize_forward", input, {scale, zero_point, minval}, [&] {
-      return functions().simulation(handle_of(input), {handle_of(scale), handle_of(zero_point), handle_of(minval)},
-                                    block_size.data(), block_size.size(), format, quant_min, quant_max);
+      return functions(input).simulation(handle_of(input), {handle_of(scale), handle_of(zero_point), handle_of(minval)},
+                                         block_size.data(), block_size.size(), format, quant_min, quant_max);
     });
   }
 
@@ -266,7 +294,7 @@ class CapturedCalls {
                     const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& config) {
     return add(
         "coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max}, [&] {
-          return functions().step(
+          return functions(input).step(
               handle_of(input),
               {handle_of(scale), handle_of(zero_point), handle_of(minval), handle_of(running_min), handle_of(running_max)},
               has_running, handle_of(config));
@@ -284,8 +312,11 @@ class CapturedCalls {
 
   template <class Capture>
   bool add(const char* name, const Tensor& input, const std::vector<Optional>& state, Capture capture) {
-    const auto suits = [](const Optional& x) { return !x || (is_plain(*x) && x->is_contiguous()); };
-    if (!can_capture_ || !is_plain_eager() || !is_plain(input) || !std::all_of(state.begin(), state.end(), suits))
+    const auto suits = [&](const Optional& x) {
+      return !x || (is_plain(*x) && x->is_contiguous() && x->device() == input.device());
+    };
+    if (!can_capture_ || !can_capture(input) || !is_plain_eager() || !is_plain(input) ||
+        !std::all_of(state.begin(), state.end(), suits))
       return false;
     std::unique_ptr<CapturedCall> call;
     {
@@ -327,6 +358,11 @@ PYBIND11_MODULE(_C_autograd, module) {
       .def("is_valid", &CapturedCalls::is_valid)
       .def("capture_simulation", &CapturedCalls::capture_simulation)
       .def("capture_step", &CapturedCalls::capture_step);
+  module.def("can_capture", &coreai::can_capture, "Whether calls with a tensor of its device may be captured.");
+  module.def(
+      "use_cuda",
+      [](uintptr_t functions) { coreai::cuda_functions = reinterpret_cast<coreai::CaptureFunctions*>(functions); },
+      py::arg("functions"), "Capture calls of CUDA tensors, too: by what coreai_cuda_capture_functions() returns.");
   module.def("counts", &coreai::counts, "Hits and misses of all captured calls.");
   module.def("reset_counts", [] { coreai::counters = {}; });
 }

@@ -1,6 +1,7 @@
 // fake_quantize and its gradient for CUDA tensors: registration, memory, stream. The kernels are in cuda/quantize.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/captured.cuh"
 #include "cuda/quantize/fake_quantize.cuh"
 #include "cuda/quantize/masked_gradient.cuh"
 #include "cuda/quantize/queue.h"
@@ -14,6 +15,51 @@ void queue_simulation(const cpu::FakeQuantize& job, int64_t most_blocks, Stream 
 
 namespace {
 
+// Quantize and dequantize with parameters given. Not float64.
+class Simulation {
+ public:
+  // `layout` is the caller's, who keeps it.
+  Simulation(const DeviceInput& x, const cpu::Layout& layout, const Blocks& block_size, const Tensor& scale,
+             const Optional& zero_point, const Optional& minval, int64_t format, double quant_min, double quant_max)
+      : device_(x.dense.get_device_index()) {
+    const auto parameter = [&](const char* name, const Optional& values, ScalarType type) -> Optional {
+      return values ? Optional(in_memory_order(name, *values, type, x, layout, block_size)) : std::nullopt;
+    };
+    scale_ = parameter("scale", scale, ScalarType::Float);
+    zero_point_ = parameter("zero_point", zero_point, ScalarType::Int);
+    minval_ = parameter("minval", minval, ScalarType::Float);
+    job_ = {.geometry = &layout.geometry,
+            .element = element_of("input", x.dense),
+            .input = nullptr,
+            .output = nullptr,
+            .mask = nullptr,
+            .affine = {.format = static_cast<Format>(format),
+                       .low = static_cast<float>(quant_min),
+                       .high = static_cast<float>(quant_max),
+                       .scale = data_of<float>(scale_),
+                       .zero_point = data_of<int32_t>(zero_point_),
+                       .offset = data_of<float>(minval_),
+                       .constant = minval ? static_cast<float>(quant_min) : 0.0f}};
+  }
+  Simulation(const Simulation&) = delete;
+
+  // Of tensors that lie in memory as `x` does, on its device, which is the current one.
+  void run_on(const void* input, void* output, uint8_t* mask) const {
+    if (job_.geometry->numel == 0) return;
+    cpu::FakeQuantize job = job_;
+    job.input = input;
+    job.output = output;
+    job.mask = mask;
+    queue_fake_quantize(job, most_blocks(device_), current_stream(device_));
+    check_launch("fake_quantize");
+  }
+
+ private:
+  int32_t device_;
+  Optional scale_, zero_point_, minval_;
+  cpu::FakeQuantize job_;
+};
+
 std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scale, const Optional& zero_point,
                                          const Optional& minval, const Blocks& block_size, int64_t format, double quant_min,
                                          double quant_max, bool with_mask) {
@@ -22,33 +68,13 @@ std::tuple<Tensor, Tensor> fake_quantize(const Tensor& input, const Tensor& scal
         fake_quantize(to_float(input), scale, zero_point, minval, block_size, format, quant_min, quant_max, with_mask);
     return {to_double(output), bits};
   }
-  const int32_t device = input.get_device_index();
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(input.get_device_index());
   const DeviceInput x(input);
   const Tensor output = x.output(input.scalar_type());
   const Tensor mask = empty_mask_beside(input, with_mask);
   const auto layout = cpu::make_layout(x.shape, x.order, block_size);
-  const auto parameter = [&](const char* name, const Optional& values, ScalarType type) -> Optional {
-    return values ? Optional(in_memory_order(name, *values, type, x, layout, block_size)) : std::nullopt;
-  };
-  const Optional scales = parameter("scale", scale, ScalarType::Float);
-  const Optional zero_points = parameter("zero_point", zero_point, ScalarType::Int);
-  const Optional offsets = parameter("minval", minval, ScalarType::Float);
-  if (input.numel() == 0) return {output, mask};
-  const cpu::FakeQuantize job = {.geometry = &layout.geometry,
-                                 .element = element_of("input", input),
-                                 .input = x.data(),
-                                 .output = output.mutable_data_ptr(),
-                                 .mask = bytes_of(mask),
-                                 .affine = {.format = static_cast<Format>(format),
-                                            .low = static_cast<float>(quant_min),
-                                            .high = static_cast<float>(quant_max),
-                                            .scale = data_of<float>(scales),
-                                            .zero_point = data_of<int32_t>(zero_points),
-                                            .offset = data_of<float>(offsets),
-                                            .constant = minval ? static_cast<float>(quant_min) : 0.0f}};
-  queue_fake_quantize(job, most_blocks(device), current_stream(device));
-  check_launch("fake_quantize");
+  const Simulation job(x, layout, block_size, scale, zero_point, minval, format, quant_min, quant_max);
+  job.run_on(x.data(), output.mutable_data_ptr(), bytes_of(mask));
   return {output, mask};
 }
 
@@ -106,4 +132,13 @@ COREAI_REGISTER(COREAI_GPU_LIBRARY, library) {
 }
 
 }  // namespace
+
+CapturedCall* capture_simulation(AtenTensorHandle input, const AtenTensorHandle (&params)[3], const int64_t* block_size,
+                                 size_t axes, int64_t format, double quant_min, double quant_max) {
+  const Tensor x(input), scale(params[0]);
+  const Optional zero_point = owned(params[1]), minval = owned(params[2]);
+  return capture<Simulation>(x, Blocks(block_size, block_size + axes), scale, zero_point, minval, format, quant_min,
+                             quant_max);
+}
+
 }  // namespace coreai::cuda

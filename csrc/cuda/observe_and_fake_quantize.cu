@@ -1,4 +1,5 @@
 // observe_and_fake_quantize for CUDA tensors, in its three forms. The kernels are in cuda/quantize.
+#include "cuda/captured.cuh"
 #include "cuda/quantize/observe_and_fake_quantize.cuh"
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +21,7 @@ class BlockState {
  public:
   BlockState(const char* name, const Optional& tensor, ScalarType type, const DeviceInput& x, const cpu::Layout& layout,
              const Blocks& block)
-      : tensor_(tensor), x_(&x), layout_(&layout), block_(&block) {
+      : tensor_(tensor) {
     if (!tensor) return;
     STD_TORCH_CHECK(tensor->is_contiguous(), name, " must be contiguous");
     values_ = in_memory_order(name, *tensor, type, x, layout, block);
@@ -30,18 +31,93 @@ class BlockState {
   T* as() const {
     return static_cast<T*>(data());
   }
-  void write_back() {
-    if (!values_ || layout_->block_index.empty()) return;
-    const Tensor found = in_row_major(*values_, *x_, *layout_, *block_);
+  void write_back(const DeviceInput& x, const cpu::Layout& layout, const Blocks& block) {
+    if (!values_ || layout.block_index.empty()) return;
+    const Tensor found = in_row_major(*values_, x, layout, block);
     const Ints shape = to_ints(tensor_->sizes());
     torch::stable::copy_(*tensor_, torch::stable::reshape(found, {shape.data(), shape.size()}));
   }
 
  private:
   Optional tensor_, values_;
-  const DeviceInput* x_;
-  const cpu::Layout* layout_;
-  const Blocks* block_;
+};
+
+// Whether the kernels read back what they choose and the caller does not keep.
+bool lacks_room(const StepState& state, const QuantConfig& config) {
+  return (config.uses_zero_point() && !state.zero_point) || (config.uses_minval() && !state.minval);
+}
+
+// The whole step of a fake quantizer. Not float64.
+class Step {
+ public:
+  // `layout` is the caller's, who keeps it. `has_running`: whether the running range holds one already.
+  Step(const DeviceInput& x, const cpu::Layout& layout, const Blocks& block_size, const StepState& state,
+       const QuantConfig& config, bool has_running)
+      : place_(Place::of(x.dense)),
+        scale_("scale", state.scale, ScalarType::Float, x, layout, block_size),
+        zero_point_("zero_point", or_room(state.zero_point, config.uses_zero_point(), ScalarType::Int, layout),
+                    ScalarType::Int, x, layout, block_size),
+        minval_("minval", or_room(state.minval, config.uses_minval(), ScalarType::Float, layout), ScalarType::Float, x,
+                layout, block_size),
+        low_("running_min", state.running_min, x.dense.scalar_type(), x, layout, block_size),
+        high_("running_max", state.running_max, x.dense.scalar_type(), x, layout, block_size) {
+    STD_TORCH_CHECK(!low_.data() == !high_.data(), "running_min and running_max must both be given, or neither");
+    const ScalarType type = x.dense.scalar_type();
+    const Element element = element_of("input", x.dense);
+    job_ = {.geometry = &layout.geometry,
+            .element = element,
+            .input = nullptr,
+            .output = nullptr,
+            .mask = nullptr,
+            .affine = config.affine(scale_.as<float>(), zero_point_.as<int32_t>(), minval_.as<float>())};
+    after_ = {.element = element,
+              .is_step = true,
+              .chooses = true,
+              .update = config.update_rule(has_running && low_.data() && high_.data(), type),
+              .rule = config.qparams_rule(element),
+              .out = {.scale = scale_.as<float>(), .zero_point = zero_point_.as<int32_t>(), .minval = minval_.as<float>()},
+              .kept_low = low_.data(),
+              .kept_high = high_.data()};
+  }
+  Step(const Step&) = delete;
+
+  // Of tensors that lie in memory as `x` does, on its device, which is the current one.
+  void run_on(const void* input, void* output, uint8_t* mask) const {
+    const cpu::Geometry& g = *job_.geometry;
+    if (g.numel == 0) return;
+    cpu::FakeQuantize job = job_;
+    job.input = input;
+    job.output = output;
+    job.mask = mask;
+    const int pack = job.element == Element::kFloat32 ? 4 : 8;
+    const bool aligned = is_aligned(input) && is_aligned(output);
+    const int64_t most = most_blocks(place_.device);
+    const StepWay way = way_of_step(g, after_.rule, pack, aligned);
+    const auto plan = plan_observe(g, pack, aligned, most);
+    const int64_t numbers = workspace_of_step(g, way, plan);
+    // Free for others when the kernels have been queued: who gets it queues on the same stream behind them.
+    Optional workspace;
+    if (numbers > 0) workspace = empty_at(place_, one_axis(numbers), one_axis(1), ScalarType::Float);
+    const auto stream = current_stream(place_.device);
+    queue_step(job, after_, way, plan, data_of<float>(workspace), most, stream);
+    if (way == StepWay::kOneByOne) queue_simulation(job, most, stream);
+    check_launch("observe_and_fake_quantize");
+  }
+  void write_back(const DeviceInput& x, const cpu::Layout& layout, const Blocks& block) {
+    if (x.dense.numel() == 0) return;
+    for (BlockState* one : {&scale_, &zero_point_, &minval_, &low_, &high_}) one->write_back(x, layout, block);
+  }
+
+ private:
+  Optional or_room(const Optional& values, bool needed, ScalarType type, const cpu::Layout& layout) const {
+    if (values || !needed) return values;
+    return empty_at(place_, one_axis(layout.geometry.blocks), one_axis(1), type);
+  }
+
+  Place place_;
+  BlockState scale_, zero_point_, minval_, low_, high_;
+  cpu::FakeQuantize job_;
+  AfterRange after_;
 };
 
 std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, const QuantConfig& config, bool has_running,
@@ -56,53 +132,13 @@ std::tuple<Tensor, Tensor> step(const Tensor& input, const StepState& state, con
     if (kept_high) torch::stable::copy_(*kept_high, *narrow.running_max);
     return {to_double(output), bits};
   }
-  const int32_t device = input.get_device_index();
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(input.get_device_index());
   const DeviceInput x(input);
-  const ScalarType type = input.scalar_type();
-  const Element element = element_of("input", input);
-  const Tensor output = x.output(type), mask = empty_mask_beside(input, with_mask);
+  const Tensor output = x.output(input.scalar_type()), mask = empty_mask_beside(input, with_mask);
   const auto layout = cpu::make_layout(x.shape, x.order, config.block_size);
-  const cpu::Geometry& g = layout.geometry;
-  // The kernels read back what they choose: they get room where the caller keeps nothing.
-  const auto or_room = [&](const Optional& values, bool needed, ScalarType its) {
-    return values || !needed ? values : Optional(empty_beside(input, one_axis(g.blocks), its));
-  };
-  const auto part = [&](const char* name, const Optional& values, ScalarType its) {
-    return BlockState(name, values, its, x, layout, config.block_size);
-  };
-  BlockState scale = part("scale", state.scale, ScalarType::Float);
-  BlockState zero_point =
-      part("zero_point", or_room(state.zero_point, config.uses_zero_point(), ScalarType::Int), ScalarType::Int);
-  BlockState minval = part("minval", or_room(state.minval, config.uses_minval(), ScalarType::Float), ScalarType::Float);
-  BlockState low = part("running_min", state.running_min, type), high = part("running_max", state.running_max, type);
-  if (input.numel() == 0) return {output, mask};
-  STD_TORCH_CHECK(!low.data() == !high.data(), "running_min and running_max must both be given, or neither");
-  const cpu::FakeQuantize job = {.geometry = &g,
-                                 .element = element,
-                                 .input = x.data(),
-                                 .output = output.mutable_data_ptr(),
-                                 .mask = bytes_of(mask),
-                                 .affine = config.affine(scale.as<float>(), zero_point.as<int32_t>(), minval.as<float>())};
-  const AfterRange after = {
-      .element = element,
-      .is_step = true,
-      .chooses = true,
-      .update = config.update_rule(has_running && low.data() && high.data(), type),
-      .rule = config.qparams_rule(element),
-      .out = {.scale = scale.as<float>(), .zero_point = zero_point.as<int32_t>(), .minval = minval.as<float>()},
-      .kept_low = low.data(),
-      .kept_high = high.data()};
-  const int pack = element == Element::kFloat32 ? 4 : 8;
-  const bool aligned = is_aligned(job.input) && is_aligned(job.output);
-  const StepWay way = way_of_step(g, after.rule, pack, aligned);
-  const auto plan = plan_observe(g, pack, aligned, most_blocks(device));
-  const Tensor workspace = empty_beside(input, one_axis(workspace_of_step(g, way, plan)), ScalarType::Float);
-  const auto stream = current_stream(device);
-  queue_step(job, after, way, plan, static_cast<float*>(workspace.mutable_data_ptr()), most_blocks(device), stream);
-  if (way == StepWay::kOneByOne) queue_simulation(job, most_blocks(device), stream);
-  check_launch("observe_and_fake_quantize");
-  for (BlockState* one : {&scale, &zero_point, &minval, &low, &high}) one->write_back();
+  Step job(x, layout, config.block_size, state, config, has_running);
+  job.run_on(x.data(), output.mutable_data_ptr(), bytes_of(mask));
+  job.write_back(x, layout, config.block_size);
   return {output, mask};
 }
 
@@ -151,4 +187,14 @@ COREAI_REGISTER(COREAI_GPU_LIBRARY, library) {
 }
 
 }  // namespace
+
+CapturedCall* capture_step(AtenTensorHandle input, const AtenTensorHandle (&state)[5], bool has_running,
+                           AtenTensorHandle packed_config) {
+  const Tensor x(input), packed(packed_config);
+  const StepState its = {Tensor(state[0]), owned(state[1]), owned(state[2]), owned(state[3]), owned(state[4])};
+  const auto config = QuantConfig::unpacked(packed, x.dim());
+  if (lacks_room(its, config)) return nullptr;
+  return capture<Step>(x, config.block_size, its, config, has_running);
+}
+
 }  // namespace coreai::cuda

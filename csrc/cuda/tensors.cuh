@@ -56,14 +56,26 @@ inline void check_launch(const char* name) {
 // Blocks of threads that run at the same time, for kernels with up to 48 registers and 256 threads.
 inline int64_t most_blocks(int32_t device) { return 5 * multiprocessors(device); }
 
-inline Tensor empty_beside(const Tensor& x, const Ints& shape, const Ints& strides, ScalarType type) {
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+struct Place {
+  int32_t device_type, device;
+
+  static Place of(const Tensor& x) {
+    Place place = {0, x.get_device_index()};
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &place.device_type));
+    return place;
+  }
+  bool operator==(const Place&) const = default;
+};
+
+inline Tensor empty_at(const Place& place, const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-                                                  device_type, x.get_device_index(), &handle));
+                                                  dtype_of(type), place.device_type, place.device, &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_beside(const Tensor& x, const Ints& shape, const Ints& strides, ScalarType type) {
+  return empty_at(Place::of(x), shape, strides, type);
 }
 
 inline Tensor empty_beside(const Tensor& x, const Ints& shape, ScalarType type) {
@@ -106,12 +118,7 @@ inline Tensor permuted(const Tensor& x, const Ints& order) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  int32_t type_of_a = 0, type_of_b = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_of_a));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_of_b));
-  return type_of_a == type_of_b && a.get_device_index() == b.get_device_index();
-}
+inline bool same_device(const Tensor& a, const Tensor& b) { return Place::of(a) == Place::of(b); }
 
 // A parameter of blocks that kernels read, in memory order of the blocks: the tensor itself where that is row-major order.
 inline Tensor in_memory_order(const char* name, const Tensor& values, ScalarType type, const DeviceInput& x,

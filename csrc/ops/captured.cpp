@@ -37,8 +37,6 @@ CapturedCall* capture(const Tensor& input, const Blocks& block_size, const State
   return call->is_direct() ? call.release() : nullptr;
 }
 
-Optional owned(AtenTensorHandle handle) { return handle ? Optional(Tensor(handle)) : std::nullopt; }
-
 CapturedCall* simulation(AtenTensorHandle input, const AtenTensorHandle (&params)[3], const int64_t* block_size, size_t axes,
                          int64_t format, double quant_min, double quant_max) {
   const Tensor x(input), scale(params[0]);

@@ -1,6 +1,6 @@
-// Captured calls: fake quantization of tensors of one shape, with state and settings made ready once. The library of the
-// stable ABI hands them to the one with autograd, by way of a capsule: no operator, since nothing here is a tensor's
-// business.
+// Captured calls: fake quantization of tensors of one shape, with state and settings made ready once. The libraries of the
+// stable ABI, for CPU tensors and for CUDA tensors, hand them to the one with autograd: no operator, since nothing here is a
+// tensor's business.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -13,7 +13,8 @@ namespace coreai {
 class CapturedCall {
  public:
   virtual ~CapturedCall() = default;
-  // Input and output lie in memory as the input that it was captured for. `mask`: null if it is not wanted.
+  // Input and output lie in memory as the input that it was captured for, on its device, which is the current one. `mask`:
+  // null if it is not wanted. On a GPU the kernels are queued on the device's current stream.
   virtual void run(const void* input, void* output, uint8_t* mask) const = 0;
 };
 
@@ -28,9 +29,11 @@ struct CaptureFunctions {
                         AtenTensorHandle packed_config);
 };
 
+// Of CPU tensors.
 const CaptureFunctions* capture_functions();
 
-// What the module calls the capsule with them.
+// What the module calls the capsule with them. The library for CUDA tensors, which is no module, has
+// coreai_cuda_capture_functions() instead.
 constexpr const char* kCaptureCapsule = "coreai_kernels._C.capture_functions";
 
 }  // namespace coreai

@@ -33,6 +33,8 @@ using Optional = std::optional<Tensor>;
 
 inline Ints to_ints(torch::headeronly::IntHeaderOnlyArrayRef values) { return Ints(values.begin(), values.end()); }
 
+inline Optional owned(AtenTensorHandle handle) { return handle ? Optional(Tensor(handle)) : std::nullopt; }
+
 inline Ints one_axis(int64_t size) { return Ints(1, size); }
 
 inline Element element_of(const char* name, const Tensor& x) {

@@ -5,6 +5,7 @@ Importing this module loads ``coreai_kernels._C``, which registers the C++ kerne
 and this Python.
 """
 
+import ctypes
 import importlib
 import importlib.machinery
 import importlib.util
@@ -78,6 +79,13 @@ def _load_cuda() -> Missing | None:
     return _load_library("cuda", path, lambda: torch.ops.load_library(str(path)))[1]
 
 
+def _capture_cuda() -> None:
+    """Let autograd's library capture calls of CUDA tensors."""
+    functions = ctypes.CDLL(str(_FOLDER / "_C_cuda.so")).coreai_cuda_capture_functions
+    functions.restype = ctypes.c_void_p
+    autograd.use_cuda(functions())  # type: ignore[union-attr]
+
+
 def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
     # It uses what torch may change from version to version: whether another one loads would be no test of it.
     python = sys.version_info[:2]
@@ -114,3 +122,5 @@ def _load_library(part: str, path: Path, load: Callable[[], Any]) -> tuple[Any, 
 extension, missing = _load()
 cuda_missing = _load_cuda()
 autograd, autograd_missing = _load_autograd()
+if cuda_missing is None and autograd_missing is None:
+    _capture_cuda()

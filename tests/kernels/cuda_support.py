@@ -1,9 +1,11 @@
 """CUDA C++ without a GPU: compiled for the CPU to run, and by nvcc to look at."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +76,62 @@ def recorded_operators(name: str, operators: Sequence[str], folder: Path) -> cty
     return _with_schemas(
         "coreai_recorded", operators, lambda: emulated(name, folder, 256, "-DCOREAI_RECORDED")
     )
+
+
+def build_emulated_gpu(folder: Path, *defines: str, threads: int = 64) -> None:
+    """What ``emulated_gpu`` loads: two GPUs for a torch without CUDA, and operators in CUDA C++ for them."""
+    torch_folder = Path(torch.__file__).parent
+    common = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-isystem", TORCH_HEADERS]
+    libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+    sources = ROOT / "tests/kernels/emulation"
+    api = ["-isystem", f"{TORCH_HEADERS}/torch/csrc/api/include", "-DAT_PER_OPERATOR_HEADERS"]
+    operators = [f"-DCOREAI_EMULATED_THREADS={threads}", "-DCOREAI_EMULATED_DEVICES", *defines]
+    operators += [
+        *includes(folder),
+        f"-I{ROOT / 'tests/kernels'}",
+        f"-DTORCH_TARGET_VERSION={TARGET_VERSION}",
+    ]
+    for name, source, flags in (
+        ("gpu", "gpu.cpp", api),
+        ("operators", "observe_and_fake_quantize.cpp", operators),
+    ):
+        command = [str(COMPILER), *common, *flags, str(sources / source), "-o", str(folder / f"{name}.so")]
+        result = subprocess.run([*command, *libraries], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-3000:]
+
+
+def environment_of_emulated_gpu(folder: Path) -> dict[str, str]:
+    """The environment of a process that imports ``emulated_gpu``."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {
+        "COREAI_EMULATED_GPU": str(folder),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+    }
+    for name in [name for name in environment if name.startswith(("PYTEST_", "COV_"))]:
+        del environment[name]
+    for name in ("COREAI_KERNELS_BACKEND", "COREAI_FAST_PATH"):
+        environment.pop(name, None)
+    return environment
+
+
+def pytest_on_emulated_gpu(file: Path, folder: Path) -> None:
+    """Run a file of tests in a process with two emulated GPUs."""
+    if COMPILER is None:
+        pytest.skip("no C++ compiler")
+    build_emulated_gpu(folder)
+    # Before pytest loads what imports the operators.
+    code = "import sys, tests.kernels.emulated_gpu, pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=short"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *options, str(file)],
+        cwd=ROOT,
+        env=environment_of_emulated_gpu(folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
 def behind(x: Tensor, elements: int) -> Tensor:

@@ -7,13 +7,18 @@ guard holds; else it goes the slow path again. The guard compares:
 
 - slots: entries of dictionaries, such as a module's buffers and its :class:`Generation`, that must hold the
   very same object, and the memory of those that are tensors;
-- switches: tensors of one byte that must keep their value, read where they lie;
+- switches: tensors of one byte that must keep their value, read where they lie if that is the CPU's memory;
 - hooks: dictionaries of hooks, which must keep their entries;
 - classes, whose attributes must not have been assigned to;
-- the input's dtype, shape and strides, and that no mode of torch is active that would have a say in the call.
+- the input's device, dtype, shape and strides, and that no mode of torch is active that would have a say in
+  the call.
 
-What happens to other owners and tensors does not matter. Captured calls exist for CPU tensors, and beside the
-torch version that the package was built with; ``COREAI_FAST_PATH=0`` turns them off.
+On a GPU a switch is not read, which would be to wait for the device: it must not have been written, as its
+version counter tells.
+
+What happens to other owners and tensors does not matter. Captured calls exist for CPU tensors and, by the
+kernels in CUDA C++, for CUDA tensors, beside the torch version that the package was built with;
+``COREAI_FAST_PATH=0`` turns them off.
 """
 
 import os
@@ -91,9 +96,9 @@ def capture(
         args: the operator's arguments between the input and ``with_mask``.
 
     Returns:
-        The captured calls of the owner; None where there can be none: for large tensors, float64, other
-        devices, block parameters of other dtypes than the kernels take or in another order than the blocks,
-        and where the fast path is off.
+        The captured calls of the owner; None where there can be none: for large CPU tensors, float64, devices
+        without such kernels, block parameters of other dtypes than the kernels take or in another order than
+        the blocks, and where the fast path is off.
     """
     global _captures
     if not _is_enabled:
@@ -101,7 +106,7 @@ def capture(
     if backends.forced() not in (None, "native"):
         _refused["backend"] += 1
         return None
-    if not input.is_cpu:
+    if not native.autograd.can_capture(input):  # type: ignore[union-attr]
         _refused["device"] += 1
         return None
     if calls is None or not calls.is_valid():

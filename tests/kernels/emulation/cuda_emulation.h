@@ -232,4 +232,14 @@ inline bool __any_sync(uint32_t, bool value) {
   return fold_warp(value, [](uint32_t a, uint32_t b) { return a | b; }) != 0;
 }
 
+#if defined(COREAI_EMULATED_DEVICES)
+extern "C" {  // of gpu.cpp
+int32_t gpu_exchange_device(int32_t device);
+int64_t gpu_stream(int32_t device);
+void gpu_launched(int64_t stream);
+}
+#define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) \
+  (gpu_launched(stream), emulation::launch(kernel, blocks, __VA_ARGS__))
+#else
 #define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(kernel, blocks, __VA_ARGS__)
+#endif

@@ -1,10 +1,11 @@
 // A GPU of one multiprocessor whose memory is the CPU's: operators for CUDA tensors take those of the CPU, under a name of
-// their own.
+// their own; or the tensors of gpu.cpp, which has two.
 #pragma once
 
 #include <cstdint>
 
-#if defined(COREAI_GPU_LIBRARY)
+#if defined(COREAI_EMULATED_DEVICES)
+#define COREAI_GPU_LIBRARY coreai_kernels, CUDA
 #elif defined(COREAI_RECORDED)
 #define COREAI_GPU_LIBRARY coreai_recorded, CPU
 #else
@@ -14,9 +15,22 @@
 namespace coreai::cuda {
 namespace {
 
+#if defined(COREAI_EMULATED_DEVICES)
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int32_t device) : before_(gpu_exchange_device(device)) {}
+  ~DeviceGuard() { gpu_exchange_device(before_); }
+
+ private:
+  int32_t before_;
+};
+inline int current_stream(int32_t device) { return static_cast<int>(gpu_stream(device)); }
+#else
 struct DeviceGuard {
   explicit DeviceGuard(int32_t) {}
 };
+inline int current_stream(int32_t) { return 0; }
+#endif
 
 #if defined(COREAI_RECORDED)
 inline AOTITorchError empty_and_told(int64_t axes, const int64_t* sizes, const int64_t* strides, int32_t type,
@@ -33,7 +47,6 @@ inline AOTITorchError empty_and_told(int64_t axes, const int64_t* sizes, const i
 #define aoti_torch_empty_strided empty_and_told
 #endif
 
-inline int current_stream(int32_t) { return 0; }
 inline int64_t multiprocessors(int32_t) { return 1; }
 inline void check_launch(const char*) {}
 

@@ -3,6 +3,10 @@
 #include "cpu/geometry.cpp"
 #include "cpu/huge_pages.cpp"
 #include "cuda/fake_quantize.cu"
+#if defined(COREAI_EMULATED_DEVICES)
+#include "cuda/captured.cu"
+#include "cuda/observe_range.cu"
+#endif
 
 #if !defined(COREAI_RECORDED)
 extern "C" void take_turns_backwards(bool backwards) { emulation::backwards = backwards; }
