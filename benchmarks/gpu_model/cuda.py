@@ -80,15 +80,21 @@ _TEMPLATES = {
 # Steps, with their settings beside the template's arguments: scheme, update of the range, format of scales.
 _STEPS = {
     "counted_rows": ("step_rows", "StepJob", "int({})", "kHeld > kUnroll ? 2 : 4"),
-    "counted_short_runs": ("step_short_runs", "StepJob", "", "3"),
+    "counted_short_runs": ("step_short_runs", "StepJob", "int({})", "kHeld > kUnroll ? 2 : 3"),
     "counted_tensor": ("step_tensor", "TensorStepJob", "", "1"),
 }
+_ARGUMENTS = {
+    "counted_short_runs": ", kHeld, std::conditional_t<kScale == ScaleFormat::kE8M0, PowerLane, QuickLane>"
+}
+# The length of runs, too: of blocks of 32 in packs.
+_SETTINGS = {"counted_short_runs": "job.packs = kHeld;"}
 _COUNTED = """
 template <class K, Element kElement, {parameters}Scheme kScheme, RangeUpdate kUpdate, ScaleFormat kScale>
 __global__ void __launch_bounds__(kThreads, {blocks}) {name}({job} job) {{
   job.after.rule.scheme = kScheme, job.after.rule.scale_format = kScale;
   job.after.update.update = kUpdate, job.after.update.has_running = true;
   job.after.update.fix_low = job.after.update.fix_high = false;
+  {settings}
   {function}<K, kElement{arguments}>(job);
 }}
 """
@@ -147,8 +153,8 @@ def _steps() -> Iterator[Case]:
             kind = (int(fmt), 0, 0, element)
             settings = (int(scheme), int(update), int(scales))
             for way in ways:
-                held = {"longer rows": 8}.get(way, 4)
-                more = (held,) if way.endswith("rows") else ()
+                held = 8 if way == "longer rows" or (way == "blocks of 32" and size == 4) else 4
+                more = () if way == "tensor" else (held,)
                 kernel = {"tensor": "counted_tensor", "blocks of 32": "counted_short_runs"}.get(
                     way, "counted_rows"
                 )
@@ -195,7 +201,10 @@ def _compile(compiler: str, cases: Sequence[Case], arch: int, folder: Path) -> P
     formats = folder / "common/formats.h"
     formats.parent.mkdir()
     formats.write_text(native_header())
-    lines = [f'#include "cuda/{header}"' for header in sorted({_TEMPLATES[case.kernel][0] for case in cases})]
+    lines = ["#include <type_traits>"]
+    lines += [
+        f'#include "cuda/{header}"' for header in sorted({_TEMPLATES[case.kernel][0] for case in cases})
+    ]
     lines.append("namespace coreai::cuda {")
     for name in sorted({case.kernel for case in cases} & set(_STEPS)):
         function, job, more, blocks = _STEPS[name]
@@ -203,10 +212,11 @@ def _compile(compiler: str, cases: Sequence[Case], arch: int, folder: Path) -> P
             _COUNTED.format(
                 name=name,
                 function=function,
+                settings=_SETTINGS.get(name, ""),
                 job=job,
                 blocks=blocks,
                 parameters="int kHeld, " if more else "",
-                arguments=", kHeld" if more else "",
+                arguments=_ARGUMENTS.get(name, ", kHeld" if more else ""),
             )
         )
     for case in cases:

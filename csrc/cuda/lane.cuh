@@ -134,4 +134,12 @@ struct QuickLane : Lane {
   static COREAI_HD M unordered(F, F) { return false; }
 };
 
+// The same of scales that are powers of two: a product with the reciprocal, which is exact, is rounded as the quotient is,
+// be it subnormal or infinite.
+struct PowerLane : QuickLane {
+  static COREAI_HD F reciprocal(F a) { return as_float(0x7f000000 - as_int(a)); }
+  static COREAI_HD M has_quotient(F scale) { return scale >= 0x1p-126f && scale <= 0x1p126f; }
+  static COREAI_HD F finite_quotient(F a, F, F reciprocal) { return a * reciprocal; }
+};
+
 }  // namespace coreai::cuda

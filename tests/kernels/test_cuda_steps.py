@@ -146,6 +146,18 @@ def test_every_way(step: Step, dtype: torch.dtype) -> None:
         check_step(x, None if turn % 2 else running_of(grid, dtype, turn), config, FORMS[(turn + 1) % 3])
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["int4_latest", "e2m1_e8m0", "mxint8"])
+def test_blocks_of_all_magnitudes(name: str, dtype: torch.dtype) -> None:
+    """Scales from the smallest to the largest; of each block, values from its own magnitude down to zero."""
+    (step,) = [each for each in STEPS if each.name == name]
+    exponents = torch.arange(-149.0, 128.0)[:, None] - torch.arange(32.0)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.ldexp(2 * torch.rand(exponents.shape, generator=generator) - 1, exponents + 1).to(dtype)
+    check_step(x, None, QuantConfig(block_size=(1, 32), **step.config), FORMS[1])
+
+
 @pytest.mark.usefixtures("turns")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)

@@ -35,7 +35,8 @@ struct AffineMap : cpu::Affine {
   }
 };
 
-template <class K>
+// `Quick`: what quotients are computed by.
+template <class K, class Quick = QuickLane>
 struct BlockParams : Params<Lane> {
   static constexpr bool kIsInt = K::kFormat == Format::kInt;
 
@@ -49,7 +50,7 @@ struct BlockParams : Params<Lane> {
     BlockParams p;
     p.scale = scale;
     p.low = a.low, p.high = a.high, p.offset = 0.0f;
-    bool quick = QuickLane::has_quotient(p.scale) && a.has_quick_bounds;
+    bool quick = Quick::has_quotient(p.scale) && a.has_quick_bounds;
     if constexpr (K::kHasOffset) {
       p.low -= a.constant, p.high -= a.constant;
       p.offset = offset;
@@ -58,30 +59,32 @@ struct BlockParams : Params<Lane> {
       p.low -= static_cast<float>(zero_point), p.high -= static_cast<float>(zero_point);
       quick = quick && static_cast<uint32_t>(zero_point) - static_cast<uint32_t>(a.first_zero_point) <= a.zero_points_more;
     }
-    p.reciprocal = quick ? QuickLane::reciprocal(p.scale) : Lane::as_float(INT32_MAX);
+    p.reciprocal = quick ? Quick::reciprocal(p.scale) : Lane::as_float(INT32_MAX);
     return p;
   }
 
   // Of floating-point formats, the magnitude.
   __device__ __forceinline__ float quantize(float x, bool& inside) const {
-    const Params<QuickLane> p = {scale, low, high, offset, reciprocal};
+    const Params<Quick> p = {scale, low, high, offset, reciprocal};
     if constexpr (kIsInt) {
-      using Quick = typename K::template By<Division::kReciprocalOfFinite>;
-      return dequantize_lanes<QuickLane, K>(quantize_lanes<QuickLane, Quick>(x, p, inside), p);
+      using Finite = typename K::template By<Division::kReciprocalOfFinite>;
+      return dequantize_lanes<Quick, K>(quantize_lanes<Quick, Finite>(x, p, inside), p);
     } else {
-      return dequantize_lanes<QuickLane, K>(quantize_magnitude<QuickLane, K>(x, p, inside), p);
+      return dequantize_lanes<Quick, K>(quantize_magnitude<Quick, K>(x, p, inside), p);
     }
   }
   __device__ __forceinline__ float quantize_exactly(float x, bool& inside) const {
     return dequantize_lanes<Lane, K>(quantize_lanes<Lane, K>(x, *this, inside), *this);
   }
-  // What the thread `lane` of the warp has.
-  __device__ __forceinline__ BlockParams of_lane(int lane) const {
+  // What the thread `lane` of the warp has. `with_bounds`: whether zero points may be others than this thread's.
+  __device__ __forceinline__ BlockParams of_lane(int lane, bool with_bounds = true) const {
     const auto get = [&](float value) { return __shfl_sync(0xffffffffu, value, lane); };
     BlockParams p = *this;
     p.scale = get(scale), p.reciprocal = get(reciprocal);
     if constexpr (K::kHasOffset) p.offset = get(offset);
-    if constexpr (kIsInt && !K::kHasOffset) p.low = get(low), p.high = get(high);
+    if constexpr (kIsInt && !K::kHasOffset) {
+      if (with_bounds) p.low = get(low), p.high = get(high);
+    }
     return p;
   }
 };

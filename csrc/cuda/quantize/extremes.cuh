@@ -48,6 +48,14 @@ __device__ __forceinline__ uint32_t extreme_of_pairs(uint32_t a, uint32_t b) {
 template <Element kElement>
 class Extremes {
  public:
+  Extremes() = default;
+  // Of a range that zero is in anyway.
+  static __device__ __forceinline__ Extremes with_zero() {
+    Extremes extremes;
+    extremes.floats_ = {0.0f, 0.0f};
+    extremes.low_ = extremes.high_ = 0;
+    return extremes;
+  }
   __device__ __forceinline__ void take(const Pack<kElement>& pack) {
     if constexpr (kElement == Element::kFloat32) {
       float values[4];

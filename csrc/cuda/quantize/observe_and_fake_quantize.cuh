@@ -17,8 +17,8 @@ struct WideningKeys {
   uint32_t low, high;
 
   static __device__ __forceinline__ WideningKeys of(Range range) {
-    return {static_cast<uint32_t>(Lane::as_int(QuickLane::min(range.low, 0.0f))) | 0x80000000u,
-            static_cast<uint32_t>(Lane::as_int(QuickLane::max(range.high, 0.0f))) & 0x7fffffffu};
+    return {static_cast<uint32_t>(Lane::as_int(range.low)) | 0x80000000u,
+            static_cast<uint32_t>(Lane::as_int(range.high)) & 0x7fffffffu};
   }
   __device__ __forceinline__ Range range() const {
     return {Lane::as_float(static_cast<int32_t>(low)), Lane::as_float(static_cast<int32_t>(high))};
@@ -52,17 +52,17 @@ __device__ __forceinline__ QParamsLanes<Lane> choose(const AfterRange& after, Ra
   return choose_lanes<Lane, false>(rule, range);
 }
 
-template <class K>
-__device__ __forceinline__ BlockParams<K> params_of(const AffineMap& a, const QParamsLanes<Lane>& chosen) {
-  return BlockParams<K>::of(a, chosen.scale, chosen.zero_point, chosen.minval);
+template <class K, class Quick = QuickLane>
+__device__ __forceinline__ BlockParams<K, Quick> params_of(const AffineMap& a, const QParamsLanes<Lane>& chosen) {
+  return BlockParams<K, Quick>::of(a, chosen.scale, chosen.zero_point, chosen.minval);
 }
 
 // Packs `stride` apart from `own` on, of which those with valid(i) exist: results and mask are stored. params(i): of pack i,
 // looked up by all threads of a warp; exact_params(i), by one. `groups`: after so many of kUnroll there are none, for no
 // thread of the warp.
-template <class K, Element kElement, int kHeld, class Valid, class Params, class ExactParams>
-__device__ __forceinline__ void quantize_held(const StepJob& job, Pack<kElement> (&pack)[kHeld], int groups, int64_t own,
-                                              int64_t stride, Valid valid, Params params, ExactParams exact_params) {
+template <class K, Element kElement, int kHeld, class Index, class Valid, class Params, class ExactParams>
+__device__ __forceinline__ void quantize_held(const StepJob& job, Pack<kElement> (&pack)[kHeld], int groups, Index own,
+                                              Index stride, Valid valid, Params params, ExactParams exact_params) {
   using P = Pack<kElement>;
   constexpr int kGroups = kHeld / kUnroll;
   uint32_t bits[kGroups] = {};
@@ -70,7 +70,7 @@ __device__ __forceinline__ void quantize_held(const StepJob& job, Pack<kElement>
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     if (i >= kUnroll && i / kUnroll >= groups) continue;
-    const BlockParams<K> p = params(i);
+    const auto p = params(i);
     bits[i / kUnroll] |= quantize_pack<K, kElement>(pack[i], all, [&](int) { return p; }) << (P::kSize * (i % kUnroll));
   }
   if (all == all) {
@@ -87,8 +87,8 @@ __device__ __forceinline__ void quantize_held(const StepJob& job, Pack<kElement>
       for (int i = 0; i < kUnroll; ++i) {
         const int at = group * kUnroll + i;
         if (!valid(at)) continue;
-        const BlockParams<K> p = exact_params(at);
-        bits[group] |= quantize_exactly<K, kElement>(job.input, job.output, (own + at * stride) * P::kSize, P::kSize,
+        const auto p = exact_params(at);
+        bits[group] |= quantize_exactly<K, kElement>(job.input, job.output, int64_t{own + at * stride} * P::kSize, P::kSize,
                                                      [&](int) { return p; })
                        << (P::kSize * i);
       }
@@ -126,7 +126,7 @@ __device__ __forceinline__ void step_rows(const StepJob& job) {
       pack[i].raw = {};  // zero is in the range anyway
       if (place + i * stride < packs) pack[i].raw = x[i * stride];
     }
-    Extremes<kElement> extremes;
+    auto extremes = Extremes<kElement>::with_zero();
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       if (i < kUnroll || i / kUnroll < groups) extremes.take(pack[i]);
@@ -146,66 +146,85 @@ __device__ __forceinline__ void step_rows(const StepJob& job) {
     }
     __syncthreads();
     const BlockParams<K> params = of_teams[team];
-    quantize_held<K, kElement, kHeld>(
+    quantize_held<K, kElement, kHeld, int64_t>(
         job, pack, groups, own, stride, [&](int i) { return place + i * stride < packs; }, [&](int) { return params; },
         [&](int) { return params; });
   }
 }
 
-// Blocks of `packs` packs: a power of two, at least kUnroll and no more than a warp has lanes.
-template <class K, Element kElement>
-__device__ __forceinline__ void step_short_runs(const StepJob& job) {
+// A tile of step_short_runs, which is whole or the tensor's last.
+template <class K, Element kElement, int kHeld, class Quick, bool kWhole>
+__device__ __forceinline__ void step_short_tile(const StepJob& job, uint32_t tile) {
   using P = Pack<kElement>;
-  static_assert(kUnroll == 4);
+  constexpr uint32_t kTile = kThreads * kHeld;
   const uint32_t lane = threadIdx.x % kWarp, packs = job.packs;
-  const int64_t all_packs = job.blocks * packs;
-  constexpr int64_t kTile = kThreads * kUnroll;
-  for (int64_t tile = blockIdx.x; tile * kTile < all_packs; tile += gridDim.x) {
-    const int64_t own = tile * kTile + threadIdx.x / kWarp * (kWarp * kUnroll) + lane;
-    const uint4* x = static_cast<const uint4*>(job.input) + own;
-    P pack[kUnroll];
-    WideningKeys keys[kUnroll];
+  const uint32_t blocks = static_cast<uint32_t>(job.blocks), all_packs = blocks * packs;
+  const bool has_zero_points = job.after.rule.scheme == Scheme::kAsymmetric;
+  const uint32_t own = tile * kTile + threadIdx.x / kWarp * (kWarp * kHeld) + lane;
+  const int left = static_cast<int>(all_packs - own);
+  const auto valid = [&](int i) { return kWhole || left > i * kWarp; };
+  const uint4* x = static_cast<const uint4*>(job.input) + own;
+  P pack[kHeld];
+  WideningKeys keys[kHeld];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      pack[i].raw = {};
-      if (own + i * kWarp < all_packs) pack[i].raw = x[i * kWarp];
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      Extremes<kElement> extremes;
-      extremes.take(pack[i]);
-      keys[i] = WideningKeys::of(extremes.range());
-    }
-    // Of four lanes each gets one pack's block: half of what it has it trades for the other half of the neighbour's.
-    const auto trade = [&](WideningKeys a, WideningKeys b, int distance) {
-      const bool keeps_second = (lane & static_cast<uint32_t>(distance)) != 0;
-      const WideningKeys given = {keeps_second ? a.low : b.low, keeps_second ? a.high : b.high};
-      WideningKeys kept = {keeps_second ? b.low : a.low, keeps_second ? b.high : a.high};
-      kept.merge(given.of_lane_across(distance));
-      return kept;
-    };
-    WideningKeys its = trade(trade(keys[0], keys[1], 1), trade(keys[2], keys[3], 1), 2);
-#pragma unroll
-    for (int distance = kUnroll; distance < kWarp; distance *= 2) {
-      if (static_cast<uint32_t>(distance) < packs) its.merge(its.of_lane_across(distance));
-    }
-    const int64_t block = (own + lane % kUnroll * kWarp) >> job.shift;
-    Range batch = its.range(), old = batch;
-    if (job.after.update.reads_running() && block < job.blocks) old = running_range(job.after, kElement, block);
-    __syncwarp();  // others may have read it, who have the same block
-    const Range range = update_lanes<Lane>(job.after.update, kElement, batch, old);
-    const auto chosen = choose<K, kElement>(job.after, range);
-    if (block < job.blocks && (lane & (packs - 1)) < kUnroll) {
-      store_running(job.after, kElement, range, block);
-      store_qparams(chosen, job.after.out, block);
-    }
-    __syncwarp();  // the others may read it
-    const BlockParams<K> params = params_of<K>(job.affine, chosen);
-    quantize_held<K, kElement, kUnroll>(
-        job, pack, 1, own, kWarp, [&](int i) { return own + i * kWarp < all_packs; },
-        [&](int i) { return params.of_lane(static_cast<int>(lane / kUnroll * kUnroll) + i); },
-        [&](int i) { return BlockParams<K>::load(job.affine, (own + i * kWarp) >> job.shift); });
+  for (int i = 0; i < kHeld; ++i) {
+    pack[i].raw = {};
+    if (valid(i)) pack[i].raw = x[i * kWarp];
   }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    auto extremes = Extremes<kElement>::with_zero();
+    extremes.take(pack[i]);
+    keys[i] = WideningKeys::of(extremes.range());
+  }
+  // Of kHeld lanes each gets one pack's block: half of what it has it trades for the other half of a neighbour's.
+  const auto trade = [&](WideningKeys a, WideningKeys b, int distance) {
+    const bool keeps_second = (lane & static_cast<uint32_t>(distance)) != 0;
+    const WideningKeys given = {keeps_second ? a.low : b.low, keeps_second ? a.high : b.high};
+    WideningKeys kept = {keeps_second ? b.low : a.low, keeps_second ? b.high : a.high};
+    kept.merge(given.of_lane_across(distance));
+    return kept;
+  };
+#pragma unroll
+  for (int distance = 1; distance < kHeld; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kHeld / 2; ++i) {
+      if (i < kHeld / (2 * distance)) keys[i] = trade(keys[2 * i], keys[2 * i + 1], distance);
+    }
+  }
+  WideningKeys its = keys[0];
+#pragma unroll
+  for (int distance = kHeld; distance < kWarp; distance *= 2) {
+    if (static_cast<uint32_t>(distance) < packs) its.merge(its.of_lane_across(distance));
+  }
+  const uint32_t block = (own + lane % kHeld * kWarp) >> job.shift;
+  const bool exists = kWhole || block < blocks;
+  Range batch = its.range(), old = batch;
+  if (job.after.update.reads_running() && exists) old = running_range(job.after, kElement, block);
+  __syncwarp();  // others may have read it, who have the same block
+  const Range range = update_lanes<Lane>(job.after.update, kElement, batch, old);
+  const auto chosen = choose<K, kElement>(job.after, range);
+  if (exists && (lane & (packs - 1)) < kHeld) {
+    store_running(job.after, kElement, range, block);
+    store_qparams(chosen, job.after.out, block);
+  }
+  __syncwarp();  // the others may read it
+  const auto params = params_of<K, Quick>(job.affine, chosen);
+  quantize_held<K, kElement, kHeld, uint32_t>(
+      job, pack, kHeld / kUnroll, own, kWarp, valid,
+      [&](int i) { return params.of_lane(static_cast<int>(lane / kHeld * kHeld) + i, has_zero_points); },
+      [&](int i) { return BlockParams<K, Quick>::load(job.affine, (own + i * kWarp) >> job.shift); });
+}
+
+// Blocks of `packs` packs: a power of two, at least kHeld, which each thread has, and no more than a warp has lanes.
+// `Quick`: PowerLane, where the rule makes scales powers of two.
+template <class K, Element kElement, int kHeld, class Quick>
+__device__ __forceinline__ void step_short_runs(const StepJob& job) {
+  constexpr uint32_t kTile = kThreads * kHeld;
+  const uint32_t packs = static_cast<uint32_t>(job.blocks) * job.packs, whole = packs / kTile;
+  uint32_t tile = blockIdx.x;
+  for (; tile < whole; tile += gridDim.x) step_short_tile<K, kElement, kHeld, Quick, true>(job, tile);
+  if (tile * kTile < packs) step_short_tile<K, kElement, kHeld, Quick, false>(job, tile);
 }
 
 struct TensorStepJob {
@@ -241,9 +260,9 @@ __global__ void __launch_bounds__(kThreads, kHeld > kUnroll ? 2 : 4) step_of_row
   step_rows<K, kElement, kHeld>(job);
 }
 
-template <class K, Element kElement>
-__global__ void __launch_bounds__(kThreads, 3) step_of_short_runs(StepJob job) {
-  step_short_runs<K, kElement>(job);
+template <class K, Element kElement, int kHeld, class Quick>
+__global__ void __launch_bounds__(kThreads, kHeld > kUnroll ? 2 : 3) step_of_short_runs(StepJob job) {
+  step_short_runs<K, kElement, kHeld, Quick>(job);
 }
 
 template <class K, Element kElement>
@@ -317,9 +336,15 @@ void queue_step(const cpu::FakeQuantize& job, AfterRange after, StepWay way, con
                       .shift = 0,
                       .warps = 1};
       if (way == StepWay::kShortRuns) {
-        auto* kernel = &step_of_short_runs<K, kElement>;
+        // The fewer elements packs have, the more of them share what a block takes.
+        constexpr int kMore = kElement == Element::kFloat32 ? kManyHeld : kFewHeld;
+        const bool by_powers = after.rule.scale_format == ScaleFormat::kE8M0;
+        const bool is_more = packs >= kMore;
+        auto* kernel = !is_more    ? &step_of_short_runs<K, kElement, kFewHeld, QuickLane>
+                       : by_powers ? &step_of_short_runs<K, kElement, kMore, PowerLane>
+                                   : &step_of_short_runs<K, kElement, kMore, QuickLane>;
         while (int64_t{1} << step.shift < packs) ++step.shift;
-        const int64_t tile = kThreads * kUnroll;
+        const int64_t tile = kThreads * (is_more ? kMore : kFewHeld);
         COREAI_LAUNCH(kernel, blocks_of_tiles((g.blocks * packs + tile - 1) / tile, most_blocks), kThreads, stream, step);
         return;
       }
