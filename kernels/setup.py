@@ -19,7 +19,8 @@ Environment:
     COREAI_AUTOGRAD_TORCHES  folders of other torches, of which version.py and include suffice, with colons
                              between them: autograd's library is built for each, not for the installed one
     COREAI_AUTOGRAD_PYTHONS  include folders of CPythons, likewise: and for each of these
-    TORCH_CUDA_ARCH_LIST     as for torch, e.g. "8.0;9.0+PTX" (default: of 8.0;9.0;10.0+PTX what nvcc knows)
+    TORCH_CUDA_ARCH_LIST     as for torch, e.g. "8.0;9.0+PTX" (default: of 8.0;9.0;10.0+PTX what nvcc knows);
+                             what is older than 8.0 is left out
 """
 
 import hashlib
@@ -49,6 +50,7 @@ FORMATS = HERE / "coreai_kernels/formats.py"
 LIBRARIES = runpy.run_path(str(HERE / "coreai_kernels/libraries.py"))
 REPORT = "_build_report.json"
 CUDA_LIBRARY = "_C_cuda.so"
+OLDEST_GPU = 80  # that the kernels in CUDA C++ are for
 REINSTALL = LIBRARIES["REINSTALL"]
 
 # The stable ABI of this torch version: the binary runs with it and everything newer.
@@ -414,11 +416,18 @@ def build_cuda(builder: Builder, output: Path) -> str:
         if f"compute_{number}" not in known and not number.endswith(("a", "f")):
             _say(f"{nvcc} does not know architecture {entry}: left out")
             continue
+        # Older ones lack bfloat16, and minima that NaN wins.
+        if int(re.match(r"\d*", number)[0] or 0) < OLDEST_GPU:  # type: ignore[index]
+            _say(f"architecture {entry} is too old and left out: COREAI_KERNELS_BACKEND=triton serves it")
+            continue
         codes = [f"sm_{number}", *([f"compute_{number}"] if entry.endswith("+PTX") else [])]
         targets += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
         archs += codes
     if not archs:
-        raise BuildError(f"nvcc knows none of {wanted}", "set TORCH_CUDA_ARCH_LIST to architectures it knows")
+        raise BuildError(
+            f"of {wanted} there is no architecture that nvcc knows and the kernels are for",
+            f"set TORCH_CUDA_ARCH_LIST to such of 8.0 and later, then {REINSTALL}",
+        )
     command = [nvcc, "-ccbin", builder.cxx[0], *NVCC_FLAGS, *targets, *builder.own_includes()]
     command += ["-isystem", str(builder.torch.root / "include")]
     builder.build(builder.jobs(sources, command), [nvcc, "-shared"], output)

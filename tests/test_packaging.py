@@ -431,7 +431,7 @@ def test_cuda_library_compiles_beside_a_cpu_torch(tmp_path):
           twice<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(x);
         }"""
     )
-    build_in_place(tree, COREAI_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")
+    build_in_place(tree, COREAI_BUILD_CUDA="1", TORCH_CUDA_ARCH_LIST="7.5;8.0;9.0+PTX")
     folder = tree / "kernels/coreai_kernels"
     assert json.loads((folder / "_build_report.json").read_text())["cuda"] == {"built": True}
     assert (folder / "_C_cuda.so").exists()

@@ -49,7 +49,11 @@ inline int64_t multiprocessors(int32_t device) {
 
 inline void check_launch(const char* name) {
   const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, name, " could not be started: ", cudaGetErrorString(error));
+  constexpr const char* kOld =
+      ". These kernels are for GPUs of compute capability 8.0 and later, as far as TORCH_CUDA_ARCH_LIST named them when the "
+      "package was built. To fix: COREAI_KERNELS_BACKEND=triton";
+  STD_TORCH_CHECK(error == cudaSuccess, name, " could not be started: ", cudaGetErrorString(error),
+                  error == cudaErrorNoKernelImageForDevice ? kOld : "");
 }
 #endif
 
