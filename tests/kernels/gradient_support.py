@@ -27,9 +27,11 @@ _SHAPES: list[tuple[tuple[int, ...], list[int]]] = [
 
 def _gradient(shape: tuple[int, ...], order: list[int], dtype: torch.dtype, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    flat = torch.randn(shape, generator=generator).flatten()
+    # In float64, so that float64 gradients are none of float32: they are rounded to it.
+    flat = torch.randn(shape, generator=generator, dtype=torch.float64).flatten()
     places = torch.rand(flat.shape, generator=generator) < 0.1
-    flat[places] = torch.tensor(SPECIAL).repeat(flat.numel() // len(SPECIAL) + 1)[: flat.numel()][places]
+    specials = torch.tensor(SPECIAL, dtype=flat.dtype).repeat(flat.numel() // len(SPECIAL) + 1)
+    flat[places] = specials[: flat.numel()][places]
     in_order = flat.to(dtype).reshape([shape[axis] for axis in order])
     return in_order.permute([order.index(axis) for axis in range(len(shape))])
 

@@ -15,6 +15,7 @@ __all__ = [
     "fake_quantize_backward",
     "fake_quantize_backward_",
     "fake_quantize_forward",
+    "leaves_what_passes",
     "masked",
 ]
 
@@ -100,6 +101,11 @@ def fake_quantize_backward_(grad: Tensor, mask: Tensor, order: list[int]) -> Non
         _launch_backward(grad, mask, grad)
 
 
+def leaves_what_passes(source: Tensor, output: Tensor) -> bool:
+    """Whether gradients that pass are in their place already. Those in float64 are rounded to float32."""
+    return source is output and source.dtype != torch.float64
+
+
 def _launch_backward(source: Tensor, mask: Tensor, output: Tensor) -> None:
     numel = source.numel()
     tile, unit = tiles.tile_elements(numel, source.element_size()), tiles.unit_of(numel)
@@ -113,7 +119,7 @@ def _launch_backward(source: Tensor, mask: Tensor, output: Tensor) -> None:
         numel // unit,
         UNIT=unit,
         TILE=tile,
-        IN_PLACE=source is output,
+        IN_PLACE=leaves_what_passes(source, output),
         warps=4,
     )
 

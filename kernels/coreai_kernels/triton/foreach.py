@@ -342,7 +342,7 @@ def _launch_backward(
         unit, tile = tiles.unit_of(numel), tiles.tile_elements(numel, grad.element_size())
         row = [mask.data_ptr() + start, numel // unit]
         form = {"DTYPE": tl_dtype(grad.dtype), "UNIT": unit, "TILE": tile}
-        form |= {"IN_PLACE": result is grad, "warps": 4}
+        form |= {"IN_PLACE": fake_quantize.leaves_what_passes(grad, result), "warps": 4}
         launches.add(form, grad, result, row, triton.cdiv(numel, tile))
     launches.run(_backward_list)
     return left
