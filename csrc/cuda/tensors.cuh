@@ -47,6 +47,12 @@ inline int64_t multiprocessors(int32_t device) {
   return count.load(std::memory_order_relaxed);
 }
 
+inline std::string why_no_memory() {
+  const cudaError_t error = cudaPeekAtLastError();
+  if (error == cudaSuccess || error == cudaErrorMemoryAllocation) return "CUDA out of memory. There is no room for it: ";
+  return std::string(cudaGetErrorString(error)) + ": ";
+}
+
 inline void check_launch(const char* name) {
   const cudaError_t error = cudaGetLastError();
   constexpr const char* kOld =
@@ -73,8 +79,10 @@ struct Place {
 
 inline Tensor empty_at(const Place& place, const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                  dtype_of(type), place.device_type, place.device, &handle));
+  const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                              dtype_of(type), place.device_type, place.device, &handle);
+  // The ABI does not tell torch's error, which loops look for that go on with smaller batches; or else these words.
+  if (error != TORCH_SUCCESS) throw OutOfMemory(why_no_memory() + told(shape, type));
   return Tensor(handle);
 }
 

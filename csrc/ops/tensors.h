@@ -85,7 +85,7 @@ inline std::string told(const Ints& shape, ScalarType type) {
   std::ostringstream text;
   int64_t bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(type)));
   for (const int64_t size : shape) bytes *= size;
-  text << "out of memory: a result of " << bytes << " bytes, " << type << " of shape [";
+  text << "a result of " << bytes << " bytes, " << type << " of shape [";
   for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
   text << "], cannot be allocated";
   return text.str();
@@ -115,7 +115,7 @@ inline Tensor empty(const Ints& shape, const Ints& strides, ScalarType type) {
   AtenTensorHandle handle = nullptr;
   const auto error = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
                                               dtype_of(type), aoti_torch_device_type_cpu(), 0, &handle);
-  if (error != TORCH_SUCCESS) throw OutOfMemory(told(shape, type));
+  if (error != TORCH_SUCCESS) throw OutOfMemory("out of memory: " + told(shape, type));
   Tensor tensor(handle);
   cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   return tensor;

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ENVIRONMENT", "capture_calls", "current_device", "device", "heard", "stream"]
+__all__ = ["ENVIRONMENT", "capture_calls", "current_device", "device", "exhausted", "heard", "stream"]
 
 # A folder with what `cuda_support.emulated_gpu` builds.
 ENVIRONMENT = "COREAI_EMULATED_GPU"
@@ -52,16 +52,30 @@ def current_device() -> int:
 def device(index: int) -> Iterator[None]:
     """The current device is this one."""
     before = _gpu.gpu_exchange_device(index)
-    yield
-    _gpu.gpu_exchange_device(before)
+    try:
+        yield
+    finally:
+        _gpu.gpu_exchange_device(before)
 
 
 @contextmanager
 def stream(index: int, number: int) -> Iterator[None]:
     """The current stream of a device is this one."""
     _gpu.gpu_use_stream(index, ctypes.c_int64(number))
-    yield
-    _gpu.gpu_use_stream(index, ctypes.c_int64(0))
+    try:
+        yield
+    finally:
+        _gpu.gpu_use_stream(index, ctypes.c_int64(0))
+
+
+@contextmanager
+def exhausted() -> Iterator[None]:
+    """There is no memory left."""
+    _gpu.gpu_exhaust(True)
+    try:
+        yield
+    finally:
+        _gpu.gpu_exhaust(False)
 
 
 @contextmanager
@@ -70,6 +84,8 @@ def heard() -> Iterator[list[str]]:
     found: list[str] = []
     _gpu.gpu_heard()
     _gpu.gpu_listen(True)
-    yield found
-    _gpu.gpu_listen(False)
+    try:
+        yield found
+    finally:
+        _gpu.gpu_listen(False)
     found += _gpu.gpu_heard().decode().splitlines()

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #if defined(COREAI_EMULATED_DEVICES)
 #define COREAI_GPU_LIBRARY coreai_kernels, CUDA
@@ -48,6 +49,7 @@ inline AOTITorchError empty_and_told(int64_t axes, const int64_t* sizes, const i
 #endif
 
 inline int64_t multiprocessors(int32_t) { return 1; }
+inline std::string why_no_memory() { return "CUDA out of memory. There is no room for it: "; }
 inline void check_launch(const char*) {}
 
 }  // namespace

@@ -32,7 +32,7 @@ constexpr DeviceIndex kDevices = 2;
 thread_local DeviceIndex used_device = 0;
 thread_local std::array<c10::StreamId, kDevices> used_streams = {};
 
-bool listening = false;
+bool listening = false, exhausted = false;
 std::mutex mutex;
 std::ostringstream heard;
 
@@ -100,6 +100,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {
 struct Memory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     tell("memory");
+    TORCH_CHECK_WITH(OutOfMemoryError, !exhausted, "CUDA out of memory. Tried to allocate ", bytes, " bytes.");
     void* data = std::aligned_alloc(256, (bytes + 256) / 256 * 256);
     return {data, data, &std::free, Device(kGPU, used_device)};
   }
@@ -236,6 +237,7 @@ int64_t gpu_stream(int32_t device) { return used_streams[static_cast<size_t>(dev
 void gpu_use_stream(int32_t device, int64_t stream) { used_streams[static_cast<size_t>(device)] = stream; }
 void gpu_launched(int64_t stream) { tell("launch by " + std::to_string(stream)); }
 void gpu_listen(bool on) { listening = on; }
+void gpu_exhaust(bool on) { exhausted = on; }
 // What has been heard since the last time: a line each.
 const char* gpu_heard() {
   static std::string text;

@@ -165,6 +165,19 @@ def test_another_device_than_the_current_one():
     assert events == ["memory on 1, stream 0", "launch by 0 on 1, stream 0"]
 
 
+def test_out_of_memory(settled, x):
+    """Loops that go on with smaller batches look for torch's error, and its words."""
+    with gpu.exhausted(), pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\."):
+        settled(x)
+    assert gpu.current_device() == 0
+    settled(x)
+    slow = make(**SPECS[0])
+    slow(x)
+    slow.__dict__["_captured"] = None
+    with gpu.exhausted(), pytest.raises(RuntimeError, match=r"CUDA out of memory\. .* 4096 bytes"):
+        slow(x)
+
+
 def outcome(module, x):
     with pytest.raises(RuntimeError) as error:
         module(x)
