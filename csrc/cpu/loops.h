@@ -35,25 +35,24 @@ COREAI_HD int64_t row_base(const Geometry& g, int64_t row) {
   return base;
 }
 
-// body(begin, end) over [0, count) in pieces that start at multiples of `unit` and hold about `grain` or more.
+// body(begin, end) over [0, count) in pieces that start at multiples of `unit` and hold about `grain` or more. Here and on
+// other threads the same copy of the body runs.
 template <class Body>
 void parallel_for(int64_t count, int64_t unit, int64_t grain, Body body) {
   const int64_t units = (count + unit - 1) / unit;
-  if (count <= grain || threads() == 1) {
-    body(int64_t{0}, count);
-    return;
-  }
   struct Context {
     Body* body;
     int64_t unit, count;
   } context{&body, unit, count};
-  parallel(
-      0, units, max<int64_t>(1, grain / unit),
-      [](int64_t begin, int64_t end, void* raw) {
-        auto* c = static_cast<Context*>(raw);
-        (*c->body)(begin * c->unit, min(end * c->unit, c->count));
-      },
-      &context);
+  void (*const piece)(int64_t, int64_t, void*) = [](int64_t begin, int64_t end, void* raw) {
+    auto* c = static_cast<Context*>(raw);
+    (*c->body)(begin * c->unit, min(end * c->unit, c->count));
+  };
+  if (count <= grain || threads() == 1) {
+    piece(0, units, &context);
+  } else {
+    parallel(0, units, max<int64_t>(1, grain / unit), piece, &context);
+  }
 }
 
 // Fetches two vectors that will be read and two that will be written. Beyond the end, nothing happens.

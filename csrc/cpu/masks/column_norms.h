@@ -40,8 +40,8 @@ struct Strip {
     }
   }
 
-  // Gives all columns of a block the largest of their peaks.
-  void join_peaks() {
+  // Gives all columns of a block the largest of their peaks. Not inlined, as `values`: one copy for all types.
+  __attribute__((noinline)) void join_peaks() {
     with_run(run, [this]<int kRun>() {
       const int64_t length = kRun > 0 ? kRun : run;
       for (int64_t i = 0; i < width; i += length) {
@@ -65,7 +65,7 @@ struct Strip {
     for (int64_t i = 0; i < width; ++i) tiny |= is_tiny(peaks[i]);
     return tiny != 0;
   }
-  void values(double* norms) const {
+  __attribute__((noinline)) void values(double* norms) const {
     with_run(run, [&]<int kRun>() {
       const int64_t length = kRun > 0 ? kRun : run;
       for (int64_t i = 0, block = 0; i < width; i += length, ++block) {

@@ -15,22 +15,35 @@
 namespace coreai::cpu::COREAI_ISA {
 namespace {
 
-template <Element kElement>
+// Keys and masks of words of one size. The two 16-bit types share the code: what differs is two numbers.
+template <class Word_>
 struct Groups {
-  using Word = WordOf<kElement>;
+  using Word = Word_;
   using W = Words<sizeof(Word)>;
   using V = typename W::V;
   using Signed = typename W::Word;
   static constexpr int kLanes = W::kLanes, kLargestGroup = LaneSort<W>::kLargest;
 
-  static COREAI_HD V keys_of(V bits) {
+  // Loops use copies, which their stores cannot change.
+  Word nan_key, one;
+
+  template <Element kElement>
+  static COREAI_HD Groups of() {
+    return {kNanKey<kElement>, Magnitude<kElement>::kOne};
+  }
+
+  // A constant where the size of words tells the type.
+  COREAI_HD Groups known() const {
+    if constexpr (sizeof(Word) == 4) return of<Element::kFloat32>();
+    if constexpr (sizeof(Word) == 8) return of<Element::kFloat64>();
+    return *this;
+  }
+  COREAI_HD V keys_of(V bits) const {
     const V magnitude = bits & W::set(static_cast<Signed>(static_cast<Word>(~Word{0}) >> 1));
-    const V nan = W::set(static_cast<Signed>(kNanKey<kElement>));
+    const V nan = W::set(static_cast<Signed>(known().nan_key));
     return magnitude < nan ? magnitude : nan;
   }
-  static COREAI_HD V ones(typename W::M kept) {
-    return W::where(kept, W::set(static_cast<Signed>(Magnitude<kElement>::kOne)));
-  }
+  COREAI_HD V ones(typename W::M kept) const { return W::where(kept, W::set(static_cast<Signed>(known().one))); }
 
   // Lane i of the result: the lane that is r after it in its group of kM; and -1 where that one comes before it.
   template <int kM>
@@ -53,7 +66,7 @@ struct Groups {
 
   // Groups along the lanes, m a power of two: every lane meets the others of its group by rotation.
   template <int kM>
-  static COREAI_HD V within(V bits, int n) {
+  COREAI_HD V within(V bits, int n) const {
     const V keys = keys_of(bits);
     V rank = {}, lowered = {};
 #pragma GCC unroll 32
@@ -82,6 +95,10 @@ struct Groups {
       default:
         return sort_all(keys, n, m, put);
     }
+  }
+  // Every key becomes what the mask holds in its place. For few groups: a copy of `choose` takes long to compile.
+  static __attribute__((noinline)) void replace(Groups own, V* keys, int n, int m) {
+    choose(keys, n, m, [&](int i, typename W::M kept) { keys[i] = own.ones(kept); });
   }
   template <class Put>
   static COREAI_HD void sort_all(const V* keys, int n, int m, Put put) {
@@ -130,9 +147,10 @@ struct Groups {
   }
 
   template <int kM>
-  static void adjacent(const Word* x, Word* mask, int64_t numel, int n) {
+  void adjacent(const Word* x, Word* mask, int64_t numel, int n) const {
+    const Groups own = *this;
     int64_t i = 0;
-    for (; i + kLanes <= numel; i += kLanes) W::store(mask + i, within<kM>(W::load(x + i), n));
+    for (; i + kLanes <= numel; i += kLanes) W::store(mask + i, own.template within<kM>(W::load(x + i), n));
     if (i < numel) {
       Word buffer[kLanes] = {};
       for (int64_t j = i; j < numel; ++j) buffer[j - i] = x[j];
@@ -143,14 +161,15 @@ struct Groups {
 
   // Groups one after the other, as many vectors at a time as a group has elements.
   template <int kM>
-  static void adjacent_vectors(const Word* x, Word* mask, int64_t groups, int n) {
+  void adjacent_vectors(const Word* x, Word* mask, int64_t groups, int n) const {
+    const Groups own = *this;
     using Lanes = GroupLanes<W, kM>;
     for (; groups >= kLanes; groups -= kLanes, x += kM * kLanes, mask += kM * kLanes) {
       V v[kM];
 #pragma GCC unroll 32
-      for (int i = 0; i < kM; ++i) v[i] = keys_of(W::load(x + i * kLanes));
+      for (int i = 0; i < kM; ++i) v[i] = own.keys_of(W::load(x + i * kLanes));
       Lanes::turn(v);
-      choose(v, n, kM, [&](int i, typename W::M kept) { v[i] = ones(kept); });
+      choose(v, n, kM, [&](int i, typename W::M kept) { v[i] = own.ones(kept); });
       Lanes::turn_back(v);
 #pragma GCC unroll 32
       for (int i = 0; i < kM; ++i) W::store(mask + i * kLanes, v[i]);
@@ -159,7 +178,8 @@ struct Groups {
   }
 
   // Groups one after the other, of any size: lanes take stretches of so many groups that they nearly fill vectors.
-  static void adjacent_any(const Word* x, Word* mask, int64_t groups, int n, int m) {
+  void adjacent_any(const Word* x, Word* mask, int64_t groups, int n, int m) const {
+    const Groups own = *this;
     constexpr int kBits = kLanes < 16 ? kLanes : 16;  // positions whose bits fill a word
     const int stretch = m * groups_that_fill_vectors(m), padded = padded_to_vectors(stretch);
     const int64_t tile = int64_t{stretch} * kLanes;
@@ -170,7 +190,7 @@ struct Groups {
     // past the last: the input may be the output.
     for (; numel >= tile + padded - stretch; numel -= tile, x += tile, mask += tile) {
       for (int from = 0; from < padded; from += kLanes) {
-        Transpose<W>::of(keys + from, [&](int i) { return keys_of(W::load(x + i * stretch + from)); });
+        Transpose<W>::of(keys + from, [&](int i) { return own.keys_of(W::load(x + i * stretch + from)); });
         for (int i = 0; i < kLanes; ++i) {
           __builtin_prefetch(x + tile + (from + i) * kLanes);
           __builtin_prefetch(mask + (from + i) * kLanes, 1);
@@ -193,7 +213,7 @@ struct Groups {
           const auto* word = words + from / kBits;
           uint32_t bits = static_cast<uint32_t>(word[0][i]);
           if constexpr (kLanes > kBits) bits |= static_cast<uint32_t>(word[1][i]) << kBits;
-          const V result = ones(W::from_bits(bits));
+          const V result = own.ones(W::from_bits(bits));
           Word* to = mask + i * stretch + from;
           if (i < kLanes - 1 || from + kLanes <= stretch) {
             W::store(to, result);
@@ -217,7 +237,7 @@ struct Groups {
   }
 
   // The same, one element after the other.
-  static void few(const Word* x, Word* mask, int64_t groups, int n, int m) {
+  void few(const Word* x, Word* mask, int64_t groups, int n, int m) const {
     V keys[kLargestGroup];
     Word rows[kLargestGroup][kLanes] = {};
     for (int64_t g = 0; g < groups; g += kLanes) {
@@ -228,7 +248,8 @@ struct Groups {
         for (int i = 0; i < m; ++i) rows[i][lane] = from[lane * m + i];
       }
       for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(rows[i]));
-      choose(keys, n, m, [&](int i, typename W::M kept) { W::store(rows[i], ones(kept)); });
+      replace(*this, keys, n, m);
+      for (int i = 0; i < m; ++i) W::store(rows[i], keys[i]);
       for (int lane = 0; lane < some; ++lane) {
         for (int i = 0; i < m; ++i) to[lane * m + i] = rows[i][lane];
       }
@@ -236,28 +257,27 @@ struct Groups {
   }
 
   // Columns [begin, end) of one block of m rows.
-  static void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m) {
+  void columns(const Word* x, Word* mask, int64_t inner, int64_t begin, int64_t end, int n, int m) const {
+    const Groups own = *this;
     V keys[kLargestGroup];
     int64_t c = begin;
     for (; c + kLanes <= end; c += kLanes) {
-      for (int i = 0; i < m; ++i) keys[i] = keys_of(W::load(x + i * inner + c));
-      choose(keys, n, m, [&](int i, typename W::M kept) { W::store(mask + i * inner + c, ones(kept)); });
+      for (int i = 0; i < m; ++i) keys[i] = own.keys_of(W::load(x + i * inner + c));
+      choose(keys, n, m, [&](int i, typename W::M kept) { W::store(mask + i * inner + c, own.ones(kept)); });
     }
     if (c < end) {
       const uint64_t bytes = static_cast<uint64_t>(end - c) * sizeof(Word);
       for (int i = 0; i < m; ++i) {
         V bits = {};
         __builtin_memcpy(&bits, x + i * inner + c, bytes);
-        keys[i] = keys_of(bits);
+        keys[i] = own.keys_of(bits);
       }
-      choose(keys, n, m, [&](int i, typename W::M kept) {
-        const V words = ones(kept);
-        __builtin_memcpy(mask + i * inner + c, &words, bytes);
-      });
+      replace(own, keys, n, m);
+      for (int i = 0; i < m; ++i) __builtin_memcpy(mask + i * inner + c, &keys[i], bytes);
     }
   }
 
-  static void adjacent_dispatch(const Word* x, Word* mask, int64_t groups, int n, int m) {
+  void adjacent_dispatch(const Word* x, Word* mask, int64_t groups, int n, int m) const {
     if (m == 2) return adjacent<2>(x, mask, groups * m, n);
     if constexpr (kLanes >= 4) {
       if (m == 4) return adjacent<4>(x, mask, groups * m, n);
@@ -277,7 +297,7 @@ struct Groups {
     adjacent_any(x, mask, groups, n, m);
   }
 
-  static void run(const NmMask& job) {
+  void run(const NmMask& job) const {
     const Word* x = static_cast<const Word*>(job.input);
     Word* mask = static_cast<Word*>(job.mask);
     const int n = job.n, m = job.m;
@@ -301,13 +321,13 @@ struct Groups {
 void nm_mask(const NmMask& job) {
   switch (job.element) {
     case Element::kBFloat16:
-      return Groups<Element::kBFloat16>::run(job);
+      return Groups<uint16_t>::of<Element::kBFloat16>().run(job);
     case Element::kFloat16:
-      return Groups<Element::kFloat16>::run(job);
+      return Groups<uint16_t>::of<Element::kFloat16>().run(job);
     case Element::kFloat64:
-      return Groups<Element::kFloat64>::run(job);
+      return Groups<uint64_t>::of<Element::kFloat64>().run(job);
     default:
-      return Groups<Element::kFloat32>::run(job);
+      return Groups<uint32_t>::of<Element::kFloat32>().run(job);
   }
 }
 

@@ -42,8 +42,9 @@ inline void look_up(const uint8_t* indices, int64_t count, const uint64_t* words
   for (int64_t i = 0; i < count; ++i) out[i] = words[indices[i] & (Kind::kRoom - 1)];
 }
 
-// `count` indices from byte `packed` on.
-inline void unpack(const uint8_t* packed, int64_t count, int bits, uint8_t* out) {
+// `count` indices from byte `packed` on. One copy for all kinds of tables.
+template <class = void>
+__attribute__((noinline)) void unpack(const uint8_t* packed, int64_t count, int bits, uint8_t* out) {
   const int64_t bytes = count * bits / 8;
   if (bits == 4) {
     for (int64_t i = 0; i < bytes; ++i) {

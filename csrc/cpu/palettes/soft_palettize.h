@@ -27,7 +27,28 @@ COREAI_HD F exp_nonpositive(F x) {
 // Vectors whose sums are kept in float32, a sum for each lane, before they enter the float64 ones.
 constexpr int kFlushInterval = 32;
 
-template <SoftStep kStep, bool kScalar, class T>
+// Elements of any type come and go by these: next to what is done with a vector, asking for the type each time is
+// nothing, and each copy of what is done takes seconds to compile.
+template <class = void>
+__attribute__((noinline)) F load_any(Element element, const void* from, int64_t at, int lanes) {
+  F x = {};
+  with_type(element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    x = load_lanes(static_cast<const T*>(from) + at, lanes);
+  });
+  return x;
+}
+
+template <class = void>
+__attribute__((noinline)) void store_any(Element element, void* to, int64_t at, F x, int lanes) {
+  with_type(element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    T* out = static_cast<T*>(to) + at;
+    lanes == kWidth ? Simd::store(out, x) : Simd::store_n(out, x, lanes);
+  });
+}
+
+template <SoftStep kStep, bool kScalar>
 class SoftStretch {
   static constexpr bool kReadsGrad = kStep == SoftStep::kPalettizeBackward;
   static constexpr bool kBackward = kReadsGrad || kStep == SoftStep::kCentroidsBackward;
@@ -77,7 +98,7 @@ class SoftStretch {
 
   // a_ becomes the attention, and 0 in lanes beyond `lanes`.
   COREAI_HD void attend(int lanes) {
-    for (int64_t t = 0; t < dim_; ++t) put(x_, t, load_lanes(static_cast<const T*>(job_.weight) + at_ + t * row_, lanes));
+    for (int64_t t = 0; t < dim_; ++t) put(x_, t, load_any(job_.element, job_.weight, at_ + t * row_, lanes));
     F least = Simd::set(__builtin_inff());
     for (int64_t j = 0; j < clusters_; ++j) {
       F distance = Simd::set(0.0f);
@@ -128,7 +149,7 @@ class SoftStretch {
 
   COREAI_HD void differentiate(int lanes) {
     if (kReadsGrad) {
-      for (int64_t t = 0; t < dim_; ++t) put(g_, t, load_lanes(static_cast<const T*>(job_.grad) + at_ + t * row_, lanes));
+      for (int64_t t = 0; t < dim_; ++t) put(g_, t, load_any(job_.element, job_.grad, at_ + t * row_, lanes));
     }
     F mean = Simd::set(0.0f);
     for (int64_t j = 0; j < clusters_; ++j) mean = times_add(lane(a_, j), slope(j), mean);
@@ -149,8 +170,7 @@ class SoftStretch {
 
   COREAI_HD void store(int lanes) {
     for (int64_t t = 0; t < dim_; ++t) {
-      T* out = static_cast<T*>(job_.output) + at_ + t * row_;
-      lanes == kWidth ? Simd::store(out, lane(y_, t)) : Simd::store_n(out, lane(y_, t), lanes);
+      store_any(job_.element, job_.output, at_ + t * row_, lane(y_, t), lanes);
     }
   }
 
@@ -184,15 +204,12 @@ class SoftStretch {
 
 template <SoftStep kStep>
 void soft_step(const Soft& job) {
-  with_type(job.element, [&](auto type) {
-    using T = typename decltype(type)::type;
-    over_stretches(job.layout, job.first, job.last, [&](int64_t position, int64_t count, int64_t block) {
-      if (job.layout.dim == 1) {
-        SoftStretch<kStep, true, T>(job, position, block).run(count);
-      } else {
-        SoftStretch<kStep, false, T>(job, position, block).run(count);
-      }
-    });
+  over_stretches(job.layout, job.first, job.last, [&](int64_t position, int64_t count, int64_t block) {
+    if (job.layout.dim == 1) {
+      SoftStretch<kStep, true>(job, position, block).run(count);
+    } else {
+      SoftStretch<kStep, false>(job, position, block).run(count);
+    }
   });
 }
 

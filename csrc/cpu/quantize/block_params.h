@@ -129,9 +129,10 @@ COREAI_HD Params<Simd> params_of_lanes(const Affine& a, int64_t block) {
           a.offset ? Simd::load(a.offset + block) : Simd::set(0.0f), Simd::set(0.0f)};
 }
 
-// Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth.
+// Parameters of the blocks that the elements [column, column + n) of a row belong to, n <= kWidth. One copy for all
+// formats and types: it takes longer to compile than what uses it.
 template <class = void>
-COREAI_HD Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t column, int64_t run, int n) {
+__attribute__((noinline)) Params<Simd> params_of_columns(const Affine& a, int64_t base, int64_t column, int64_t run, int n) {
   if (run == 1 && n == kWidth) return params_of_lanes(a, base + column);
   alignas(64) float scale[kWidth], zero_point[kWidth], offset[kWidth];
   for (int i = 0; i < n; ++i) {

@@ -31,6 +31,20 @@ COREAI_HD void fake_quantize_some(const T* x, T* y, int n, const Params<Simd>& p
   bits.push(Simd::bits(inside) & ((1u << n) - 1u), n);
 }
 
+// What does not fill a vector, or begins within a byte of the mask.
+template <class K, class T, class Bits>
+COREAI_HD void fake_quantize_rest(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    fake_quantize_some<K>(x + i, y + i, static_cast<int>(min<int64_t>(kWidth, n - i)), p, bits);
+  }
+}
+
+// The same as a call. Parameters come by value, so that callers keep theirs in registers.
+template <class K, class T, class Bits>
+__attribute__((noinline)) void call_fake_quantize_rest(const T* x, T* y, int64_t n, Params<Simd> p, Bits& bits) {
+  fake_quantize_rest<K>(x, y, n, p, bits);
+}
+
 // Elements that share their parameters.
 template <class K, class T, class Bits>
 COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>& p, Bits& bits) {
@@ -47,8 +61,12 @@ COREAI_HD void fake_quantize_run(const T* x, T* y, int64_t n, const Params<Simd>
     }
     bits.resume(cursor);
   }
-  for (; i < n; i += kWidth) {
-    fake_quantize_some<K>(x + i, y + i, static_cast<int>(min<int64_t>(kWidth, n - i)), p, bits);
+  if constexpr (Simd::kHasQuotient) {
+    // However quotients are computed, results are the same: one copy for all ways.
+    using Divided = typename K::template By<Division::kDivide>;
+    if (i < n) call_fake_quantize_rest<Divided>(x + i, y + i, n - i, p, bits);
+  } else {
+    fake_quantize_rest<K>(x + i, y + i, n - i, p, bits);
   }
 }
 
@@ -136,7 +154,7 @@ COREAI_HD void fake_quantize_row(const T* x, T* y, int64_t column, int64_t n, in
       fake_quantize_lanes<Bits, K>(x + i, y + i, p, cursor);
       bits.resume(cursor);
     } else {
-      fake_quantize_some<K>(x + i, y + i, some, p, bits);
+      call_fake_quantize_rest<K>(x + i, y + i, some, p, bits);
     }
   }
 }

@@ -129,23 +129,20 @@ void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int6
   });
 }
 
-// Less than two vectors of columns, whole bytes of the mask.
+// Less than two vectors of columns, whole bytes of the mask. They are so few that a division does.
 template <class K, class T>
 void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64_t block) {
   for (int64_t i = 0; i < tile.columns; i += kWidth) {
     const int n = static_cast<int>(min<int64_t>(kWidth, tile.columns - i));
-    const auto p = ColumnParams::load<K>(affine, block + i, n);
-    with_division<K, float>(p.division, [&](auto kind) __attribute__((always_inline)) {
-      using Divided = decltype(kind);
-      for (int64_t row = 0; row < tile.rows; ++row) {
-        const Tile<T> at = tile.from(row, i);
-        M inside;
-        const F q = quantize_lanes<Simd, Divided>(Simd::load_n(at.x, n), p.lanes, inside);
-        Simd::store_n(at.y, dequantize_lanes<Simd, Divided>(q, p.lanes), n);
-        const uint32_t bits = Simd::bits(inside);
-        for (int byte = 0; at.mask && byte < n / 8; ++byte) at.mask[byte] = static_cast<uint8_t>(bits >> (8 * byte));
-      }
-    });
+    const auto p = params_of_columns(affine, block + i, 0, 1, n);
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const Tile<T> at = tile.from(row, i);
+      M inside;
+      const F q = quantize_lanes<Simd, K>(Simd::load_n(at.x, n), p, inside);
+      Simd::store_n(at.y, dequantize_lanes<Simd, K>(q, p), n);
+      const uint32_t bits = Simd::bits(inside);
+      for (int byte = 0; at.mask && byte < n / 8; ++byte) at.mask[byte] = static_cast<uint8_t>(bits >> (8 * byte));
+    }
   }
 }
 
