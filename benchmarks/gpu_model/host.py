@@ -59,14 +59,14 @@ def measure(device: str) -> None:
         "operator: step": lambda: step(x, scale, zero_point, None, None, None, False, config, True),
         "operator: backward": lambda: backward(x, mask, []),
     }
-    for name, variant in (("weight", "static"), ("activation", "moving_average")):
+    for name, variant in (("a weight", "static"), ("an activation", "moving_average")):
         case = Case("simulator", "int4", "channel 0", 64, "fp32", threads=1, variant=variant)
         simulation = Simulation(case)
         simulation.module.to(device)
         simulation.input = simulation.input.detach().to(device).requires_grad_()
         simulation.grad = simulation.grad.to(device)
-        calls[f"module(x), a {name}'s, without a gradient"] = torch.no_grad()(simulation.forward)
-        calls[f"module(x), a {name}'s, recording a gradient"] = simulation.forward
+        calls[f"module(x), {name}'s, without a gradient"] = torch.no_grad()(simulation.forward)
+        calls[f"module(x), {name}'s, recording a gradient"] = simulation.forward
         calls[f"the same and its backward, {name}"] = simulation.training_step
     for call in calls.values():
         for _ in range(4):

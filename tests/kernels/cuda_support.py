@@ -79,7 +79,13 @@ def recorded_operators(name: str, operators: Sequence[str], folder: Path) -> cty
 
 
 def build_emulated_gpu(folder: Path, *defines: str, threads: int = 64) -> None:
-    """What ``emulated_gpu`` loads: two GPUs for a torch without CUDA, and operators in CUDA C++ for them."""
+    """What ``emulated_gpu`` loads: two GPUs for a torch without CUDA, and operators in CUDA C++ for them.
+
+    Raises:
+        RuntimeError: there can be none here, or the compiler fails; the text says why.
+    """
+    if reason := why_no_emulated_gpu():
+        raise RuntimeError(reason)
     torch_folder = Path(torch.__file__).parent
     common = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-isystem", TORCH_HEADERS]
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
@@ -97,7 +103,17 @@ def build_emulated_gpu(folder: Path, *defines: str, threads: int = 64) -> None:
     ):
         command = [str(COMPILER), *common, *flags, str(sources / source), "-o", str(folder / f"{name}.so")]
         result = subprocess.run([*command, *libraries], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
+        if result.returncode:
+            raise RuntimeError(f"{COMPILER} failed: {result.stderr[-3000:]}")
+
+
+def why_no_emulated_gpu() -> str:
+    """Why there can be no emulated GPU; empty if there can be."""
+    if torch.version.cuda or torch.version.hip:
+        return f"torch {torch.__version__} has GPUs of its own: emulated ones need a build of it for CPUs"
+    if sys.platform != "linux":
+        return "GPUs are emulated on Linux only"
+    return "" if COMPILER else "no C++ compiler was found (Debian: apt install g++)"
 
 
 def environment_of_emulated_gpu(folder: Path) -> dict[str, str]:
@@ -117,8 +133,8 @@ def environment_of_emulated_gpu(folder: Path) -> dict[str, str]:
 
 def pytest_on_emulated_gpu(file: Path, folder: Path) -> None:
     """Run a file of tests in a process with two emulated GPUs."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
+    if reason := why_no_emulated_gpu():
+        pytest.skip(reason)
     build_emulated_gpu(folder)
     # Before pytest loads what imports the operators.
     code = "import sys, tests.kernels.emulated_gpu, pytest; sys.exit(pytest.main(sys.argv[1:]))"
