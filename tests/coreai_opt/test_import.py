@@ -107,6 +107,46 @@ def test_classes_are_torchaos_whoever_is_imported_first():
     run(theirs + ours + check)
 
 
+HOOKS = """
+import importlib, types
+import coreai_kernels.imports as imports
+late = []
+imports.once_imported("late_module", late.append)
+"""
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        "importlib.reload(imports)",
+        # As tools do that trace imports: each finder inside of one of theirs.
+        "sys.meta_path[:] = [types.SimpleNamespace(find_spec=f.find_spec) for f in sys.meta_path]",
+        # Of the protocol before Python 3.4.
+        "sys.meta_path.insert(1, types.SimpleNamespace(find_module=lambda *_: None))",
+    ],
+)
+def test_what_waits_for_an_import_gets_on_with_others_import_hooks(tmp_path, others):
+    (tmp_path / "late_module.py").write_text("import late_part\n")
+    (tmp_path / "late_part.py").write_text("value = 1\n")
+    run(HOOKS + others + "\nimport late_module\nassert late == [late_module], late", tmp_path)
+
+
+def test_what_comes_to_wait_while_another_thread_imports(tmp_path):
+    """The importing thread asked for the module before anybody waited for it."""
+    (tmp_path / "late_module.py").write_text("import __main__\n__main__.begun.set(); __main__.go.wait(60)\n")
+    code = HOOKS.replace('imports.once_imported("late_module", late.append)', "") + (
+        "import threading\n"
+        "begun, go = threading.Event(), threading.Event()\n"
+        "thread = threading.Thread(target=importlib.import_module, args=('late_module',))\n"
+        "thread.start(); begun.wait(60)\n"
+        "threading.Timer(0.2, go.set).start()\n"
+        "imports.once_imported('late_module', late.append)\n"
+        "thread.join()\n"
+        "assert late == [sys.modules['late_module']], late\n"
+    )
+    run(code, tmp_path)
+
+
 def fake_distribution(folder, name="coreai-opt", version="0.4.0"):
     information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir()
