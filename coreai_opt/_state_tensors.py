@@ -147,6 +147,17 @@ def check_example_inputs(example_inputs: Any) -> None:
         )
 
 
+def check_model(model: Any) -> None:
+    """TypeError unless ``model`` is a module with a forward in Python."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be an nn.Module with a forward in Python, got {type(model).__name__}, which "
+            f"torch.jit made. Give the module that it was made of"
+        )
+
+
 def refuse_meta(model: nn.Module) -> None:
     """RuntimeError if a parameter or buffer of ``model`` is on the meta device."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

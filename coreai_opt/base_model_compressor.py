@@ -19,6 +19,7 @@ from coreai_opt._restoring import training_flags
 from coreai_opt._sharding.layout import is_fully_sharded, refuse
 from coreai_opt._state_tensors import (
     StateTarget,
+    check_model,
     configured_targets,
     put_on_owners,
     record_state_uses,
@@ -39,11 +40,30 @@ from coreai_opt.export.torch import fold
 __all__ = [
     "EagerCompressionComponentBuilderMixin",
     "_BaseModelCompressor",
+    "backend_of",
     "original_of",
+    "require_mapping",
     "training_flags",
 ]
 
 logger = logging.getLogger(__name__)
+
+
+def backend_of(given: Any, argument: str = "backend") -> ExportBackend:
+    """The backend that ``given`` is or names; ValueError if there is none."""
+    try:
+        return ExportBackend(given)
+    except ValueError:
+        known = ", ".join(str(each) for each in ExportBackend.__members__.values())
+        raise ValueError(f"{argument} must be one of {known}; got {given!r}") from None
+
+
+def require_mapping(state_dict: Any) -> None:
+    """TypeError unless it is a mapping."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"state_dict must be a mapping, as state_dict() returns it; got {type(state_dict).__name__}"
+        )
 
 
 def _as_json(data: Any) -> Any:
@@ -71,8 +91,7 @@ class _BaseModelCompressor(ABC):
     _simulator_class: ClassVar[type[CompressionSimulatorBase]]
 
     def __init__(self, model: nn.Module, config: CompressionConfig[Any] | None = None) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_model(model)
         if config is None:
             config = self._config_class()
         if not isinstance(config, self._config_class):
@@ -186,14 +205,22 @@ class _BaseModelCompressor(ABC):
 
         Raises:
             RuntimeError: the model is not prepared.
-            ValueError: there is no step, or one that is no number of steps; or a later version made it.
+            TypeError: ``state_dict`` is no mapping.
+            ValueError: there is no step, or one that is no number of steps; a later version made it, or
+                another kind of compressor.
         """
+        require_mapping(state_dict)
         check_state_version(state_dict.get("versions", {}), "state_dict")
         self._require_prepared(self._stepping_model, "load_state_dict")
         steps = state_dict.get("step_count")
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
             raise ValueError(f"state_dict['step_count'] must be a number of steps, 0 or more; got {steps!r}")
         config = state_dict.get("config")
+        if isinstance(config, Mapping) and self._config._CONFIG_KEY not in config:
+            raise ValueError(
+                f"state_dict is of another compressor than a {type(self).__name__}: its configuration is "
+                f"under {next(iter(config), None)!r}, not {self._config._CONFIG_KEY!r}"
+            )
         # As JSON, which some checkpoints are and where all keys are strings.
         if config is not None and _as_json(config) != _as_json(self._plain_config()):
             warnings.warn(
@@ -338,11 +365,7 @@ class _BaseModelCompressor(ABC):
     @staticmethod
     def _require_torch(backend: ExportBackend) -> None:
         """ValueError unless ``backend`` is one; NotImplementedError unless it is torch."""
-        try:
-            chosen = ExportBackend(backend)
-        except ValueError:
-            known = ", ".join(str(each) for each in ExportBackend.__members__.values())
-            raise ValueError(f"backend must be one of {known}; got {backend!r}") from None
+        chosen = backend_of(backend)
         if chosen is not ExportBackend.Torch:
             raise NotImplementedError(
                 f"this package does not write {chosen.name} models. Use "

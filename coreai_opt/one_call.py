@@ -14,9 +14,10 @@ from tqdm.auto import tqdm
 
 from coreai_opt import _left_out
 from coreai_opt._call_inputs import Inputs, read_inputs
+from coreai_opt._state_tensors import check_model
 from coreai_opt._unusual_weights import UnusualWeight, attention_weights, quantized, unusual_weights
 from coreai_opt._utils.config_utils import did_you_mean
-from coreai_opt.base_model_compressor import _BaseModelCompressor
+from coreai_opt.base_model_compressor import _BaseModelCompressor, backend_of
 from coreai_opt.common import ExportBackend
 from coreai_opt.config.compression_config import CompressionConfig, ModuleCompressionConfig
 from coreai_opt.palettization import KMeansPalettizer, KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
@@ -29,6 +30,8 @@ from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMag
 from coreai_opt.pruning.config import OpMagnitudePrunerConfig
 from coreai_opt.pruning.spec import NMStructured, PruningSpec
 from coreai_opt.quantization import ExecutionMode, ModuleQuantizerConfig, Quantizer, QuantizerConfig
+from coreai_opt.quantization.post_training.algorithm import PostTrainingAlgorithm
+from coreai_opt.quantization.post_training.observation import finite_ranges
 from coreai_opt.quantization.spec import PerBlockGranularity, QuantizationSpec
 
 __all__ = ["Compressed", "check_scheme", "palettize", "prune", "quantize"]
@@ -122,12 +125,14 @@ def quantize(
 
     Raises:
         TypeError: an argument has the wrong type, or ``forward`` does not take the inputs.
-        ValueError: there is no such scheme, no batch, no head, or ``num_batches`` is below 1. Other errors as
-            of :class:`Quantizer`.
+        ValueError: there is no such scheme, no batch, no head, or ``num_batches`` is below 1; or the data
+            give an activation a range that is not finite. Other errors as of :class:`Quantizer`.
     """
     if not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 1:
         raise ValueError(f"num_batches must be an int of at least 1; got {num_batches!r}")
-    _check_model(model)
+    check_model(model)
+    algorithms = PostTrainingAlgorithm.list_of(algorithm)
+    finalize = None if finalize is None else backend_of(finalize, "finalize")
 
     if isinstance(scheme, str):
         config = QuantizerConfig(global_config=_scheme(scheme), execution_mode=ExecutionMode.EAGER)
@@ -142,9 +147,9 @@ def quantize(
     quantizer = Quantizer(model, config)
     found = read_inputs(model, inputs, input_fn)
     prepared = quantizer.prepare(found.example, dynamic_shapes)  # type: ignore[arg-type]
-    if algorithm is not None:
+    if algorithms:
         batches = None if found.batches is None else list(islice(found.batches, num_batches))
-        quantizer._run_algorithms(algorithm, [found.example] if batches is None else batches, state_path)
+        quantizer._run_algorithms(algorithms, [found.example] if batches is None else batches, state_path)
     elif found.batches is not None and quantizer.summary().activations:
         _calibrate(quantizer, prepared, found, num_batches)
     return _finished(prepared, quantizer, finalize)
@@ -180,7 +185,8 @@ def prune(
     Raises:
         TypeError, ValueError: as for :func:`quantize`. Other errors as of :class:`MagnitudePruner`.
     """
-    _check_model(model)
+    check_model(model)
+    finalize = None if finalize is None else backend_of(finalize, "finalize")
     if isinstance(amount, MagnitudePrunerConfig):
         config = _copied(amount, MagnitudePrunerConfig, "amount", head)
     else:
@@ -223,7 +229,8 @@ def palettize(
     Raises:
         TypeError, ValueError: as for :func:`quantize`. Other errors as of :class:`KMeansPalettizer`.
     """
-    _check_model(model)
+    check_model(model)
+    finalize = None if finalize is None else backend_of(finalize, "finalize")
     if isinstance(n_bits, KMeansPalettizerConfig):
         config = _copied(n_bits, KMeansPalettizerConfig, "n_bits", head)
     else:
@@ -426,7 +433,13 @@ def _leave_out_routers_and_head(
         # By name: takes precedence over what is said of the embedding's type.
         config.set_module_name(re.escape(name), copy.deepcopy(config.global_config))
     elif head is not None and head is not True:
-        config.set_module_name(re.escape(name), entry(head))
+        try:
+            given = entry(head)
+        except TypeError as error:
+            raise TypeError(f"head: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"head: {error}") from None
+        config.set_module_name(re.escape(name), given)
 
 
 def _apply_filter(model: nn.Module, config: CompressionConfig[Any], filter_fn: Filter | None) -> None:
@@ -442,11 +455,6 @@ def _apply_filter(model: nn.Module, config: CompressionConfig[Any], filter_fn: F
 def _leave_out(model: nn.Module, config: CompressionConfig[Any], names: list[str]) -> None:
     for pattern in _left_out.patterns(model, names):
         config.set_module_name(pattern, None)
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def _copied(config: Any, kind: type[Any], argument: str, head: Any) -> Any:
@@ -470,7 +478,12 @@ def _of_weights(
 
 def _calibrate(quantizer: Quantizer, prepared: nn.Module, inputs: Inputs, num_batches: int) -> None:
     total = None if inputs.length is None else min(inputs.length, num_batches)
-    with quantizer.calibration_mode(), torch.no_grad(), tqdm(desc="Calibrating", total=total) as bar:
+    with (
+        finite_ranges(prepared),
+        quantizer.calibration_mode(),
+        torch.no_grad(),
+        tqdm(desc="Calibrating", total=total) as bar,
+    ):
         for each in islice(inputs.batches or (), num_batches):
             prepared(*each.args, **each.kwargs)
             bar.update()

@@ -19,6 +19,7 @@ from coreai_opt.base_model_compressor import (
     EagerCompressionComponentBuilderMixin,
     _BaseModelCompressor,
     original_of,
+    require_mapping,
 )
 from coreai_opt.common import CompressionType, ExportBackend
 from coreai_opt.pruning._export import finalize_pruned
@@ -196,6 +197,7 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             RuntimeError: the model is not prepared.
             ValueError: there is no step, or one that is no number of steps.
         """
+        require_mapping(state_dict)
         # Until this package's 0.1.0: {tensor: {"step_count": ..., "sparsity": ...}}.
         counts = [
             each["step_count"]

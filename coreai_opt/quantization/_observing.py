@@ -1,6 +1,7 @@
 """The forward in which simulators see example inputs: whose error it is, and what cannot be simulated."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,18 +12,25 @@ from coreai_opt.config.spec import CompressionTargetTensor
 from coreai_opt.quantization._eager.axes import has_open_axis
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
-__all__ = ["MASKED", "first_observations", "why_disabled"]
+__all__ = ["first_observations", "tell_what_is_left", "why_disabled"]
 
-MASKED = "left as they are, as they hold masks (values at an end of the dtype, or not finite): %s"
+logger = logging.getLogger(__name__)
+
+_MASKED = "left as they are, as they hold masks (values at an end of the dtype, or infinite): %s"
+_NAN = (
+    "not quantized, as they are NaN in the forward on the example inputs: %s. If that is not meant, look at "
+    "the inputs and the weights"
+)
 
 
 @contextmanager
-def first_observations(model: nn.Module) -> Iterator[set[FakeQuantizeImplBase]]:
+def first_observations(model: nn.Module) -> Iterator[dict[FakeQuantizeImplBase, bool]]:
     """While it is active, errors of simulators name their tensors.
 
     Yields:
-        The simulators of activations that have seen a value at an end of its dtype, or none that is finite,
-        as attention masks have them: a range with it leaves no precision for others, and no meaning to it.
+        The simulators of activations that have seen a value at an end of its dtype, or one that is not
+        finite, as attention masks have them: a range with it leaves no precision for others, and no meaning
+        to it. And whether there was a NaN, which is no mask's.
     """
     names = {
         module: module.tensor_fqn or name
@@ -30,13 +38,13 @@ def first_observations(model: nn.Module) -> Iterator[set[FakeQuantizeImplBase]]:
         if isinstance(module, FakeQuantizeImplBase)
     }
     running: list[FakeQuantizeImplBase] = []
-    found: set[FakeQuantizeImplBase] = set()
+    found: dict[FakeQuantizeImplBase, bool] = {}
 
     def before(simulator: Any, args: tuple[Any, ...]) -> None:
         running.append(simulator)
         is_activation = simulator.quantization_target is CompressionTargetTensor.ACTIVATION
         if is_activation and simulator not in found and _is_masked(args[0]):
-            found.add(simulator)
+            found[simulator] = bool(args[0].isnan().any())
 
     def after(*_: Any) -> None:
         running.pop()
@@ -57,6 +65,18 @@ def first_observations(model: nn.Module) -> Iterator[set[FakeQuantizeImplBase]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tell_what_is_left(found: Iterable[tuple[str, bool]]) -> None:
+    """Log the names of the activations that :func:`first_observations` yields."""
+    masks: list[str] = []
+    nan: list[str] = []
+    for name, has_nan in found:
+        (nan if has_nan else masks).append(name)
+    if masks:
+        logger.info(_MASKED, ", ".join(masks))
+    if nan:
+        logger.warning(_NAN, ", ".join(nan))
 
 
 def why_disabled(simulator: FakeQuantizeImplBase) -> str:

@@ -4,10 +4,12 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from coreai_opt import _prepared_models
+from coreai_opt._call_inputs import Arguments
 from coreai_opt._restoring import undone_on_failure
 from coreai_opt._state_tensors import refuse_meta
 from coreai_opt.common import ExportBackend
@@ -103,8 +105,9 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
             RuntimeError: the model is prepared already; parameters are on the meta device; ``state_dict``
                 does not fit the prepared model, or lacks the state of some simulator; in graph mode also:
                 torch cannot export the model, or another compressor has prepared it.
-            ValueError: a granularity leaves its axis open where there is no default; in graph mode also:
-                there are no inputs, or a cache is configured that the model does not have.
+            ValueError: ``example_inputs`` are empty tensors; a granularity leaves its axis open where there
+                is no default; in graph mode also: there are no inputs, or a cache is configured that the
+                model does not have.
         """
         in_graph_mode = self._config.execution_mode is ExecutionMode.GRAPH
         self._require_unprepared()
@@ -162,6 +165,18 @@ class Quantizer(CalibrationMixin, _BaseQuantizer):
         self._options = {"dynamic_shapes": dynamic_shapes, "export_with_no_grad": export_with_no_grad}
         self._mark_prepared(self._model, state_dict)
         return self._model
+
+    def _arguments(self, example_inputs: Any) -> Arguments:
+        arguments = super()._arguments(example_inputs)
+        tensors = [
+            each for each in tree_leaves((arguments.args, arguments.kwargs)) if isinstance(each, Tensor)
+        ]
+        if tensors and not any(each.numel() for each in tensors):
+            shapes = ", ".join(str(tuple(each.shape)) for each in tensors)
+            raise ValueError(
+                f"example_inputs must hold elements, for activations to have ranges; got shapes {shapes}"
+            )
+        return arguments
 
     def _preparation_options(self) -> dict[str, Any]:
         return {**self._options, "strict_upstream": self._strict_upstream} if self._options else {}

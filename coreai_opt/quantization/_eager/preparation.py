@@ -1,7 +1,6 @@
 """From a model and a configuration to a model with simulators that have seen example inputs."""
 
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from coreai_opt.quantization._eager.placement import Simulators, build, insert, 
 from coreai_opt.quantization._eager.resolution import boundary_modules, resolve
 from coreai_opt.quantization._eager.trace import trace_forward
 from coreai_opt.quantization._eager.unserved import UNSERVED, warn_of_unserved_states
-from coreai_opt.quantization._observing import MASKED, first_observations, why_disabled
+from coreai_opt.quantization._observing import first_observations, tell_what_is_left, why_disabled
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
 __all__ = ["prepare", "set_flags", "simulators_of"]
-
-logger = logging.getLogger(__name__)
 
 
 def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[Any]) -> dict[str, str]:
@@ -52,8 +49,7 @@ def prepare(model: nn.Module, config: QuantizerConfig, example_inputs: Sequence[
             model(*example_inputs)
             _observe_unread_states(simulators)
         set_flags(simulators.all(), observe=False, simulate=True)
-        if masked:
-            logger.info(MASKED, ", ".join(each.tensor_fqn for each in masked))
+        tell_what_is_left((each.tensor_fqn, has_nan) for each, has_nan in masked.items())
         left_out |= {
             simulator.tensor_fqn: why_disabled(simulator)
             for _, simulator in simulators.states
@@ -74,7 +70,7 @@ def _observe_unread_states(simulators: Simulators) -> None:
             simulator(getattr(state.owners[0].module.parametrizations, state.owners[0].name).original)
 
 
-def _drop(simulators: Simulators, masked: set[FakeQuantizeImplBase]) -> bool:
+def _drop(simulators: Simulators, masked: Container[FakeQuantizeImplBase]) -> bool:
     """Take off the simulators whose blocks do not fit, and those of masks; whether there were any."""
     found = False
     for module, name, simulator in simulators.activations:

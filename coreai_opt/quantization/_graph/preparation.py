@@ -31,7 +31,7 @@ from coreai_opt.quantization._graph.owners import keep_owners, keep_priorities
 from coreai_opt.quantization._graph.patterns import BATCH_NORM
 from coreai_opt.quantization._graph.reconcile import reconcile
 from coreai_opt.quantization._graph.resolve import Placement, resolve
-from coreai_opt.quantization._observing import MASKED, first_observations, why_disabled
+from coreai_opt.quantization._observing import first_observations, tell_what_is_left, why_disabled
 from coreai_opt.quantization.config import QuantizerConfig
 from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
 
@@ -199,7 +199,7 @@ def _buffers_as_before_on_failure(model: nn.Module) -> Iterator[None]:
 
 def _observe(
     prepared: GraphModule, example_inputs: Arguments, training: bool, earlier: EarlierQuantizers
-) -> set[FakeQuantizeImplBase]:
+) -> dict[FakeQuantizeImplBase, bool]:
     """Run the example; the quantizers that have seen masks."""
     set_flags(simulators_of(prepared), observe=True, simulate=False)
     # These have seen the data that they were trained on.
@@ -211,15 +211,18 @@ def _observe(
     return masked
 
 
-def _drop(prepared: GraphModule, masked: set[FakeQuantizeImplBase]) -> None:
+def _drop(prepared: GraphModule, masked: dict[FakeQuantizeImplBase, bool]) -> None:
     """Take out the quantizers whose blocks do not fit their tensor, and those of masks."""
     disabled = [
         node
         for node, quantizer in quantizer_nodes(prepared)
         if quantizer.is_disabled() or quantizer in masked
     ]
-    if masked:
-        logger.info(MASKED, ", ".join(str(node.target) for node in disabled))
+    tell_what_is_left(
+        (str(node.target), masked[quantizer])
+        for node, quantizer in quantizer_nodes(prepared)
+        if quantizer in masked
+    )
     for node in disabled:
         node.replace_all_uses_with(node.all_input_nodes[0])
         prepared.graph.erase_node(node)
