@@ -68,6 +68,8 @@ def measure(device: str) -> None:
         calls[f"module(x), {name}'s, without a gradient"] = torch.no_grad()(simulation.forward)
         calls[f"module(x), {name}'s, recording a gradient"] = simulation.forward
         calls[f"the same and its backward, {name}"] = simulation.training_step
+    leaf, gradient = x.detach().clone().requires_grad_(), torch.ones_like(x).view(4096)
+    calls["ATen: a view and its gradient"] = lambda: torch.autograd.grad(leaf.view(4096), leaf, gradient)
     for call in calls.values():
         for _ in range(4):
             call()
