@@ -37,7 +37,7 @@ help:
 	@echo 'make docs       the documentation as a site, in build/site; a broken link is an error'
 	@echo 'make bench      micro-benchmarks   BENCH_FLAGS="--help" lists the options'
 	@echo 'make count      instructions of kernels and calls, against committed figures; needs valgrind'
-	@echo 'make sanitize   kernels under sanitizers and valgrind: some ten minutes'
+	@echo 'make sanitize   native code under sanitizers and valgrind: takes long'
 	@echo 'make fuzz       random calls and sequences of actions against the reference and Apple; FUZZ=100 for hours'
 	@echo 'make gpu-check  with the active Python, on a machine with a GPU: build, GPU tests, benchmarks'
 	@echo 'make mps-check  on a Mac: every operator, and training, on its GPU'
