@@ -36,6 +36,8 @@ _WARPS = THREADS // 32
 
 _SECTION = re.compile(r"(?m)^\.text\.([\w$]+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+# In a copy with known settings the compiler may not know any more that an address is global.
+_WIDE_LOADS = ("LDG.E.128", "LD.E.128")
 _CODES = re.compile(r"L(?:[bi]|NS\d?_\d+[A-Za-z]+E)(\d+)E")
 
 
@@ -248,7 +250,7 @@ def _counted(case: Case, arch: int, listing: str, used: dict[str, int]) -> Kerne
     if used["STACK"] or used["LOCAL"]:
         raise ValueError(f"{case.kernel} of {case.codes} spills: {used}")
     names = _main_loop(listing)
-    wide = sum(name.startswith("LDG.E.128") for name in names)
+    wide = sum(name.startswith(_WIDE_LOADS) for name in names)
     return Kernel(
         name=case.kernel,
         arch=arch,
@@ -285,7 +287,7 @@ def _main_loop(listing: str) -> list[str]:
     loops = [(labels[target], end) for end, target in branches if labels.get(target, end) < end]
 
     def wide(loop: tuple[int, int]) -> int:
-        return sum(name.startswith("LDG.E.128") for name in names[loop[0] : loop[1] + 1])
+        return sum(name.startswith(_WIDE_LOADS) for name in names[loop[0] : loop[1] + 1])
 
     first, last = max(loops, key=lambda loop: (wide(loop), loop[1] - loop[0]))
     inside = [loop for loop in loops if first <= loop[0] and loop[1] <= last and loop != (first, last)]
