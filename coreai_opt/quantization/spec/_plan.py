@@ -53,7 +53,7 @@ _RANGE_UPDATES = {
 }
 
 
-Facts = tuple[int, float, float, bool, bool, bool, bool, QuantConfig | None]
+Facts = tuple[int, float, float, bool, bool, bool, bool, bool, QuantConfig | None]
 
 
 class FakeQuantizer(Protocol):
@@ -105,6 +105,7 @@ class QuantizationPlan:
         "config",
         "grid",
         "is_built_in",
+        "is_integer",
         "is_stateless",
         "keeps_range",
         "packed_config",
@@ -116,7 +117,7 @@ class QuantizationPlan:
     def __init__(self, module: FakeQuantizer, shape: torch.Size) -> None:
         is_eager = not torch.compiler.is_compiling()
         fmt, quant_min, quant_max, *flags, config = module.facts()
-        self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
+        self.is_integer, self.uses_minval, self.is_stateless, self.keeps_range, self.is_built_in = flags
         self.block_size = module.get_block_size(shape)
         self.values: tuple[tuple[int, ...], int, float, float] = (self.block_size, fmt, quant_min, quant_max)
         # Blocks without elements have no range; the observation says so.
@@ -136,7 +137,7 @@ class QuantizationPlan:
             RuntimeError: one has not one value per block.
         """
         scale = self._in_grid("scale", scale)
-        if self.values[1] != Format.INT:
+        if not self.is_integer:
             if zero_point is not None or minval is not None:
                 raise ValueError("zero_point and minval must be None for floating-point quantization")
             return scale, None, None
@@ -239,7 +240,7 @@ def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[
 def _new_params(plan: QuantizationPlan, tensor: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Room for the parameters of a tensor whose calculator keeps none."""
     scale = tensor.new_empty(plan.grid, dtype=torch.float32)
-    if plan.values[1] != Format.INT:
+    if not plan.is_integer:
         return scale, None, None
     return scale, torch.empty_like(scale, dtype=torch.int32), torch.empty_like(scale)
 
@@ -279,13 +280,14 @@ def _view_as_grid(grid: tuple[int, ...], name: str, buffer: Tensor) -> Tensor:
 def facts_of(module: FakeQuantizer) -> Facts:
     """What a plan takes from the module, whatever the shape.
 
-    Format and range of the quantized values, whether the formulation is the min-value one, whether the
-    calculator keeps nothing, whether it keeps a running range, whether the forward is the built-in one, and
-    the settings of the fused training step but for its block size.
+    Format and range of the quantized values, whether these are integers, whether the formulation is the
+    min-value one, whether the calculator keeps nothing, whether it keeps a running range, whether the
+    forward is the built-in one, and the settings of the fused training step but for its block size.
     """
     fmt = _numbers.format_of(module.dtype)
     quant_min, quant_max = float(module.quant_min), float(module.quant_max)
-    uses_minval = fmt == Format.INT and module.qformulation == QuantizationFormulation.MINVAL
+    is_integer = fmt == Format.INT
+    uses_minval = is_integer and module.qformulation == QuantizationFormulation.MINVAL
     update = _range_update_of(module)
     keeps_range = update is not None and update != RangeUpdate.LATEST
     calculator: Any = module.qparams_calculator
@@ -305,8 +307,9 @@ def facts_of(module: FakeQuantizer) -> Facts:
             range_max=high,
             scale_format=int(calculator.scale_format),
         )
-    # Plain integers: torch.compile takes these as constants, and refuses enumerations.
-    flags = (uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))
+    # Plain values: torch.compile takes these as constants, and refuses enumerations, with which torch 2.10
+    # cannot even compare one.
+    flags = (is_integer, uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))
     return int(fmt), quant_min, quant_max, *flags, config
 
 
