@@ -147,14 +147,13 @@ struct Groups {
   }
 
   template <int kM>
-  void adjacent(const Word* x, Word* mask, int64_t numel, int n) const {
-    const Groups own = *this;
+  static void adjacent(Groups own, const Word* x, Word* mask, int64_t numel, int n) {
     int64_t i = 0;
     for (; i + kLanes <= numel; i += kLanes) W::store(mask + i, own.template within<kM>(W::load(x + i), n));
     if (i < numel) {
       Word buffer[kLanes] = {};
       for (int64_t j = i; j < numel; ++j) buffer[j - i] = x[j];
-      W::store(buffer, within<kM>(W::load(buffer), n));
+      W::store(buffer, own.template within<kM>(W::load(buffer), n));
       for (int64_t j = i; j < numel; ++j) mask[j] = buffer[j - i];
     }
   }
@@ -278,12 +277,12 @@ struct Groups {
   }
 
   void adjacent_dispatch(const Word* x, Word* mask, int64_t groups, int n, int m) const {
-    if (m == 2) return adjacent<2>(x, mask, groups * m, n);
+    if (m == 2) return adjacent<2>(*this, x, mask, groups * m, n);
     if constexpr (kLanes >= 4) {
-      if (m == 4) return adjacent<4>(x, mask, groups * m, n);
+      if (m == 4) return adjacent<4>(*this, x, mask, groups * m, n);
     }
     if constexpr (kLanes >= 8) {
-      if (m == 8) return adjacent<8>(x, mask, groups * m, n);
+      if (m == 8) return adjacent<8>(*this, x, mask, groups * m, n);
     }
     if constexpr (GroupLanes<W, 6>::kPossible) {
       if (m == 6) return adjacent_vectors<6>(x, mask, groups, n);
