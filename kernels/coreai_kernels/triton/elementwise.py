@@ -28,6 +28,7 @@ __all__ = [
     "fused_multiply_add",
     "has_short_bounds",
     "inside_bits",
+    "is_finite",
     "narrow",
     "quantize_value",
     "round_half_even",
@@ -169,18 +170,19 @@ def has_short_bounds(fmt: int, low: float, high: float) -> bool:
 
 
 @triton.jit
-def _corrected_product(x, scale, reciprocal):
+def _corrected_product(x, scale, reciprocal, FINITE: tl.constexpr):
     """``x / scale``, from the product with the reciprocal and what that leaves over.
 
     ``scale`` is at least 16: no finite ``x`` overflows. Infinite products leave NaN over; then anything
-    positive will do instead.
+    positive will do instead, unless all ``x`` are FINITE.
     """
     product = x * reciprocal
     rest = fused_multiply_add(product, scale * -1.0, x)
-    if INTERPRETED:  # its minimum lets NaN win
-        rest = tl.where(rest != rest, _LARGE, rest)
-    else:
-        rest = tl.minimum(rest, _LARGE)
+    if not FINITE:
+        if INTERPRETED:  # its minimum lets NaN win
+            rest = tl.where(rest != rest, _LARGE, rest)
+        else:
+            rest = tl.minimum(rest, _LARGE)
     return fused_multiply_add(rest, reciprocal, product)
 
 
@@ -214,8 +216,9 @@ def fake_quantize_by_product(
     FORMAT: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     QUOTIENT: tl.constexpr,
+    FINITE: tl.constexpr,
 ):
-    """:func:`fake_quantize_by_division` without a division."""
+    """:func:`fake_quantize_by_division` without a division. FINITE: all ``x`` are numbers."""
     DOWN: tl.constexpr = 1.0 if QUOTIENT == EXACT else _DOWN
     EXPONENT: tl.constexpr = 0 if QUOTIENT == EXACT else -64
     value = x
@@ -224,7 +227,7 @@ def fake_quantize_by_product(
     if QUOTIENT == EXACT:
         q = value * reciprocal
     else:
-        q = _corrected_product(value, unit, reciprocal)
+        q = _corrected_product(value, unit, reciprocal, FINITE)
     if FORMAT == 0:
         q = q + _INTEGERS * DOWN
     clamped = tl.minimum(tl.maximum(q, low, propagate_nan=_NAN_ALL), high, propagate_nan=_NAN_ALL)
@@ -288,6 +291,12 @@ def inside_bits(inside):
 def all_of(true):
     """Whether a whole tensor is true: one answer for all threads."""
     return tl.min(tl.ravel(true.to(tl.int32)), 0) != 0
+
+
+@triton.jit
+def is_finite(low, high):
+    """Whether all values of a range are numbers."""
+    return (tl.abs(low) < float("inf")) & (tl.abs(high) < float("inf"))
 
 
 @triton.jit

@@ -56,7 +56,7 @@ def _sweep(
         g = fp32(tl.load(grad + at, mask=valid, other=0.0))
         if PRODUCTS:
             y, inside = fake_quantize_by_product(
-                x, unit, reciprocal, offset, lowest, highest, 0, HAS_LOW, CORRECTED
+                x, unit, reciprocal, offset, lowest, highest, 0, HAS_LOW, CORRECTED, False
             )
             # The sum's order is free, and so is an error of its size.
             slope = tl.where(inside, (y - x) * inverse, tl.where(x - offset > top, 1.0, ratio))

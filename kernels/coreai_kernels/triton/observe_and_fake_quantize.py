@@ -20,7 +20,7 @@ from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.triton import tiles
-from coreai_kernels.triton.elementwise import block_range, fp32
+from coreai_kernels.triton.elementwise import block_range, fp32, is_finite
 from coreai_kernels.triton.fake_quantize import empty_mask
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, TileShape, dense, geometry_of, grid_index, power_of_two
@@ -91,10 +91,13 @@ def register_tile(
     exists = block < blocks
     zp = 0.0
     off = 0.0
+    finite = None
     if OBSERVE:
         # The zeros of the padding change nothing: every range is widened to hold zero.
         low, high = block_range(fp32(x), fp32(x), 2)
         low, high = block_range(low, high, 0)
+        if CONFIG.scale_format != _E8M0:  # whose products need no correction
+            finite = is_finite(low, high)
         scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
         if CONFIG.format == 0 and CONFIG.use_minval:
             zp = numbers[0]
@@ -114,6 +117,8 @@ def register_tile(
     )
     if SHAPE.blocks == 1:  # one value each
         scale = tl.sum(scale, 0)
+        if finite is not None:
+            finite = tl.sum(finite.to(tl.int32), 0) != 0
         if OFFSET:
             off = tl.sum(off, 0)
         if ZERO_POINT:
@@ -142,6 +147,7 @@ def register_tile(
         off,
         numbers[0],
         numbers[1],
+        finite,
         output + start,
         tile,
         valid,
@@ -210,8 +216,8 @@ def register_tile_plan(
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], int] | None:
     """Programs, arguments, constants and warps for :func:`register_tile`; None if it cannot do it.
 
-    A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two or four
-    loads of 16 bytes, more when 512 threads are not enough. Masks need bytes that no two programs share.
+    A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two to
+    eight loads of 16 bytes, more when 512 threads are not enough. Masks need bytes of no other program.
     """
     strided = geometry.strided
     if strided is None:
@@ -258,8 +264,11 @@ def register_tile_plan(
         blocks=blocks,
         run=run,
     )
-    # Many blocks leave a thread less room: it also computes the parameters of several.
-    bytes_per_thread = 32 if blocks > 32 and element_size < 4 else 64
+    # The more elements a thread has, the more share what it does once: merging ranges, choosing parameters.
+    # Where blocks are no fewer than threads, the compiler gives each thread its own to choose for. Many
+    # blocks, and columns, leave it less room: it also has the parameters of several.
+    has_many = blocks > 32 and element_size < 4
+    bytes_per_thread = (32 if has_many else 64) if depth > 1 else (64 if has_many else 128)
     warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
     return strided.outer_size * chunks, arguments, {"SHAPE": shape}, warps
 

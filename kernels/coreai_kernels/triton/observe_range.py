@@ -22,6 +22,39 @@ _TILE = 4096
 _MOST_PARTS = 1024
 
 
+@triton.jit
+def _values(
+    input,
+    tile,
+    d,
+    r,
+    valid_block,
+    step,
+    run_steps,
+    depth,
+    run,
+    width,
+    SHAPE: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+):
+    """The values of a step, and the same again, for minima and maxima: where there are none, infinities."""
+    if ONE_STEP:
+        d0 = tl.cast(step, tl.int64) * SHAPE.depth
+        r0 = 0
+    else:
+        d0 = tl.cast(step // run_steps, tl.int64) * SHAPE.depth
+        r0 = tl.cast(step % run_steps, tl.int64) * SHAPE.run
+    if SHAPE.full:
+        low = fp32(tl.load(input + (d0 * width + r0) + tile, mask=valid_block, other=0.0))
+        high = low
+    else:
+        valid = valid_block & (d < depth - d0) & (r < run - r0)
+        x = fp32(tl.load(input + (d0 * width + r0) + tile, mask=valid, other=0.0))
+        low = tl.where(valid, x, float("inf"))
+        high = tl.where(valid, x, float("-inf"))
+    return low, high
+
+
 @triton.jit(
     do_not_specialize=[
         "depth",
@@ -31,6 +64,7 @@ _MOST_PARTS = 1024
         "chunks",
         "parts",
         "steps",
+        "rest",
         "run_steps",
         "all_blocks",
         "sizes",
@@ -49,6 +83,7 @@ def _strided(
     chunks,
     parts,
     steps,
+    rest,
     run_steps,
     all_blocks,
     sizes,
@@ -61,7 +96,10 @@ def _strided(
     ONE_STEP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Ranges of ``SHAPE.blocks`` blocks of a strided reduction, or of one part of them."""
+    """Ranges of ``SHAPE.blocks`` blocks of a strided reduction, or of one part of them.
+
+    A part takes ``steps``, the first ``rest`` parts one more.
+    """
     if SHAPE.wide:
         width = width.to(tl.int64)
         run = run.to(tl.int64)
@@ -84,28 +122,21 @@ def _strided(
     first = 0
     last = steps
     if SPLIT:
-        first = ((steps * part.to(tl.int64)) // parts).to(tl.int32)
-        last = ((steps * (part.to(tl.int64) + 1)) // parts).to(tl.int32)
-    low = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("inf"), tl.float32)
-    high = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("-inf"), tl.float32)
+        first = part * steps + tl.minimum(part, rest)
+        last = first + steps + (part < rest).to(tl.int32)
+    if SHAPE.depth == 1:  # there is a first step: no infinities have to be put in registers
+        low, high = _values(
+            input + start, tile, d, r, valid_block, first, run_steps, depth, run, width, SHAPE, ONE_STEP
+        )
+        first += 1
+    else:
+        low = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("inf"), tl.float32)
+        high = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("-inf"), tl.float32)
     for step in range(first, last):
-        if ONE_STEP:
-            d0 = tl.cast(step, tl.int64) * SHAPE.depth
-            r0 = 0
-        else:
-            d0 = tl.cast(step // run_steps, tl.int64) * SHAPE.depth
-            r0 = tl.cast(step % run_steps, tl.int64) * SHAPE.run
-        if SHAPE.full:
-            valid = valid_block
-        else:
-            valid = valid_block & (d < depth - d0) & (r < run - r0)
-        x = fp32(tl.load(input + (start + d0 * width + r0) + tile, mask=valid, other=0.0))
-        if SHAPE.full:
-            low, high = wider_range(low, high, x, x)
-        else:
-            low, high = wider_range(
-                low, high, tl.where(valid, x, float("inf")), tl.where(valid, x, float("-inf"))
-            )
+        other_low, other_high = _values(
+            input + start, tile, d, r, valid_block, step, run_steps, depth, run, width, SHAPE, ONE_STEP
+        )
+        low, high = wider_range(low, high, other_low, other_high)
     low, high = block_range(low, high, 2)
     low, high = block_range(low, high, 0)
     block = chunk * SHAPE.blocks + tl.arange(0, SHAPE.blocks)
@@ -234,7 +265,7 @@ def _plan(
         strided.block_stride,
         chunks,
         parts,
-        steps,
+        *divmod(steps, parts),
         run_steps,
         geometry.blocks,
         sizes,

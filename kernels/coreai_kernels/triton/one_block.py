@@ -16,6 +16,7 @@ from coreai_kernels.triton.elementwise import (
     fake_quantize_by_product,
     for_products,
     fp32,
+    is_finite,
     suits_products,
 )
 from coreai_kernels.triton.launch import launch
@@ -54,6 +55,7 @@ def _one_block(
     low = tl.load(partial_low + part, mask=part < parts, other=float("inf"))
     high = tl.load(partial_high + part, mask=part < parts, other=float("-inf"))
     low, high = block_range(low[None, :], high[None, :], 1)
+    finite = tl.sum(is_finite(low, high).to(tl.int32), 0) != 0
     index = tl.arange(0, 1)
     owned = (index == 0) & (program == 0)
     scale, zero_point, minval = finish(low, high, index, None, owned, state, numbers, CONFIG, DTYPE)
@@ -70,7 +72,7 @@ def _one_block(
     suits = CONFIG.short_bounds
     if CONFIG.short_bounds and not EXACT_SCALES:
         ZERO_POINT: tl.constexpr = CONFIG.format == 0 and not CONFIG.use_minval
-        suits = suits_products(s, zp, numbers[0], numbers[1], ZERO_POINT)
+        suits = finite & suits_products(s, zp, numbers[0], numbers[1], ZERO_POINT)
     if suits:
         PRODUCT: tl.constexpr = EXACT if EXACT_SCALES else CORRECTED
         unit, reciprocal, bottom, top = for_products(s, zp, numbers[0], numbers[1], CONFIG.format, PRODUCT)
@@ -145,7 +147,7 @@ def _tile(
     if PRODUCT != 0:
         OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
         y, inside = fake_quantize_by_product(
-            x, by, reciprocal, off, low, high, CONFIG.format, OFFSET, PRODUCT
+            x, by, reciprocal, off, low, high, CONFIG.format, OFFSET, PRODUCT, True
         )
     else:
         y, inside = fake_quantize_by_division(x, by, zp, off, low, high, CONFIG.format)
