@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.gpu_cases import DTYPES, cases, is_compiled
 from benchmarks.gpu_peers import modelopts, torchaos
-from benchmarks.gpu_predictions import Predictions
+from benchmarks.gpu_predictions import Predictions, compilers_in_use
 from benchmarks.gpu_timing import Timer, figures
 from benchmarks.gpu_training import training_loop
 
@@ -44,11 +44,13 @@ TESTS_SHARE = 0.6
 OUT_OF_TIME = 124
 
 
-def measure(timer: Timer, size: int, predictions: Predictions, compiles: bool) -> Iterator[dict[str, Any]]:
+def measure(
+    timer: Timer, size: int, predictions: Predictions, compiles: bool, device: str = "cuda"
+) -> Iterator[dict[str, Any]]:
     """Quantization of matrices of one size."""
     for dtype_name, dtype in DTYPES.items():
-        copy = copy_time(timer, size, dtype)
-        for case, operation in cases(size, dtype):
+        copy = copy_time(timer, size, dtype, device)
+        for case, operation in cases(size, dtype, device):
             compiled: Callable[[], Any] | None = None
             if compiles and is_compiled(case):
                 torch.compiler.reset()
@@ -71,12 +73,14 @@ def measure(timer: Timer, size: int, predictions: Predictions, compiles: bool) -
             }
 
 
-def measure_operators(timer: Timer, size: int, compiles: bool) -> Iterator[dict[str, Any]]:
+def measure_operators(
+    timer: Timer, size: int, predictions: Predictions, compiles: bool, device: str = "cuda"
+) -> Iterator[dict[str, Any]]:
     """The same for masks and palettes."""
     from benchmarks.gpu_operators import operator_benches
     from benchmarks.harness import NATIVE
 
-    for case, bench in operator_benches([size], "cuda"):
+    for case, bench in operator_benches([size], device):
         dtype = DTYPES[case.dtype]
         ours: Any = bench.contenders[NATIVE]
         compiled: Callable[[], Any] | None = None
@@ -84,7 +88,7 @@ def measure_operators(timer: Timer, size: int, compiles: bool) -> Iterator[dict[
             torch.compiler.reset()
             compiled = bench.compilable(lambda function: torch.compile(function, dynamic=False))  # type: ignore[assignment]
         copied = 2 * size**2 * dtype.itemsize
-        copy = copy_time(timer, size, dtype)
+        copy = copy_time(timer, size, dtype, device)
         contenders = dict.fromkeys(CONTENDERS) | {"compile": compiled}
         yield {
             "operation": " ".join(filter(None, (case.op, case.variant))),
@@ -92,14 +96,14 @@ def measure_operators(timer: Timer, size: int, compiles: bool) -> Iterator[dict[
             "size": case.size,
             "format": case.format,
             "granularity": case.granularity,
-            "predicted_us": None,
+            "predicted_us": predictions.of_operator(case, copy),
             **figures(timer, ours, bench.floor_bytes, copied, copy, contenders),
         }
 
 
-def copy_time(timer: Timer, size: int, dtype: torch.dtype) -> float:
+def copy_time(timer: Timer, size: int, dtype: torch.dtype, device: str) -> float:
     """Microseconds of a copy of a matrix."""
-    x = torch.randn(size, size, device="cuda").to(dtype)
+    x = torch.randn(size, size, device=device).to(dtype)
     y = torch.empty_like(x)
     return timer(lambda: y.copy_(x))
 
@@ -107,11 +111,11 @@ def copy_time(timer: Timer, size: int, dtype: torch.dtype) -> float:
 def measurements(arguments: argparse.Namespace, gpu: str) -> Iterator[dict[str, Any]]:
     """All of them, in the order of :data:`SIZES`."""
     timer = Timer(arguments.repeats)
-    predictions = Predictions.read(arguments.predictions, gpu)
+    predictions = Predictions.read(arguments.predictions, gpu, compilers_in_use())
     for size in SIZES[:3] if arguments.quick else SIZES:
         yield from measure(timer, size, predictions, arguments.compile)
         if size >= 1024:
-            yield from measure_operators(timer, size, arguments.compile)
+            yield from measure_operators(timer, size, predictions, arguments.compile)
 
 
 def until(deadline: float, rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

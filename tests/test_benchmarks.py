@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import cli, targets
+from benchmarks import cli, gpu_check, gpu_timing, targets
 from benchmarks.apple import Apple, AppleError
 from benchmarks.cases import Case, Sweep, geometric_mean
 from benchmarks.gpu_cases import OPERATIONS as GPU_OPERATIONS
@@ -81,10 +81,16 @@ def test_gpu_check_compares_the_same_simulation(operation: str) -> None:
     assert compared >= {"forward": 8, "backward": 1, "step": 8}[operation]
 
 
+def row_of_model(operation: str, case: str, compiler: str, devices: dict) -> dict:
+    facts = {"operation": operation, "case": case, "dtype": "fp32", "bytes": 8.125}
+    return facts | {"compiler": compiler, "devices": devices}
+
+
 def test_gpu_check_expects_what_the_model_says() -> None:
     rows = [
-        {"operation": "forward", "case": "int8, rows", "dtype": "fp32", "devices": {"H200": {"share": 0.5}}},
-        {"operation": "backward", "case": "", "dtype": "fp32", "devices": {"A100": {"share": 0.5}}},
+        row_of_model("forward", "int8, rows", "Triton", {"H200": {"share": 0.9}}),
+        row_of_model("forward", "int8, rows", "CUDA C++", {"H200": {"share": 0.5}}),
+        row_of_model("backward", "", "Triton", {"A100": {"share": 0.5}}),
     ]
     found = {
         (case.format_name, case.granularity, operation): Predictions(rows, "NVIDIA H200").microseconds(
@@ -94,6 +100,22 @@ def test_gpu_check_expects_what_the_model_says() -> None:
     }
     assert found.pop(("int8", "channel", "forward")) == pytest.approx(10.0 * 65 / 64 / 0.5)
     assert set(found.values()) == {None}
+
+
+def test_gpu_check_finds_predictions_of_all_its_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_timing, "host_time", lambda run: 5.0)
+    predictions = Predictions.read(gpu_check.PREDICTIONS, "NVIDIA H200")
+    timer = lambda run: 10.0  # noqa: E731
+    rows = list(gpu_check.measure(timer, 64, predictions, compiles=False, device="cpu"))
+    rows += gpu_check.measure_operators(timer, 64, predictions, compiles=False, device="cpu")
+    predicted = {row["operation"] for row in rows if row["predicted_us"] is not None}
+    assert predicted == {"forward", "backward", "step", "topk_mask", "nm_mask"}
+    without = {row["operation"] for row in rows if row["predicted_us"] is None}
+    assert not without & {"forward", "backward", "step", "topk_mask"}  # the model has two of the N:M masks
+    for row in rows:
+        # A copy takes 10 microseconds, and all read and write as much at least.
+        assert row["predicted_us"] is None or 9.99 < row["predicted_us"] < 200
+    gpu_check.show(rows[:3], "a title")
 
 
 def test_gpu_check_trains() -> None:

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from benchmarks.gpu_model import cuda
 from benchmarks.gpu_model.__main__ import main
 from benchmarks.gpu_model.devices import DEVICES
+from benchmarks.gpu_model.loops import count_loops
 from benchmarks.gpu_model.machine_code import count
-from benchmarks.gpu_model.model import examine, shares
 from benchmarks.gpu_model.variants import variants
 
 LISTING = """
@@ -80,35 +83,147 @@ def test_what_cannot_be_followed_is_refused() -> None:
         count(nested, 60)
 
 
-# Instructions an element on the main path, for sm_90. To be lowered when the kernels get better: the aims are
-# 16 in bf16 and 20 in fp32 for the forward, 6 for the backward, 20 and 24 for the step.
-BUDGETS = {
-    ("forward", "int4, tensor", "fp32"): 20,
-    ("forward", "int4, tensor", "bf16"): 16.5,
-    ("forward", "int8, rows", "fp32"): 20.5,
-    ("forward", "int8, rows", "bf16"): 17,
-    ("forward", "MXINT8, blocks of 32", "bf16"): 19.5,
-    ("forward", "fp8, rows", "bf16"): 20,
-    ("backward", "", "fp32"): 9,
-    ("backward", "", "bf16"): 8,
-    ("observe and quantize", "int8, rows", "bf16"): 23,
-    ("observe and quantize", "int4, tensor", "bf16"): 28,
-    ("learned range, backward", "int8, rows", "fp32"): 29,
-    ("learned range, backward", "int8, rows", "bf16"): 30.5,
-}
+ROUND = """
+.text.kernel:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_1:
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P1 FADD R4, R4, R5 ;
+        /*0028*/               @P3 BRA `(.L_x_4) ;
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_x_2:
+        /*0038*/                   LDG.E.U16 R8, desc[UR4][R2.64] ;
+        /*0040*/               @P0 BRA `(.L_x_2) ;
+        /*0048*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/                   NOP ;
+        /*0060*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+.L_x_4:
+        /*0070*/              @!P2 BRA `(.L_x_1) ;
+        /*0078*/                   STG.E desc[UR4][R2.64], R4 ;
+        /*0080*/                   EXIT ;
+.L_x_3:
+        /*0090*/                   BRA `(.L_x_3) ;
+"""
 
 
-@pytest.mark.parametrize("key", BUDGETS)
-def test_budgets(key: tuple[str, str, str]) -> None:
-    (variant,) = [each for each in variants() if (each.operation, each.case, each.dtype) == key]
-    kernels = examine(variant, 90)
-    assert sum(kernel.instructions for kernel in kernels) <= BUDGETS[key]
+def test_a_loop_is_followed_where_it_stores() -> None:
+    found = count_loops(ROUND)
+    assert (found.inside, found.around, found.between_barriers, found.in_flight) == (9, 12, 2, 16)
+
+
+def test_of_a_loop_in_a_loop_the_inner_one_is_counted() -> None:
+    around = ROUND.replace("STG.E desc[UR4][R2.64], R4", "BRA `(.L_x_5)").replace(
+        "MOV R1, R2 ;", "MOV R1, R2 ;\n.L_x_5:\n        /*0008*/               @P5 EXIT ;"
+    )
+    found = count_loops(around)
+    assert (found.inside, found.around) == (9, 11)
+    with pytest.raises(ValueError, match="no loop"):
+        count_loops(".text.kernel:\n        /*0000*/                   EXIT ;\n")
+
+
+class Over(NamedTuple):
+    """Variants over their budget on sm_90: how many instructions they may take, and why."""
+
+    compiler: str
+    operation: str
+    case: str  # a part of it; the first that fits counts
+    fp32: float
+    bf16: float
+    cause: str
+
+
+# To be lowered when kernels get better.
+_ROUNDS = "values round by a magic number of each one's exponent"
+_TWICE = "read twice, the second time to quantize"
+_SHORT = "what a block takes, few elements share"
+_PREPARED = "a thread has several blocks' reciprocals and bounds to prepare"
+_BITS = "bits of the mask are selected and added"
+_REST = "ranges are merged across threads, through shared memory"
+_FOUR = "scales depend on all blocks: observed, chosen and quantized one after the other"
+_CUDA, _TRITON, _STEP = "CUDA C++", "Triton", "observe and quantize"
+OVER: list[Over] = [
+    Over(_CUDA, "forward", "NVFP4", 20, 18.6, "each pack looks up its own block"),
+    Over(_CUDA, "forward", "fp8", 20, 16.6, _ROUNDS),
+    Over(_CUDA, "forward", "MXFP4", 20, 16.6, _ROUNDS),
+    Over(_CUDA, "backward", "in place", 6.7, 6, "each pack branches"),
+    Over(_CUDA, _STEP, "NVFP4", 48.5, 42.4, _FOUR),
+    Over(_CUDA, _STEP, "tensor", 28, 20.3, _TWICE),
+    Over(_CUDA, _STEP, "columns", 36.8, 24.2, _TWICE),
+    Over(_CUDA, _STEP, "blocks of 32", 24, 21.4, _SHORT),
+    Over(_CUDA, _STEP, "rows", 25.7, 20, _ROUNDS),
+    Over(_TRITON, "forward", "NVFP4", 25, 23.3, _ROUNDS),
+    Over(_TRITON, "forward", "fp8", 23.8, 22.2, _ROUNDS),
+    Over(_TRITON, "forward", "MXFP4", 23.8, 22.2, _ROUNDS),
+    Over(_TRITON, "forward", "blocks of 32", 20.5, 19.2, _PREPARED),
+    Over(_TRITON, "forward", "columns", 29.7, 18.4, _PREPARED),
+    Over(_TRITON, "forward", "tensor", 20, 16.3, _BITS),
+    Over(_TRITON, "backward", "", 9.5, 8.3, "bits of the mask are tested one by one"),
+    Over(_TRITON, _STEP, "NVFP4", 41.2, 37.9, _FOUR),
+    Over(_TRITON, _STEP, "tensor", 31.9, 27.9, _TWICE),
+    Over(_TRITON, _STEP, "columns", 31.9, 47.2, _PREPARED),
+    Over(_TRITON, _STEP, "blocks of 32", 33, 29, _SHORT),
+    Over(_TRITON, _STEP, "rows", 26.2, 22.5, _REST),
+]
+RESULTS = json.loads((Path(__file__).parents[1] / "benchmarks/results/gpu-model.json").read_text())
+ROWS = {(row["compiler"], row["operation"], row["case"], row["dtype"]): row for row in RESULTS["rows"]}
+
+
+def test_the_model_covers_all_variants() -> None:
+    assert list(ROWS) == [(each.compiler, each.operation, each.case, each.dtype) for each in variants()]
+    assert {row["compiler"] for row in ROWS.values()} == {"CUDA C++", "Triton"}
+    for key, row in ROWS.items():
+        assert {kernel["arch"] for kernel in row["kernels"]} == {80, 90, 100}, key
+        for reached in row["devices"].values():
+            assert 0 < reached["share"] <= 1, key
+            assert 0 < reached["occupancy"] <= 1, key
+            assert reached["bound"] in ("memory", "instructions", "latency"), key
+
+
+def test_budgets() -> None:
+    """Those of the committed figures, which the next test compares with the kernels."""
+    beyond, used = {}, set()
+    for (compiler, operation, case, dtype), row in ROWS.items():
+        found = row["instructions"]["90"]
+        if row["budget"] is None or found <= row["budget"]:
+            continue
+        same = [each for each in OVER if each[:2] == (compiler, operation) and each.case in case]
+        if not same or found > getattr(same[0], dtype):
+            beyond[compiler, operation, case, dtype] = found, row["budget"]
+        used |= set(same[:1])
+    assert not beyond
+    assert not set(OVER) - used, "these keep to their budgets"
+
+
+# A sample: all of them take minutes.
+RECOMPILED = [
+    ("Triton", "forward", "int4, tensor", "bf16"),
+    ("Triton", "forward", "int8, rows", "fp32"),
+    ("Triton", "forward", "MXINT8, blocks of 32", "bf16"),
+    ("Triton", "forward", "fp8, rows", "bf16"),
+    ("Triton", "backward", "", "fp32"),
+    ("Triton", "backward", "", "bf16"),
+    ("Triton", "observe and quantize", "int8, rows", "bf16"),
+    ("Triton", "observe and quantize", "int4, tensor", "bf16"),
+    ("Triton", "learned range, backward", "int8, rows", "bf16"),
+    ("CUDA C++", "forward", "int8, rows", "bf16"),
+    ("CUDA C++", "backward", "", "fp32"),
+    ("CUDA C++", "observe and quantize", "int8, rows", "bf16"),
+]
+
+
+@pytest.mark.parametrize("key", RECOMPILED, ids=", ".join)
+def test_figures_are_those_of_the_kernels(key: tuple[str, str, str, str]) -> None:
+    (variant,) = [
+        each for each in variants() if (each.compiler, each.operation, each.case, each.dtype) == key
+    ]
+    if variant.compiler == "CUDA C++" and cuda.nvcc() is None:
+        pytest.skip("needs nvcc")
+    kernels = variant.kernels(90)
+    found = sum(kernel.instructions for kernel in kernels)
+    assert found <= 1.01 * ROWS[key]["instructions"]["90"], "python -m benchmarks.gpu_model --json ..."
     for kernel in kernels:  # a reduction goes before the step on one large block
         assert kernel.bytes_loaded == pytest.approx(variant.read)
     assert kernels[-1].bytes_stored == pytest.approx(variant.written)
-    for name, device in DEVICES.items():
-        if device.arch == 90:
-            assert 0 < shares(variant, kernels, name)["share"] <= 1
 
 
 @pytest.mark.slow
@@ -131,9 +246,11 @@ def test_occupancy() -> None:
 
 def test_the_command(tmp_path, capsys) -> None:
     out, plot = tmp_path / "model.json", tmp_path / "model.svg"
-    assert main(["--only", "backward, , bf16", "--json", str(out), "--plot", str(plot)]) == 0
+    assert main(["--only", "backward, bf16", "Triton", "--json", str(out), "--plot", str(plot)]) == 0
     assert "B200" in plot.read_text()
-    (row,) = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    assert "Triton" in written["compilers"]
+    row = next(row for row in written["rows"] if row["operation"] == "backward")
     assert set(row["devices"]) == set(DEVICES)
     assert {kernel["arch"] for kernel in row["kernels"]} == {80, 90, 100}
     assert "backward" in capsys.readouterr().out

@@ -1,174 +1,195 @@
-"""The CUDA C++ kernels in machine code: ``python -m benchmarks.gpu_model.cuda``.
+"""The CUDA C++ kernels in machine code.
 
-Their main path is a loop over tiles: what is done once for a thread is spread over many elements. Loops in
-it, which take elements out of the ordinary one by one, are no part of the path; all else is. What lies
-between two barriers one warp of eight does for all. Of a kernel that serves many kinds of steps a copy is
-counted to which the kind is known: what other kinds need is gone from it, but for the branches.
+What one thread does is a loop over tiles, or over parts of a block. Of a kernel that serves many kinds of
+steps a copy is counted to which the kind is known: what other kinds need is gone from it.
 """
 
-import argparse
-import json
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.gpu_model.devices import DEVICES
-from benchmarks.gpu_model.model import Kernel, shares
-from benchmarks.gpu_model.variants import Variant
+from benchmarks.gpu_model.loops import count_loops
+from benchmarks.gpu_model.model import Kernel
 from coreai_kernels.formats import Format, ScaleFormat, native_header
 from coreai_kernels.types import RangeUpdate, Scheme
 
-__all__ = ["CASES", "Case", "examine", "main", "nvcc"]
+__all__ = [
+    "Body",
+    "backward",
+    "choose",
+    "forward",
+    "kernels",
+    "largest_first",
+    "nvcc",
+    "observe",
+    "step",
+    "units",
+]
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 FLAGS = ("-std=c++20", "-O3", "--fmad=false", "--expt-relaxed-constexpr")
-THREADS = 256
-_WARPS = THREADS // 32
+_ELEMENTS = {4: 0, 2: 1}  # codes of Element, by size
+_PACK = 16  # bytes
+_UNROLL = 4  # packs of a thread
+_WARPS = 8  # of a block of threads
 
 _SECTION = re.compile(r"(?m)^\.text\.([\w$]+):")
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
-# In a copy with known settings the compiler may not know any more that an address is global.
-_WIDE_LOADS = ("LDG.E.128", "LD.E.128")
-_CODES = re.compile(r"L(?:[bi]|NS\d?_\d+[A-Za-z]+E)(\d+)E")
+_CODES = re.compile(r"L(?:[bi]|NS\d?_\d+[A-Za-z]+E|S\d?_)(\d+)E")
 
 
 @dataclass(frozen=True)
-class Case:
-    """One kernel.
+class Body:
+    """A kernel, and what of a large tensor one thread of it has.
 
     Attributes:
-        operation, case, dtype: names for the table.
-        kernel: the template's name.
+        kernel: name of the template.
         codes: its arguments, by number, as they are in the name of the compiled kernel.
-        elements: that a thread takes in one round of the loop.
+        elements: that a thread takes in one round of the innermost loop with wide loads.
         read, written: bytes of large tensors an element.
-        budget: instructions an element.
+        rounds: of that loop, in one of the loop around it or, without one, in the whole kernel. 0: what is
+            around it is done once for many elements, and is not counted.
+        threads: in a block.
     """
 
-    operation: str
-    case: str
-    dtype: str
     kernel: str
     codes: tuple[int, ...]
-    elements: int
+    elements: float
     read: float
     written: float
-    budget: float
+    rounds: float = 0
+    threads: int = 32 * _WARPS
 
 
-# Header below csrc/cuda, type of the argument, and the template's arguments by their codes.
-_TEMPLATES = {
-    "fake_quantize_runs": (
-        "quantize/fake_quantize.cuh",
-        "RunsJob",
-        "Kind<Format({}), bool({}), Division({})>, Element({}), Runs({})",
-    ),
-    "fake_quantize_columns": (
-        "quantize/fake_quantize.cuh",
-        "ColumnsJob",
-        "Kind<Format({}), bool({}), Division({})>, Element({})",
-    ),
-    "masked_gradient": ("quantize/masked_gradient.cuh", "GradientJob", "Element({}), bool({})"),
-}
-# Steps, with their settings beside the template's arguments: scheme, update of the range, format of scales.
-_STEPS = {
-    "counted_rows": ("step_rows", "StepJob", "int({})", "kHeld > kUnroll ? 2 : 4"),
-    "counted_short_runs": ("step_short_runs", "StepJob", "int({})", "kHeld > kUnroll ? 2 : 3"),
-    "counted_tensor": ("step_tensor", "TensorStepJob", "", "1"),
-}
-_ARGUMENTS = {
-    "counted_short_runs": ", kHeld, std::conditional_t<kScale == ScaleFormat::kE8M0, PowerLane, QuickLane>"
-}
-# The length of runs, too: of blocks of 32 in packs.
-_SETTINGS = {"counted_short_runs": "job.packs = kHeld;"}
-_COUNTED = """
-template <class K, Element kElement, {parameters}Scheme kScheme, RangeUpdate kUpdate, ScaleFormat kScale>
-__global__ void __launch_bounds__(kThreads, {blocks}) {name}({job} job) {{
-  job.after.rule.scheme = kScheme, job.after.rule.scale_format = kScale;
-  job.after.update.update = kUpdate, job.after.update.has_running = true;
-  job.after.update.fix_low = job.after.update.fix_high = false;
-  {settings}
-  {function}<K, kElement{arguments}>(job);
-}}
-"""
-for _name, (_, _job, _more, _) in _STEPS.items():
-    _given = "Scheme({}), RangeUpdate({}), ScaleFormat({})"
-    _TEMPLATES[_name] = (
-        "quantize/observe_and_fake_quantize.cuh",
-        _job,
-        "Kind<Format({}), bool({}), Division({})>, Element({}), " + (f"{_more}, " if _more else "") + _given,
+@dataclass(frozen=True)
+class _Template:
+    """How a kernel is instantiated.
+
+    Attributes:
+        header: below csrc/cuda.
+        job: parameters of the kernel.
+        arguments: of the template, by their codes.
+        copy: source of the kernel, where it is a copy that knows more than the original. The kernels of the
+            header are functions for it.
+    """
+
+    header: str
+    job: str
+    arguments: str
+    copy: str = ""
+
+
+def _copy(name: str, template: str, blocks: str, job: str, known: str, body: str) -> str:
+    return (
+        f"template <{template}> __attribute__((global)) void\n"
+        f"__attribute__((launch_bounds(kThreads, {blocks}))) {name}({job} job) {{\n  {known}\n  {body}\n}}\n"
     )
-_DTYPES = {"fp32": (0, 4), "bf16": (1, 2)}
-_FORMATS = {"int4, int8": Format.INT, "fp8": Format.E4M3, "fp4": Format.E2M1}
-# By the code of Runs; of 32-bit elements blocks of 16 are long.
-_RUNS = {0: "tensor", 1: "rows, blocks of 32", 2: "blocks of 16"}
 
 
-def _cases() -> Iterator[Case]:
-    for dtype, (element, size) in _DTYPES.items():
-        pack = 16 // size
-        traffic = (size, size + 1 / 8)
-        budget = 16 if size == 2 else 20
-        for name, fmt in _FORMATS.items():
-            for runs, blocks in _RUNS.items():
-                codes = (int(fmt), 0, 0, element, runs)
-                case = f"{name}, {blocks}" if runs != 2 or size == 2 else f"{name}, blocks of 8"
-                yield Case(
-                    "forward", case, dtype, "fake_quantize_runs", codes, 4 * pack, *traffic, budget=budget
-                )
-            codes = (int(fmt), 0, 0, element)
-            case = f"{name}, columns"
-            yield Case(
-                "forward", case, dtype, "fake_quantize_columns", codes, 2 * pack, *traffic, budget=budget
-            )
-        for flag, case in enumerate(("", "in place")):
-            codes = (element, flag)
-            yield Case(
-                "backward", case, dtype, "masked_gradient", codes, 4 * pack, size + 1 / 8, size, budget=6
-            )
+_KIND = "Kind<Format({}), bool({}), Division({})>, Element({})"
+_RULE = "Scheme kScheme, RangeUpdate kUpdate, ScaleFormat kScale"
+_RULE_CODES = "Scheme({}), RangeUpdate({}), ScaleFormat({})"
+_KNOWN_UPDATE = (
+    "job.after.update.update = kUpdate, job.after.update.has_running = true;"
+    " job.after.update.fix_low = job.after.update.fix_high = false;"
+)
+_KNOWN_RULE = f"job.after.rule.scheme = kScheme, job.after.rule.scale_format = kScale; {_KNOWN_UPDATE}"
+_KNOWN_AFTER = (
+    "job.after.element = kElement, job.after.is_step = kStep;"
+    " job.after.chooses = kScale != ScaleFormat::kE4M3;"
+    f" job.after.rule.format = kFormat, job.after.rule.rounding = kElement; {_KNOWN_RULE}"
+    " job.finishes = kFinishes;"
+)
 
 
-def _steps() -> Iterator[Case]:
-    int4 = (Format.INT, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.FLOAT32)
-    average = (Format.INT, Scheme.ASYMMETRIC, RangeUpdate.MOVING_AVERAGE, ScaleFormat.FLOAT32)
-    fp8 = (Format.E4M3, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.FLOAT32)
-    mxfp4 = (Format.E2M1, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.E8M0)
-    mxint8 = (Format.INT, Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.E8M0)
-    for dtype, (element, size) in _DTYPES.items():
-        pack = 16 // size
-        for name, (fmt, scheme, update, scales), ways in (
-            ("int4, int8", int4, ("tensor", "rows", "longer rows", "blocks of 32")),
-            ("uint8, averaged", average, ("tensor", "rows", "longer rows", "blocks of 32")),
-            ("fp8", fp8, ("tensor", "rows", "longer rows")),
-            ("MXFP4", mxfp4, ("blocks of 32",)),
-            ("MXINT8", mxint8, ("blocks of 32",)),
-        ):
-            kind = (int(fmt), 0, 0, element)
-            settings = (int(scheme), int(update), int(scales))
-            for way in ways:
-                held = 8 if way == "longer rows" or (way == "blocks of 32" and size == 4) else 4
-                more = () if way == "tensor" else (held,)
-                kernel = {"tensor": "counted_tensor", "blocks of 32": "counted_short_runs"}.get(
-                    way, "counted_rows"
-                )
-                yield Case(
-                    *("step", f"{name}, {way}", dtype, kernel, (*kind, *more, *settings), held * pack),
-                    # A whole tensor is read twice, the second time from the cache if it has room for it.
-                    *(size * (1 + (way == "tensor")), size + 1 / 8),
-                    budget=20 if size == 2 else 24,
-                )
+def _step_template(
+    name: str, function: str, job: str, blocks: str, held: bool = False, more: str = "", known: str = ""
+) -> _Template:
+    template = "class K, Element kElement, " + ("int kHeld, " if held else "") + _RULE
+    arguments = "K, kElement" + (", kHeld" if held else "") + more
+    return _Template(
+        "quantize/observe_and_fake_quantize.cuh",
+        job,
+        f"{_KIND}, " + ("int({}), " if held else "") + _RULE_CODES,
+        _copy(name, template, blocks, job, _KNOWN_RULE + known, f"{function}<{arguments}>(job);"),
+    )
 
 
-CASES: Sequence[Case] = (*_cases(), *_steps())
+def _observe_template(name: str, call: str, blocks: str, more: str = "") -> _Template:
+    template = f"Element kElement, bool kStep, bool kFinishes, Format kFormat, {_RULE}"
+    return _Template(
+        "quantize/observe_range.cuh",
+        "ObserveJob",
+        "Element({}), bool({}), bool({}), Format({}), " + _RULE_CODES,
+        _copy(name, template, blocks, "ObserveJob", _KNOWN_AFTER + more, call),
+    )
+
+
+_CHOOSE_KNOWN = (
+    "job.rule.scheme = kScheme, job.rule.scale_format = kScale; job.rule.format = kFormat;"
+    " job.rule.rounding = kElement;"
+)
+_TEMPLATES = {
+    "fake_quantize_runs": _Template("quantize/fake_quantize.cuh", "RunsJob", f"{_KIND}, Runs({{}})"),
+    "fake_quantize_columns": _Template("quantize/fake_quantize.cuh", "ColumnsJob", _KIND),
+    "masked_gradient": _Template("quantize/masked_gradient.cuh", "GradientJob", "Element({}), bool({})"),
+    "counted_rows": _step_template(
+        "counted_rows", "step_rows", "StepJob", "kHeld > kUnroll ? 2 : 4", held=True
+    ),
+    "counted_short_runs": _step_template(
+        "counted_short_runs",
+        "step_short_runs",
+        "StepJob",
+        "kHeld > kUnroll ? 2 : 3",
+        held=True,
+        more=", std::conditional_t<kScale == ScaleFormat::kE8M0, PowerLane, QuickLane>",
+        known=" job.packs = kHeld;",
+    ),
+    "counted_tensor": _step_template("counted_tensor", "step_tensor", "TensorStepJob", "1"),
+    "observed_short_runs": _observe_template(
+        "observed_short_runs", "observe_short_runs<kElement>(job);", "1"
+    ),
+    "observed_blocks": _observe_template(
+        "observed_blocks", "observe_blocks<kElement, true>(job);", "3", " job.geometry.outer_axes = 0;"
+    ),
+    "observed_columns": _observe_template("observed_columns", "observe_columns<kElement>(job);", "1"),
+    "chosen_parameters": _Template(
+        "quantize/qparams.cuh",
+        "ChooseJob",
+        "Element({}), Format({}), Scheme({}), ScaleFormat({})",
+        _copy(
+            "chosen_parameters",
+            "Element kElement, Format kFormat, Scheme kScheme, ScaleFormat kScale",
+            "1",
+            "ChooseJob",
+            _CHOOSE_KNOWN,
+            "choose_parameters<>(job);",
+        ),
+    ),
+    "largest_of_blocks": _Template(
+        "quantize/qparams.cuh",
+        "const float*, const float*, int64_t, float*",
+        "bool({})",
+        "template <bool> __attribute__((global)) void __attribute__((launch_bounds(kThreads)))\n"
+        "largest_of_blocks(const float* low, const float* high, int64_t blocks, float* largest) {\n"
+        "  largest_magnitudes<>(low, high, blocks, largest);\n}\n",
+    ),
+    "count_digits": _Template(
+        "select.cuh",
+        "const WordOf<Element({0})>*, int64_t, int64_t, int, int, const State*, Count*",
+        "Element({0}), Element({0})",
+    ),
+    "write_mask": _Template(
+        "select.cuh",
+        "const WordOf<Element({0})>*, WordOf<Element({0})>*, int64_t, int64_t, const State*, const Count*",
+        "Element({0}), Element({0})",
+    ),
+}
 
 
 def nvcc() -> str | None:
@@ -176,54 +197,179 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def examine(cases: Sequence[Case], arch: int) -> dict[Case, Kernel]:
-    """Compile kernels for an architecture, and count what their main loops do.
+# Which kernels an operation takes, on a matrix of 1024 x 4096.
+
+
+def _size(dtype_size: int) -> int:
+    """Elements of a pack."""
+    return _PACK // dtype_size
+
+
+def forward(fmt: Format, blocks: str, size: int) -> Sequence[Body]:
+    """``fake_quantize`` of elements of ``size`` bytes."""
+    kind = (int(fmt), 0, 0, _ELEMENTS[size])
+    traffic = (size, size + 1 / 8)
+    if blocks == "columns":
+        return (Body("fake_quantize_columns", kind, 2 * _size(size), *traffic),)
+    # A single block; of at least kUnroll packs; shorter.
+    runs = {"tensor": 0, "blocks of 16": 2 if size == 2 else 1}.get(blocks, 1)
+    return (Body("fake_quantize_runs", (*kind, runs), _UNROLL * _size(size), *traffic),)
+
+
+def backward(size: int, in_place: bool) -> Sequence[Body]:
+    """The gradient of ``fake_quantize``; in place with nothing that passes whole."""
+    codes = (_ELEMENTS[size], int(in_place))
+    return (Body("masked_gradient", codes, _UNROLL * _size(size), size + 1 / 8, size),)
+
+
+def _rule(scheme: Scheme, update: RangeUpdate, scales: ScaleFormat) -> tuple[int, ...]:
+    return int(scheme), int(update), int(scales)
+
+
+def observe(
+    blocks: str,
+    size: int,
+    *,
+    fmt: Format = Format.INT,
+    rule: tuple[Scheme, RangeUpdate, ScaleFormat] | None = None,
+    finishes: bool = True,
+) -> Sequence[Body]:
+    """``observe_range``, or with a rule what a step does before it quantizes.
+
+    What merges the parts of a block is left out.
+    """
+    codes = (_ELEMENTS[size], int(rule is not None), int(finishes), int(fmt))
+    codes += _rule(*(rule or (Scheme.SYMMETRIC, RangeUpdate.LATEST, ScaleFormat.FLOAT32)))
+    elements = _UNROLL * _size(size)
+    if blocks.startswith("blocks"):
+        return (Body("observed_short_runs", codes, elements, size, 0),)
+    if blocks == "columns":  # 64 rows by 32 packs a block of threads, which merges and stores what it finds
+        codes = (*codes[:2], 0, *codes[3:])
+        return (Body("observed_columns", codes, elements, size, 0, rounds=2),)
+    if blocks == "tensor":  # two rounds for each thread, and one block
+        codes = (*codes[:2], 0, *codes[3:])
+        return (Body("observed_blocks", codes, elements, size, 0, rounds=2),)
+    # A row for a warp in bfloat16, for eight warps in float32.
+    return (Body("observed_blocks", codes, elements, size, 0, rounds=4 if size == 2 else 1),)
+
+
+def step(
+    fmt: Format, blocks: str, size: int, rule: tuple[Scheme, RangeUpdate, ScaleFormat], held: int = 4
+) -> Sequence[Body]:
+    """``observe_and_fake_quantize``. ``held``: packs of a row for each thread, 4 or 8."""
+    kind = (int(fmt), 0, 0, _ELEMENTS[size])
+    traffic = (size, size + 1 / 8)
+    if rule[2] == ScaleFormat.E4M3:
+        of_blocks = int(blocks.removeprefix("blocks of "))
+        return (
+            *observe(blocks, size, fmt=fmt, rule=rule),
+            *largest_first(of_blocks),
+            *choose(fmt, rule[0], rule[2], of_blocks),
+            *forward(fmt, blocks, size),
+        )
+    if blocks == "tensor":
+        return (
+            *observe(blocks, size, fmt=fmt, rule=rule, finishes=False),
+            Body("counted_tensor", (*kind, *_rule(*rule)), _UNROLL * _size(size), *traffic),
+        )
+    if blocks == "columns":
+        return (*observe(blocks, size, fmt=fmt, rule=rule), *forward(fmt, blocks, size))
+    if blocks == "rows":
+        return (Body("counted_rows", (*kind, held, *_rule(*rule)), held * _size(size), *traffic),)
+    held = _UNROLL if size == 2 else 2 * _UNROLL
+    return (Body("counted_short_runs", (*kind, held, *_rule(*rule)), held * _size(size), *traffic),)
+
+
+def largest_first(elements: int = 1) -> Sequence[Body]:
+    """The largest magnitude of all blocks, for scales of two levels; ``elements``: of a block."""
+    return (Body("largest_of_blocks", (0,), elements, 8 / elements, 0),)
+
+
+def choose(fmt: Format, scheme: Scheme, scales: ScaleFormat, elements: int = 1) -> Sequence[Body]:
+    """``choose_qparams``, of blocks of so many elements."""
+    codes = (0, int(fmt), int(scheme), int(scales))
+    return (Body("chosen_parameters", codes, elements, 8 / elements, 12 / elements),)
+
+
+def largest_magnitudes(size: int) -> Sequence[Body]:
+    """``topk_mask``, whose threshold divides no ties: 11 bits of the magnitude a pass, then the mask."""
+    codes = (_ELEMENTS[size],) * 2
+    passes = 3 if size == 4 else 2
+    count = Body("count_digits", codes, _size(size), size, 0, threads=512)
+    return (*[count] * passes, Body("write_mask", codes, _size(size), size, size, threads=512))
+
+
+_found: dict[tuple[Body, int], Kernel] = {}
+
+
+def kernels(bodies: Sequence[Body], arch: int) -> list[Kernel]:
+    """The kernels compiled for an architecture, and counted; what was compiled before is remembered.
 
     Raises:
         RuntimeError: there is no nvcc, or it fails; the text has its output.
-        ValueError: a kernel needs memory of a thread's own.
+        ValueError: a kernel needs memory of a thread's own, or has no main loop.
     """
+    missing = [body for body in dict.fromkeys(bodies) if (body, arch) not in _found]
+    for unit in units(missing):
+        for body, kernel in _examine(unit, arch).items():
+            _found[body, arch] = kernel
+    return [_found[body, arch] for body in bodies]
+
+
+def units(bodies: Iterable[Body]) -> list[list[Body]]:
+    """Kernels that are compiled together: those of a header."""
+    by_header: dict[tuple[str, bool], list[Body]] = {}
+    for body in dict.fromkeys(bodies):
+        template = _TEMPLATES[body.kernel]
+        by_header.setdefault((template.header, bool(template.copy)), []).append(body)
+    return list(by_header.values())
+
+
+def _examine(bodies: Sequence[Body], arch: int) -> dict[Body, Kernel]:
     compiler = nvcc()
     if compiler is None:
         raise RuntimeError("nvcc was not found: install the CUDA toolkit")
     with tempfile.TemporaryDirectory() as name:
-        cubin = _compile(compiler, cases, arch, Path(name))
+        cubin = _compile(compiler, bodies, arch, Path(name))
         listing = _output(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
         usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     _, *sections = _SECTION.split(listing)
-    bodies = dict(zip(sections[::2], sections[1::2], strict=True))
+    listings = dict(zip(sections[::2], sections[1::2], strict=True))
     used = {
         function: {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", line)}
         for function, line in re.findall(r"Function (\w+):\s*\n(.*)", usage)
     }
-    return {case: _counted(case, arch, *_own(case, bodies, used)) for case in cases}
+    return {body: _counted(body, arch, *_own(body, listings, used)) for body in bodies}
 
 
-def _compile(compiler: str, cases: Sequence[Case], arch: int, folder: Path) -> Path:
+# Kernels become functions, which copies call; without the launches that would be theirs.
+_AS_FUNCTIONS = """#include "cuda/launch.cuh"
+#undef COREAI_LAUNCH
+#define COREAI_LAUNCH(...)
+#pragma push_macro("__global__")
+#pragma push_macro("__launch_bounds__")
+#undef __global__
+#undef __launch_bounds__
+#define __global__ static __device__ __forceinline__
+#define __launch_bounds__(...)
+#include "cuda/{header}"
+#pragma pop_macro("__global__")
+#pragma pop_macro("__launch_bounds__")
+"""
+
+
+def _compile(compiler: str, bodies: Sequence[Body], arch: int, folder: Path) -> Path:
     formats = folder / "common/formats.h"
     formats.parent.mkdir()
     formats.write_text(native_header())
-    lines = ["#include <type_traits>"]
-    lines += [
-        f'#include "cuda/{header}"' for header in sorted({_TEMPLATES[case.kernel][0] for case in cases})
-    ]
-    lines.append("namespace coreai::cuda {")
-    for name in sorted({case.kernel for case in cases} & set(_STEPS)):
-        function, job, more, blocks = _STEPS[name]
-        lines.append(
-            _COUNTED.format(
-                name=name,
-                function=function,
-                settings=_SETTINGS.get(name, ""),
-                job=job,
-                blocks=blocks,
-                parameters="int kHeld, " if more else "",
-                arguments=_ARGUMENTS.get(name, ", kHeld" if more else ""),
-            )
-        )
-    for case in cases:
-        _, job, arguments = _TEMPLATES[case.kernel]
-        lines.append(f"template __global__ void {case.kernel}<{arguments.format(*case.codes)}>({job});")
+    first = _TEMPLATES[bodies[0].kernel]
+    include = "#include <type_traits>\n" + (_AS_FUNCTIONS if first.copy else '#include "cuda/{header}"\n')
+    lines = [include.replace("{header}", first.header), "namespace coreai::cuda {"]
+    lines += [_TEMPLATES[name].copy for name in sorted({body.kernel for body in bodies})]
+    for name, codes in dict.fromkeys((body.kernel, body.codes) for body in bodies):
+        template = _TEMPLATES[name]
+        arguments, job = template.arguments.format(*codes), template.job.format(*codes)
+        lines.append(f"template __attribute__((global)) void {name}<{arguments}>({job});")
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     source.write_text("\n".join([*lines, "}", ""]))
     command = [compiler, *FLAGS, f"-arch=sm_{arch}", "-cubin", f"-I{CSRC}", f"-I{folder}"]
@@ -237,102 +383,30 @@ def _output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _own(case: Case, bodies: dict[str, str], used: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
-    """Listing and resources of a case's kernel."""
-    for name, body in bodies.items():
+def _own(body: Body, listings: dict[str, str], used: dict[str, dict[str, int]]) -> tuple[str, dict[str, int]]:
+    """Listing and resources of a kernel."""
+    for name, listing in listings.items():
         codes = tuple(int(code) for code in _CODES.findall(name))
-        if f"{len(case.kernel)}{case.kernel}I" in name and codes == case.codes:
-            return body, used[name]
-    raise ValueError(f"the compiled kernels have no {case.kernel} of {case.codes}; they are {list(bodies)}")
+        if f"{len(body.kernel)}{body.kernel}I" in name and codes[: len(body.codes)] == body.codes:
+            return f".text.{name}:{listing}", used[name]
+    raise ValueError(f"the compiled kernels have no {body.kernel} of {body.codes}; they are {list(listings)}")
 
 
-def _counted(case: Case, arch: int, listing: str, used: dict[str, int]) -> Kernel:
+def _counted(body: Body, arch: int, listing: str, used: dict[str, int]) -> Kernel:
     if used["STACK"] or used["LOCAL"]:
-        raise ValueError(f"{case.kernel} of {case.codes} spills: {used}")
-    names = _main_loop(listing)
-    wide = sum(name.startswith(_WIDE_LOADS) for name in names)
+        raise ValueError(f"{body.kernel} of {body.codes} spills: {used}")
+    counts = count_loops(listing)
+    issued = counts.inside - (1 - 1 / _WARPS) * counts.between_barriers
+    if body.rounds:
+        issued = (counts.around + (body.rounds - 1) * counts.inside) / body.rounds
     return Kernel(
-        name=case.kernel,
+        name=body.kernel,
         arch=arch,
-        instructions=(len(names) - (1 - 1 / _WARPS) * _between_barriers(names)) / case.elements,
-        bytes_loaded=case.read,
-        bytes_stored=case.written,
+        instructions=issued / body.elements,
+        bytes_loaded=body.read,
+        bytes_stored=body.written,
         registers=used["REG"],
         shared=used.get("SHARED", 0),
-        threads_in_block=THREADS,
-        in_flight=16 * wide,
+        threads_in_block=body.threads,
+        in_flight=counts.in_flight,
     )
-
-
-def _between_barriers(names: Sequence[str]) -> int:
-    """How many instructions lie between the barriers of a loop, which one warp does for all."""
-    barriers = [i for i, name in enumerate(names) if name.startswith("BAR.SYNC")]
-    return barriers[-1] - barriers[0] - 1 if len(barriers) == 2 else 0
-
-
-def _main_loop(listing: str) -> list[str]:
-    """Instructions of the loop with the most wide loads, without the loops inside of it."""
-    names: list[str] = []
-    labels: dict[str, int] = {}
-    branches: list[tuple[int, str]] = []
-    for line in listing.splitlines():
-        if label := re.match(r"^(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        elif instruction := _INSTRUCTION.match(line):
-            if instruction[1].startswith("BRA") and (
-                target := re.search(r"`\((\.L_x_\d+)\)", instruction[2])
-            ):
-                branches.append((len(names), target[1]))
-            names.append(instruction[1])
-    loops = [(labels[target], end) for end, target in branches if labels.get(target, end) < end]
-
-    def wide(loop: tuple[int, int]) -> int:
-        return sum(name.startswith(_WIDE_LOADS) for name in names[loop[0] : loop[1] + 1])
-
-    first, last = max(loops, key=lambda loop: (wide(loop), loop[1] - loop[0]))
-    inside = [loop for loop in loops if first <= loop[0] and loop[1] <= last and loop != (first, last)]
-    return [
-        names[i]
-        for i in range(first, last + 1)
-        if names[i] != "NOP" and not any(a <= i <= b for a, b in inside)
-    ]
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the arguments ask for; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_model.cuda", description=__doc__)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
-    arguments = parser.parse_args(argv)
-    found = {arch: examine(CASES, arch) for arch in sorted({device.arch for device in DEVICES.values()})}
-    table = Table(
-        title="Main loops of the CUDA C++ kernels, and the share of the copy bandwidth that they allow"
-    )
-    archs = [f"sm_{arch}" for arch in found]
-    for heading in ("operation", "case", "dtype", *archs, "budget", "registers", *DEVICES):
-        table.add_column(heading, justify="left" if heading in ("operation", "case") else "right")
-    rows = []
-    for case in CASES:
-        kernels = {arch: found[arch][case] for arch in found}
-        variant = Variant(
-            case.operation, case.case, case.dtype, lambda: None, case.elements, case.read, case.written
-        )
-        reached = {name: shares(variant, [kernels[device.arch]], name) for name, device in DEVICES.items()}
-        rows.append(
-            asdict(case) | {"kernels": [asdict(each) for each in kernels.values()], "devices": reached}
-        )
-        table.add_row(
-            *(case.operation, case.case, case.dtype),
-            *(f"{each.instructions:.1f}" for each in kernels.values()),
-            f"{case.budget:g}",
-            str(max(each.registers for each in kernels.values())),
-            *(f"{each['share']:.0%} {each['bound']}" for each in reached.values()),
-        )
-    Console(width=170).print(table)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

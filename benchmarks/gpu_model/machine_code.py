@@ -16,7 +16,7 @@ from pathlib import Path
 
 import triton
 
-__all__ = ["Counts", "count", "disassemble", "resources"]
+__all__ = ["Counts", "Line", "count", "disassemble", "parse", "resources", "width"]
 
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
 _PREDICATE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+@(!?U?P\w+)")
@@ -31,7 +31,9 @@ _ROUNDS = 20
 
 
 @dataclass
-class _Line:
+class Line:
+    """An instruction of a listing; ``target`` is the label that it jumps to."""
+
     name: str
     operands: str
     is_conditional: bool
@@ -90,7 +92,7 @@ def count(listing: str, bytes_to_read: float) -> Counts:
     Raises:
         ValueError: the path cannot be followed: an indirect branch, or loops inside of loops.
     """
-    lines, labels = _parsed(listing)
+    lines, labels = parse(listing)
     found = Counts()
     weights = _weights(lines, _loops(lines, labels), bytes_to_read, found)
     waiting = False
@@ -100,17 +102,17 @@ def count(listing: str, bytes_to_read: float) -> Counts:
         if kind not in _FREE:
             found.instructions += weight
         if kind == "LDG":
-            size = _width(line.name)
+            size = width(line.name)
             found.loaded += size * weight
-            if not waiting:
+            if not waiting and weight:
                 found.in_flight += size
         elif kind == "STG":
-            found.stored += _width(line.name) * weight
+            found.stored += width(line.name) * weight
             waiting = True
     return found
 
 
-def _main_path(lines: Sequence[_Line], labels: dict[str, int]) -> list[int]:
+def _main_path(lines: Sequence[Line], labels: dict[str, int]) -> list[int]:
     """Positions of the instructions from the entry to the exit.
 
     Raises:
@@ -155,7 +157,7 @@ def _main_path(lines: Sequence[_Line], labels: dict[str, int]) -> list[int]:
             (stored, slow, loaded), goal = max(
                 ((ahead[goal][0], goal) for goal in goals), key=lambda pair: pair[0]
             )
-            size = _width(line.name)
+            size = width(line.name)
             slow -= kind in ("CALL", "FCHK")
             ahead[position] = ((stored + size * (kind == "STG"), slow, loaded + size * (kind == "LDG")), goal)
         if ahead == before:
@@ -174,9 +176,9 @@ def _main_path(lines: Sequence[_Line], labels: dict[str, int]) -> list[int]:
     return path
 
 
-def _parsed(listing: str) -> tuple[list[_Line], dict[str, int]]:
+def parse(listing: str) -> tuple[list[Line], dict[str, int]]:
     """The instructions of the kernel, and where labels are; functions that it calls come behind it."""
-    lines: list[_Line] = []
+    lines: list[Line] = []
     labels: dict[str, int] = {}
     inside = False
     for text in listing.splitlines():
@@ -193,11 +195,11 @@ def _parsed(listing: str) -> tuple[list[_Line], dict[str, int]]:
             is_conditional = is_conditional or bool(_UNIFORM.match(instruction[3]) and target)
             if instruction[2].startswith("BRA.DIV"):  # for warps whose threads have parted
                 target = None
-            lines.append(_Line(instruction[2], instruction[3], is_conditional, target[1] if target else None))
+            lines.append(Line(instruction[2], instruction[3], is_conditional, target[1] if target else None))
     return lines, labels
 
 
-def _loops(lines: Sequence[_Line], labels: dict[str, int]) -> list[tuple[int, int]]:
+def _loops(lines: Sequence[Line], labels: dict[str, int]) -> list[tuple[int, int]]:
     """First and last instruction of each loop on the main path."""
     found = []
     for position, line in enumerate(lines):
@@ -209,12 +211,12 @@ def _loops(lines: Sequence[_Line], labels: dict[str, int]) -> list[tuple[int, in
     return found
 
 
-def _leaves(lines: Sequence[_Line]) -> bool:
+def _leaves(lines: Sequence[Line]) -> bool:
     return any(line.name.startswith(("EXIT", "RET")) and not line.is_conditional for line in lines)
 
 
 def _weights(
-    lines: Sequence[_Line], loops: Sequence[tuple[int, int]], bytes_to_read: float, found: Counts
+    lines: Sequence[Line], loops: Sequence[tuple[int, int]], bytes_to_read: float, found: Counts
 ) -> list[int]:
     """How often each instruction runs."""
     weights = [1] * len(lines)
@@ -222,22 +224,22 @@ def _weights(
     for first, last in loops:
         if any((a, b) != (first, last) and a <= first and last <= b for a, b in loops):
             raise ValueError("the kernel has a loop inside of a loop")
-        loads = [_width(line.name) for line in lines[first : last + 1] if line.name.startswith("LDG")]
+        loads = [width(line.name) for line in lines[first : last + 1] if line.name.startswith("LDG")]
         # A compiler that loads ahead has the first round's loads in front of the loop; parameters are
         # narrower.
         ahead = sum(
-            _width(line.name)
+            width(line.name)
             for position, line in enumerate(lines)
             if line.name.startswith("LDG")
             and position not in inside
-            and _width(line.name) == max(loads, default=0)
+            and width(line.name) == max(loads, default=0)
         )
-        runs = max(math.ceil((bytes_to_read - ahead) / sum(loads)), 1) if loads else 1
+        runs = max(math.ceil((bytes_to_read - ahead) / sum(loads)), 0) if loads else 1
         found.loops.append(runs)
         for position in range(first, last + 1):
             weights[position] = runs
     return weights
 
 
-def _width(name: str) -> int:
+def width(name: str) -> int:
     return next((_WIDTHS[part] for part in name.split(".") if part in _WIDTHS), 4)

@@ -1,17 +1,12 @@
 """From a kernel's machine code to the share of the copy bandwidth that a GPU can reach with it."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_model.compiling import Launch, launches
 from benchmarks.gpu_model.devices import DEVICES, Device
-from benchmarks.gpu_model.machine_code import count, disassemble, resources
-from benchmarks.gpu_model.variants import Variant
 
-__all__ = ["Kernel", "examine", "shares"]
+__all__ = ["Kernel", "shares"]
 
 
 @dataclass(frozen=True)
@@ -40,44 +35,31 @@ class Kernel:
     in_flight: int
 
 
-def examine(variant: Variant, arch: int) -> list[Kernel]:
-    """Compile what the operation launches, and follow each kernel's main path."""
-    with tempfile.TemporaryDirectory() as folder:
-        return [_examined(variant, launch, arch, Path(folder)) for launch in launches(arch, variant.run)]
-
-
-def _examined(variant: Variant, launch: Launch, arch: int, folder: Path) -> Kernel:
-    used = resources(launch.cubin, folder)
-    per_thread = variant.elements / launch.threads
-    counts = count(disassemble(launch.cubin, folder), per_thread * variant.read)
-    return Kernel(
-        name=launch.name,
-        arch=arch,
-        instructions=counts.instructions / per_thread,
-        # Parameters of blocks are read by many threads, and come from the caches.
-        bytes_loaded=min(counts.loaded / per_thread, variant.read),
-        bytes_stored=min(counts.stored / per_thread, variant.written),
-        registers=used["REG"],
-        shared=used["SHARED"],
-        threads_in_block=launch.threads_in_block,
-        in_flight=counts.in_flight,
-    )
-
-
-def shares(variant: Variant, kernels: Sequence[Kernel], name: str) -> dict[str, Any]:
+def shares(kernels: Sequence[Kernel], bytes_moved: float, name: str) -> dict[str, Any]:
     """What the GPU ``name`` of :data:`DEVICES` can reach.
 
+    Args:
+        kernels: of one operation, compiled for that GPU.
+        bytes_moved: the least that the operation reads and writes for an element.
+        name: of the GPU.
+
     Returns:
-        ``"share"``: of the bandwidth of a copy of the operation's least bytes; ``"bound"``: by what.
+        ``"share"``: of the bandwidth of a copy of these bytes; ``"bound"``: by what; and of the kernel that
+        takes longest ``"occupancy"``, the share of a multiprocessor's threads that it fills, and
+        ``"kib_in_flight"``, what these have asked memory for before they wait.
     """
     device = DEVICES[name]
-    least = (variant.read + variant.written) / device.copy_bandwidth
-    times, bounds = [], []
-    for kernel in kernels:
-        seconds = _seconds(kernel, device)
-        times.append(max(seconds.values()))
-        bounds.append((max(seconds.values()), max(seconds, key=seconds.__getitem__)))
-    return {"share": least / sum(times), "bound": max(bounds)[1]}
+    seconds = [_seconds(kernel, device) for kernel in kernels]
+    longest = max(range(len(kernels)), key=lambda i: max(seconds[i].values()))
+    kernel = kernels[longest]
+    threads = device.threads_at_once(kernel.threads_in_block, kernel.registers, kernel.shared)
+    total = sum(max(each.values()) for each in seconds)
+    return {
+        "share": bytes_moved / device.copy_bandwidth / total,
+        "bound": max(seconds[longest], key=seconds[longest].__getitem__),
+        "occupancy": threads / device.threads,
+        "kib_in_flight": threads * kernel.in_flight / 1024,
+    }
 
 
 def _seconds(kernel: Kernel, device: Device) -> dict[str, float]:

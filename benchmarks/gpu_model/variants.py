@@ -1,166 +1,144 @@
-"""The hot operations on tensors without data."""
+"""The hot operations by compiler, format, blocks and dtype; and how many instructions they may take."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme
-from coreai_kernels.triton import (
-    fake_quantize,
-    learnable_range,
-    masks,
-    observe_and_fake_quantize,
-    observe_range,
-    palettes,
-    qparams,
-    sampled_mask,
-)
+from benchmarks.gpu_model import cuda, triton_code, triton_runs
+from benchmarks.gpu_model.cases import DTYPES, FORMATS, SHAPE
+from benchmarks.gpu_model.model import Kernel
+from benchmarks.gpu_model.names import CUDA, TRITON
+from coreai_kernels import RangeUpdate, ScaleFormat
 
 __all__ = ["Variant", "variants"]
 
-SHAPE = (1024, 4096)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BLOCKS = {"tensor": SHAPE, "rows": (1, SHAPE[1]), "columns": (SHAPE[0], 1), "blocks of 32": (1, 32)}
-# Format, quant_min, quant_max, scale format, granularities.
-FORMATS = {
-    "int4": (Format.INT, -8.0, 7.0, ScaleFormat.FLOAT32, ("tensor", "rows", "columns", "blocks of 32")),
-    "int8": (Format.INT, -128.0, 127.0, ScaleFormat.FLOAT32, ("tensor", "rows")),
-    "fp8": (Format.E4M3, -448.0, 448.0, ScaleFormat.FLOAT32, ("tensor", "rows")),
-    "MXFP4": (Format.E2M1, -6.0, 6.0, ScaleFormat.E8M0, ("blocks of 32",)),
-    "MXINT8": (Format.INT, -128.0, 127.0, ScaleFormat.E8M0, ("blocks of 32",)),
-}
+# Instructions an element, by the size of elements: what leaves a GPU bound by memory.
+BUDGETS = {"forward": {4: 20, 2: 16}, "backward": {4: 6, 2: 6}, "observe and quantize": {4: 24, 2: 20}}
+_CHOSEN_BLOCKS = 4096
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An operation on certain tensors.
+    """An operation on certain tensors, as one compiler makes it.
 
     Attributes:
-        operation, case, dtype: names for the table.
-        run: calls the operator.
+        operation, case, dtype, compiler: names for the table.
         elements: of the large tensor.
-        read, written: bytes of large tensors an element.
+        read, written: bytes of large tensors an element, the least that there can be.
+        run: calls the operator, of Triton.
+        bodies: its kernels, of CUDA C++.
     """
 
     operation: str
     case: str
     dtype: str
-    run: Callable[[], Any]
+    compiler: str
     elements: int
     read: float
     written: float
+    run: Callable[[], object] | None = None
+    bodies: Sequence[cuda.Body] = ()
 
+    @property
+    def name(self) -> str:
+        """What ``--only`` looks into."""
+        return ", ".join(filter(None, (self.operation, self.case, self.dtype, self.compiler)))
 
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    @property
+    def budget(self) -> int | None:
+        """How many instructions an element may take."""
+        sizes = BUDGETS.get(self.operation)
+        return sizes and sizes[DTYPES[self.dtype].itemsize]
 
-
-def _grid(block: tuple[int, ...]) -> list[int]:
-    return [size // part for size, part in zip(SHAPE, block, strict=True)]
+    def kernels(self, arch: int) -> list[Kernel]:
+        """Compile what it launches, and count."""
+        if self.run is None:
+            return cuda.kernels(self.bodies, arch)
+        return triton_code.kernels(self.run, arch, self.elements, self.read, self.written)
 
 
 def variants() -> Iterator[Variant]:
     """All of them."""
-    for name, dtype in DTYPES.items():
-        size, x = dtype.itemsize, _meta(*SHAPE, dtype=dtype)
-        elements = x.numel()
+    for dtype in DTYPES:
+        yield from _quantization(dtype)
+        yield from _others(dtype)
+    yield from _choices()
 
-        def make(
-            operation: str,
-            case: str,
-            run: Callable[[], Any],
-            read: float,
-            written: float,
-            name: str = name,
-            elements: int = elements,
-        ) -> Variant:
-            return Variant(operation, case, name, run, elements, read, written)
 
-        for format_name, (fmt, low, high, scale_format, granularities) in FORMATS.items():
-            for blocks in granularities:
-                case = f"{format_name}, {blocks}"
-                yield make("forward", case, _forward(x, blocks, fmt, low, high), size, size + 1 / 8)
-                step = _step(x, blocks, fmt, low, high, scale_format)
-                yield make("observe and quantize", case, step, size, size + 1 / 8)
-        bits = _meta(elements // 8, dtype=torch.uint8)
-        backward = lambda x=x, bits=bits: fake_quantize.fake_quantize_backward(x, bits, [])  # noqa: E731
-        yield make("backward", "", backward, size + 1 / 8, size)
-        for blocks in ("tensor", "rows", "columns"):
-            block = list(BLOCKS[blocks])
-            yield make(
-                "observe", blocks, lambda x=x, block=block: observe_range.observe_range(x, block), size, 0
+def _pair(
+    operation: str,
+    case: str,
+    dtype: str,
+    traffic: tuple[float, float],
+    run: triton_runs.Run | None,
+    bodies: Sequence[cuda.Body] = (),
+) -> Iterator[Variant]:
+    """A variant by each compiler that has it."""
+    elements = SHAPE[0] * SHAPE[1]
+    if bodies:
+        yield Variant(operation, case, dtype, CUDA, elements, *traffic, bodies=bodies)
+    if run is not None:
+        yield Variant(operation, case, dtype, TRITON, elements, *traffic, run=run)
+
+
+def _quantization(name: str) -> Iterator[Variant]:
+    dtype = DTYPES[name]
+    size = dtype.itemsize
+    traffic = (size, size + 1 / 8)
+    for format_name, fmt in FORMATS.items():
+        for blocks in fmt.blocks:
+            case = f"{format_name}, {blocks}"
+            run = triton_runs.forward(fmt, blocks, dtype)
+            yield from _pair("forward", case, name, traffic, run, cuda.forward(fmt.format, blocks, size))
+            rule = (fmt.scheme, RangeUpdate.MOVING_AVERAGE, fmt.scales)
+            run = triton_runs.step(fmt, blocks, dtype)
+            yield from _pair(
+                "observe and quantize", case, name, traffic, run, cuda.step(fmt.format, blocks, size, rule)
             )
-        yield make("N:M mask", "2:4", lambda x=x: masks.nm_mask(x, 2, 4, -1), size, size)
-        logits, draw = _meta(*SHAPE), _meta(dtype=torch.int64)
-        yield make(
-            "sampled mask",
-            "",
-            lambda x=x, logits=logits, draw=draw: sampled_mask.sampled_mask_forward(x, logits, draw, 0),
-            size + 4,
-            size,
-        )
-        table, indices = _meta(1, 16, 1, dtype=dtype), _meta(*SHAPE, dtype=torch.uint8)
-        yield make(
-            "look-up",
-            "16 entries",
-            lambda table=table, indices=indices: palettes.lookup(indices, table, list(SHAPE)),
-            1,
-            size,
-        )
-        span = _meta(1024, 1)
-        yield make(
-            "learned range, backward",
-            "int8, rows",
-            lambda x=x, span=span: learnable_range.learnable_range_backward(
-                x, x, None, span, list(BLOCKS["rows"]), -128.0, 127.0
-            ),
-            2 * size,
-            size,
-        )
-    low_end = _meta(4096)
-    yield Variant(
-        "choose parameters",
-        "int8, 4096 blocks",
-        "fp32",
-        lambda: qparams.choose_qparams(
-            low_end, low_end, Scheme.SYMMETRIC, Format.INT, -128.0, 127.0, ScaleFormat.FLOAT32
-        ),
-        4096,
-        8,
-        4,
+    int8 = FORMATS["int8"]
+    rule = (int8.scheme, RangeUpdate.MOVING_AVERAGE, int8.scales)
+    longer = cuda.step(int8.format, "rows", size, rule, held=8)
+    yield from _pair("observe and quantize", "int8, longer rows", name, traffic, None, longer)
+    one_by_one = (
+        *cuda.observe("rows", size, fmt=int8.format, rule=rule),
+        *cuda.forward(int8.format, "rows", size),
     )
+    run = triton_runs.observe_then_quantize(int8, "rows", dtype)
+    yield from _pair("observe, then quantize", "int8, rows", name, traffic, run, one_by_one)
+    for case, in_place in (("", False), ("in place", True)):
+        run = triton_runs.backward(dtype, in_place)
+        bodies = cuda.backward(size, in_place)
+        yield from _pair("backward", case, name, (size + 1 / 8, size), run, bodies)
+    for blocks in ("tensor", "rows", "columns", "blocks of 32"):
+        run = triton_runs.observe(blocks, dtype)
+        yield from _pair("observe", blocks, name, (size, 0), run, cuda.observe(blocks, size))
 
 
-def _forward(x: Tensor, blocks: str, fmt: Format, low: float, high: float) -> Callable[[], Any]:
-    block = BLOCKS[blocks]
-    grid = _grid(block)
-    zero_point = _meta(*grid, dtype=torch.int32) if fmt == Format.INT else None
-    return lambda: fake_quantize.fake_quantize_forward(
-        x, _meta(*grid), zero_point, None, list(block), fmt, low, high, True
+def _others(name: str) -> Iterator[Variant]:
+    dtype = DTYPES[name]
+    size = dtype.itemsize
+    magnitudes = cuda.largest_magnitudes(size)
+    yield from _pair("mask", "largest magnitudes", name, (2 * size, size), None, magnitudes)
+    for n, m in ((2, 4), (4, 8)):
+        yield from _pair("mask", f"{n}:{m}", name, (size, size), triton_runs.n_of_m(n, m, dtype))
+    yield from _pair("sampled mask", "forward", name, (size + 4, size), triton_runs.sampled(dtype, False))
+    yield from _pair(
+        "sampled mask", "backward", name, (2 * size + 4, size + 4), triton_runs.sampled(dtype, True)
     )
+    for bits in (8, 4):
+        run = triton_runs.looked_up(bits, dtype)
+        yield from _pair("look-up", f"{bits}-bit palette", name, (bits / 8, size), run)
+    for blocks in ("rows", "tensor"):
+        run = triton_runs.learned(blocks, dtype)
+        yield from _pair("learned range, backward", f"int8, {blocks}", name, (2 * size, size), run)
 
 
-def _step(
-    x: Tensor, blocks: str, fmt: Format, low: float, high: float, scale_format: ScaleFormat
-) -> Callable[[], Any]:
-    block = BLOCKS[blocks]
-    grid = _grid(block)
-    is_int = fmt == Format.INT
-    config = QuantConfig(
-        block, Scheme.SYMMETRIC, fmt, low, high, update=RangeUpdate.MOVING_AVERAGE, scale_format=scale_format
-    )
-    running = _meta(*grid, dtype=x.dtype)
-    return lambda: observe_and_fake_quantize.observe_and_fake_quantize_(
-        x,
-        _meta(*grid),
-        _meta(*grid, dtype=torch.int32) if is_int else None,
-        _meta(*grid) if is_int else None,
-        running,
-        running,
-        True,
-        config,
-        True,
-    )
+def _choices() -> Iterator[Variant]:
+    """Of blocks, which are the elements here."""
+    for name in ("int8", "int8 asymmetric", "fp8", "MXFP4", "NVFP4"):
+        fmt = FORMATS[name]
+        first = cuda.largest_first() if fmt.scales == ScaleFormat.E4M3 else ()
+        bodies = (*first, *cuda.choose(fmt.format, fmt.scheme, fmt.scales))
+        run = triton_runs.choose(fmt, _CHOSEN_BLOCKS)
+        facts = ("choose parameters", name, "fp32")
+        yield Variant(*facts, CUDA, _CHOSEN_BLOCKS, 8, 12, bodies=bodies)
+        yield Variant(*facts, TRITON, _CHOSEN_BLOCKS, 8, 12, run=run)
