@@ -203,6 +203,16 @@ def _is_simulator(row: Mapping[str, Any]) -> bool:
 
 _TURNS = "The contenders take turns, and medians count; ± is the distance between quartiles."
 
+_TORCHAO = (
+    "`IntxFakeQuantizer` of torchao 0.18.0, forward and backward, beside the same object after "
+    "`coreai_accelerate.torchao`"
+)
+_AGAINST_TORCHAO = (
+    "At 64² the engine is slower: a call costs more of Python than the arithmetic. Simulators alone, on one "
+    "thread, in float32; a step of a model is mostly matrix products. Other jobs ran on both cores: times "
+    "are the processor's, and longer than on an idle machine."
+)
+
 CLAIMS = {
     "training-steps": Claim(
         title="What int8 adds to a training step is {} of what Apple's package adds",
@@ -271,6 +281,21 @@ CLAIMS = {
         "operators. Other jobs ran on both cores: times are the processor's, and longer than on an idle "
         "machine.",
         **_against("modelopt", lambda row: True, "ModelOpt's", _square),
+    ),
+    "torchao": Claim(
+        title="A simulator of torchao's training is {} on this engine as eager",
+        results="torchao-xeon-2cores.json",
+        peer=f"{_TORCHAO}, as it is: torch's operators one by one. {_TURNS}",
+        against=_AGAINST_TORCHAO,
+        **_against("torchao", lambda row: True, "torchao's", _square),
+    ),
+    "torchao-compiled": Claim(
+        title="A simulator of torchao's training is {} on this engine as under torch.compile",
+        results="torchao-xeon-2cores.json",
+        peer=f"{_TORCHAO}, each simulator under `torch.compile(fullgraph=True)`. {_TURNS}",
+        against=f"{_AGAINST_TORCHAO} In a model that is compiled as a whole, inductor fuses a simulator with "
+        "what is around it, and a call costs no Python: that was not measured.",
+        **_against("torchao, compiled", lambda row: True, "torchao's, compiled", _square),
     ),
     "palettes": Claim(
         title="4-bit palettes of a 4096² weight are found {}",
