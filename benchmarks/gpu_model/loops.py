@@ -13,7 +13,7 @@ __all__ = ["LoopCounts", "count_loops"]
 
 _NONE = (-1, 0, 0)
 # Of global memory; a compiler that lost track of a pointer has the general instruction.
-_LOADS = ("LDG.", "LD.")
+_LOADS, _STORES = ("LDG.", "LD."), ("STG", "ST")
 _SHARED_STORES = ("STS", "ATOMS", "RED", "ATOMG")
 
 
@@ -117,7 +117,7 @@ def _way(lines: Sequence[Line], labels: Mapping[str, int], first: int, last: int
         best, goal = max(choices, key=lambda pair: pair[0], default=(_NONE, None))
         if best == _NONE:
             continue
-        stores = width(line.name) if kind == "STG" else 4 * line.name.startswith(_SHARED_STORES)
+        stores = width(line.name) if kind in _STORES else 4 * line.name.startswith(_SHARED_STORES)
         ahead[position] = ((best[0] + stores, best[1] + _is_wide(line), best[2] - 1), goal)
     if first not in ahead:
         raise ValueError("there is no way through the loop")
