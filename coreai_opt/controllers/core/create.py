@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coreai_opt._restoring import undone_on_failure
 from coreai_opt._sharding.layout import is_sharded
 from coreai_opt.controllers.core.api import State
 from coreai_opt.controllers.core.base import (
@@ -83,10 +84,11 @@ def create_compressed_model(
     evaluate = checked.init_args.model_eval_fn
     if checked.accuracy_aware_training is not None and evaluate is not None and compression_state is None:
         context.uncompressed_accuracy = float(evaluate(model, checked.init_args.val_loader))
-    builder.apply_to(model)
-    controller = builder.build_controller(model)
-    if compression_state is not None:
-        controller.load_state(ctrl_state)
+    with undone_on_failure(model):
+        builder.apply_to(model)
+        controller = builder.build_controller(model)
+        if compression_state is not None:
+            controller.load_state(ctrl_state)
     model.train(training)
     setattr(model, MARK, [each.name for each in builder.builders])
     return controller, model

@@ -279,3 +279,20 @@ def test_the_models_mode_stays() -> None:
     for training in (True, False):
         _, model = create_compressed_model(make_model().train(training), configured(MAGNITUDE))
         assert model.training is training
+
+
+@pytest.mark.parametrize("algorithm", ["magnitude_sparsity", "rb_sparsity"])
+def test_a_misspelt_schedule_leaves_the_model_as_it_was(algorithm):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"algorithm": algorithm, "params": {"schedule": "polynom"}}
+    config = {"input_info": {"sample_size": [1, 3, 8, 8]}, "compression": settings}
+    with pytest.raises(ValueError, match="Did you mean 'polynomial'"):
+        create_compressed_model(model, config)
+    assert type(model[0]) is torch.nn.Conv2d
+    assert model.state_dict().keys() == before.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    settings["params"]["schedule"] = "exponential"
+    create_compressed_model(model, config)
