@@ -338,6 +338,8 @@ def _require_float(model: Any) -> None:
 def _check_model(model: Any, description: Mapping[str, Any], path: str | Path) -> None:
     _require_float(model)
     shapes = {name: list(each.shape) for name, each in model.named_parameters(remove_duplicate=False)}
+    # Spectral norm's weight has a name here that it has not among the parameters.
+    shapes |= {name: list(each.shape) for name, each, _ in parameters_of(model)}
     problems = []
     for name, shape in description["parameters"].items():
         if name not in shapes:

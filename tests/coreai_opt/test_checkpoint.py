@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import coreai_opt
 from coreai_opt import checkpoint
@@ -130,6 +131,20 @@ def test_shared_weights_are_one_afterwards(tmp_path):
     chains = [each.parametrizations.weight for each in (fresh.first, fresh.second)]
     assert chains[0].original is chains[1].original
     assert torch.equal(fresh.first.weight, model.first.weight)
+
+
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, parametrizations.weight_norm])
+def test_weights_that_torch_computes_from_others(norm, tmp_path):
+    def build(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4))
+
+    x = torch.randn(5, 8)
+    model, _ = coreai_opt.prune(build(0), x, 0.5)
+    model.eval()
+    coreai_opt.save_checkpoint(model, tmp_path / "model.safetensors")
+    restored, _ = coreai_opt.load_checkpoint(build(1), tmp_path / "model.safetensors")
+    assert torch.equal(restored.eval()(x), model(x))
 
 
 class KeywordOnly(nn.Module):
