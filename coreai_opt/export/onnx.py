@@ -200,10 +200,13 @@ def _opset(job: Job) -> int:
 
 
 def write(job: Job, path: Path) -> None:
-    """Convert the model, whose quantizers are ONNX's, and write it."""
-    program = exported(
-        job.model, job.args, {}, _opset(job), job.input_names, job.output_names, job.dynamic_shapes
-    )
+    """Convert the model, whose quantizers are ONNX's, and write it. ValueError if its opset is another."""
+    opset = _opset(job)
+    program = exported(job.model, job.args, {}, opset, job.input_names, job.output_names, job.dynamic_shapes)
+    # Where the exporter cannot convert to the opset that is asked for, it logs that, and returns its own.
+    made = program.opset_imports.get("")
+    if made != opset:
+        raise ValueError(f"opset: the exporter cannot write this model with {opset}; it can with {made}")
     _pack(program, importlib.import_module("onnx_ir"))
     _warn_of_float_weights(program)
     write_program(program, path)

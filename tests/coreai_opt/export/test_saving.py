@@ -267,6 +267,7 @@ REFUSED = {
     ),
     "options": (".pt2", lambda model: None, {"opset": 3}, ValueError, "no options"),
     "options of Core AI": (".aimodel", lambda model: None, {"opset": 3}, ValueError, "no options"),
+    "opset that the exporter lacks": (".onnx", lambda model: None, {"opset": 3}, ValueError, "cannot write"),
     "opset": (
         ".onnx", lambda model: quantizer(model, {"dtype": "int4"}), {"opset": 20}, ValueError, "opset",
     ),
