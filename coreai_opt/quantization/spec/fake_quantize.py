@@ -14,6 +14,7 @@ from coreai_kernels.ops import fake_quantize as fake_quantize_op
 from coreai_kernels.ops import observe_and_fake_quantize as training_step_op
 from coreai_kernels.ops.quantize import STORAGE_DTYPES
 from coreai_kernels.runtime.captured import CapturedCalls
+from coreai_kernels.runtime.inductor import is_exporting
 from coreai_opt._sharding.layout import is_sharded, with_local, with_sums
 from coreai_opt._sharding.ranges import local_parameters
 from coreai_opt._utils.spec_utils import PartialConstructor, with_args
@@ -406,7 +407,7 @@ def _needs_torch_operators(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 def _is_exporting() -> bool:
     """Whether a program is made whose readers know torch's operators only; ONNX's older exporter traces."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def fp4_forward(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from coreai_kernels.ops import checks
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import fake_quantize as reference
 from coreai_kernels.reference.layout import memory_order
-from coreai_kernels.runtime.inductor import recompute_masks
+from coreai_kernels.runtime.inductor import is_exporting, recompute_masks
 from coreai_kernels.triton import registry as triton
 
 __all__ = [
@@ -200,7 +200,7 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Gradient where the mask is set."""
         (mask,) = ctx.saved_tensors
-        compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        compiling = torch.compiler.is_compiling() and not is_exporting()
         masked = _compiled_gradient if compiling and backends.forced() != "reference" else masked_gradient
         return masked(grad, mask, ctx.order), None, None
 
@@ -300,7 +300,7 @@ def apply(
     args = (scale, zero_point, minval, block_size, format, quant_min, quant_max)
     if torch.compiler.is_compiling() and backends.forced() != "reference":
         needs_grad = input.requires_grad and torch.is_grad_enabled()
-        if needs_grad and not torch.compiler.is_exporting():
+        if needs_grad and not is_exporting():
             recompute_masks()
         return torch.ops.coreai_kernels.fake_quantize(input, *args, needs_grad)[0]  # type: ignore[no-any-return]
     return straight_through(input, implementation("fake_quantize_forward"), args)

@@ -12,7 +12,7 @@ from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.quant_config import QuantConfig, taking_config, taking_packed_config
 from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference
-from coreai_kernels.runtime.inductor import recompute_masks
+from coreai_kernels.runtime.inductor import is_exporting, recompute_masks
 from coreai_kernels.triton import registry as triton
 from coreai_kernels.types import RangeUpdate, grid_shape
 
@@ -217,7 +217,7 @@ def apply(
         # Traced as it stands, with the configuration's entries as constants.
         return fake_quantize.straight_through(input, _reference_in_place, (*state, has_running, config))
     needs_grad = input.requires_grad and torch.is_grad_enabled()
-    if not torch.compiler.is_exporting():
+    if not is_exporting():
         operator = torch.ops.coreai_kernels.observe_and_fake_quantize_unpacked_
         fields = (*state, has_running, *config.arguments())
         if needs_grad:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from coreai_kernels.imports import assume_constant_result
 
-__all__ = ["recompute_masks"]
+__all__ = ["is_exporting", "recompute_masks"]
 
 _OPERATORS = frozenset(
     {"coreai_kernels::observe_and_fake_quantize_unpacked_", "coreai_kernels::fake_quantize"}
@@ -24,6 +24,13 @@ _OPERATORS = frozenset(
 _COMPARISONS = frozenset({"aten::le", "aten::lt", "aten::ge", "aten::gt"})
 _COMBINATIONS = frozenset({"aten::bitwise_or", "aten::bitwise_and", "aten::logical_or", "aten::logical_and"})
 _MARK = "recompute"
+
+
+# In what torch.compile traces, torch's function is true up to torch 2.12. This one is called while it traces.
+@assume_constant_result
+def is_exporting() -> bool:
+    """Whether torch.export traces."""
+    return torch.compiler.is_exporting()
 
 
 # Called while torch.compile traces: what it does is no part of the program.
