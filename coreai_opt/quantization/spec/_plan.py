@@ -308,7 +308,7 @@ def facts_of(module: FakeQuantizer) -> Facts:
             scale_format=int(calculator.scale_format),
         )
     # Plain values: torch.compile takes these as constants, and refuses enumerations, with which that of torch
-    # 2.10 to 2.12 cannot even compare one.
+    # 2.10 and 2.12 cannot even compare one.
     flags = (is_integer, uses_minval, module.is_stateless, keeps_range, _forwards_as_built_in(module))
     return int(fmt), quant_min, quant_max, *flags, config
 

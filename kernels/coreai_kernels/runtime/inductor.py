@@ -26,7 +26,7 @@ _COMBINATIONS = frozenset({"aten::bitwise_or", "aten::bitwise_and", "aten::logic
 _MARK = "recompute"
 
 
-# In what torch.compile traces, torch's function is true up to torch 2.12. This one is called while it traces.
+# Torch's own is true in all that torch 2.10 compiles. This one is called while the compiler traces.
 @assume_constant_result
 def is_exporting() -> bool:
     """Whether torch.export traces."""
