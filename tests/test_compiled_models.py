@@ -71,6 +71,7 @@ USUAL = {
     ("transposed", "palettes"),
     ("lstm", "graph"),
     ("encoder", "graph"),
+    ("encoder", "eager"),
 }
 
 FINALIZED = [("mlp", "palettes"), ("mlp", "graph"), ("mlp", "pruned, quantized")]

@@ -115,6 +115,8 @@ class _Interception(CallCountingMode):
         frame = self.frame
         if torch.compiler.is_compiling():
             func, args = as_method(func, args)
+            if func is torch.Tensor.unflatten:  # it calls its base class's, where dynamo gives up
+                func = torch.unflatten
         if frame is not None and not is_simulating():
             group = frame.groups.get(func)
             if group is not None and is_counted(func, args, kwargs):
