@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from coreai_opt import ExportBackend
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer
@@ -283,3 +284,24 @@ def test_batches_of_any_length_are_compiled_twice(trains) -> None:
             batch = X[:1].repeat(length, 1) * length
             assert torch.equal(compiled(batch), twin(batch))
     assert counter.frame_count == 2
+
+
+def test_without_observers_checkpointed_activations_are_the_same() -> None:
+    """With them, what is computed anew is observed a second time, as the page about language models says."""
+
+    class Checkpointed(Mlp):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(checkpoint(self.first, x, use_reentrant=False).relu())
+
+    gradients = []
+    for kind in (Mlp, Checkpointed):
+        torch.manual_seed(0)
+        quantizer, model = prepared(kind(), X)
+        with quantizer.calibration_mode():
+            model(X)
+        with quantizer.training_mode():
+            quantizer.disable_observer()
+            for i in range(1, 4):
+                model(i * X).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
