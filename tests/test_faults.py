@@ -1,6 +1,7 @@
 """What goes wrong around training: killed processes, full disks, no memory, losses that overflow, threads."""
 
 import copy
+import importlib
 import multiprocessing
 import os
 import random
@@ -84,6 +85,7 @@ def forked(work: Callable[..., None], *args: Any) -> Any:
 
 def end_as_if_not_killed(folder: Path) -> int:
     """Train in processes that are killed at random moments; return how many were. The caller never trains."""
+    importlib.import_module("torch._dynamo")  # optimizers do, which takes longer than a process may live
     whole = forked(train, *prepared(), folder / "whole.safetensors")
     whole.join()
     expected = coreai_opt.load_checkpoint(network(), folder / "whole.safetensors").model.state_dict()
@@ -105,6 +107,7 @@ def end_as_if_not_killed(folder: Path) -> int:
             model, compressors = coreai_opt.load_checkpoint(network(), path)
             state = (model, *compressors)
             assert steps_of(state[1]) >= before
+    assert steps_of(state[1]) == STEPS
     found = state[0].state_dict()
     assert list(found) == list(expected)
     for name, value in expected.items():

@@ -19,7 +19,9 @@ def test_a_checkpoint_loads(name: str, written: Any) -> None:
     model, _ = prepared(name, seed=1)
     model.load_state_dict(written[name]["state"], strict=True)
     with torch.no_grad():
-        assert torch.equal(model.eval()(INPUTS), written[name]["outputs"])
+        outputs = model.eval()(INPUTS)
+    # The order of a product's sums depends on the machine.
+    torch.testing.assert_close(outputs, written[name]["outputs"], rtol=0, atol=2e-7)
 
 
 def test_pruning_goes_on_from_the_step_that_is_given(written: Any, caplog: pytest.LogCaptureFixture) -> None:
