@@ -209,8 +209,7 @@ _TORCHAO = (
 )
 _AGAINST_TORCHAO = (
     "At 64² the engine is slower: a call costs more of Python than the arithmetic. Simulators alone, on one "
-    "thread, in float32; a step of a model is mostly matrix products. Other jobs ran on both cores: times "
-    "are the processor's, and longer than on an idle machine."
+    "thread, in float32; a step of a model is mostly matrix products."
 )
 
 CLAIMS = {
