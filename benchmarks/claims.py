@@ -208,8 +208,8 @@ _TORCHAO = (
     "`coreai_accelerate.torchao`"
 )
 _AGAINST_TORCHAO = (
-    "At 64² the engine is slower: a call costs more of Python than the arithmetic. Simulators alone, on one "
-    "thread, in float32; a step of a model is mostly matrix products."
+    "Simulators alone, on one thread, in float32: other dtypes are left to torchao's methods. At 64² most of "
+    "a call is Python. A step of a model is mostly matrix products."
 )
 
 CLAIMS = {

@@ -21,7 +21,16 @@ FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit
 # Operators, their gradients, lists of tensors, and captured calls.
 _KERNELS = (
     *("operators", "straight_through", "foreach", "backends_agree", "columns", "masks", "sampled_mask"),
-    *("palettize", "soft_palettize", "lookup", "kmeans", "kmeans_1d", "learnable_range", "gptq_columns"),
+    *(
+        "palettize",
+        "soft_palettize",
+        "lookup",
+        "kmeans",
+        "kmeans_1d",
+        "learnable_range",
+        "gptq_columns",
+        "by_reciprocal",
+    ),
 )
 _SIMULATORS = ("fast_path", "fake_quantize", "subclasses")
 TESTS = [

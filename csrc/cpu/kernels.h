@@ -148,6 +148,26 @@ struct GptqColumns {
   Affine affine;
 };
 
+// `blocks` rows of `run` elements, a multiple of eight. `chooses`: scale and zero point are written, else read.
+struct ByReciprocal {
+  int64_t blocks, run;
+  const float* input;
+  float* output;
+  uint8_t* mask;  // null: not wanted
+  float* scale;
+  int32_t* zero_point;
+  bool chooses, is_symmetric;
+  float low, high, eps;  // the least scale
+};
+
+struct ByReciprocalBackward {
+  int64_t blocks, run;
+  const float* grad;
+  float* output;
+  const uint8_t* mask;
+  const float* scale;
+};
+
 struct Kernels {
   void (*apply_mask)(Element, const void* x, const void* mask, void* out, int64_t numel);
   void (*block_norms)(const Geometry&, Element, const void* x, double* norms);
@@ -164,6 +184,8 @@ struct Kernels {
   void (*sampled_mask)(const SampledMask&);
   void (*learnable_range)(const LearnableRange&);
   void (*gptq_columns)(const GptqColumns&);
+  void (*fake_quantize_by_reciprocal)(const ByReciprocal&);
+  void (*by_reciprocal_backward)(const ByReciprocalBackward&);
   PaletteKernels palettes;
 };
 

@@ -7,6 +7,7 @@
 #include "cpu/masks/sampled_mask.h"
 #include "cpu/masks/topk_mask.h"
 #include "cpu/palettes/palettes.h"
+#include "cpu/quantize/by_reciprocal.h"
 #include "cpu/quantize/gptq_columns.h"
 #include "cpu/quantize/learnable_range.h"
 #include "cpu/quantize/masked_gradient.h"
@@ -32,6 +33,8 @@ const Kernels kKernels = {
     .sampled_mask = sampled_mask,
     .learnable_range = learnable_range,
     .gptq_columns = gptq_columns,
+    .fake_quantize_by_reciprocal = fake_quantize_by_reciprocal,
+    .by_reciprocal_backward = by_reciprocal_backward,
     .palettes = kPaletteKernels,
 };
 

@@ -9,6 +9,7 @@ from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.ops.apply_mask import apply_mask
 from coreai_kernels.ops.bits import pack_bits, unpack_bits
 from coreai_kernels.ops.block_mask import block_mask, channel_mask
+from coreai_kernels.ops.by_reciprocal import fake_quantize_by_reciprocal
 from coreai_kernels.ops.fake_quantize import fake_quantize
 from coreai_kernels.ops.foreach import foreach_fake_quantize, foreach_observe_and_fake_quantize
 from coreai_kernels.ops.gptq_columns import gptq_columns
@@ -40,6 +41,7 @@ __all__ = [
     "choose_qparams",
     "dequantize",
     "fake_quantize",
+    "fake_quantize_by_reciprocal",
     "foreach_fake_quantize",
     "foreach_observe_and_fake_quantize",
     "gptq_columns",

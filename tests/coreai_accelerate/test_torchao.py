@@ -76,11 +76,16 @@ def train(model: nn.Module, steps: int = 3) -> list[torch.Tensor]:
     return seen
 
 
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Bytes, which tell signs of zeros. All NaN are alike: their bits depend on the split of loops."""
+    x = x.contiguous()
+    return (torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x).view(torch.uint8)
+
+
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    """Bit for bit, signs of zeros and NaN among them."""
     pairs = list(zip(one, other, strict=True))
     return all(a.dtype == b.dtype and a.shape == b.shape for a, b in pairs) and all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) for a, b in pairs
+        torch.equal(bits(a), bits(b)) for a, b in pairs
     )
 
 
@@ -122,6 +127,7 @@ CONFIGS = {
     "channels": {"dtype": torch.int8, "granularity": "per_channel"},
     "groups": {"dtype": torch.int4, "group_size": 16},
     "groups, int2": {"dtype": torch.int2, "group_size": 32, "eps": 1e-6},
+    "groups, int8": {"dtype": torch.int8, "group_size": 8},
     "static": {"dtype": torch.int4, "group_size": 32, "is_dynamic": False},
 }
 
@@ -169,6 +175,7 @@ def test_what_is_left_and_why() -> None:
         "learning": IntxFakeQuantizeConfig(**group, range_learning=True, is_dynamic=False),
         "asymmetric": IntxFakeQuantizeConfig(**group, is_symmetric=False),
         "half scales": IntxFakeQuantizeConfig(**group, scale_precision=torch.bfloat16),
+        "no least scale": IntxFakeQuantizeConfig(**group, eps=0.0),
         "float8": Float8FakeQuantizeConfig(),
         "int4": Int4WeightFakeQuantizeConfig(),
     }
@@ -181,6 +188,7 @@ def test_what_is_left_and_why() -> None:
         "learning": "range learning",
         "asymmetric": "asymmetric groups",
         "half scales": "precision of the parameters",
+        "no least scale": "scales of zero",
         "float8": "its scale has a gradient, too",
         "int4": "its scale has a gradient, too",
         "mine": "a subclass",
@@ -197,6 +205,35 @@ def test_other_dtypes_go_to_torchaos_method_and_are_counted() -> None:
         found.append([module(draw("plain", (4, 32)).bfloat16())])
     assert same(*found)
     assert coreai_accelerate.status().fallbacks["torchao: bfloat16"] > 0
+
+
+@pytest.mark.parametrize("columns", [12, 20])
+def test_blocks_that_do_not_fill_bytes_of_a_mask_go_to_torchaos_method(columns: int) -> None:
+    before = coreai_accelerate.status().fallbacks.get("torchao: block size", 0)
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["channels"])) for _ in range(2)):
+        if found:
+            coreai_accelerate.torchao(module)
+        found.append([module(draw("plain", (4, columns)))])
+    assert same(*found)
+    assert coreai_accelerate.status().fallbacks["torchao: block size"] == before + 1
+
+
+def test_parameters_that_were_replaced_are_used_or_left_to_torchao() -> None:
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["static"])) for _ in range(2)):
+        if found:
+            coreai_accelerate.torchao(module)
+        x = draw("plain", (4, 64))
+        seen = [module(x)]
+        module.scale, module.zero_point = module.scale * 2, module.zero_point + 1
+        seen.append(module(x))
+        module.scale = module.scale.t().contiguous().t()
+        seen.append(module(x))
+        module.zero_point = module.zero_point.to(torch.int64)
+        seen.append(module(x))
+        found.append(seen)
+    assert same(*found)
 
 
 def test_switched_off_simulators_pass_the_tensor() -> None:

@@ -10,6 +10,9 @@ import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, Scheme
 from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
 from tests.kernels.gptq_support import SIZES, check_gptq_columns
+from tests.kernels.reciprocal_support import KINDS as RECIPROCAL_KINDS
+from tests.kernels.reciprocal_support import check_by_reciprocal
+from tests.kernels.reciprocal_support import draw as draw_for_reciprocal
 from tests.kernels.support import assert_same_bits
 from tests.kernels.triton_support import (
     DTYPES,
@@ -271,3 +274,12 @@ def test_more_than_32_bits_in_columns_and_bytes(huge: Tensor) -> None:
 @pytest.mark.parametrize(("n", "rows", "groups"), [*SIZES, (256, 5000, 2)])
 def test_gptq_columns(n: int, rows: int, groups: int, kind: str) -> None:
     check_gptq_columns("triton", n, rows, groups, kind, device="cuda")
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize("kind", RECIPROCAL_KINDS)
+def test_by_reciprocal(kind: str, chooses: bool) -> None:
+    x, gradient = (draw_for_reciprocal(kind, seed, 500, 4096) for seed in (0, 1))
+    for run in (32, 4096):
+        options = {"run": run, "is_symmetric": False, "eps": 1e-6}
+        check_by_reciprocal("triton", x, gradient, chooses, 8, device="cuda", **options)

@@ -19,6 +19,8 @@ from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.learned_support import run as on_backend
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
+from tests.kernels.reciprocal_support import check_by_reciprocal
+from tests.kernels.reciprocal_support import draw as draw_for_reciprocal
 from tests.kernels.support import assert_same_bits
 from tests.kernels.test_quotients import STEPS as STEPS_OF
 from tests.kernels.test_quotients import neighbours, scales
@@ -262,3 +264,10 @@ def test_gptq_columns(n: int, rows: int, groups: int, kind: str) -> None:
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -0.0, 1e-41], ids=str)
 def test_gptq_columns_of_unusual_values(special: float) -> None:
     check_gptq_columns("triton", 9, 5, 1, "zero_point", special=special)
+
+
+@pytest.mark.parametrize("chooses", [True, False])
+@pytest.mark.parametrize("kind", ["plain", "zeros", "not finite"])
+def test_by_reciprocal(kind: str, chooses: bool) -> None:
+    x, gradient = (draw_for_reciprocal(kind, seed, 5, 48) for seed in (0, 1))
+    check_by_reciprocal("triton", x, gradient, chooses, 4, run=24, is_symmetric=kind == "plain", eps=1e-6)

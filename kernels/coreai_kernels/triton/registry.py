@@ -13,6 +13,8 @@ _MODULES = {
     "dequantize": "quantize",
     "fake_quantize_backward": "fake_quantize",
     "fake_quantize_backward_": "fake_quantize",
+    "fake_quantize_by_reciprocal_": "by_reciprocal",
+    "fake_quantize_by_reciprocal_backward": "by_reciprocal",
     "fake_quantize_forward": "fake_quantize",
     "foreach_fake_quantize_backward": "foreach",
     "foreach_fake_quantize_backward_": "foreach",
