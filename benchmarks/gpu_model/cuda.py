@@ -52,9 +52,12 @@ class Body:
         codes: its arguments, by number, as they are in the name of the compiled kernel.
         elements: that a thread takes in one round of the innermost loop with wide loads.
         read, written: bytes of large tensors an element.
-        rounds: of that loop, in one of the loop around it or, without one, in the whole kernel. 0: what is
-            around it is done once for many elements, and is not counted.
+        rounds: of that loop, in one of the loop around it or, without one, in the whole kernel, and as many
+            of the loop that stores, if it's another one. 0: what is around it is done once for many elements,
+            and is not counted.
         threads: in a block.
+        alone: which of the stretches around that loop between one barrier and the next have work for one warp
+            only.
     """
 
     kernel: str
@@ -64,6 +67,7 @@ class Body:
     written: float
     rounds: float = 0
     threads: int = 32 * _WARPS
+    alone: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,19 @@ _KNOWN_AFTER = (
 
 
 def _step_template(
-    name: str, function: str, job: str, blocks: str, held: bool = False, more: str = "", known: str = ""
+    name: str,
+    function: str,
+    job: str,
+    blocks: str,
+    held: bool = False,
+    more: str = "",
+    known: str = "",
+    header: str = "observe_and_fake_quantize",
 ) -> _Template:
     template = "class K, Element kElement, " + ("int kHeld, " if held else "") + _RULE
     arguments = "K, kElement" + (", kHeld" if held else "") + more
     return _Template(
-        "quantize/observe_and_fake_quantize.cuh",
+        f"quantize/{header}.cuh",
         job,
         f"{_KIND}, " + ("int({}), " if held else "") + _RULE_CODES,
         _copy(name, template, blocks, job, _KNOWN_RULE + known, f"{function}<{arguments}>(job);"),
@@ -130,6 +141,8 @@ def _observe_template(name: str, call: str, blocks: str, more: str = "") -> _Tem
     )
 
 
+# Of held tensors: what merges ranges of warps, waits for other blocks, and chooses.
+_ALONE = (0, 1, 3)
 _CHOOSE_KNOWN = (
     "job.rule.scheme = kScheme, job.rule.scale_format = kScale; job.rule.format = kFormat;"
     " job.rule.rounding = kElement;"
@@ -151,6 +164,9 @@ _TEMPLATES = {
         known=" job.packs = kHeld;",
     ),
     "counted_tensor": _step_template("counted_tensor", "step_tensor", "TensorStepJob", "1"),
+    "counted_held_tensor": _step_template(
+        "counted_held_tensor", "step_held_tensor", "HeldJob", "kHeldBlocks", header="held_steps"
+    ),
     "observed_short_runs": _observe_template(
         "observed_short_runs", "observe_short_runs<kElement>(job);", "1"
     ),
@@ -267,10 +283,14 @@ def step(
             *choose(fmt, rule[0], rule[2], of_blocks),
             *forward(fmt, blocks, size),
         )
-    if blocks == "tensor":
+    codes, elements = (*kind, *_rule(*rule)), _UNROLL * _size(size)
+    if blocks == "tensor":  # tiles of a block of threads, about as many on all four GPUs
+        rounds = 2 if size == 2 else 3
+        return (Body("counted_held_tensor", codes, elements, *traffic, rounds=rounds, alone=_ALONE),)
+    if blocks == "larger tensor":  # than all multiprocessors hold
         return (
-            *observe(blocks, size, fmt=fmt, rule=rule, finishes=False),
-            Body("counted_tensor", (*kind, *_rule(*rule)), _UNROLL * _size(size), *traffic),
+            *observe("tensor", size, fmt=fmt, rule=rule, finishes=False),
+            Body("counted_tensor", codes, elements, *traffic),
         )
     if blocks == "columns":
         return (*observe(blocks, size, fmt=fmt, rule=rule), *forward(fmt, blocks, size))
@@ -343,7 +363,7 @@ def _examine(bodies: Sequence[Body], arch: int) -> dict[Body, Kernel]:
 
 
 # Kernels become functions, which copies call; without the launches that would be theirs.
-_AS_FUNCTIONS = """#include "cuda/launch.cuh"
+_AS_FUNCTIONS = """#include "cuda/grid.cuh"
 #undef COREAI_LAUNCH
 #define COREAI_LAUNCH(...)
 #pragma push_macro("__global__")
@@ -398,7 +418,11 @@ def _counted(body: Body, arch: int, listing: str, used: dict[str, int]) -> Kerne
     counts = count_loops(listing)
     issued = counts.inside - (1 - 1 / _WARPS) * counts.between_barriers
     if body.rounds:
-        issued = (counts.around + (body.rounds - 1) * counts.inside) / body.rounds
+        others = (1 - 1 / _WARPS) * sum(counts.between_barriers_around[i] for i in body.alone)
+        more = (body.rounds - 1) * (counts.inside + counts.storing)
+        if counts.storing:
+            more -= counts.ahead * counts.inside
+        issued = (counts.around - others + more) / body.rounds
     return Kernel(
         name=body.kernel,
         arch=arch,

@@ -6,6 +6,7 @@ then the shorter one: elements out of the ordinary are taken one by one, in loop
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.gpu_model.machine_code import Line, parse, width
 
@@ -25,7 +26,12 @@ class LoopCounts:
         inside: in one round of the innermost loop with the most loads of 16 bytes.
         around: in one round of the loop around it, or without one in the whole kernel; one round of the
             innermost loop is part of it.
-        between_barriers: of these, those between two barriers, if there are two: one warp does that for all.
+        between_barriers: of those inside, those between two barriers, if there are two: one warp does that
+            for all.
+        storing: in one round of another innermost loop, the one with the most stores of 16 bytes; 0: there is
+            none. ``around`` has one round of it.
+        ahead: rounds of the loop that ``around`` has beyond the one, as compilers put them ahead of it.
+        between_barriers_around: of those around, between each barrier and the next.
         in_flight: bytes that a round of the innermost loop loads, by its widest loads.
     """
 
@@ -33,6 +39,9 @@ class LoopCounts:
     around: int
     between_barriers: int
     in_flight: int
+    storing: int = 0
+    ahead: int = 0
+    between_barriers_around: Sequence[int] = ()
 
 
 def count_loops(listing: str) -> LoopCounts:
@@ -53,13 +62,16 @@ def count_loops(listing: str) -> LoopCounts:
     def contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
         return outer != inner and outer[0] <= inner[0] and inner[1] <= outer[1]
 
-    def own_wide(loop: tuple[int, int]) -> int:
+    def own_wide(loop: tuple[int, int], names: tuple[str, ...] = _LOADS) -> int:
         inner = [other for other in loops if contains(loop, other)]
         own = (i for i in range(loop[0], loop[1] + 1) if not any(a <= i <= b for a, b in inner))
-        return sum(_is_wide(lines[i]) for i in own)
+        return sum(_is_wide(lines[i], names) for i in own)
 
     loop = max(loops, key=lambda each: (own_wide(each), each[1] - each[0]))
     inside = _way(lines, labels, *loop)
+    wide_stores = tuple(f"{name}." for name in _STORES)
+    storing = max(loops, key=lambda each: own_wide(each, wide_stores))
+    stores = _way(lines, labels, *storing) if storing != loop and own_wide(storing, wide_stores) else []
     outer = min((each for each in loops if contains(each, loop)), key=lambda e: e[1] - e[0], default=None)
     around = _way(lines, labels, *(outer or (0, len(lines) - 1)))
     return LoopCounts(
@@ -67,11 +79,20 @@ def count_loops(listing: str) -> LoopCounts:
         around=_issued(lines, around),
         between_barriers=_between_barriers(lines, inside),
         in_flight=_in_flight([width(lines[i].name) for i in inside if lines[i].name.startswith(_LOADS)]),
+        storing=_issued(lines, stores),
+        ahead=_loads(lines, around) // max(1, _loads(lines, inside)) - 1,
+        between_barriers_around=[
+            _issued(lines, around[here + 1 : there]) for here, there in pairwise(_barriers(lines, around))
+        ],
     )
 
 
-def _is_wide(line: Line) -> bool:
-    return line.name.startswith(_LOADS) and ".128" in line.name
+def _is_wide(line: Line, names: tuple[str, ...] = _LOADS) -> bool:
+    return line.name.startswith(names) and ".128" in line.name
+
+
+def _loads(lines: Sequence[Line], way: Sequence[int]) -> int:
+    return sum(_is_wide(lines[i]) for i in way)
 
 
 def _in_flight(widths: Sequence[int]) -> int:
@@ -82,8 +103,12 @@ def _issued(lines: Sequence[Line], way: Sequence[int]) -> int:
     return sum(lines[i].name != "NOP" for i in way)
 
 
+def _barriers(lines: Sequence[Line], way: Sequence[int]) -> list[int]:
+    return [at for at, i in enumerate(way) if lines[i].name.startswith("BAR.SYNC")]
+
+
 def _between_barriers(lines: Sequence[Line], way: Sequence[int]) -> int:
-    barriers = [at for at, i in enumerate(way) if lines[i].name.startswith("BAR.SYNC")]
+    barriers = _barriers(lines, way)
     return _issued(lines, way[barriers[0] + 1 : barriers[-1]]) if len(barriers) == 2 else 0
 
 

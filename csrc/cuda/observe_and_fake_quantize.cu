@@ -1,6 +1,6 @@
 // observe_and_fake_quantize for CUDA tensors, in its three forms. The kernels are in cuda/quantize.
 #include "cuda/captured.cuh"
-#include "cuda/quantize/observe_and_fake_quantize.cuh"
+#include "cuda/quantize/held_steps.cuh"
 
 #include <torch/csrc/stable/library.h>
 
@@ -93,12 +93,16 @@ class Step {
     const bool aligned = is_aligned(input) && is_aligned(output);
     const int64_t most = most_blocks(place_.device);
     const StepWay way = way_of_step(g, after_.rule, pack, aligned);
-    const auto plan = plan_observe(g, pack, aligned, most);
-    const int64_t numbers = workspace_of_step(g, way, plan);
-    // Free for others when the kernels have been queued: who gets it queues on the same stream behind them.
-    Optional workspace;
-    if (numbers > 0) workspace = empty_at(place_, one_axis(numbers), one_axis(1), ScalarType::Float);
     const auto stream = current_stream(place_.device);
+    const int64_t held = blocks_of_held_step(job, way, place_.device, multiprocessors(place_.device));
+    if (held > 0) {
+      const Optional workspace = workspace_of(workspace_of_held_step(held));
+      if (queue_held_step(job, after_, held, data_of<float>(workspace), stream)) {
+        return check_launch("observe_and_fake_quantize");
+      }
+    }
+    const auto plan = plan_observe(g, pack, aligned, most);
+    const Optional workspace = workspace_of(workspace_of_step(g, way, plan));
     queue_step(job, after_, way, plan, data_of<float>(workspace), most, stream);
     if (way == StepWay::kOneByOne) queue_simulation(job, most, stream);
     check_launch("observe_and_fake_quantize");
@@ -112,6 +116,12 @@ class Step {
   Optional or_room(const Optional& values, bool needed, ScalarType type, const cpu::Layout& layout) const {
     if (values || !needed) return values;
     return empty_at(place_, one_axis(layout.geometry.blocks), one_axis(1), type);
+  }
+
+  // Free for others when the kernels have been queued: who gets it queues on the same stream behind them.
+  Optional workspace_of(int64_t numbers) const {
+    if (numbers == 0) return std::nullopt;
+    return empty_at(place_, one_axis(numbers), one_axis(1), ScalarType::Float);
   }
 
   Place place_;

@@ -44,7 +44,7 @@ def emulated(name: str, folder: Path, threads: int = 64, *defines: str) -> ctype
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     library = folder / f"{name}.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
     command += [f"-DCOREAI_EMULATED_THREADS={threads}", *defines]
     command += [*includes(folder), f"-I{ROOT / 'tests/kernels'}"]
     command += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", TORCH_HEADERS]
@@ -87,7 +87,16 @@ def build_emulated_gpu(folder: Path, *defines: str, threads: int = 64) -> None:
     if reason := why_no_emulated_gpu():
         raise RuntimeError(reason)
     torch_folder = Path(torch.__file__).parent
-    common = ["-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-isystem", TORCH_HEADERS]
+    common = [
+        "-std=c++20",
+        "-O2",
+        "-ffp-contract=off",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        "-isystem",
+        TORCH_HEADERS,
+    ]
     libraries = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
     sources = ROOT / "tests/kernels/emulation"
     api = ["-isystem", f"{TORCH_HEADERS}/torch/csrc/api/include", "-DAT_PER_OPERATOR_HEADERS"]

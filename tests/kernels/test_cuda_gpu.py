@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import coreai_kernels as ck
-from coreai_kernels import Format
+from coreai_kernels import Format, QuantConfig, RangeUpdate, Scheme
+from coreai_kernels.reference.observe_and_fake_quantize import observe_and_fake_quantize as reference_step
 from tests.kernels.support import assert_same_bits
 from tests.kernels.test_triton_gpu import dtypes_for, huge, layouts  # noqa: F401  (a fixture)
 from tests.kernels.triton_support import (
@@ -74,6 +75,34 @@ def test_cuda_graph() -> None:
         graph.replay()
         for got, wanted in zip((y, gradient), step(x, scale), strict=True):
             assert_same_bits(got, wanted)
+
+
+# One block of threads; several that hold the tensor and wait for each other; more than a GPU holds.
+@pytest.mark.parametrize("numel", [9001, 20001, 1 << 22, 1 << 25])
+def test_steps_of_whole_tensors(numel: int) -> None:
+    layout = Layout("tensor", (numel,), (numel,))
+    for kind in STEPS:
+        check_step("auto", "cuda", layout, kind, torch.bfloat16)
+
+
+def test_cuda_graph_of_a_step() -> None:
+    """Also where blocks of threads wait for each other; a replay goes on from the range of the last."""
+    config = QuantConfig((1 << 22,), Scheme.SYMMETRIC, *INT4.values(), update=RangeUpdate.MOVING_AVERAGE)
+    call = torch.ops.coreai_kernels.observe_and_fake_quantize_
+    x = torch.zeros(1 << 22, device="cuda")
+    state = [torch.zeros(1, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.int32)]
+    state += [torch.zeros(1, device="cuda") for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, mask = call(x, *state, True, config.packed(), True)
+    low, high = torch.zeros(1), torch.zeros(1)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        wanted = reference_step(x.cpu(), low, high, config, True)
+        low, high = wanted[-2:]
+        for got, value in zip((y, mask, *state), wanted, strict=True):
+            assert_same_bits(got.cpu(), value)
 
 
 def test_the_current_stream_is_used() -> None:

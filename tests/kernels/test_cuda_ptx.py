@@ -35,7 +35,7 @@ OPERATORS = [
 THREADS = 256
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _ARGUMENT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)
-_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64)
+_LAUNCH = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_bool)
 
 
 class Recorded:
@@ -73,7 +73,7 @@ class Recorded:
                 torch.frombuffer((ctypes.c_uint8 * size).from_address(data), dtype=torch.uint8)
             )
 
-    def _launch(self, symbol: bytes, blocks: int) -> None:
+    def _launch(self, symbol: bytes, blocks: int, whole: bool) -> None:
         name, arguments = symbol.decode(), self._arguments
         self._arguments = []
         self.names.append(name)
@@ -82,7 +82,18 @@ class Recorded:
         try:  # an exception does not pass through C++
             if name not in self._ptx:
                 self._ptx[name] = compiled(name, self.folder)
-            launch(self._ptx[name], blocks, THREADS, arguments, name=name, reachable=self._memory)
+            # Threads and blocks start in order or the other way round, by turns.
+            reverse = len(self.names) % 2 == 0
+            launch(
+                self._ptx[name],
+                blocks,
+                THREADS,
+                arguments,
+                name=name,
+                whole=whole,
+                reverse=reverse,
+                reachable=self._memory,
+            )
         except Exception as error:  # noqa: BLE001
             self._error = error
 
@@ -95,7 +106,7 @@ def compiled(symbol: str, folder: Path) -> str:
     assert match is not None, text
     declaration = re.sub(r"\(coreai::(cuda::)?(\w+)\)(\d+)", r"coreai::\1\2(\3)", match[1])
     source = folder / f"{abs(hash(symbol))}.cu"
-    header = "quantize/observe_and_fake_quantize.cuh"
+    header = "quantize/held_steps.cuh"
     masked = "quantize/masked_gradient.cuh"
     source.write_text(
         f'#include "cuda/{header}"\n#include "cuda/{masked}"\n'
@@ -174,7 +185,9 @@ def test_backward(recorded: Recorded, dtype: torch.dtype, in_place: bool) -> Non
         ((4, 512), (1, 32), "uint8_minval_global", FP32, ["step_of_short_runs"]),
         ((4, 512), (1, 16), "uint8_average", FP32, ["step_of_short_runs"]),
         ((9, 512), (1, 512), "e4m3_fixed", FP16, ["step_of_rows"]),
-        ((20003,), (20003,), "uint8_average", BF16, ["observe_blocks", "step_of_tensor"]),
+        ((20003,), (20003,), "uint8_average", BF16, ["step_of_held_tensor"]),
+        ((40000,), (40000,), "e4m3_fixed", FP32, ["step_of_held_tensor"]),
+        ((300001,), (300001,), "int4_latest", BF16, ["observe_blocks", "step_of_tensor"]),
         ((64, 16), (64, 1), "int4_latest", BF16, ["observe_columns", "fake_quantize_columns"]),
         (
             (8, 256),

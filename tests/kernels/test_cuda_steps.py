@@ -1,6 +1,7 @@
 """The CUDA C++ of ``observe_and_fake_quantize`` without a GPU: its operators run on the CPU."""
 
 import ctypes
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -115,7 +116,7 @@ def test_any_blocks(
 
 
 # With blocks of 64 threads, of which five run at a time: short runs, one and two warps to a row, whole and in
-# part; a tensor in one block and in parts; columns and other blocks one by one.
+# part; a tensor in one block, in several that hold it, and in parts; columns and other blocks one by one.
 SHAPES = [
     *(
         ((24, 512), (1, 32)),
@@ -158,18 +159,57 @@ def test_blocks_of_all_magnitudes(name: str, dtype: torch.dtype) -> None:
     check_step(x, None, QuantConfig(block_size=(1, 32), **step.config), FORMS[1])
 
 
+# Blocks of 64 threads that the device says it holds at the same time, and those that it takes. Without such
+# launches at all; with fewer multiprocessors for this stream than the device has.
+DEVICES = {"held": (8, 8), "no cooperative launches": (0, 0), "refused": (8, 0)}
+# Of float32 and of 16 bits: three tiles a block, of which the last is not whole and ends within a byte of the
+# mask; whole tiles; tiles for fewer blocks than there are.
+LARGE = {4: (20001, 18432, 16392), 2: (40001, 36864, 16400)}
+
+
 @pytest.mark.usefixtures("turns")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_tensors_in_parts(step: Step, dtype: torch.dtype) -> None:
+def test_tensors_that_several_blocks_of_threads_hold(
+    step: Step, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
     """One block that is too large for a block of threads."""
-    numel = 20001
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype)
-    config = QuantConfig(block_size=(numel,), **step.config)
-    for running in (running_of((1,), dtype, 1), None):
-        check_step(x, running, config, FORMS[1])
-    x[numel // 2] = float("nan")
-    check_step(x, running_of((1,), dtype, 2), config, FORMS[1])
+    # Scales of two levels are chosen by other kernels.
+    is_held = step.config.get("scale_format") != ScaleFormat.E4M3
+    generator = torch.Generator().manual_seed(1)
+    for numel in LARGE[dtype.itemsize]:
+        x = torch.randn(numel, generator=generator).to(dtype)
+        config = QuantConfig(block_size=(numel,), **step.config)
+        before = library.whole_grids()
+        for running in (running_of((1,), dtype, 1), None):
+            check_step(x, running, config, FORMS[1])
+        for value in filter(math.isfinite, SPECIAL):
+            x[torch.randint(0, numel, (1,), generator=generator)] = value
+        check_step(x, None, config, FORMS[0])
+        for place, value in ((0, math.inf), (numel // 2, math.nan), (-1, -math.inf), (-1, math.nan)):
+            changed = x.clone()
+            changed[place] = value
+            check_step(changed, running_of((1,), dtype, 2), config, FORMS[2])
+        assert library.whole_grids() - before == 7 * is_held
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_go_another_way_where_blocks_cannot_wait(
+    device: str, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
+    step = next(each for each in STEPS if each.name == "uint8_average")
+    fits = 8 * 3 * 64 * 4 * 16 // dtype.itemsize  # blocks, tiles, threads, packs, bytes
+    library.hold_blocks(*DEVICES[device])
+    try:
+        for numel, elements, holds in ((fits, 0, True), (fits + 1, 0, False), (fits, 1, False)):
+            x = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
+            before = library.whole_grids()
+            config = QuantConfig(block_size=(numel,), **step.config)
+            check_step(behind(x, elements), running_of((1,), dtype, 1), config, FORMS[1])
+            assert library.whole_grids() - before == (holds and device == "held")
+    finally:
+        library.hold_blocks(8, 8)
 
 
 @pytest.mark.usefixtures("library")

@@ -188,6 +188,42 @@ def test_barriers_and_votes() -> None:
         run(body.replace("bar.sync 0;", ""), torch.zeros(64, dtype=torch.int32), threads=64, shared=256)
 
 
+# Each block adds one to a number in memory, waits until all have, and stores what it then finds.
+WHOLE_GRID = """
+    mov.u32 %r2, %envreg1;
+    mov.u32 %r3, %envreg2;
+    mov.b64 %d2, {%r3, %r2};
+    setp.ne.s64 %p0, %d2, 0;
+    @%p0 bra $A;
+    trap;
+$A:
+    setp.ne.s32 %p1, %r1, 0;
+    @%p1 bra $B;
+    mov.u32 %r5, %ctaid.x;
+    mad.wide.u32 %d1, %r5, 4, %d0;
+    atom.add.release.gpu.u32 %r4, [%d2], 1;
+$L:
+    ld.acquire.gpu.u32 %r4, [%d2];
+    setp.lt.u32 %p2, %r4, %r0;
+    @%p2 bra $L;
+    st.global.b32 [%d1], %r4;
+$B:
+    barrier.sync 0;"""
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_blocks_of_a_whole_grid_wait_for_each_other(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = f"{HEADER}{WHOLE_GRID}\nret;\n}}"
+    output = torch.zeros(3, dtype=torch.int32)
+    launch(kernel, 3, 64, [output, np.uint32(3)], whole=True, reverse=reverse)
+    assert output.tolist() == [3, 3, 3]
+    with pytest.raises(Fault, match="stops itself"):
+        launch(kernel, 3, 64, [output, np.uint32(3)], reverse=reverse)
+    monkeypatch.setattr(machine, "MOST_STEPS", 1000)
+    with pytest.raises(Fault, match="does not seem to end"):
+        launch(kernel, 3, 64, [output, np.uint32(4)], whole=True)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

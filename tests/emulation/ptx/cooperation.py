@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 Array = np.ndarray[Any, Any]
 
-_CACHING = re.compile(r"(L1|L2)__\w+|ca|cg|cs|lu|cv|wb|wt|nc|volatile|weak|relaxed|gpu|cta|v[248]$")
+_CACHING = re.compile(r"(L1|L2)__\w+|ca|cg|cs|lu|cv|wb|wt|nc|volatile|weak|relaxed|acquire|gpu|cta|v[248]$")
 _PRED = DTYPES["pred"]
 
 
@@ -33,6 +33,13 @@ def _bra(block: "Block", i: Instruction, lanes: Array) -> None:
 def _exit(block: "Block", i: Instruction, lanes: Array) -> None:
     i.allow("uni")
     block.alive &= ~lanes
+
+
+@control("trap")
+def _trap(block: "Block", i: Instruction, lanes: Array) -> None:
+    i.allow()
+    if lanes.any():
+        raise Fault(f"the kernel stops itself: {i.text}")
 
 
 @control("bar", "barrier")
@@ -66,7 +73,8 @@ def _space(i: Instruction) -> tuple[str, int]:
     others = [part for part in i.modifiers if part not in ("global", "shared", "shared__cta", "param")]
     if any(not _CACHING.match(part) for part in others):
         raise Refused(i.text)
-    spaces = [part for part in i.modifiers if part not in others]
+    # An address of any space is one of global memory, or a fault.
+    spaces = [part for part in i.modifiers if part not in others] or ["global"]
     if len(spaces) != 1:
         raise Refused(i.text)
     counts = [int(part[1:]) for part in others if re.fullmatch(r"v[248]", part)]
@@ -227,7 +235,8 @@ def _vote(block: "Block", i: Instruction, lanes: Array) -> None:
 def _atomic(block: "Block", i: Instruction, lanes: Array) -> None:
     """A thread after the other."""
     modifiers = i.allow(
-        "global", "shared", "relaxed", "acq_rel", "gpu", "cta", "add", "min", "max", "or", "and", "exch"
+        *("global", "shared", "relaxed", "acq_rel", "release", "gpu", "cta"),
+        *("add", "min", "max", "or", "and", "exch"),
     )
     operands = i.operands if i.name == "atom" else ("_", *i.operands)
     functions: dict[str, Callable[[Array, Array], Array]] = {
@@ -239,7 +248,7 @@ def _atomic(block: "Block", i: Instruction, lanes: Array) -> None:
         "exch": lambda old, new: new,
     }
     (name,) = modifiers & set(functions)
-    if "global" not in modifiers or (i.type.kind == "f" and name != "exch"):
+    if "shared" in modifiers or (i.type.kind == "f" and name != "exch"):
         raise Refused(i.text)  # sums of floating-point numbers depend on their order
     addresses = block.address(operands[1])
     given = np.broadcast_to(block.read(operands[2], i.type), (block.threads,))

@@ -1,10 +1,12 @@
 """The threads of a block: their registers, and the order in which they run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tests.emulation.ptx import cooperation  # noqa: F401 (fills the tables)
@@ -17,6 +19,7 @@ __all__ = ["Block", "launch"]
 Array = np.ndarray[Any, Any]
 
 MOST_STEPS = 200_000
+_TURN = 100  # pieces that a block of a whole grid runs before the next
 _NUMBER = re.compile(r"-?\d+$|-?0[xX][0-9a-fA-F]+$")
 _OFFSET = re.compile(r"\[\s*([%\w.$]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 
@@ -31,6 +34,8 @@ class Block:
         parameters: the parameters' memory.
         memory: what they may read and write.
         shared: bytes of shared memory beyond what the kernel declares.
+        whole_grid: address of what the blocks of a grid that is started as a whole have in common; 0: there
+            is no such thing.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Block:
         parameters: bytes,
         memory: Global,
         shared: int,
+        whole_grid: int = 0,
     ) -> None:
         self.program = program
         self.threads = threads
@@ -56,6 +62,9 @@ class Block:
             **{
                 name: np.array([number], np.uint32) for name, number in _numbers(threads, index, grid).items()
             },
+            # Where the CUDA driver says what a whole grid has in common.
+            "%envreg1": np.array([whole_grid >> 32], np.uint32),
+            "%envreg2": np.array([whole_grid & 0xFFFFFFFF], np.uint32),
         }
         self.alive = np.ones(threads, bool)
         self.waiting = np.zeros(threads, bool)
@@ -63,7 +72,12 @@ class Block:
         self._starts = set(program.labels.values())
 
     def run(self) -> None:
-        """All threads, to their ends.
+        """All threads, to their ends."""
+        for _ in self.pieces():
+            pass
+
+    def pieces(self) -> Iterator[None]:
+        """The same, a piece at a time.
 
         Those that are furthest behind run, together, up to the next place where threads can part or meet.
         """
@@ -79,6 +93,7 @@ class Block:
             steps += self._run_piece(position, together)
             if steps > MOST_STEPS:
                 raise Fault(f"more than {MOST_STEPS} steps: the kernel does not seem to end")
+            yield
 
     def _run_piece(self, position: int, together: Array) -> int:
         """Instructions up to the next label or branch; how many."""
@@ -207,6 +222,7 @@ def launch(
     name: str | None = None,
     shared: int = 0,
     reverse: bool = False,
+    whole: bool = False,
     reachable: Sequence[Tensor] = (),
 ) -> None:
     """Run a kernel, a block after the other.
@@ -219,6 +235,7 @@ def launch(
         name: of the kernel, where the text has several.
         shared: bytes of dynamic shared memory.
         reverse: start with the last block.
+        whole: blocks are there at the same time, and take turns: they may wait for each other.
         reachable: tensors that are no arguments, but pointed to.
 
     Raises:
@@ -228,11 +245,27 @@ def launch(
     """
     program = kernel(ptx, name)
     parameters = _packed(program, arguments)
-    memory = Global([each for each in (*arguments, *reachable) if isinstance(each, Tensor)])
+    common = torch.zeros(2 if whole else 0, dtype=torch.int64)
+    memory = Global([each for each in (*arguments, *reachable, common) if isinstance(each, Tensor)])
     grid = ((blocks,) if isinstance(blocks, int) else blocks) + (1, 1)
     order = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
-    for index in reversed(order) if reverse else order:
-        Block(program, threads, index, grid[:3], parameters, memory, shared).run()
+    address = common.data_ptr() if whole else 0
+    found = (
+        Block(program, threads, index, grid[:3], parameters, memory, shared, address)
+        for index in (reversed(order) if reverse else order)
+    )
+    if whole:
+        _run_together(list(found))
+    else:
+        for block in found:
+            block.run()
+
+
+def _run_together(blocks: Sequence[Block]) -> None:
+    going = [block.pieces() for block in blocks]
+    while going:
+        # Who does not use its turn up has ended.
+        going = [pieces for pieces in going if sum(1 for _ in islice(pieces, _TURN)) == _TURN]
 
 
 def _packed(program: Kernel, arguments: Sequence[Any]) -> bytes:

@@ -1,16 +1,20 @@
 // Enough of CUDA to run kernels on the CPU: the threads of a block take turns, each until it ends or has to wait for
-// others. Who waits goes on when all whom it waits for have come: the block's threads, or the warp's.
+// others. Who waits goes on when all whom it waits for have come: the block's threads, the warp's, or the grid's. Blocks
+// come one after the other; those of a grid that is started as a whole take turns, too, and each is a thread of the CPU's.
 #pragma once
 
 #include <dlfcn.h>
 #include <ucontext.h>
 
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 #define __global__
@@ -18,12 +22,12 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
+#define __shared__ static thread_local  // one block at a time in each of the CPU's threads
 
 struct Index {
   unsigned x = 0;
 };
-inline Index threadIdx, blockIdx, gridDim;
+inline thread_local Index threadIdx, blockIdx, gridDim;
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -47,7 +51,9 @@ constexpr int kWarp = 32;
 
 class Block {
  public:
-  explicit Block(int threads) : threads_(threads), contexts_(threads), state_(threads), slots_(threads) {
+  // `wait_for_grid`: what all threads of the block do together when they wait for the grid's; none: they never do.
+  explicit Block(int threads, std::function<void()> wait_for_grid = {})
+      : threads_(threads), contexts_(threads), state_(threads), slots_(threads), wait_for_grid_(std::move(wait_for_grid)) {
     for (int i = 0; i < threads; ++i) stacks_.emplace_back(new char[kStack]);
   }
   // `backwards`: the threads' turns come in the other order.
@@ -76,14 +82,20 @@ class Block {
       }
       for (int first = 0; first < threads_; first += kWarp) release(first, first + kWarp, kAtWarp);
       release(0, threads_, kAtBlock);
+      if (all_wait_for_grid()) {
+        if (!wait_for_grid_) fail("blocks wait for each other that need not be there at the same time");
+        wait_for_grid_();
+        release(0, threads_, kAtGrid);
+        continue;
+      }
       if (!ran && done < threads_) {
-        fprintf(stderr, "the threads of a block wait for each other\n");
-        abort();
+        fail("the threads of a block wait for each other");
       }
     }
   }
   void wait_for_block() { wait(kAtBlock); }
   void wait_for_warp() { wait(kAtWarp); }
+  void wait_for_grid() { wait(kAtGrid); }
   // What lane `lane` of the warp has come with.
   uint32_t exchange(uint32_t value, int lane) {
     slots_[thread_] = value;
@@ -94,12 +106,16 @@ class Block {
   }
   int lane() const { return thread_ % kWarp; }
   static Block*& current() {
-    static Block* block = nullptr;
+    static thread_local Block* block = nullptr;
     return block;
+  }
+  [[noreturn]] static void fail(const char* what) {
+    fprintf(stderr, "%s\n", what);
+    abort();
   }
 
  private:
-  enum State : char { kReady, kAtWarp, kAtBlock, kDone };
+  enum State : char { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
   void wait(State state) {
     const int own = thread_;
     state_[own] = state;
@@ -114,6 +130,14 @@ class Block {
       if (state_[i] == place) state_[i] = kReady;
     }
   }
+  bool all_wait_for_grid() const {
+    bool any = false;
+    for (const State state : state_) {
+      if (state != kAtGrid && state != kDone) return false;
+      any = any || state == kAtGrid;
+    }
+    return any;
+  }
   static void start() {
     Block* block = current();
     (*block->body_)();
@@ -126,27 +150,100 @@ class Block {
   std::vector<std::unique_ptr<char[]>> stacks_;
   ucontext_t main_;
   const std::function<void()>* body_ = nullptr;
+  std::function<void()> wait_for_grid_;
 };
+
+// What the emulated GPU says of grids that are started as a whole: blocks that its multiprocessor holds, 0 if it starts
+// none; and those that it then takes.
+inline int promised_blocks = 8, taken_blocks = 8;
+inline int64_t whole_grids = 0;  // started so far
 
 // Blocks and threads come in order, or all the other way round: what depends on their order shows.
 inline bool backwards = false;
+
+// Blocks that are there at the same time. One of them runs, until it ends or has to wait for the others.
+class Grid {
+ public:
+  explicit Grid(int64_t blocks) : state_(static_cast<size_t>(blocks), kReady) {}
+
+  void run(const std::function<void()>& body) {
+    const size_t blocks = state_.size();
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i < blocks; ++i) {
+      threads.emplace_back([this, i, &body] {
+        give_way(i);
+        gridDim.x = static_cast<unsigned>(state_.size());
+        blockIdx.x = static_cast<unsigned>(i);
+        Block block(COREAI_EMULATED_THREADS, [this, i] {
+          state_[i] = kWaits;
+          give_way(i);
+        });
+        block.run(body, backwards);
+        state_[i] = kDone;
+        give_turn(kNobody);
+      });
+    }
+    for (size_t done = 0; done < blocks;) {
+      done = 0;
+      for (size_t turn = 0; turn < blocks; ++turn) {
+        const size_t i = backwards ? blocks - 1 - turn : turn;
+        give_turn(i);
+        wait_for_turn(kNobody);
+        done += state_[i] == kDone;
+      }
+      if (done != 0 && done != blocks) Block::fail("a block ends that others wait for");
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+ private:
+  enum State : char { kReady, kWaits, kDone };
+  static constexpr size_t kNobody = SIZE_MAX;
+
+  void give_turn(size_t to) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    turn_ = to;
+    changed_.notify_all();
+  }
+  void wait_for_turn(size_t of) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return turn_ == of; });
+  }
+  void give_way(size_t own) {
+    if (state_[own] == kWaits) give_turn(kNobody);
+    wait_for_turn(own);
+  }
+
+  std::vector<State> state_;
+  size_t turn_ = kNobody;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+};
 
 #if defined(COREAI_RECORDED)
 // Kernels are not run, but told: what they are given, one by one, then a kernel's name and its blocks. So is memory that
 // is allocated for them. Where nobody listens, nothing is done. (The name is how symbols are looked up; a GPU's code has the
 // same.)
 inline void (*tell_argument)(const void* data, int64_t size) = nullptr;
-inline void (*tell_launch)(const char* name, int64_t blocks) = nullptr;
+inline void (*tell_launch)(const char* name, int64_t blocks, bool is_whole) = nullptr;
 inline void (*tell_memory)(const void* data, int64_t size) = nullptr;
 
 template <class... Parameters, class... Args>
-void launch(void (*kernel)(Parameters...), int64_t blocks, const Args&... args) {
+void record(bool is_whole, void (*kernel)(Parameters...), int64_t blocks, const Args&... args) {
   if (tell_launch == nullptr) return;
   const auto tell = [](const auto& value) { tell_argument(&value, sizeof(value)); };
   (tell(static_cast<Parameters>(args)), ...);
   Dl_info info = {};
   if (dladdr(reinterpret_cast<void*>(kernel), &info) == 0 || info.dli_sname == nullptr) abort();
-  tell_launch(info.dli_sname, blocks);
+  tell_launch(info.dli_sname, blocks, is_whole);
+}
+template <class Kernel, class... Args>
+void launch(Kernel* kernel, int64_t blocks, const Args&... args) {
+  record(false, kernel, blocks, args...);
+}
+template <class Kernel, class Job>
+void launch_whole(Kernel* kernel, int64_t blocks, const Job& job) {
+  record(true, kernel, blocks, job);
 }
 #else
 template <class Kernel, class... Args>
@@ -158,6 +255,10 @@ void launch(Kernel kernel, int64_t blocks, Args... args) {
     blockIdx.x = static_cast<unsigned>(backwards ? blocks - 1 - i : i);
     block.run(body, backwards);
   }
+}
+template <class Kernel, class Job>
+void launch_whole(Kernel kernel, int64_t blocks, const Job& job) {
+  Grid(blocks).run([&] { kernel(job); });
 }
 #endif
 
@@ -238,8 +339,30 @@ int32_t gpu_exchange_device(int32_t device);
 int64_t gpu_stream(int32_t device);
 void gpu_launched(int64_t stream);
 }
-#define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) \
-  (gpu_launched(stream), emulation::launch(kernel, blocks, __VA_ARGS__))
+#define COREAI_LAUNCHED(stream) gpu_launched(stream)
 #else
-#define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) emulation::launch(kernel, blocks, __VA_ARGS__)
+#define COREAI_LAUNCHED(stream) static_cast<void>(stream)
 #endif
+#define COREAI_LAUNCH(kernel, blocks, threads, stream, ...) \
+  (COREAI_LAUNCHED(stream), emulation::launch(kernel, blocks, __VA_ARGS__))
+
+namespace coreai::cuda {
+
+// As in cuda/grid.cuh.
+inline void sync_grid() { emulation::Block::current()->wait_for_grid(); }
+
+template <class Job>
+int64_t blocks_at_once(void (*)(Job), int, int32_t) {
+  return emulation::promised_blocks;
+}
+
+template <class Job>
+bool launch_at_once(void (*kernel)(Job), int64_t blocks, int, int stream, Job job) {
+  if (blocks > emulation::taken_blocks) return false;
+  ++emulation::whole_grids;
+  COREAI_LAUNCHED(stream);
+  emulation::launch_whole(kernel, blocks, job);
+  return true;
+}
+
+}  // namespace coreai::cuda

@@ -9,10 +9,15 @@
 #endif
 
 #if !defined(COREAI_RECORDED)
-extern "C" void take_turns_backwards(bool backwards) { emulation::backwards = backwards; }
+extern "C" {
+void take_turns_backwards(bool backwards) { emulation::backwards = backwards; }
+// Of grids that are started as a whole: blocks that the device says it holds, and those that it takes.
+void hold_blocks(int promised, int taken) { emulation::promised_blocks = promised, emulation::taken_blocks = taken; }
+int64_t whole_grids() { return emulation::whole_grids; }
+}
 #else
 // Whom launches and memory are told.
-extern "C" void tell(void (*argument)(const void*, int64_t), void (*launch)(const char*, int64_t),
+extern "C" void tell(void (*argument)(const void*, int64_t), void (*launch)(const char*, int64_t, bool),
                      void (*memory)(const void*, int64_t)) {
   emulation::tell_argument = argument, emulation::tell_launch = launch, emulation::tell_memory = memory;
 }

@@ -1,0 +1,180 @@
+// Observe, update, choose and fake-quantize in one kernel whose blocks of threads wait for each other: what depends on the
+// whole tensor is known when all of them have looked at their part, which they keep meanwhile, so that memory is read once.
+//
+// A block keeps up to kHeldTiles tiles: the last in registers, those before in shared memory. Tensors that do not fit into
+// all multiprocessors together go the other ways.
+#pragma once
+
+#include "cuda/grid.cuh"
+#include "cuda/quantize/observe_and_fake_quantize.cuh"
+
+namespace coreai::cuda {
+
+constexpr int kHeldTiles = 3;
+constexpr int kTilePacks = kThreads * kUnroll;
+constexpr int kHeldBlocks = 4;  // at least, on a multiprocessor whose shared memory has room for them
+
+struct HeldJob : StepJob {
+  WideningKeys* parts;  // of each block of threads
+  int64_t numel;
+  uint32_t tiles;  // the last may not be whole
+};
+
+// The widest range of the threads of a block, for its first thread.
+__device__ __forceinline__ WideningKeys widest_of_threads(WideningKeys keys) {
+  __shared__ WideningKeys of_warps[kThreads / kWarp];
+  const int thread = static_cast<int>(threadIdx.x);
+  keys = {__reduce_max_sync(0xffffffffu, keys.low), __reduce_max_sync(0xffffffffu, keys.high)};
+  if (thread % kWarp == 0) of_warps[thread / kWarp] = keys;
+  __syncthreads();
+  if (thread == 0) {
+#pragma unroll
+    for (int i = 1; i < kThreads / kWarp; ++i) keys.merge(of_warps[i]);
+  }
+  return keys;
+}
+
+// A single block of elements. Each block of threads has a tile at least.
+template <class K, Element kElement>
+__device__ __forceinline__ void step_held_tensor(const HeldJob& job) {
+  using P = Pack<kElement>;
+  __shared__ uint4 held[(kHeldTiles - 1) * kTilePacks];
+  __shared__ BlockParams<K> of_tensor;
+  const uint32_t thread = threadIdx.x, first = thread / kWarp * (kWarp * kUnroll) + thread % kWarp;
+  const int64_t begin_of_rest = int64_t{job.packs} * P::kSize;  // less than a byte of the mask
+  P pack[kUnroll];
+  uint4* slot = held + first;
+  uint32_t tile = blockIdx.x;
+  auto extremes = Extremes<kElement>::with_zero();
+  for (;;) {
+    const uint32_t own = tile * kTilePacks + first;
+    const int left = static_cast<int>(job.packs - own);
+    const uint4* x = static_cast<const uint4*>(job.input) + own;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      pack[i].raw = {};
+      if (left > i * kWarp) pack[i].raw = x[i * kWarp];
+    }
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) extremes.take(pack[i]);
+    if (tile + gridDim.x >= job.tiles) break;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) slot[i * kWarp] = pack[i].raw;
+    slot += kTilePacks;
+    tile += gridDim.x;
+  }
+  Range range = extremes.range(), old = {};
+  if (thread == 0) {
+    if (job.after.update.reads_running()) old = running_range(job.after, kElement, 0);
+#pragma unroll 1
+    for (int64_t i = begin_of_rest; i < job.numel; ++i) {
+      const float value = load_element<kElement>(static_cast<const WordOf<kElement>*>(job.input) + i);
+      merge(range, {value, value});
+    }
+  }
+  WideningKeys keys = widest_of_threads(WideningKeys::of(range));
+  if (thread == 0) job.parts[blockIdx.x] = keys;
+  sync_grid();
+  for (uint32_t part = thread; part < gridDim.x; part += kThreads) keys.merge(job.parts[part]);
+  keys = widest_of_threads(keys);
+  if (thread == 0) {
+    const Range next = update_lanes<Lane>(job.after.update, kElement, keys.range(), old);
+    const auto chosen = choose<K, kElement>(job.after, next);
+    if (blockIdx.x == 0) {
+      store_running(job.after, kElement, next, 0);
+      store_qparams(chosen, job.after.out, 0);
+    }
+    of_tensor = params_of<K>(job.affine, chosen);
+  }
+  __syncthreads();
+  const BlockParams<K> params = of_tensor;
+  const auto its = [&](int) { return params; };
+  for (;;) {
+    const uint32_t own = tile * kTilePacks + first;
+    const int left = static_cast<int>(job.packs - own);
+    quantize_held<K, kElement, kUnroll, uint32_t>(
+        job, pack, 1, own, kWarp, [&](int i) { return left > i * kWarp; }, its, its);
+    if (tile == blockIdx.x) break;
+    tile -= gridDim.x;
+    slot -= kTilePacks;
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) pack[i].raw = slot[i * kWarp];
+  }
+  if (blockIdx.x == 0 && thread == 0 && begin_of_rest < job.numel) {
+    const uint32_t bits = quantize_exactly<K, kElement>(job.input, job.output, begin_of_rest,
+                                                        static_cast<int>(job.numel - begin_of_rest), its);
+    if (job.mask) job.mask[begin_of_rest / 8] = static_cast<uint8_t>(bits);
+  }
+}
+
+template <class K, Element kElement>
+__global__ void __launch_bounds__(kThreads, kHeldBlocks) step_of_held_tensor(HeldJob job) {
+  step_held_tensor<K, kElement>(job);
+}
+
+// Host side.
+
+// No multiprocessor has room for more threads.
+constexpr int64_t kMostHeldBlocks = 2048 / kThreads;
+
+// How many blocks of threads share `tiles` tiles: no more than keep memory busy, if those hold all.
+inline int64_t blocks_that_hold(int64_t tiles, int64_t multiprocessors) {
+  const int64_t least = (tiles + kHeldTiles - 1) / kHeldTiles, busy = 2 * multiprocessors;
+  const int64_t wanted = tiles < busy ? tiles : busy;
+  return least > wanted ? least : wanted;
+}
+
+template <Element kElement>
+int64_t held_tiles(const cpu::FakeQuantize& job) {
+  const int64_t tile = int64_t{kTilePacks} * Pack<kElement>::kSize;
+  return (job.geometry->numel + tile - 1) / tile;
+}
+
+// Blocks of threads of the single kernel that does a step, or 0 if none can. `way`: how it would be done else. `device`:
+// the current one, of so many multiprocessors.
+template <class = void>
+int64_t blocks_of_held_step(const cpu::FakeQuantize& job, StepWay way, int32_t device, int64_t multiprocessors) {
+  if (way != StepWay::kTensor) return 0;
+  int64_t blocks = 0;
+  with_16_or_32_bits(job.element, [&](auto element) {
+    constexpr Element kElement = decltype(element)::value;
+    const int64_t wanted = blocks_that_hold(held_tiles<kElement>(job), multiprocessors);
+    if (wanted > kMostHeldBlocks * multiprocessors) return;
+    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
+      const int64_t room = blocks_at_once(&step_of_held_tensor<decltype(kind), kElement>, kThreads, device);
+      if (wanted <= room * multiprocessors) blocks = wanted;
+    });
+  });
+  return blocks;
+}
+
+// Numbers of workspace that queue_held_step() needs.
+inline int64_t workspace_of_held_step(int64_t blocks) { return 2 * blocks; }
+
+// Queues the kernel, whose blocks are those of blocks_of_held_step(). Whether it could be: else nothing was done.
+template <class Stream>
+bool queue_held_step(const cpu::FakeQuantize& job, const AfterRange& after, int64_t blocks, float* workspace,
+                     Stream stream) {
+  bool queued = false;
+  with_16_or_32_bits(job.element, [&](auto element) {
+    constexpr Element kElement = decltype(element)::value;
+    const int64_t numel = job.geometry->numel;
+    const StepJob step = {.input = job.input,
+                          .output = job.output,
+                          .mask = job.mask,
+                          .affine = AffineMap(job.affine),
+                          .after = after,
+                          .blocks = 1,
+                          .packs = static_cast<uint32_t>(numel / 8 * (8 / Pack<kElement>::kSize)),
+                          .shift = 0,
+                          .warps = 1};
+    const HeldJob held = {step, reinterpret_cast<WideningKeys*>(workspace), numel,
+                          static_cast<uint32_t>(held_tiles<kElement>(job))};
+    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
+      queued = launch_at_once(&step_of_held_tensor<decltype(kind), kElement>, blocks, kThreads, stream, held);
+    });
+  });
+  return queued;
+}
+
+}  // namespace coreai::cuda
