@@ -175,7 +175,7 @@ $(SETUP): pyproject.toml kernels/pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -q $(PIP_FLAGS) torch setuptools wheel ninja pybind11
+	$(PIP) install -q $(PIP_FLAGS) torch setuptools wheel ninja
 	COREAI_BUILD_NATIVE=skip COREAI_BUILD_ENGINE=version \
 		$(PIP) install -q $(PIP_FLAGS) --no-build-isolation -e ./kernels -e '.[dev]'
 	@touch $@

@@ -357,10 +357,7 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
 def build_autograd(
     builder: Builder, folder: Path, torch: Torch, python: tuple[int, int], include: Path
 ) -> Path:
-    """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI.
-
-    With the pybind11 that torch's include folder holds: what it shares with torch's own module has to fit.
-    """
+    """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI."""
     output = folder / LIBRARIES["autograd_library"](torch.version, python)
     builder.build(autograd_jobs(builder, torch, include), builder.link(), output, "torch_python")
     return output

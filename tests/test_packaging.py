@@ -53,8 +53,11 @@ const CaptureFunctions* capture_functions() {
 """
 
 AUTOGRAD_MODULE = """
-#include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C_autograd, module) {}
+#include <Python.h>
+PyMODINIT_FUNC PyInit__C_autograd() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_autograd"};
+  return PyModule_Create(&definition);
+}
 """
 
 

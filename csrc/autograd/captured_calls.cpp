@@ -9,22 +9,19 @@
 #include <ATen/ops/empty_strided_ops.h>
 #include <ATen/record_function.h>
 #include <c10/core/DeviceGuard.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/inductor/aoti_torch/utils.h>
-#include <torch/csrc/utils/pybind.h>
 
 #include <array>
-#include <optional>
+#include <cstddef>
 #include <utility>
 
 #include "autograd/nodes.h"
+#include "autograd/python.h"
 #include "ops/captured.h"
 
 namespace coreai {
 namespace {
 
-namespace py = pybind11;
-using Optional = std::optional<Tensor>;
+using python::Ref;
 
 // Why a call was not run from its capture. The names are what Python shows.
 enum class Miss { kInput, kMode, kState, kMemory, kSwitch, kHook, kClass, kCount };
@@ -78,21 +75,17 @@ class Placed {
 // An entry of a dictionary that has to go on being the same object, or absent; None counts as absent.
 class Slot {
  public:
-  Slot(py::dict owner, py::str key) : owner_(std::move(owner)), key_(std::move(key)) {
-    if (PyObject* now = get()) value_ = py::reinterpret_borrow<py::object>(now);
-  }
-  bool holds() const { return get() == value_.ptr(); }
-  const py::object& value() const { return value_; }
+  Slot(PyObject* owner, PyObject* key) : owner_(owner), key_(key), value_(now()) {}
+  bool holds() const { return now() == value_.get(); }
+  PyObject* value() const { return value_.get(); }
 
  private:
-  PyObject* get() const {
-    PyObject* value = PyDict_GetItemWithError(owner_.ptr(), key_.ptr());
+  PyObject* now() const {
+    PyObject* value = PyDict_GetItemWithError(owner_.get(), key_.get());
     return value == Py_None ? nullptr : value;
   }
 
-  py::dict owner_;
-  py::str key_;
-  py::object value_;
+  Ref owner_, key_, value_;
 };
 
 // A tensor of one byte that has to keep its value. On a GPU, where reading it would be to wait, nobody may have written it.
@@ -115,32 +108,35 @@ class Switch {
 // A class whose attributes, with those of its bases, have to stay: Python renews the tag when any is assigned.
 class Class {
  public:
-  explicit Class(py::type type) : type_(std::move(type)), tag_(now()) {}
+  explicit Class(PyObject* type) : type_(type), tag_(now()) {}
   bool holds() const { return tag_ != 0 && now() == tag_; }
 
  private:
   unsigned int now() const {
-    return static_cast<unsigned int>(reinterpret_cast<PyTypeObject*>(type_.ptr())->tp_version_tag);
+    return static_cast<unsigned int>(reinterpret_cast<PyTypeObject*>(type_.get())->tp_version_tag);
   }
 
-  py::type type_;
+  Ref type_;
   unsigned int tag_;
 };
 
 // A dictionary of hooks that has to keep its entries. Torch numbers hooks: no two have the same key.
 class Hooks {
  public:
-  explicit Hooks(py::dict hooks) : hooks_(std::move(hooks)), keys_(now()) {}
-  bool holds() const { return hooks_.size() == keys_.size() && (keys_.empty() || now() == keys_); }
+  explicit Hooks(PyObject* hooks) : hooks_(hooks), keys_(now()) {}
+  bool holds() const {
+    return PyDict_GET_SIZE(hooks_.get()) == static_cast<Py_ssize_t>(keys_.size()) && (keys_.empty() || now() == keys_);
+  }
 
  private:
   std::vector<Py_ssize_t> now() const {
     std::vector<Py_ssize_t> keys;
-    for (const auto& item : hooks_) keys.push_back(PyLong_AsSsize_t(item.first.ptr()));
+    Py_ssize_t at = 0;
+    for (PyObject *key, *hook; PyDict_Next(hooks_.get(), &at, &key, &hook);) keys.push_back(PyLong_AsSsize_t(key));
     return keys;
   }
 
-  py::dict hooks_;
+  Ref hooks_;
   std::vector<Py_ssize_t> keys_;
 };
 
@@ -152,16 +148,22 @@ bool all_hold(const Conditions& conditions) {
 // Everything that an owner's captured calls depend on, but for their inputs.
 class Guard {
  public:
-  Guard(const std::vector<std::pair<py::dict, py::str>>& slots, const std::vector<Tensor>& switches,
-        const std::vector<py::dict>& hooks, const std::vector<py::type>& classes) {
-    for (const auto& [owner, key] : slots) {
-      slots_.emplace_back(owner, key);
-      PyObject* value = slots_.back().value().ptr();
-      if (value && THPVariable_Check(value)) places_.emplace_back(THPVariable_Unpack(value));
+  // Lists of pairs of a dictionary and a string, of tensors, of dictionaries, of classes.
+  Guard(PyObject* slots, const std::vector<Tensor>& switches, PyObject* hooks, PyObject* classes) {
+    const auto is_slot = [](PyObject* x) {
+      return PyTuple_Check(x) && PyTuple_GET_SIZE(x) == 2 && PyDict_Check(PyTuple_GET_ITEM(x, 0)) &&
+             PyUnicode_Check(PyTuple_GET_ITEM(x, 1));
+    };
+    for (PyObject* slot : python::elements(slots, is_slot, "slots must be a list of (dict, str)")) {
+      slots_.emplace_back(PyTuple_GET_ITEM(slot, 0), PyTuple_GET_ITEM(slot, 1));
+      PyObject* value = slots_.back().value();
+      if (value && python::is_tensor(value)) places_.emplace_back(python::tensor_of(value));
     }
     for (const Tensor& one : switches) switches_.emplace_back(one);
-    for (const py::dict& one : hooks) hooks_.emplace_back(one);
-    for (const py::type& type : classes) classes_.emplace_back(type);
+    const auto is_dict = [](PyObject* x) { return PyDict_Check(x); };
+    for (PyObject* one : python::elements(hooks, is_dict, "hooks must be a list of dict")) hooks_.emplace_back(one);
+    const auto is_class = [](PyObject* x) { return PyType_Check(x); };
+    for (PyObject* type : python::elements(classes, is_class, "classes must be a list of type")) classes_.emplace_back(type);
   }
 
   // What does not hold; kCount if all does.
@@ -232,12 +234,10 @@ class Entry {
 };
 
 const CaptureFunctions& cpu_functions() {
-  static const auto* found = [] {
-    const py::capsule capsule = py::module_::import("coreai_kernels._C").attr("capture_functions");
-    return static_cast<const CaptureFunctions*>(PyCapsule_GetPointer(capsule.ptr(), kCaptureCapsule));
-  }();
-  if (found == nullptr) throw py::error_already_set();
-  return *found;
+  static const void* found = nullptr;
+  if (found == nullptr) found = PyCapsule_Import(kCaptureCapsule, 0);
+  if (found == nullptr) throw python::Error();
+  return *static_cast<const CaptureFunctions*>(found);
 }
 
 // Of CUDA tensors, if the library for them is there.
@@ -247,73 +247,90 @@ bool can_capture(const Tensor& input) { return input.is_cpu() || (input.is_cuda(
 
 const CaptureFunctions& functions(const Tensor& input) { return input.is_cpu() ? cpu_functions() : *cuda_functions; }
 
-AtenTensorHandle handle_of(const Tensor& tensor) { return torch::aot_inductor::new_tensor_handle(Tensor(tensor)); }
-AtenTensorHandle handle_of(const Optional& tensor) { return tensor ? handle_of(*tensor) : nullptr; }
+// What a handle is: torch::aot_inductor::new_tensor_handle. Null for an undefined tensor.
+AtenTensorHandle handle_of(const Tensor& tensor) {
+  return tensor.defined() ? reinterpret_cast<AtenTensorHandle>(new Tensor(tensor)) : nullptr;
+}
 
 // Tensors of inference mode, which do not count how often they are written, are not plain.
 bool is_switch(const Tensor& x) { return is_plain(x) && x.numel() == 1 && x.element_size() == 1; }
 
+std::vector<Tensor> tensors_in(PyObject* sequence) {
+  std::vector<Tensor> result;
+  for (PyObject* one : python::elements(sequence, python::is_tensor, "switches must be a list of tensors")) {
+    result.push_back(python::tensor_of(one));
+  }
+  return result;
+}
+
 // The captured calls of one owner, such as a fake quantizer: one guard, and a call for each kind of input.
 class CapturedCalls {
  public:
-  CapturedCalls(const std::vector<std::pair<py::dict, py::str>>& slots, const std::vector<Tensor>& switches,
-                const std::vector<py::dict>& hooks, const std::vector<py::type>& classes)
+  CapturedCalls(PyObject* slots, const std::vector<Tensor>& switches, PyObject* hooks, PyObject* classes)
       : can_capture_(std::all_of(switches.begin(), switches.end(), is_switch)),
         guard_(slots, can_capture_ ? switches : std::vector<Tensor>(), hooks, classes) {}
 
-  // The output; None if the call is not captured or something is not as it was.
-  py::object call(py::handle object) {
-    if (!THPVariable_CheckExact(object.ptr())) return miss(Miss::kInput);
-    const Tensor& input = THPVariable_Unpack(object.ptr());
+  // The output, a new reference; None if the call is not captured or something is not as it was.
+  PyObject* call(PyObject* object) {
+    if (!python::is_exact_tensor(object)) return miss(Miss::kInput);
+    const Tensor& input = python::tensor_of(object);
     if (!is_plain(input) || has_tangent(input)) return miss(Miss::kInput);
     if (!is_plain_eager()) return miss(Miss::kMode);
     if (const Miss failure = guard_.failure(); failure != Miss::kCount) return miss(failure);
     for (const auto& entry : entries_) {
       if (!entry->suits(input)) continue;
       ++counters.hits;
-      const auto held = entry;  // another thread may capture, and drop this one
-      const py::gil_scoped_release others_may_run;
-      Tensor output = held->run(input);
-      const py::gil_scoped_acquire back;
-      return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(output)));
+      Tensor output;
+      {
+        const auto held = entry;  // another thread may capture, and drop this one
+        const python::Unlocked others_may_run;
+        output = held->run(input);
+      }
+      return python::wrapped(std::move(output));
     }
     return miss(Miss::kInput);
   }
 
   bool is_valid() const { return guard_.failure() == Miss::kCount; }
 
-  bool capture_simulation(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                          const Ints& block_size, int64_t format, double quant_min, double quant_max) {
+  bool capture_simulation(const python::Arguments& args) {
+    const Tensor &input = args.tensor(0), &scale = args.tensor(1);
+    const Tensor zero_point = args.optional_tensor(2), minval = args.optional_tensor(3);
+    const Ints block_size = args.integers(4);
+    const int64_t format = args.integer(5);
+    const double quant_min = args.number(6), quant_max = args.number(7);
     return add("coreai_kernels::fake_quantize_forward", input, {scale, zero_point, minval}, [&] {
       return functions(input).simulation(handle_of(input), {handle_of(scale), handle_of(zero_point), handle_of(minval)},
                                          block_size.data(), block_size.size(), format, quant_min, quant_max);
     });
   }
 
-  bool capture_step(const Tensor& input, const Tensor& scale, const Optional& zero_point, const Optional& minval,
-                    const Optional& running_min, const Optional& running_max, bool has_running, const Tensor& config) {
-    return add(
-        "coreai_kernels::observe_and_fake_quantize_", input, {scale, zero_point, minval, running_min, running_max}, [&] {
-          return functions(input).step(
-              handle_of(input),
-              {handle_of(scale), handle_of(zero_point), handle_of(minval), handle_of(running_min), handle_of(running_max)},
-              has_running, handle_of(config));
-        });
+  bool capture_step(const python::Arguments& args) {
+    const Tensor &input = args.tensor(0), &config = args.tensor(7);
+    const variable_list state = {args.tensor(1), args.optional_tensor(2), args.optional_tensor(3), args.optional_tensor(4),
+                                 args.optional_tensor(5)};
+    const bool has_running = args.flag(6);
+    return add("coreai_kernels::observe_and_fake_quantize_", input, state, [&] {
+      return functions(input).step(
+          handle_of(input),
+          {handle_of(state[0]), handle_of(state[1]), handle_of(state[2]), handle_of(state[3]), handle_of(state[4])},
+          has_running, handle_of(config));
+    });
   }
 
  private:
   // Inputs of so many kinds; the one captured first goes when there are more.
   static constexpr size_t kMost = 16;
 
-  static py::object miss(Miss reason) {
+  static PyObject* miss(Miss reason) {
     ++counters.misses[static_cast<size_t>(reason)];
-    return py::none();
+    return Py_NewRef(Py_None);
   }
 
   template <class Capture>
-  bool add(const char* name, const Tensor& input, const std::vector<Optional>& state, Capture capture) {
-    const auto suits = [&](const Optional& x) {
-      return !x || (is_plain(*x) && x->is_contiguous() && x->device() == input.device());
+  bool add(const char* name, const Tensor& input, const variable_list& state, Capture capture) {
+    const auto suits = [&](const Tensor& x) {
+      return !x.defined() || (is_plain(x) && x.is_contiguous() && x.device() == input.device());
     };
     if (!can_capture_ || !can_capture(input) || !is_plain_eager() || !is_plain(input) ||
         !std::all_of(state.begin(), state.end(), suits))
@@ -334,35 +351,139 @@ class CapturedCalls {
   std::vector<std::shared_ptr<const Entry>> entries_;
 };
 
-py::dict counts() {
-  py::dict misses;
-  for (size_t i = 0; i < kMissNames.size(); ++i) misses[kMissNames[i]] = counters.misses[i];
-  py::dict all;
-  all["hits"] = counters.hits;
-  all["misses"] = misses;
-  return all;
+// The class of Python's that holds them. It is no part of a cycle: nothing that a guard holds leads to a module.
+struct CallsObject {
+  PyObject_HEAD vectorcallfunc call;
+  CapturedCalls* calls;
+};
+
+CapturedCalls& calls_of(PyObject* self) { return *reinterpret_cast<CallsObject*>(self)->calls; }
+
+PyObject* call(PyObject* self, PyObject* const* values, size_t count, PyObject* names) {
+  return python::translated<PyObject*>(nullptr, [&] {
+    python::require(PyVectorcall_NARGS(count) == 1 && names == nullptr, "expected one tensor");
+    return calls_of(self).call(values[0]);
+  });
 }
+
+PyObject* new_calls(PyTypeObject* type, PyObject* args, PyObject* keywords) {
+  static const char* names[] = {"slots", "switches", "hooks", "classes", nullptr};
+  PyObject *slots, *switches, *hooks, *classes;
+  if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOOO:CapturedCalls", const_cast<char**>(names), &slots, &switches,
+                                   &hooks, &classes))
+    return nullptr;
+  return python::translated<PyObject*>(nullptr, [&]() -> PyObject* {
+    auto calls = std::make_unique<CapturedCalls>(slots, tensors_in(switches), hooks, classes);
+    PyObject* self = type->tp_alloc(type, 0);
+    if (self == nullptr) return nullptr;
+    auto* object = reinterpret_cast<CallsObject*>(self);
+    object->call = call;
+    object->calls = calls.release();
+    return self;
+  });
+}
+
+void delete_calls(PyObject* self) {
+  PyTypeObject* type = Py_TYPE(self);
+  delete reinterpret_cast<CallsObject*>(self)->calls;
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyObject* is_valid(PyObject* self, PyObject*) { return PyBool_FromLong(calls_of(self).is_valid()); }
+
+template <bool (CapturedCalls::*capture)(const python::Arguments&)>
+PyObject* capture_by(PyObject* self, PyObject* const* values, Py_ssize_t count) {
+  return python::translated<PyObject*>(
+      nullptr, [&] { return PyBool_FromLong((calls_of(self).*capture)(python::Arguments(values, count, 8))); });
+}
+
+template <class Function>
+PyCFunction as_method(Function* function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
+}
+
+PyMethodDef calls_methods[] = {{"is_valid", is_valid, METH_NOARGS, "Whether the guard holds."},
+                               {"capture_simulation", as_method(capture_by<&CapturedCalls::capture_simulation>),
+                                METH_FASTCALL, "Capture a call of fake_quantize_forward; whether that is possible."},
+                               {"capture_step", as_method(capture_by<&CapturedCalls::capture_step>), METH_FASTCALL,
+                                "Capture a call of observe_and_fake_quantize_; whether that is possible."},
+                               {}};
+
+PyMemberDef calls_members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(CallsObject, call), READONLY, nullptr}, {}};
+
+PyType_Slot calls_slots[] = {{Py_tp_doc, const_cast<char*>("See coreai_kernels/runtime/captured.py.")},
+                             {Py_tp_new, reinterpret_cast<void*>(new_calls)},
+                             {Py_tp_dealloc, reinterpret_cast<void*>(delete_calls)},
+                             {Py_tp_call, reinterpret_cast<void*>(PyVectorcall_Call)},
+                             {Py_tp_methods, calls_methods},
+                             {Py_tp_members, calls_members},
+                             {}};
+
+PyType_Spec calls_spec = {"coreai_kernels._C_autograd.CapturedCalls", sizeof(CallsObject), 0,
+                          Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE, calls_slots};
+
+PyObject* can_capture_object(PyObject*, PyObject* input) {
+  return python::translated<PyObject*>(nullptr, [&] {
+    python::require(python::is_tensor(input), "expected a tensor");
+    return PyBool_FromLong(can_capture(python::tensor_of(input)));
+  });
+}
+
+PyObject* use_cuda(PyObject*, PyObject* address) {
+  void* const functions = PyLong_AsVoidPtr(address);
+  if (functions == nullptr && PyErr_Occurred()) return nullptr;
+  cuda_functions = static_cast<const CaptureFunctions*>(functions);
+  return Py_NewRef(Py_None);
+}
+
+PyObject* counts(PyObject*, PyObject*) {
+  PyObject* misses = PyDict_New();
+  for (size_t i = 0; misses && i < kMissNames.size(); ++i) {
+    PyObject* count = PyLong_FromUnsignedLongLong(counters.misses[i]);
+    if (count == nullptr || PyDict_SetItemString(misses, kMissNames[i], count) < 0) Py_CLEAR(misses);
+    Py_XDECREF(count);
+  }
+  if (misses == nullptr) return nullptr;
+  return Py_BuildValue("{sKsN}", "hits", static_cast<unsigned long long>(counters.hits), "misses", misses);
+}
+
+PyObject* reset_counts(PyObject*, PyObject*) {
+  counters = {};
+  return Py_NewRef(Py_None);
+}
+
+PyMethodDef functions_of_module[] = {
+    {"can_capture", can_capture_object, METH_O, "Whether calls with a tensor of its device may be captured."},
+    {"use_cuda", use_cuda, METH_O,
+     "Capture calls of CUDA tensors, too: by what coreai_cuda_capture_functions() returns. 0: no longer."},
+    {"counts", counts, METH_NOARGS, "Hits and misses of all captured calls."},
+    {"reset_counts", reset_counts, METH_NOARGS, "Set them to zero."},
+    {}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                          "_C_autograd",
+                          "Autograd's side of coreai_kernels in eager mode. Importing it registers nodes with torch's "
+                          "dispatcher.",
+                          -1,
+                          functions_of_module,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          nullptr};
 
 }  // namespace
 }  // namespace coreai
 
-PYBIND11_MODULE(_C_autograd, module) {
-  using coreai::CapturedCalls;
-  module.doc() = "Autograd's side of coreai_kernels in eager mode. Importing it registers nodes with torch's dispatcher.";
-  namespace py = pybind11;
-  py::class_<CapturedCalls>(module, "CapturedCalls", "See coreai_kernels/runtime/captured.py.")
-      .def(py::init<const std::vector<std::pair<py::dict, py::str>>&, const std::vector<at::Tensor>&,
-                    const std::vector<py::dict>&, const std::vector<py::type>&>(),
-           py::arg("slots"), py::arg("switches"), py::arg("hooks"), py::arg("classes"))
-      .def("__call__", &CapturedCalls::call, py::arg("input"))
-      .def("is_valid", &CapturedCalls::is_valid)
-      .def("capture_simulation", &CapturedCalls::capture_simulation)
-      .def("capture_step", &CapturedCalls::capture_step);
-  module.def("can_capture", &coreai::can_capture, "Whether calls with a tensor of its device may be captured.");
-  module.def(
-      "use_cuda",
-      [](uintptr_t functions) { coreai::cuda_functions = reinterpret_cast<coreai::CaptureFunctions*>(functions); },
-      py::arg("functions"), "Capture calls of CUDA tensors, too: by what coreai_cuda_capture_functions() returns.");
-  module.def("counts", &coreai::counts, "Hits and misses of all captured calls.");
-  module.def("reset_counts", [] { coreai::counters = {}; });
+PyMODINIT_FUNC PyInit__C_autograd() {
+  using namespace coreai;
+  return python::translated<PyObject*>(nullptr, [&]() -> PyObject* {
+    python::check_layout(at::detail::empty_cpu({0}, at::kFloat, false, std::nullopt));
+    PyObject* module = PyModule_Create(&definition);
+    PyObject* type = module ? PyType_FromSpec(&calls_spec) : nullptr;
+    const bool added = type && PyModule_AddObjectRef(module, "CapturedCalls", type) == 0;
+    Py_XDECREF(type);
+    if (!added) Py_CLEAR(module);
+    return module;
+  });
 }

@@ -597,3 +597,29 @@ def test_switched_off_by_the_environment():
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "switches", "hooks", "classes", "message"),
+    [
+        ([({}, 1)], [], [], [], "slots must be a list of"),
+        ([], [1], [], [], "switches must be a list of tensors"),
+        ([], [], [()], [], "hooks must be a list of dict"),
+        ([], [], [], [1], "classes must be a list of type"),
+    ],
+)
+def test_guards_of_other_things_are_refused(slots, switches, hooks, classes, message):
+    with pytest.raises(TypeError, match=message):
+        native.autograd.CapturedCalls(slots, switches, hooks, classes)
+
+
+def test_captured_calls_refuse_other_arguments():
+    calls = native.autograd.CapturedCalls([], [], [], [])
+    assert calls(torch.ones(2)) is None
+    for args in ((), (torch.ones(2), 1)):
+        with pytest.raises(TypeError, match="expected one tensor"):
+            calls(*args)
+    with pytest.raises(TypeError, match="wrong number of arguments"):
+        calls.capture_step(torch.ones(2))
+    with pytest.raises(TypeError, match="integer"):
+        calls.capture_simulation(torch.ones(2), torch.ones(1), None, None, ("a",), 0, -8.0, 7.0)
