@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
@@ -56,8 +56,8 @@ class Body:
             of the loop that stores, if it's another one. 0: what is around it is done once for many elements,
             and is not counted.
         threads: in a block.
-        alone: which of the stretches around that loop between one barrier and the next have work for one warp
-            only.
+        alone: which of the stretches around that loop between one barrier and the next have work for so many
+            warps only.
     """
 
     kernel: str
@@ -67,7 +67,7 @@ class Body:
     written: float
     rounds: float = 0
     threads: int = 32 * _WARPS
-    alone: tuple[int, ...] = ()
+    alone: Mapping[int, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def _observe_template(name: str, call: str, blocks: str, more: str = "") -> _Tem
 
 
 # Of held tensors: what merges ranges of warps, waits for other blocks, and chooses.
-_ALONE = (0, 1, 3)
+_ALONE = {0: 1, 1: 1, 3: 1}
 _CHOOSE_KNOWN = (
     "job.rule.scheme = kScheme, job.rule.scale_format = kScale; job.rule.format = kFormat;"
     " job.rule.rounding = kElement;"
@@ -166,6 +166,14 @@ _TEMPLATES = {
     "counted_tensor": _step_template("counted_tensor", "step_tensor", "TensorStepJob", "1"),
     "counted_held_tensor": _step_template(
         "counted_held_tensor", "step_held_tensor", "HeldJob", "kHeldBlocks", header="held_steps"
+    ),
+    "counted_held_columns": _step_template(
+        "counted_held_columns",
+        "step_held_columns",
+        "HeldColumnsJob",
+        "kHeldBlocks",
+        known=" job.parts = 4;",
+        header="held_steps",
     ),
     "observed_short_runs": _observe_template(
         "observed_short_runs", "observe_short_runs<kElement>(job);", "1"
@@ -292,8 +300,14 @@ def step(
             *observe("tensor", size, fmt=fmt, rule=rule, finishes=False),
             Body("counted_tensor", codes, elements, *traffic),
         )
-    if blocks == "columns":
-        return (*observe(blocks, size, fmt=fmt, rule=rule), *forward(fmt, blocks, size))
+    if blocks == "larger columns":
+        return (*observe("columns", size, fmt=fmt, rule=rule), *forward(fmt, "columns", size))
+    if blocks == "columns":  # a block of threads has 8 packs across and a fourth or a third of the rows
+        rows, rounds = (1024 / 4, 4) if size == 2 else (1024 / 3, 3)
+        elements = rows / 32 * _size(size) / rounds
+        chosen_by = _size(size) // 4  # warps
+        alone = {2: chosen_by, 4: chosen_by}
+        return (Body("counted_held_columns", codes, elements, *traffic, rounds=rounds, alone=alone),)
     if blocks == "rows":
         return (Body("counted_rows", (*kind, held, *_rule(*rule)), held * _size(size), *traffic),)
     held = _UNROLL if size == 2 else 2 * _UNROLL
@@ -418,7 +432,8 @@ def _counted(body: Body, arch: int, listing: str, used: dict[str, int]) -> Kerne
     counts = count_loops(listing)
     issued = counts.inside - (1 - 1 / _WARPS) * counts.between_barriers
     if body.rounds:
-        others = (1 - 1 / _WARPS) * sum(counts.between_barriers_around[i] for i in body.alone)
+        around = counts.between_barriers_around
+        others = sum((1 - warps / _WARPS) * around[i] for i, warps in body.alone.items())
         more = (body.rounds - 1) * (counts.inside + counts.storing)
         if counts.storing:
             more -= counts.ahead * counts.inside

@@ -98,8 +98,9 @@ def _quantization(name: str) -> Iterator[Variant]:
     rule = (int8.scheme, RangeUpdate.MOVING_AVERAGE, int8.scales)
     longer = cuda.step(int8.format, "rows", size, rule, held=8)
     yield from _pair("observe and quantize", "int8, longer rows", name, traffic, None, longer)
-    larger = cuda.step(int8.format, "larger tensor", size, rule)
-    yield from _pair("observe and quantize", "int8, larger tensor", name, traffic, None, larger)
+    for blocks in ("larger tensor", "larger columns"):
+        larger = cuda.step(int8.format, blocks, size, rule)
+        yield from _pair("observe and quantize", f"int8, {blocks}", name, traffic, None, larger)
     one_by_one = (
         *cuda.observe("rows", size, fmt=int8.format, rule=rule),
         *cuda.forward(int8.format, "rows", size),

@@ -94,10 +94,10 @@ class Step {
     const int64_t most = most_blocks(place_.device);
     const StepWay way = way_of_step(g, after_.rule, pack, aligned);
     const auto stream = current_stream(place_.device);
-    const int64_t held = blocks_of_held_step(job, way, place_.device, multiprocessors(place_.device));
-    if (held > 0) {
-      const Optional workspace = workspace_of(workspace_of_held_step(held));
-      if (queue_held_step(job, after_, held, data_of<float>(workspace), stream)) {
+    const HeldPlan held = plan_held(job, after_, way, aligned, place_.device, multiprocessors(place_.device));
+    if (held.blocks > 0) {
+      const Optional workspace = workspace_of(held.workspace);
+      if (queue_held(job, after_, held, data_of<float>(workspace), stream)) {
         return check_launch("observe_and_fake_quantize");
       }
     }

@@ -188,6 +188,9 @@ def test_backward(recorded: Recorded, dtype: torch.dtype, in_place: bool) -> Non
         ((20003,), (20003,), "uint8_average", BF16, ["step_of_held_tensor"]),
         ((40000,), (40000,), "e4m3_fixed", FP32, ["step_of_held_tensor"]),
         ((300001,), (300001,), "int4_latest", BF16, ["observe_blocks", "step_of_tensor"]),
+        ((600, 72), (600, 1), "int4_latest", BF16, ["step_of_held_columns"]),
+        ((900, 48), (450, 1), "uint8_average", FP32, ["step_of_held_columns"]),
+        ((1024, 16), (512, 1), "e4m3_fixed", FP16, ["step_of_held_columns"]),
         ((64, 16), (64, 1), "int4_latest", BF16, ["observe_columns", "fake_quantize_columns"]),
         (
             (8, 256),

@@ -193,21 +193,65 @@ def test_tensors_that_several_blocks_of_threads_hold(
         assert library.whole_grids() - before == 7 * is_held
 
 
+# Columns: the rows of a block, and whether blocks of threads wait for each other, in float32 and in 16 bits.
+# Where they need not, one has all rows. With packs and rows that are no whole tiles, and with several groups.
+COLUMNS = [
+    ((64, 64), 64, False, False),
+    ((150, 40), 150, True, True),
+    ((300, 16), 300, True, False),
+    ((580, 8), 290, False, False),
+    ((400, 24), 200, True, True),
+]
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_columns_that_blocks_of_threads_hold(step: Step, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+    is_held = step.config.get("scale_format") != ScaleFormat.E4M3
+    generator = torch.Generator().manual_seed(1)
+    for shape, rows, *waits in COLUMNS:
+        x = torch.randn(shape, generator=generator).to(dtype)
+        config = QuantConfig(block_size=(rows, 1), **step.config)
+        grid = (shape[0] // rows, shape[1])
+        launches, whole_grids = library.launches(), library.whole_grids()
+        check_step(x, running_of(grid, dtype, 1), config, FORMS[1])
+        for value in SPECIAL:
+            x.view(-1)[torch.randint(0, x.numel(), (3,), generator=generator)] = value
+        x[-1, -1] = math.nan
+        check_step(x, running_of(grid, dtype, 2), config, FORMS[2])
+        check_step(x, None, config, FORMS[0])
+        if is_held:
+            assert library.launches() - launches == 3
+            assert library.whole_grids() - whole_grids == 3 * waits[dtype.itemsize == 2]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tensors_go_another_way_where_blocks_cannot_wait(
+def test_other_ways_where_blocks_of_threads_cannot_wait(
     device: str, dtype: torch.dtype, library: ctypes.CDLL
 ) -> None:
     step = next(each for each in STEPS if each.name == "uint8_average")
     fits = 8 * 3 * 64 * 4 * 16 // dtype.itemsize  # blocks, tiles, threads, packs, bytes
+    columns = 8 * 8 * 16 // dtype.itemsize
     library.hold_blocks(*DEVICES[device])
     try:
-        for numel, elements, holds in ((fits, 0, True), (fits + 1, 0, False), (fits, 1, False)):
-            x = torch.randn(numel, generator=torch.Generator().manual_seed(numel)).to(dtype)
-            before = library.whole_grids()
-            config = QuantConfig(block_size=(numel,), **step.config)
-            check_step(behind(x, elements), running_of((1,), dtype, 1), config, FORMS[1])
-            assert library.whole_grids() - before == (holds and device == "held")
+        for shape, block, elements, holds in (
+            ((fits,), (fits,), 0, True),
+            ((fits + 1,), (fits + 1,), 0, False),
+            ((fits,), (fits,), 1, False),
+            ((110, columns // 2), (110, 1), 0, True),
+            ((110, columns), (110, 1), 0, False),
+            ((110, columns // 2), (110, 1), 1, False),
+        ):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(fits)).to(dtype)
+            launches, whole_grids = library.launches(), library.whole_grids()
+            config = QuantConfig(block_size=block, **step.config)
+            grid = tuple(size // part for size, part in zip(shape, block, strict=True))
+            check_step(behind(x, elements), running_of(grid, dtype, 1), config, FORMS[1])
+            holds = holds and device == "held"
+            assert library.whole_grids() - whole_grids == holds
+            assert (library.launches() - launches == 1) == holds
     finally:
         library.hold_blocks(8, 8)
 

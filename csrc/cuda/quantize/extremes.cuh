@@ -87,6 +87,35 @@ class Extremes {
   uint32_t low_ = kInfinities, high_ = kInfinities | 0x80008000u;
 };
 
+// What a thread has met of the columns of a pack, each apart: of every one a pair of bounds, as wide as elements are.
+template <Element kElement>
+struct ColumnExtremes {
+  static constexpr bool kIsWide = kElement == Element::kFloat32;
+  static constexpr auto kInfinity = static_cast<uint32_t>(Magnitude<kElement>::kInfinity);
+  static constexpr uint32_t kMost = kIsWide ? kInfinity : kInfinity * 0x10001u;
+  static constexpr uint32_t kLeast = kMost | (kIsWide ? 0x80000000u : 0x80008000u);
+  uint32_t low[4] = {kMost, kMost, kMost, kMost}, high[4] = {kLeast, kLeast, kLeast, kLeast};
+
+  // Of ranges that zero is in anyway.
+  static __device__ __forceinline__ ColumnExtremes with_zero() { return {{0, 0, 0, 0}, {0, 0, 0, 0}}; }
+  __device__ __forceinline__ uint4 lowest() const { return {low[0], low[1], low[2], low[3]}; }
+  __device__ __forceinline__ uint4 highest() const { return {high[0], high[1], high[2], high[3]}; }
+  __device__ __forceinline__ void take(uint4 lower, uint4 higher) {
+    const uint32_t below[4] = {lower.x, lower.y, lower.z, lower.w}, above[4] = {higher.x, higher.y, higher.z, higher.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kIsWide) {
+        const auto value = [](uint32_t word) { return Lane::as_float(static_cast<int32_t>(word)); };
+        low[i] = static_cast<uint32_t>(Lane::as_int(QuickLane::min(value(low[i]), value(below[i]))));
+        high[i] = static_cast<uint32_t>(Lane::as_int(QuickLane::max(value(high[i]), value(above[i]))));
+      } else {
+        low[i] = extreme_of_pairs<kElement, false>(low[i], below[i]);
+        high[i] = extreme_of_pairs<kElement, true>(high[i], above[i]);
+      }
+    }
+  }
+};
+
 // Of `width` neighbouring lanes, a power of two.
 __device__ __forceinline__ Range range_of_lanes(Range range, int width) {
 #pragma unroll

@@ -91,6 +91,26 @@ __device__ __forceinline__ uint32_t quantize_exactly(const void* input, void* ou
   return bits;
 }
 
+// The same of several packs, with params(j) for element j of each: store(i) stores pack i, unless one of them has to be done
+// again, all of which again(i) then does. Returns their bits, of which again() returns those of a pack.
+template <class K, Element kElement, int kCount, class Params, class Store, class Again>
+__device__ __forceinline__ uint32_t quantize_packs(Pack<kElement> (&pack)[kCount], Params params, Store store, Again again) {
+  constexpr int kSize = Pack<kElement>::kSize;
+  uint32_t bits = 0;
+  float all = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= quantize_pack<K, kElement>(pack[i], all, params) << (kSize * i);
+  if (all == all) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) store(i);
+  } else {
+    bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) bits |= again(i) << (kSize * i);
+  }
+  return bits;
+}
+
 struct RunsJob {
   const void* input;
   void* output;
@@ -243,33 +263,22 @@ __global__ void __launch_bounds__(kThreads, 4) fake_quantize_columns(ColumnsJob 
     Word* y = static_cast<Word*>(job.output) + at;
     bool valid[kRows];
     P pack[kRows];
-    uint32_t bits = 0;
-    float all = 0.0f;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       valid[i] = done + i < rows;
       pack[i].raw = {};
       if (valid[i]) pack[i] = P::load(x + i * columns);
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      bits |= quantize_pack<K, kElement>(pack[i], all, [&](int j) { return params[j]; }) << (P::kSize * i);
-    }
-    if (all == all) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        if (valid[i]) pack[i].store(y + i * columns);
-      }
-    } else {
-      bits = 0;
-#pragma unroll 1
-      for (int i = 0; i < kRows; ++i) {
-        if (done + i >= rows) continue;
-        bits |= quantize_exactly<K, kElement>(job.input, job.output, at + i * columns, P::kSize,
-                                              [&](int j) { return BlockParams<K>::load(job.affine, base + j); })
-                << (P::kSize * i);
-      }
-    }
+    const uint32_t bits = quantize_packs<K, kElement>(
+        pack, [&](int j) { return params[j]; },
+        [&](int i) {
+          if (valid[i]) pack[i].store(y + i * columns);
+        },
+        [&](int i) {
+          if (done + i >= rows) return 0u;
+          return quantize_exactly<K, kElement>(job.input, job.output, at + i * columns, P::kSize,
+                                               [&](int j) { return BlockParams<K>::load(job.affine, base + j); });
+        });
     if (job.mask) store_bits<kElement, kRows>(job.mask + at / 8, columns / 8, bits, valid);
   }
 }

@@ -1,18 +1,17 @@
 // Observe, update, choose and fake-quantize in one kernel whose blocks of threads wait for each other: what depends on the
 // whole tensor is known when all of them have looked at their part, which they keep meanwhile, so that memory is read once.
 //
-// A block keeps up to kHeldTiles tiles: the last in registers, those before in shared memory. Tensors that do not fit into
-// all multiprocessors together go the other ways.
+// Of a single block of elements, a block of threads keeps up to kHeldTiles tiles: the last in registers, those before in
+// shared memory. held_columns.cuh has the kernel of columns. Tensors that do not fit into all multiprocessors together go
+// the other ways.
 #pragma once
 
-#include "cuda/grid.cuh"
-#include "cuda/quantize/observe_and_fake_quantize.cuh"
+#include "cuda/quantize/held_columns.cuh"
 
 namespace coreai::cuda {
 
 constexpr int kHeldTiles = 3;
 constexpr int kTilePacks = kThreads * kUnroll;
-constexpr int kHeldBlocks = 4;  // at least, on a multiprocessor whose shared memory has room for them
 
 struct HeldJob : StepJob {
   WideningKeys* parts;  // of each block of threads
@@ -130,49 +129,89 @@ int64_t held_tiles(const cpu::FakeQuantize& job) {
   return (job.geometry->numel + tile - 1) / tile;
 }
 
-// Blocks of threads of the single kernel that does a step, or 0 if none can. `way`: how it would be done else. `device`:
-// the current one, of so many multiprocessors.
-template <class = void>
-int64_t blocks_of_held_step(const cpu::FakeQuantize& job, StepWay way, int32_t device, int64_t multiprocessors) {
-  if (way != StepWay::kTensor) return 0;
-  int64_t blocks = 0;
-  with_16_or_32_bits(job.element, [&](auto element) {
-    constexpr Element kElement = decltype(element)::value;
-    const int64_t wanted = blocks_that_hold(held_tiles<kElement>(job), multiprocessors);
-    if (wanted > kMostHeldBlocks * multiprocessors) return;
-    with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
-      const int64_t room = blocks_at_once(&step_of_held_tensor<decltype(kind), kElement>, kThreads, device);
-      if (wanted <= room * multiprocessors) blocks = wanted;
-    });
-  });
-  return blocks;
+template <Element kElement>
+HeldJob held_tensor_job(const cpu::FakeQuantize& job, const AfterRange& after, float* workspace) {
+  const int64_t numel = job.geometry->numel;
+  const StepJob step = {.input = job.input,
+                        .output = job.output,
+                        .mask = job.mask,
+                        .affine = AffineMap(job.affine),
+                        .after = after,
+                        .blocks = 1,
+                        .packs = static_cast<uint32_t>(numel / 8 * (8 / Pack<kElement>::kSize)),
+                        .shift = 0,
+                        .warps = 1};
+  return {step, reinterpret_cast<WideningKeys*>(workspace), numel, static_cast<uint32_t>(held_tiles<kElement>(job))};
 }
 
-// Numbers of workspace that queue_held_step() needs.
-inline int64_t workspace_of_held_step(int64_t blocks) { return 2 * blocks; }
+// The single kernel that does a step: its blocks of threads, 0 if there is none.
+struct HeldPlan {
+  enum class Kind { kTensor, kColumns } kind;
+  int64_t blocks;
+  bool waits;         // whether they wait for each other, and so must be there at the same time
+  int64_t workspace;  // numbers
+};
 
-// Queues the kernel, whose blocks are those of blocks_of_held_step(). Whether it could be: else nothing was done.
-template <class Stream>
-bool queue_held_step(const cpu::FakeQuantize& job, const AfterRange& after, int64_t blocks, float* workspace,
-                     Stream stream) {
-  bool queued = false;
+// body(kernel, make): the kernel of a kind, and what makes its job of the workspace.
+template <class Body>
+void with_held_kernel(const cpu::FakeQuantize& job, const AfterRange& after, HeldPlan::Kind held, Body body) {
   with_16_or_32_bits(job.element, [&](auto element) {
     constexpr Element kElement = decltype(element)::value;
-    const int64_t numel = job.geometry->numel;
-    const StepJob step = {.input = job.input,
-                          .output = job.output,
-                          .mask = job.mask,
-                          .affine = AffineMap(job.affine),
-                          .after = after,
-                          .blocks = 1,
-                          .packs = static_cast<uint32_t>(numel / 8 * (8 / Pack<kElement>::kSize)),
-                          .shift = 0,
-                          .warps = 1};
-    const HeldJob held = {step, reinterpret_cast<WideningKeys*>(workspace), numel,
-                          static_cast<uint32_t>(held_tiles<kElement>(job))};
     with_kind(job.affine.format, job.affine.offset != nullptr, [&](auto kind) {
-      queued = launch_at_once(&step_of_held_tensor<decltype(kind), kElement>, blocks, kThreads, stream, held);
+      using K = decltype(kind);
+      if (held == HeldPlan::Kind::kTensor) {
+        body(&step_of_held_tensor<K, kElement>,
+             [&](float* workspace) { return held_tensor_job<kElement>(job, after, workspace); });
+      } else {
+        body(&step_of_held_columns<K, kElement>,
+             [&](float* workspace) { return held_columns_job<kElement>(job, after, workspace); });
+      }
     });
+  });
+}
+
+// `way`: how the step would be done else. `device`: the current one, of so many multiprocessors.
+template <class = void>
+HeldPlan plan_held(const cpu::FakeQuantize& job, const AfterRange& after, StepWay way, bool aligned, int32_t device,
+                   int64_t multiprocessors) {
+  const cpu::Geometry& g = *job.geometry;
+  HeldPlan plan = {.kind = HeldPlan::Kind::kTensor, .blocks = 0, .waits = true, .workspace = 0};
+  with_16_or_32_bits(job.element, [&](auto element) {
+    constexpr Element kElement = decltype(element)::value;
+    if (way == StepWay::kTensor) {
+      plan.blocks = blocks_that_hold(held_tiles<kElement>(job), multiprocessors);
+      plan.workspace = 2 * plan.blocks;
+    } else if (way == StepWay::kOneByOne && aligned && is_by_columns(g) && g.numel <= kMostInRuns &&
+               after.rule.scale_format != ScaleFormat::kE4M3) {
+      const auto columns = plan_held_columns<kElement>(g);
+      if (columns.chunk < 2 * (kThreads >> columns.shift)) return;  // what columns take, too few rows would share
+      plan.kind = HeldPlan::Kind::kColumns;
+      plan.blocks = columns.tiles * columns.parts * columns.groups;
+      plan.waits = columns.parts > 1;
+      plan.workspace = plan.waits ? 2 * columns.parts * g.blocks : 0;
+    }
+  });
+  if (plan.blocks == 0 || !plan.waits) return plan;
+  int64_t room = 0;
+  if (plan.blocks <= kMostHeldBlocks * multiprocessors) {
+    with_held_kernel(job, after, plan.kind,
+                     [&](auto* kernel, auto) { room = blocks_at_once(kernel, kThreads, device) * multiprocessors; });
+  }
+  if (plan.blocks > room) plan.blocks = 0;
+  return plan;
+}
+
+// Queues the kernel of a plan that has one. Whether it could be: else nothing was done.
+template <class Stream>
+bool queue_held(const cpu::FakeQuantize& job, const AfterRange& after, const HeldPlan& plan, float* workspace,
+                Stream stream) {
+  bool queued = true;
+  with_held_kernel(job, after, plan.kind, [&](auto* kernel, auto make) {
+    if (plan.waits) {
+      queued = launch_at_once(kernel, plan.blocks, kThreads, stream, make(workspace));
+    } else {
+      COREAI_LAUNCH(kernel, plan.blocks, kThreads, stream, make(workspace));
+    }
   });
   return queued;
 }

@@ -2,9 +2,9 @@
 //
 // Blocks that are runs of whole packs stay in registers between the two looks at them, and memory is read once: short ones
 // lie side by side in a warp, whose lanes choose the parameters of different blocks; of longer ones several warps have one,
-// or one warp does, and the first warp of the threads chooses for all. A single block that is too large for that is read
-// once where held_steps.cuh can, else it takes two kernels, of which the second merges what the first has found. All others
-// are observed and quantized one after the other.
+// or one warp does, and the first warp of the threads chooses for all. A single block that is too large for that, and
+// columns, are read once where held_steps.cuh can. Else a single block takes two kernels, of which the second merges what
+// the first has found. All others are observed and quantized one after the other.
 #pragma once
 
 #include "cuda/quantize/fake_quantize.cuh"

@@ -142,26 +142,7 @@ __global__ void __launch_bounds__(kThreads) observe_columns(ObserveJob job) {
   const int64_t tile = blockIdx.x % tiles, part = blockIdx.x / tiles % job.parts, group = blockIdx.x / tiles / job.parts;
   const int64_t begin = part * job.chunk, end = begin + job.chunk < job.units ? begin + job.chunk : job.units;
   const int64_t own = tile * width + thread % width;
-  // Columns stay apart: of each a pair of bounds, as wide as elements are.
-  constexpr bool kIsWide = kElement == Element::kFloat32;
-  constexpr auto kInfinity = static_cast<uint32_t>(Magnitude<kElement>::kInfinity);
-  constexpr uint32_t kMost = kIsWide ? kInfinity : kInfinity * 0x10001u;
-  constexpr uint32_t kLeast = kMost | (kIsWide ? 0x80000000u : 0x80008000u);
-  uint32_t low[4] = {kMost, kMost, kMost, kMost}, high[4] = {kLeast, kLeast, kLeast, kLeast};
-  const auto take = [&](uint4 lower, uint4 higher) {
-    const uint32_t below[4] = {lower.x, lower.y, lower.z, lower.w}, above[4] = {higher.x, higher.y, higher.z, higher.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kIsWide) {
-        const auto value = [](uint32_t word) { return Lane::as_float(static_cast<int32_t>(word)); };
-        low[i] = static_cast<uint32_t>(Lane::as_int(QuickLane::min(value(low[i]), value(below[i]))));
-        high[i] = static_cast<uint32_t>(Lane::as_int(QuickLane::max(value(high[i]), value(above[i]))));
-      } else {
-        low[i] = extreme_of_pairs<kElement, false>(low[i], below[i]);
-        high[i] = extreme_of_pairs<kElement, true>(high[i], above[i]);
-      }
-    }
-  };
+  ColumnExtremes<kElement> found;
   if (own < packs) {
     const uint4* x = static_cast<const uint4*>(job.input) + group * job.units * packs + own;
     int64_t row = begin + thread / width;
@@ -170,19 +151,19 @@ __global__ void __launch_bounds__(kThreads) observe_columns(ObserveJob job) {
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) raw[i] = x[(row + i * rows) * packs];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) take(raw[i], raw[i]);
+      for (int i = 0; i < kUnroll; ++i) found.take(raw[i], raw[i]);
     }
-    for (; row < end; row += rows) take(x[row * packs], x[row * packs]);
+    for (; row < end; row += rows) found.take(x[row * packs], x[row * packs]);
   }
-  lows[thread] = {low[0], low[1], low[2], low[3]};
-  highs[thread] = {high[0], high[1], high[2], high[3]};
+  lows[thread] = found.lowest();
+  highs[thread] = found.highest();
   __syncthreads();
   // Halves of the rows at a time are merged into the others.
   for (int left = rows / 2; left > 0; left /= 2) {
     if (thread / width < left) {
-      take(lows[thread + left * width], highs[thread + left * width]);
-      lows[thread] = {low[0], low[1], low[2], low[3]};
-      highs[thread] = {high[0], high[1], high[2], high[3]};
+      found.take(lows[thread + left * width], highs[thread + left * width]);
+      lows[thread] = found.lowest();
+      highs[thread] = found.highest();
     }
     __syncthreads();
   }

@@ -156,7 +156,7 @@ class Block {
 // What the emulated GPU says of grids that are started as a whole: blocks that its multiprocessor holds, 0 if it starts
 // none; and those that it then takes.
 inline int promised_blocks = 8, taken_blocks = 8;
-inline int64_t whole_grids = 0;  // started so far
+inline int64_t launches = 0, whole_grids = 0;  // so far
 
 // Blocks and threads come in order, or all the other way round: what depends on their order shows.
 inline bool backwards = false;
@@ -248,6 +248,7 @@ void launch_whole(Kernel* kernel, int64_t blocks, const Job& job) {
 #else
 template <class Kernel, class... Args>
 void launch(Kernel kernel, int64_t blocks, Args... args) {
+  ++launches;
   static Block block(COREAI_EMULATED_THREADS);
   const std::function<void()> body = [&] { kernel(args...); };
   gridDim.x = static_cast<unsigned>(blocks);
@@ -258,6 +259,7 @@ void launch(Kernel kernel, int64_t blocks, Args... args) {
 }
 template <class Kernel, class Job>
 void launch_whole(Kernel kernel, int64_t blocks, const Job& job) {
+  ++launches, ++whole_grids;
   Grid(blocks).run([&] { kernel(job); });
 }
 #endif
@@ -359,7 +361,6 @@ int64_t blocks_at_once(void (*)(Job), int, int32_t) {
 template <class Job>
 bool launch_at_once(void (*kernel)(Job), int64_t blocks, int, int stream, Job job) {
   if (blocks > emulation::taken_blocks) return false;
-  ++emulation::whole_grids;
   COREAI_LAUNCHED(stream);
   emulation::launch_whole(kernel, blocks, job);
   return true;

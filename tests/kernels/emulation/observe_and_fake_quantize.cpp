@@ -13,6 +13,7 @@ extern "C" {
 void take_turns_backwards(bool backwards) { emulation::backwards = backwards; }
 // Of grids that are started as a whole: blocks that the device says it holds, and those that it takes.
 void hold_blocks(int promised, int taken) { emulation::promised_blocks = promised, emulation::taken_blocks = taken; }
+int64_t launches() { return emulation::launches; }
 int64_t whole_grids() { return emulation::whole_grids; }
 }
 #else
