@@ -1,5 +1,6 @@
 """What torch expects of an operator: schema, shape function, gradient, compilation, and clear errors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -230,3 +231,35 @@ def test_bits_out_of_range(bits: int) -> None:
 def test_unpacking_the_wrong_number_of_bytes() -> None:
     with pytest.raises(ValueError, match="2 bytes for 3 values of 4 bits"):
         ck.unpack_bits(torch.zeros(3, dtype=torch.uint8), 4, 3)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "fake_quantize": lambda x: ck.fake_quantize(
+        x, torch.full((4, 2), 0.3), block_size=(1, 4), quant_min=-8, quant_max=7
+    ),
+    "learnable_range": lambda x: ck.learnable_range(
+        x, torch.full((4, 2), 1.5), block_size=(1, 4), level_low=-8, level_high=7
+    ),
+    "apply_mask": lambda x: ck.apply_mask(x, x > 0),
+    "palettize": lambda x: ck.lookup(
+        torch.zeros(4, 8, dtype=torch.uint8), x.new_ones(1, 2, 1), block_size=(4, 8), weight=x
+    ),
+    "soft_palettize": lambda x: ck.soft_palettize(
+        x, torch.linspace(-1, 1, 4).view(1, 4, 1), 0.1, block_size=(4, 8)
+    ),
+    "sampled_mask": lambda x: ck.sampled_mask(x, x.detach(), torch.tensor(3), seed=1),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_gradients_under_the_compiler(backend: str, name: str) -> None:
+    function, x = FUNCTIONS[name], torch.randn(4, 8)
+    found = []
+    with ck.use_backend(backend):
+        for each in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+            leaf = x.clone().requires_grad_()
+            each(leaf * 1.5).sin().sum().backward()
+            found.append(leaf.grad)
+    torch.testing.assert_close(*found)
+    assert bool(found[0].any())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels import wide
-from coreai_kernels.reference.layout import per_block, split_blocks
+from coreai_kernels.reference.layout import in_format_of, per_block, split_blocks
 from coreai_kernels.reference.magnitude import magnitude_keys
 from coreai_kernels.reference.topk_mask import largest
 from coreai_kernels.types import grid_shape
@@ -98,4 +98,4 @@ def block_mask(weight: Tensor, num_keep: int, block_size: tuple[int, ...]) -> Te
     if weight.numel() == 0:
         return torch.empty_like(weight)
     chosen = top_blocks(weight, num_keep, block_size)
-    return torch.empty_like(weight).copy_(per_block(chosen, weight, block_size))
+    return in_format_of(weight, per_block(chosen, weight, block_size))

@@ -5,7 +5,13 @@ from torch import Tensor
 
 from coreai_kernels.formats import Format
 from coreai_kernels.reference.bits import pack_mask, unpack_mask
-from coreai_kernels.reference.layout import from_memory_order, in_memory_order, memory_order, per_block
+from coreai_kernels.reference.layout import (
+    from_memory_order,
+    in_format_of,
+    in_memory_order,
+    memory_order,
+    per_block,
+)
 from coreai_kernels.reference.rounding import round_to_format
 
 __all__ = ["backward", "dequantize", "forward", "quantize"]
@@ -68,7 +74,7 @@ def forward(
     q = torch.clamp(q, low, high)  # type: ignore[arg-type]
     q = q if fmt == Format.INT else round_to_format(q, fmt)
     y = _dequantize_values(q, scale, minval, block_size, fmt)
-    output = torch.empty_like(input).copy_(y)
+    output = in_format_of(input, y)
     if not with_mask:
         return output, torch.empty(0, dtype=torch.uint8, device=input.device)
     return output, pack_mask(in_memory_order(inside, memory_order(output)))
@@ -101,7 +107,7 @@ def quantize(
         q = round_to_format(q.clamp(quant_min, quant_max), fmt)
     if not dtype.is_floating_point:
         q = q.nan_to_num(nan=0.0)
-    return torch.empty_like(input, dtype=dtype).copy_(q)
+    return in_format_of(input, q, dtype)
 
 
 def dequantize(
@@ -119,4 +125,4 @@ def dequantize(
     if fmt == Format.INT:
         q = q - _zero_point(zero_point, minval, q, block_size, quant_min)
     y = _dequantize_values(q, scale, minval, block_size, fmt)
-    return torch.empty_like(input, dtype=dtype).copy_(y)
+    return in_format_of(input, y, dtype)

@@ -10,6 +10,7 @@ from coreai_kernels.types import grid_shape
 __all__ = [
     "from_memory_order",
     "from_vectors",
+    "in_format_of",
     "in_memory_order",
     "memory_order",
     "per_block",
@@ -59,6 +60,14 @@ def from_memory_order(flat: Tensor, shape: torch.Size, order: list[int]) -> Tens
     for position, axis in enumerate(order):
         inverse[axis] = position
     return flat.reshape([shape[axis] for axis in order]).permute(inverse)
+
+
+def in_format_of(pattern: Tensor, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``values`` in ``dtype``, by default that of ``pattern``, and in its memory format."""
+    result = torch.empty_like(pattern, dtype=dtype).copy_(values)
+    # The compiler of torch 2.11 has a function of autograd return all tensors that it makes, and of two that
+    # are the same the gradient of the first is lost.
+    return result.clone() if torch.compiler.is_compiling() else result
 
 
 def to_vectors(x: Tensor, block_size: tuple[int, ...], dim: int = 1) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from coreai_kernels.reference.layout import per_block, split_blocks
+from coreai_kernels.reference.layout import in_format_of, per_block, split_blocks
 from coreai_kernels.wide import widened
 
 __all__ = ["backward", "terms"]
@@ -55,7 +55,7 @@ def backward(
     """
     inside, slope = terms(input, low, range, block_size, level_low, level_high)
     g = grad.float()
-    to_input = torch.empty_like(input).copy_(g * inside)
+    to_input = in_format_of(input, g * inside)
 
     def summed(values: Tensor) -> Tensor:
         blocks, axes = split_blocks(widened(values), tuple(block_size))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from coreai_kernels import wide
 from coreai_kernels.reference.bits import unpack_bits
-from coreai_kernels.reference.layout import from_vectors, to_vectors
+from coreai_kernels.reference.layout import from_vectors, in_format_of, to_vectors
 
 __all__ = ["lookup", "lookup_backward", "lookup_packed"]
 
@@ -32,7 +32,7 @@ def lookup(
     if mask is not None:
         result = torch.where(mask, result, torch.zeros_like(result).copysign(result))
     if dim == 1:
-        return torch.empty_like(indices, dtype=centroids.dtype).copy_(result)
+        return in_format_of(indices, result, centroids.dtype)
     return result.contiguous()
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.reference.kmeans_1d import round_decimals
-from coreai_kernels.reference.layout import from_vectors, to_vectors
+from coreai_kernels.reference.layout import from_vectors, in_format_of, to_vectors
 
 __all__ = ["bounds_before_rounding", "decision_bounds", "palettize"]
 
@@ -107,7 +107,7 @@ def palettize(
     shape = (weight.size(0) // dim, *weight.shape[1:]) if weight.dim() else ()
     blocks = (block_size[0] // dim, *block_size[1:]) if weight.dim() else ()
     result = from_vectors(nearest.to(torch.uint8).unsqueeze(2), shape, blocks)
-    return torch.empty_like(weight, dtype=torch.uint8).copy_(result) if dim == 1 else result.contiguous()
+    return in_format_of(weight, result, torch.uint8) if dim == 1 else result.contiguous()
 
 
 def _nearest_vector(vectors: Tensor, table: Tensor) -> Tensor:

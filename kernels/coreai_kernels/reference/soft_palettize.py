@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from coreai_kernels.reference.layout import from_vectors, to_vectors
+from coreai_kernels.reference.layout import from_vectors, in_format_of, to_vectors
 from coreai_kernels.wide import sum_dtype, widened
 
 __all__ = [
@@ -65,7 +65,7 @@ def soft_palettize_forward(
     out = torch.empty_like(vectors)
     for part in _parts(vectors.size(1), table):
         out[:, part] = _attention(vectors[:, part], table, temperature) @ table
-    return torch.empty_like(weight).copy_(from_vectors(out, weight.shape, block_size))
+    return in_format_of(weight, from_vectors(out, weight.shape, block_size))
 
 
 def soft_palettize_backward(
@@ -84,7 +84,7 @@ def soft_palettize_backward(
         to_table += widened(attention.transpose(1, 2) @ grads[:, part])
         to_table += _pull(p, vectors[:, part], table, temperature)
     to_weight = from_vectors(to_weight, weight.shape, block_size)
-    return torch.empty_like(weight).copy_(to_weight), to_table.float()
+    return in_format_of(weight, to_weight), to_table.float()
 
 
 def soft_centroids_forward(
@@ -124,4 +124,4 @@ def soft_centroids_backward(
         to_weight[:, part] = attention @ rate + (p @ table) * (2.0 / temperature)
         to_table += _pull(p, vectors[:, part], table, temperature)
     to_weight = from_vectors(to_weight, weight.shape, block_size)
-    return torch.empty_like(weight).copy_(to_weight), to_table.float()
+    return in_format_of(weight, to_weight), to_table.float()

@@ -5,6 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
+from coreai_kernels.reference.layout import in_format_of
 from coreai_kernels.reference.magnitude import magnitude_keys
 
 __all__ = ["largest", "topk_mask", "topk_masks"]
@@ -30,6 +31,5 @@ def topk_masks(weights: list[Tensor], num_keep: int) -> list[Tensor]:
     keys = torch.cat([magnitude_keys(weight.to(common)).reshape(-1) for weight in weights])
     parts = largest(keys, num_keep).split([weight.numel() for weight in weights])
     return [
-        torch.empty_like(weight).copy_(part.view(weight.shape))
-        for weight, part in zip(weights, parts, strict=True)
+        in_format_of(weight, part.view(weight.shape)) for weight, part in zip(weights, parts, strict=True)
     ]
