@@ -42,20 +42,35 @@ COREAI_HD typename S::F round_to_element(typename S::F x, Element element) {
   return S::select(S::unordered(x, x), x, kept);
 }
 
+// How a floating-point format rounds.
+struct FloatRounding {
+  int32_t least;  // exponent, as it lies in a float32
+  int32_t shift;  // 23 less the mantissa's bits, at the same place
+
+  template <Format kFormat>
+  static constexpr COREAI_HD FloatRounding of() {
+    return {(127 + FormatFacts<kFormat>::kMinExponent) << 23, (23 - FormatFacts<kFormat>::kMantissaBits) << 23};
+  }
+};
+
 // Of a floating-point format: round to nearest even at its last mantissa bit. Adding and subtracting 2^(e + 23 - mantissa
 // bits) does it without a branch; e is clamped from below, so subnormals round at the format's own quantum.
-template <class S, Format kFormat>
-COREAI_HD typename S::F round_to_format(typename S::F x) {
-  using Facts = FormatFacts<kFormat>;
+template <class S>
+COREAI_HD typename S::F round_to_format(typename S::F x, FloatRounding format) {
   const auto bits = S::as_int(x);
   const auto sign = S::iand(bits, S::iset(INT32_MIN));
   const auto magnitude = S::as_float(S::iand(bits, S::iset(0x7fffffff)));
   auto exponent = S::iand(bits, S::iset(0x7f800000));
-  exponent = S::imax(exponent, S::iset((127 + Facts::kMinExponent) << 23));
-  const auto magic = S::as_float(S::iadd(exponent, S::iset((23 - Facts::kMantissaBits) << 23)));
+  exponent = S::imax(exponent, S::iset(format.least));
+  const auto magic = S::as_float(S::iadd(exponent, S::iset(format.shift)));
   const auto rounded = S::sub(S::add(magnitude, magic), magic);
   const auto with_sign = S::as_float(S::ior(S::as_int(rounded), sign));
   return S::select(S::unordered(x, x), x, with_sign);
+}
+
+template <class S, Format kFormat>
+COREAI_HD typename S::F round_to_format(typename S::F x) {
+  return round_to_format<S>(x, FloatRounding::of<kFormat>());
 }
 
 // How quotients are computed: by division; by a product with the scale's reciprocal and a correction; the same of
@@ -68,11 +83,22 @@ enum class Division { kDivide, kReciprocal, kReciprocalOfFinite, kPackedBf16, kP
 template <Format kFormat_, bool kHasOffset_ = false, Division kDivision_ = Division::kDivide>
 struct Kind {
   static constexpr Format kFormat = kFormat_;
+  static constexpr bool kIsInt = kFormat == Format::kInt;
   static constexpr bool kHasOffset = kHasOffset_;
   static constexpr Division kDivision = kDivision_;
   static constexpr bool kIsPackedBf16 = kDivision >= Division::kPackedBf16;
   template <Division kOther>
   using By = Kind<kFormat_, kHasOffset_, kOther>;
+
+  // A quotient that is in range; of integers it is rounded already.
+  template <class S>
+  static COREAI_HD typename S::F round(typename S::F q) {
+    if constexpr (kIsInt) {
+      return q;
+    } else {
+      return round_to_format<S, kFormat>(q);
+    }
+  }
 };
 
 // Parameters of the affine map for the lanes at hand. The range is the quantized range less the zero point.
@@ -93,9 +119,9 @@ COREAI_HD typename S::F quotient_lanes(typename S::F x, const Params<S>& p) {
   } else {
     q = S::finite_quotient(x, p.scale, p.reciprocal);
     // The correction turns -0.0 into 0.0, which integers lose anyway.
-    if constexpr (K::kFormat != Format::kInt) q = S::with_sign_of(q, x);
+    if constexpr (!K::kIsInt) q = S::with_sign_of(q, x);
   }
-  if constexpr (K::kFormat == Format::kInt) {
+  if constexpr (K::kIsInt) {
     return S::round(q);
   } else {
     return q;
@@ -110,7 +136,7 @@ COREAI_HD typename S::F clamp_lanes(typename S::F q, typename S::F low, typename
 
 // Quantized value less the zero point; `inside` tells where it was in range before clamping: NaN nowhere.
 template <class S, class K>
-COREAI_HD typename S::F quantize_lanes(typename S::F x, const Params<S>& p, typename S::M& inside) {
+COREAI_HD typename S::F quantize_lanes(typename S::F x, const Params<S>& p, typename S::M& inside, K kind = {}) {
   const auto q = quotient_lanes<S, K>(x, p);
   typename S::F clamped;
   // With an offset, what a zero's sign is can be seen in the result.
@@ -120,16 +146,12 @@ COREAI_HD typename S::F quantize_lanes(typename S::F x, const Params<S>& p, type
     clamped = clamp_lanes<S>(q, p.low, p.high);
   }
   inside = S::equal(q, clamped);
-  if constexpr (K::kFormat == Format::kInt) {
-    return clamped;
-  } else {
-    return round_to_format<S, K::kFormat>(clamped);
-  }
+  return kind.template round<S>(clamped);
 }
 
 template <class S, class K>
 COREAI_HD typename S::F dequantize_lanes(typename S::F q, const Params<S>& p) {
-  if constexpr (K::kFormat != Format::kInt) {
+  if constexpr (!K::kIsInt) {
     return S::mul(q, p.scale);
   } else if constexpr (K::kHasOffset) {
     return S::add(S::mul(q, p.scale), p.offset);

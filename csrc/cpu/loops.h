@@ -95,17 +95,52 @@ void with_type(Element element, Body body) {
   }
 }
 
+// The kind of all floating-point formats: one copy of the code, which takes what differs from here. A copy for each would
+// take longer to compile, and be no quicker: the numbers are in registers either way.
+template <Division kDivision_ = Division::kDivide>
+struct FloatKind {
+  static constexpr bool kIsInt = false, kHasOffset = false;
+  static constexpr Division kDivision = kDivision_;
+  static constexpr bool kIsPackedBf16 = kDivision >= Division::kPackedBf16;
+
+  FloatRounding rounding = {};
+  float largest = 0;
+
+  template <Format kFormat>
+  static FloatKind of() {
+    return {FloatRounding::of<kFormat>(), FormatFacts<kFormat>::kMax};
+  }
+  template <class S>
+  COREAI_HD typename S::F round(typename S::F q) const {
+    return round_to_format<S>(q, rounding);
+  }
+};
+
+// The same kind with another way to compute quotients.
+template <Division kDivision, Format kFormat, bool kHasOffset, Division kOther>
+COREAI_HD Kind<kFormat, kHasOffset, kDivision> dividing_by(Kind<kFormat, kHasOffset, kOther>) {
+  return {};
+}
+template <Division kDivision, Division kOther>
+COREAI_HD FloatKind<kDivision> dividing_by(FloatKind<kOther> kind) {
+  return {kind.rounding, kind.largest};
+}
+
+// Calls body(kind) with the kind of a format.
 template <class Body>
 void with_kind(Format format, bool has_offset, Body body) {
+  FloatKind<> kind;
   switch (format) {
     case Format::kInt:
       return has_offset ? body(Kind<Format::kInt, true>{}) : body(Kind<Format::kInt>{});
-#define COREAI_CASE(name) \
-  case Format::name:      \
-    return body(Kind<Format::name>{});
+#define COREAI_CASE(name)                   \
+  case Format::name:                        \
+    kind = FloatKind<>::of<Format::name>(); \
+    break;
       COREAI_FOR_EACH_FLOAT_FORMAT(COREAI_CASE)
 #undef COREAI_CASE
   }
+  body(kind);
 }
 
 // Bits in sequence, the lowest of a byte first, from a byte boundary on.

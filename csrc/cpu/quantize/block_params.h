@@ -14,13 +14,13 @@ COREAI_HD float zero_point_of(const Affine& a, int64_t block) {
 // The quickest division of elements of type T by the first n scales. A corrected product with the reciprocal is as
 // good as a division if scales are far from overflow and underflow, and if rounding and clamping change only at numbers
 // of up to nine bits: tests/kernels/test_quotients.py compares the two around all of those.
-template <class K, class T>
-COREAI_HD Division choose_division(F scales, F low, F high, int n, bool finite) {
+template <class T, class K>
+COREAI_HD Division choose_division(F scales, F low, F high, int n, bool finite, K kind) {
   const uint32_t all = static_cast<uint32_t>((uint64_t{1} << n) - 1);
   if constexpr (kHasPackedBf16<K, T>) {
-    if (suit_packed_bf16<K>(scales, low, high, all)) {
+    if (suit_packed_bf16(scales, low, high, all, kind)) {
       if (!finite) return Division::kPackedBf16;
-      const bool powers = K::kFormat != Format::kInt && (Simd::bits(are_powers(scales)) & all) == all;
+      const bool powers = !K::kIsInt && (Simd::bits(are_powers(scales)) & all) == all;
       return powers ? Division::kPackedBf16ByPowers : Division::kPackedBf16OfFinite;
     }
   }
@@ -29,7 +29,7 @@ COREAI_HD Division choose_division(F scales, F low, F high, int n, bool finite) 
   } else {
     const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
     const auto is_short = [](F bound) __attribute__((always_inline)) {
-      if constexpr (K::kFormat == Format::kInt) {
+      if constexpr (K::kIsInt) {
         return Simd::equal(bound, clamp_lanes<Simd>(bound, Simd::set(-255.0f), Simd::set(255.0f)));
       } else {
         return Simd::equal(bound, Simd::as_float(Simd::iand(Simd::as_int(bound), Simd::iset(-0x8000))));
@@ -42,20 +42,20 @@ COREAI_HD Division choose_division(F scales, F low, F high, int n, bool finite) 
 }
 
 // Calls body(kind) with the kind that computes quotients of elements of type T by that division.
-template <class K, class T, class Body>
-COREAI_HD void with_division(Division division, Body body) {
+template <class T, class K, class Body>
+COREAI_HD void with_division(Division division, K kind, Body body) {
   if constexpr (kHasPackedBf16<K, T>) {
-    if constexpr (K::kFormat != Format::kInt) {
-      if (division == Division::kPackedBf16ByPowers) return body(typename K::template By<Division::kPackedBf16ByPowers>{});
+    if constexpr (!K::kIsInt) {
+      if (division == Division::kPackedBf16ByPowers) return body(dividing_by<Division::kPackedBf16ByPowers>(kind));
     }
-    if (division == Division::kPackedBf16OfFinite) return body(typename K::template By<Division::kPackedBf16OfFinite>{});
-    if (division == Division::kPackedBf16) return body(typename K::template By<Division::kPackedBf16>{});
+    if (division == Division::kPackedBf16OfFinite) return body(dividing_by<Division::kPackedBf16OfFinite>(kind));
+    if (division == Division::kPackedBf16) return body(dividing_by<Division::kPackedBf16>(kind));
   }
   if constexpr (Simd::kHasQuotient) {
-    if (division == Division::kReciprocalOfFinite) return body(typename K::template By<Division::kReciprocalOfFinite>{});
-    if (division == Division::kReciprocal) return body(typename K::template By<Division::kReciprocal>{});
+    if (division == Division::kReciprocalOfFinite) return body(dividing_by<Division::kReciprocalOfFinite>(kind));
+    if (division == Division::kReciprocal) return body(dividing_by<Division::kReciprocal>(kind));
   }
-  body(K{});
+  body(kind);
 }
 
 // Parameters of up to kWidth neighbouring blocks, ready to be broadcast one by one.
@@ -67,8 +67,8 @@ struct BlockParams {
   Division division;
 
   // `finite`: no element is infinite, NaN or beyond 2^62.
-  template <class K, class T>
-  __attribute__((noinline)) void load(const Affine& a, int64_t block, int n, bool finite) {
+  template <class T, class K>
+  __attribute__((noinline)) void load(const Affine& a, int64_t block, int n, bool finite, K kind) {
     F zero_point = Simd::set(a.constant);
     if (a.zero_point && n == kWidth) {
       zero_point = Simd::to_float(Simd::load(a.zero_point + block));
@@ -83,13 +83,13 @@ struct BlockParams {
     Simd::store(low, lows);
     Simd::store(high, highs);
     Simd::store(offset, a.offset ? Simd::load_n(a.offset + block, n) : Simd::set(0.0f));
-    division = choose_division<K, T>(scales, lows, highs, n, finite);
+    division = choose_division<T>(scales, lows, highs, n, finite, kind);
     if constexpr (kHasPackedBf16<K, T>) {
       if (division == Division::kPackedBf16 || division == Division::kPackedBf16OfFinite) {
-        return store(packed_bf16_params<Simd, K>(scales, lows, highs));
+        return store(packed_bf16_params<Simd>(scales, lows, highs, kind));
       }
-      if constexpr (K::kFormat != Format::kInt) {
-        if (division == Division::kPackedBf16ByPowers) return store(packed_bf16_params_of_powers<K>(scales, lows, highs));
+      if constexpr (!K::kIsInt) {
+        if (division == Division::kPackedBf16ByPowers) return store(packed_bf16_params_of_powers(scales, lows, highs, kind));
       }
     }
     if (division != Division::kDivide) Simd::store(reciprocal, Simd::div(Simd::set(1.0f), scales));
@@ -153,9 +153,9 @@ struct ColumnParams {
   Division division;
 
   template <class K>
-  static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n) {
+  static COREAI_HD ColumnParams load(const Affine& a, int64_t block, int n, K kind) {
     ColumnParams p = {params_of_columns(a, block, 0, 1, n), Division::kDivide};
-    p.division = choose_division<K, float>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite);
+    p.division = choose_division<float>(p.lanes.scale, p.lanes.low, p.lanes.high, kWidth, a.finite, kind);
     if (p.division != Division::kDivide) p.lanes.reciprocal = Simd::div(Simd::set(1.0f), p.lanes.scale);
     return p;
   }
@@ -168,17 +168,17 @@ struct PackedBf16Columns {
 
   // Returns whether packed bfloat16 suits these columns.
   template <class K>
-  COREAI_HD bool load(const Affine& a, int64_t block) {
+  COREAI_HD bool load(const Affine& a, int64_t block, K kind) {
     Params<Simd> p = params_of_columns(a, block, 0, 1, kWidth);
     Params<Simd> q = params_of_columns(a, block + kWidth, 0, 1, kWidth);
     constexpr uint32_t kAll = static_cast<uint32_t>((uint64_t{1} << kWidth) - 1);
-    if (!suit_packed_bf16<K>(p.scale, p.low, p.high, kAll)) return false;
-    if (!suit_packed_bf16<K>(q.scale, q.low, q.high, kAll)) return false;
+    if (!suit_packed_bf16(p.scale, p.low, p.high, kAll, kind)) return false;
+    if (!suit_packed_bf16(q.scale, q.low, q.high, kAll, kind)) return false;
     Simd::deinterleave(p.scale, q.scale);
     Simd::deinterleave(p.low, q.low);
     Simd::deinterleave(p.high, q.high);
-    const PackedBf16Params e = packed_bf16_params<Simd, K>(p.scale, p.low, p.high);
-    const PackedBf16Params o = packed_bf16_params<Simd, K>(q.scale, q.low, q.high);
+    const PackedBf16Params e = packed_bf16_params<Simd>(p.scale, p.low, p.high, kind);
+    const PackedBf16Params o = packed_bf16_params<Simd>(q.scale, q.low, q.high, kind);
     const auto together = [](I a, I b) __attribute__((always_inline)) {
       return Simd::ior(Simd::iand(a, Simd::iset(0xffff)), Simd::iand(b, Simd::iset(-0x10000)));
     };

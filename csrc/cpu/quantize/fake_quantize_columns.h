@@ -53,8 +53,8 @@ struct ColumnPair {
   Division division;
 
   template <class K>
-  COREAI_HD void load(const Affine& a, int64_t block) {
-    const auto p = ColumnParams::load<K>(a, block, kWidth), q = ColumnParams::load<K>(a, block + kWidth, kWidth);
+  COREAI_HD void load(const Affine& a, int64_t block, K kind) {
+    const auto p = ColumnParams::load(a, block, kWidth, kind), q = ColumnParams::load(a, block + kWidth, kWidth, kind);
     left = p.lanes, right = q.lanes;
     division = p.division == q.division ? p.division : Division::kDivide;
   }
@@ -62,22 +62,23 @@ struct ColumnPair {
 
 // Two whole vectors. Parameters come by value: stores of bytes may alias what is in memory.
 template <class Bits, class K, class T>
-COREAI_HD void fake_quantize_columns(const T* x, T* y, typename Bits::Cursor mask, ColumnPair p) {
+COREAI_HD void fake_quantize_columns(const T* x, T* y, typename Bits::Cursor mask, ColumnPair p, K kind) {
   M inside[2];
-  const F a = quantize_lanes<Simd, K>(Simd::load(x), p.left, inside[0]);
-  const F b = quantize_lanes<Simd, K>(Simd::load(x + kWidth), p.right, inside[1]);
+  const F a = quantize_lanes<Simd>(Simd::load(x), p.left, inside[0], kind);
+  const F b = quantize_lanes<Simd>(Simd::load(x + kWidth), p.right, inside[1], kind);
   store_results<K>(y, dequantize_lanes<Simd, K>(a, p.left), dequantize_lanes<Simd, K>(b, p.right));
   put_masks<Bits>(mask, inside[0], inside[1]);
 }
 
 template <class Bits, class K>
-COREAI_HD void fake_quantize_columns(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, PackedBf16Columns p) {
-  fake_quantize_packed_bf16<Bits, K>(Words<2>::load(x), y, p.even, p.odd, p.bounds, mask);
+COREAI_HD void fake_quantize_columns(const BFloat16* x, BFloat16* y, typename Bits::Cursor mask, PackedBf16Columns p,
+                                     K kind) {
+  fake_quantize_packed_bf16<Bits>(Words<2>::load(x), y, p.even, p.odd, p.bounds, mask, kind);
 }
 
 // Pairs of whole vectors, row by row; `params` has one entry a pair.
 template <class Bits, class K, class T, class Pair>
-COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, typename Bits::Cursor mask, const Pair* params) {
+COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, typename Bits::Cursor mask, const Pair* params, K kind) {
   const int64_t pairs = tile.columns / (2 * kWidth);
   const int64_t read = tile.rows_of(4096) * tile.stride, written = tile.rows_of(512) * tile.stride;
   for (int64_t row = 0; row < tile.rows; ++row) {
@@ -86,59 +87,59 @@ COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, typename Bits
     const auto bits = Bits::at(mask, row * (tile.stride / 8));
     for (int64_t i = 0; i < pairs; ++i, x += 2 * kWidth, y += 2 * kWidth) {
       fetch(x + read, y + written);
-      fake_quantize_columns<Bits, K>(x, y, Bits::at(bits, i * (2 * kWidth / 8)), params[i]);
+      fake_quantize_columns<Bits>(x, y, Bits::at(bits, i * (2 * kWidth / 8)), params[i], kind);
     }
   }
 }
 
 // The same with or without a mask.
 template <class K, class T, class Pair>
-COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, const Pair* params) {
+COREAI_HD void fake_quantize_pairs_of_columns(const Tile<T>& tile, const Pair* params, K kind) {
   if (tile.mask) {
-    fake_quantize_pairs_of_columns<BitWriter, K>(tile, tile.mask, params);
+    fake_quantize_pairs_of_columns<BitWriter>(tile, tile.mask, params, kind);
   } else {
-    fake_quantize_pairs_of_columns<NoBits, K>(tile, {}, params);
+    fake_quantize_pairs_of_columns<NoBits>(tile, {}, params, kind);
   }
 }
 
 // Returns whether packed bfloat16 suits all the columns; if not, nothing is done.
 template <class K>
-bool fake_quantize_tile_of_packed_bf16(const Tile<BFloat16>& tile, const Affine& affine, int64_t block) {
+bool fake_quantize_tile_of_packed_bf16(const Tile<BFloat16>& tile, const Affine& affine, int64_t block, K kind) {
   PackedBf16Columns params[kTileColumns / (2 * kWidth)];
   for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
-    if (!params[i].load<K>(affine, block + 2 * kWidth * i)) return false;
+    if (!params[i].load(affine, block + 2 * kWidth * i, kind)) return false;
   }
   if (affine.finite) {
-    fake_quantize_pairs_of_columns<typename K::template By<Division::kPackedBf16OfFinite>>(tile, params);
+    fake_quantize_pairs_of_columns(tile, params, dividing_by<Division::kPackedBf16OfFinite>(kind));
   } else {
-    fake_quantize_pairs_of_columns<typename K::template By<Division::kPackedBf16>>(tile, params);
+    fake_quantize_pairs_of_columns(tile, params, dividing_by<Division::kPackedBf16>(kind));
   }
   return true;
 }
 
 template <class K, class T>
-void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int64_t block) {
+void fake_quantize_tile_by_lanes(const Tile<T>& tile, const Affine& affine, int64_t block, K kind) {
   ColumnPair params[kTileColumns / (2 * kWidth)];
   Division division = Division::kDivide;
   for (int64_t i = 0; i < tile.columns / (2 * kWidth); ++i) {
-    params[i].load<K>(affine, block + 2 * kWidth * i);
+    params[i].load(affine, block + 2 * kWidth * i, kind);
     division = i == 0 || params[i].division == division ? params[i].division : Division::kDivide;
   }
-  with_division<K, float>(division, [&](auto kind) __attribute__((always_inline)) {
-    fake_quantize_pairs_of_columns<decltype(kind)>(tile, params);
+  with_division<float>(division, kind, [&](auto divided) __attribute__((always_inline)) {
+    fake_quantize_pairs_of_columns(tile, params, divided);
   });
 }
 
 // Less than two vectors of columns, whole bytes of the mask. They are so few that a division does.
 template <class K, class T>
-void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64_t block) {
+void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64_t block, K kind) {
   for (int64_t i = 0; i < tile.columns; i += kWidth) {
     const int n = static_cast<int>(min<int64_t>(kWidth, tile.columns - i));
     const auto p = params_of_columns(affine, block + i, 0, 1, n);
     for (int64_t row = 0; row < tile.rows; ++row) {
       const Tile<T> at = tile.from(row, i);
       M inside;
-      const F q = quantize_lanes<Simd, K>(Simd::load_n(at.x, n), p, inside);
+      const F q = quantize_lanes<Simd>(Simd::load_n(at.x, n), p, inside, kind);
       Simd::store_n(at.y, dequantize_lanes<Simd, K>(q, p), n);
       const uint32_t bits = Simd::bits(inside);
       for (int byte = 0; at.mask && byte < n / 8; ++byte) at.mask[byte] = static_cast<uint8_t>(bits >> (8 * byte));
@@ -148,16 +149,16 @@ void fake_quantize_last_columns(const Tile<T>& tile, const Affine& affine, int64
 
 // The first column's block is `block`.
 template <class K, class T>
-void fake_quantize_tile(const Tile<T>& tile, const Affine& affine, int64_t block) {
+void fake_quantize_tile(const Tile<T>& tile, const Affine& affine, int64_t block, K kind) {
   bool done = false;
-  if constexpr (kHasPackedBf16<K, T>) done = fake_quantize_tile_of_packed_bf16<K>(tile, affine, block);
-  if (!done) fake_quantize_tile_by_lanes<K>(tile, affine, block);
+  if constexpr (kHasPackedBf16<K, T>) done = fake_quantize_tile_of_packed_bf16(tile, affine, block, kind);
+  if (!done) fake_quantize_tile_by_lanes(tile, affine, block, kind);
   const int64_t whole = tile.columns - tile.columns % (2 * kWidth);
-  if (whole < tile.columns) fake_quantize_last_columns<K>(tile.from(0, whole), affine, block + whole);
+  if (whole < tile.columns) fake_quantize_last_columns(tile.from(0, whole), affine, block + whole, kind);
 }
 
-template <class K, class T>
-void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64_t end) {
+template <class T, class K>
+void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64_t end, K kind) {
   const Geometry& g = *job.geometry;
   const int64_t sharing = sharing_rows(g);
   const T* x = static_cast<const T*>(job.input);
@@ -169,7 +170,7 @@ void fake_quantize_rows_of_columns(const FakeQuantize& job, int64_t begin, int64
     for (int64_t column = 0; column < g.columns; column += kTileColumns) {
       Tile<T> tile = all.from(begin, column);
       tile.rows = rows, tile.columns = min(kTileColumns, tile.columns);
-      fake_quantize_tile<K>(tile, job.affine, base + column);
+      fake_quantize_tile(tile, job.affine, base + column, kind);
     }
     begin += rows;
   }

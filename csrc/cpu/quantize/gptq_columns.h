@@ -14,7 +14,7 @@ constexpr int64_t kGptqTile = kGptqVectors * kWidth;
 
 // `n` rows from `row` on, at most a tile.
 template <class K>
-void gptq_tile(const GptqColumns& job, int64_t row, int64_t n, float* errors) {
+void gptq_tile(const GptqColumns& job, int64_t row, int64_t n, float* errors, K kind) {
   const auto lanes_of = [n](int v) { return static_cast<int>(max<int64_t>(0, min<int64_t>(kWidth, n - v * kWidth))); };
   for (int64_t column = 0; column < job.columns; ++column) {
     const float* factor = job.factor + column * job.columns;
@@ -39,7 +39,7 @@ void gptq_tile(const GptqColumns& job, int64_t row, int64_t n, float* errors) {
       const int64_t at = row + v * kWidth;
       const Params<Simd> p = params_of_columns(job.affine, job.groups[column] * job.rows + at, 0, 1, lanes);
       M inside;
-      const F q = quantize_lanes<Simd, K>(value[v], p, inside);
+      const F q = quantize_lanes<Simd>(value[v], p, inside, kind);
       const F error = Simd::div(Simd::sub(value[v], dequantize_lanes<Simd, K>(q, p)), pivot);
       Simd::store(errors + column * kGptqTile + v * kWidth, error);
       Simd::store_n(job.output + column * job.rows + at, value[v], lanes);
@@ -54,7 +54,7 @@ void gptq_columns(const GptqColumns& job) {
     parallel_for(job.rows, kGptqTile, max<int64_t>(kGptqTile, kParallelElements / work), [&](int64_t begin, int64_t end) {
       alignas(64) float errors[GptqColumns::kMaxColumns * kGptqTile];
       for (int64_t row = begin; row < end; row += kGptqTile) {
-        gptq_tile<decltype(kind)>(job, row, min(kGptqTile, end - row), errors);
+        gptq_tile(job, row, min(kGptqTile, end - row), errors, kind);
       }
     });
   });

@@ -70,8 +70,8 @@ __attribute__((noinline)) bool observe_blocks(const Observe& job, const T* x, in
 }
 
 // Blocks [begin, end); the first element of `begin` is at a multiple of eight.
-template <class K, class T, class Bits>
-void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits) {
+template <class T, class K, class Bits>
+void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end, Bits bits, K kind) {
   const FakeQuantize& quantize = job.quantize;
   const int64_t run = quantize.geometry->run;
   const T* x = static_cast<const T*>(quantize.input);
@@ -85,15 +85,15 @@ void observe_and_quantize_blocks(const Observe& job, int64_t begin, int64_t end,
   bool finite = begin < end && observe(begin);
   for (int64_t i = begin; i < end; i += group) {
     const int n = static_cast<int>(min(group, end - i));
-    params.template load<K, T>(quantize.affine, i, n, finite);
+    params.template load<T>(quantize.affine, i, n, finite, kind);
     finite = i + group < end && observe(i + group);
-    fake_quantize_blocks<K>(x + i * run, y + i * run, run, n, params, bits);
+    fake_quantize_blocks(x + i * run, y + i * run, run, n, params, bits, kind);
   }
   bits.flush();
 }
 
-template <class K, class T>
-void observe_and_quantize_rows(const Observe& job) {
+template <class T, class K>
+void observe_and_quantize_rows(const Observe& job, K kind) {
   const FakeQuantize& quantize = job.quantize;
   const int64_t run = quantize.geometry->run;
   int64_t unit = 1;  // blocks up to the next byte of the mask
@@ -102,9 +102,9 @@ void observe_and_quantize_rows(const Observe& job) {
   parallel_for(quantize.geometry->columns, max<int64_t>(unit, run < kAlignment ? kWidth : 1), grain,
                [&](int64_t begin, int64_t end) {
                  if (quantize.mask) {
-                   observe_and_quantize_blocks<K, T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8));
+                   observe_and_quantize_blocks<T>(job, begin, end, BitWriter(quantize.mask + begin * run / 8), kind);
                  } else {
-                   observe_and_quantize_blocks<K, T>(job, begin, end, NoBits());
+                   observe_and_quantize_blocks<T>(job, begin, end, NoBits(), kind);
                  }
                });
 }
@@ -120,7 +120,7 @@ void observe_and_fake_quantize(const Observe& job) {
     with_type(quantize.element, [&](auto type) {
       using T = typename decltype(type)::type;
       with_kind(quantize.affine.format, quantize.affine.offset != nullptr,
-                [&](auto kind) { observe_and_quantize_rows<decltype(kind), T>(job); });
+                [&](auto kind) { observe_and_quantize_rows<T>(job, kind); });
     });
     return;
   }

@@ -21,6 +21,9 @@ constexpr bool kHasPackedBf16 = Simd::kHasBf16Products && kIsBFloat16<T> && !K::
 // Adding this to a small number rounds it to a whole one.
 constexpr float kWhole = 0x1.8p23f;
 
+// The word of 1.0, whose exponent is zero.
+constexpr int32_t kOne = 127 << 23;
+
 // Parameters of every other element, one a lane.
 struct PackedBf16Factors {
   F below, above;    // the scale's reciprocal, a little less unless it is exact, and a little more
@@ -37,16 +40,16 @@ struct PackedBf16Bounds {
 struct PackedBf16Params : PackedBf16Factors, PackedBf16Bounds {};
 
 template <class K>
-COREAI_HD bool suit_packed_bf16(F scales, F low, F high, uint32_t lanes) {
+COREAI_HD bool suit_packed_bf16(F scales, F low, F high, uint32_t lanes, K kind) {
   const F kept = Simd::min(Simd::set(0x1p64f), Simd::max(Simd::set(0x1p-64f), scales));
   M fit = Simd::equal(scales, Simd::as_float(Simd::iand(Simd::as_int(kept), Simd::iset(-0x10000))));
   F least, most;
-  if constexpr (K::kFormat == Format::kInt) {
+  if constexpr (K::kIsInt) {
     // Of the numbers that round to a bound beyond these, none need be an element.
     least = clamp_lanes<Simd>(low, Simd::set(-128.0f), Simd::set(0.0f));
     most = clamp_lanes<Simd>(high, Simd::set(0.0f), Simd::set(128.0f));
   } else {
-    least = Simd::set(-FormatFacts<K::kFormat>::kMax), most = Simd::set(FormatFacts<K::kFormat>::kMax);
+    least = Simd::set(-kind.largest), most = Simd::set(kind.largest);
   }
   fit = Simd::mand(fit, Simd::mand(Simd::equal(low, least), Simd::equal(high, most)));
   return (Simd::bits(fit) & lanes) == lanes;
@@ -75,13 +78,13 @@ COREAI_HD I in_both_halves(I bits) {
 }
 
 template <class S, class K>
-COREAI_HD PackedBf16Params packed_bf16_params(F scale, F low, F high) {
+COREAI_HD PackedBf16Params packed_bf16_params(F scale, F low, F high, K kind) {
   PackedBf16Params p;
   const I reciprocal = Simd::as_int(S::near_reciprocal(scale));
   const F less = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(-2)));
   p.below = Simd::select(are_powers(scale), Simd::as_float(reciprocal), less);
   p.above = Simd::as_float(Simd::iadd(reciprocal, Simd::iset(2)));
-  if constexpr (K::kFormat == Format::kInt) {
+  if constexpr (K::kIsInt) {
     p.factor = Simd::mul(scale, Simd::set(0.5f));
     p.addend = Simd::mul(scale, Simd::set(-kWhole));
     // An even bound is what halfway to the next number rounds to; of an odd one, what is nearer to zero.
@@ -98,20 +101,18 @@ COREAI_HD PackedBf16Params packed_bf16_params(F scale, F low, F high) {
     p.addend = Simd::mul(scale, Simd::set(-0x1p15f));
     p.low = in_both_halves(Simd::as_int(Simd::mul(low, scale)));
     p.high = in_both_halves(Simd::as_int(Simd::mul(high, scale)));
-    constexpr int kShift = 127 + 23 - FormatFacts<K::kFormat>::kMantissaBits;
-    p.exponent = in_both_halves(Simd::iadd(Simd::as_int(scale), Simd::iset(-(kShift << 23))));
+    p.exponent = in_both_halves(Simd::iadd(Simd::as_int(scale), Simd::iset(-(kOne + kind.rounding.shift))));
   }
   return p;
 }
 
 // The same for scales that are powers of two: quotients are elements.
 template <class K>
-COREAI_HD PackedBf16Params packed_bf16_params_of_powers(F scale, F low, F high) {
+COREAI_HD PackedBf16Params packed_bf16_params_of_powers(F scale, F low, F high, K kind) {
   PackedBf16Params p = {};
   p.low = in_both_halves(Simd::as_int(Simd::mul(low, scale)));
   p.high = in_both_halves(Simd::as_int(Simd::mul(high, scale)));
-  constexpr int kMin = FormatFacts<K::kFormat>::kMinExponent;
-  p.exponent = in_both_halves(Simd::iadd(Simd::as_int(scale), Simd::iset(kMin * (1 << 23))));
+  p.exponent = in_both_halves(Simd::iadd(Simd::as_int(scale), Simd::iset(kind.rounding.least - kOne)));
   return p;
 }
 
@@ -128,14 +129,12 @@ COREAI_HD F odd_words(V words) {
 // For each magnitude a number whose last bit is the last that the format keeps of the quotient. The difference of the
 // words is the quotient's exponent and some mantissa, which does not matter: it has no more than eight bits.
 template <class K, class V>
-COREAI_HD V magic_words(V magnitudes, V exponent) {
+COREAI_HD V magic_words(V magnitudes, V exponent, FloatRounding format) {
   using W = Words<2>;
-  using Facts = FormatFacts<K::kFormat>;
-  constexpr int kShift = 23 - Facts::kMantissaBits;
   if constexpr (K::kDivision == Division::kPackedBf16ByPowers) {
-    return W::max(magnitudes, exponent) + W::set(kShift << 7);
+    return W::max(magnitudes, exponent) + W::set(static_cast<int16_t>(format.shift >> 16));
   } else {
-    return W::max(magnitudes - exponent, W::set((127 + Facts::kMinExponent + kShift) << 7));
+    return W::max(magnitudes - exponent, W::set(static_cast<int16_t>((format.least + format.shift) >> 16)));
   }
 }
 
@@ -148,7 +147,7 @@ COREAI_HD I requantize(typename S::F x, typename S::F magic, const PackedBf16Fac
     // Once or twice the quotient, rounded, and as many times `magic`.
     auto q = S::fma(x, p.below, magic);
     if constexpr (!kNoTies) q = S::add(q, S::fma(x, p.above, magic));
-    if constexpr (K::kFormat == Format::kInt) {
+    if constexpr (K::kIsInt) {
       const auto y = S::fma(q, kNoTies ? S::add(p.factor, p.factor) : p.factor, p.addend);
       return S::as_int(S::fma(y, S::set(-0x1p16f), S::mul(y, S::set(0x1.0001p16f))));
     } else {
@@ -160,10 +159,10 @@ COREAI_HD I requantize(typename S::F x, typename S::F magic, const PackedBf16Fac
 }
 
 // 2 * kWidth elements, and the parameters of every other one.
-template <class Bits, class K, bool kNoTies = false>
+template <class Bits, bool kNoTies = false, class K>
 COREAI_HD void fake_quantize_packed_bf16(typename Words<2>::V words, BFloat16* y, const PackedBf16Factors& even,
                                          const PackedBf16Factors& odd, const PackedBf16Bounds& bounds,
-                                         typename Bits::Cursor& cursor) {
+                                         typename Bits::Cursor& cursor, K kind) {
   using W = Words<2>;
   using V = typename W::V;
   const V low = bits_as<V>(bounds.low), high = bits_as<V>(bounds.high);
@@ -171,14 +170,14 @@ COREAI_HD void fake_quantize_packed_bf16(typename Words<2>::V words, BFloat16* y
   const auto sign = words & W::set(INT16_MIN);
   auto inside = W::equal(words, clamped);
   F magic[2] = {Simd::set(kWhole), Simd::set(kWhole)};
-  if constexpr (K::kFormat != Format::kInt) {
-    const auto magics = magic_words<K>(clamped ^ sign, bits_as<V>(bounds.exponent)) | sign;
+  if constexpr (!K::kIsInt) {
+    const auto magics = magic_words<K>(clamped ^ sign, bits_as<V>(bounds.exponent), kind.rounding) | sign;
     magic[0] = even_words(magics), magic[1] = odd_words(magics);
   }
   const I a = requantize<Simd, K, kNoTies>(even_words(clamped), magic[0], even);
   const I b = requantize<Simd, K, kNoTies>(odd_words(clamped), magic[1], odd);
   auto result = bits_as<V>(Simd::ior(Simd::template shr<16>(a), b));
-  if constexpr (K::kFormat != Format::kInt) result |= sign;
+  if constexpr (!K::kIsInt) result |= sign;
   if constexpr (K::kDivision == Division::kPackedBf16) {
     const auto nan = W::greater(words ^ sign, W::set(0x7f80));
     result = W::where(~nan, result) | W::where(nan, W::set(0x7fc0));

@@ -168,10 +168,10 @@ void quantize(const Convert& job) {
     convert_elements(job, storage_of(job.element), job.storage, [&](float* values, int64_t n, int64_t column, int64_t base) {
       convert_row(job, values, n, column, base, [&](F x, const Params<Simd>& p) {
         const F q = quotient_lanes<Simd, K>(x, p);
-        if constexpr (K::kFormat == Format::kInt) {
+        if constexpr (K::kIsInt) {
           return clamp_lanes<Simd>(Simd::add(q, zero_points(job.affine, p)), low, high);
         } else {
-          return round_to_format<Simd, K::kFormat>(clamp_lanes<Simd>(q, low, high));
+          return kind.template round<Simd>(clamp_lanes<Simd>(q, low, high));
         }
       });
     });
@@ -183,7 +183,7 @@ void dequantize(const Convert& job) {
     using K = decltype(kind);
     convert_elements(job, job.storage, storage_of(job.element), [&](float* values, int64_t n, int64_t column, int64_t base) {
       convert_row(job, values, n, column, base, [&](F q, const Params<Simd>& p) {
-        const F moved = K::kFormat == Format::kInt ? Simd::sub(q, zero_points(job.affine, p)) : q;
+        const F moved = K::kIsInt ? Simd::sub(q, zero_points(job.affine, p)) : q;
         return dequantize_lanes<Simd, K>(moved, p);
       });
     });
