@@ -120,9 +120,10 @@ def _step_template(
     more: str = "",
     known: str = "",
     header: str = "observe_and_fake_quantize",
+    first: str = "K, kElement",
 ) -> _Template:
     template = "class K, Element kElement, " + ("int kHeld, " if held else "") + _RULE
-    arguments = "K, kElement" + (", kHeld" if held else "") + more
+    arguments = first + (", kHeld" if held else "") + more
     return _Template(
         f"quantize/{header}.cuh",
         job,
@@ -174,6 +175,14 @@ _TEMPLATES = {
         "kHeldBlocks",
         known=" job.parts = 4;",
         header="held_steps",
+    ),
+    "counted_held_nvfp4": _step_template(
+        "counted_held_nvfp4",
+        "step_held_nvfp4",
+        "HeldJob",
+        "kHeldBlocks",
+        header="held_steps",
+        first="kElement",
     ),
     "observed_short_runs": _observe_template(
         "observed_short_runs", "observe_short_runs<kElement>(job);", "1"
@@ -281,27 +290,12 @@ def step(
     fmt: Format, blocks: str, size: int, rule: tuple[Scheme, RangeUpdate, ScaleFormat], held: int = 4
 ) -> Sequence[Body]:
     """``observe_and_fake_quantize``. ``held``: packs of a row for each thread, 4 or 8."""
-    kind = (int(fmt), 0, 0, _ELEMENTS[size])
-    traffic = (size, size + 1 / 8)
-    if rule[2] == ScaleFormat.E4M3:
-        of_blocks = int(blocks.removeprefix("blocks of "))
-        return (
-            *observe(blocks, size, fmt=fmt, rule=rule),
-            *largest_first(of_blocks),
-            *choose(fmt, rule[0], rule[2], of_blocks),
-            *forward(fmt, blocks, size),
-        )
+    kind, traffic = (int(fmt), 0, 0, _ELEMENTS[size]), (size, size + 1 / 8)
     codes, elements = (*kind, *_rule(*rule)), _UNROLL * _size(size)
-    if blocks == "tensor":  # tiles of a block of threads, about as many on all four GPUs
-        rounds = 2 if size == 2 else 3
-        return (Body("counted_held_tensor", codes, elements, *traffic, rounds=rounds, alone=_ALONE),)
-    if blocks == "larger tensor":  # than all multiprocessors hold
-        return (
-            *observe("tensor", size, fmt=fmt, rule=rule, finishes=False),
-            Body("counted_tensor", codes, elements, *traffic),
-        )
-    if blocks == "larger columns":
-        return (*observe("columns", size, fmt=fmt, rule=rule), *forward(fmt, "columns", size))
+    if blocks == "tensor" or rule[2] == ScaleFormat.E4M3:
+        kernel = "counted_held_tensor" if blocks == "tensor" else "counted_held_nvfp4"
+        rounds = 2 if size == 2 else 3  # tiles of a block of threads, about as many on all four GPUs
+        return (Body(kernel, codes, elements, *traffic, rounds=rounds, alone=_ALONE),)
     if blocks == "columns":  # a block of threads has 8 packs across and a fourth or a third of the rows
         rows, rounds = (1024 / 4, 4) if size == 2 else (1024 / 3, 3)
         elements = rows / 32 * _size(size) / rounds
@@ -312,6 +306,21 @@ def step(
         return (Body("counted_rows", (*kind, held, *_rule(*rule)), held * _size(size), *traffic),)
     held = _UNROLL if size == 2 else 2 * _UNROLL
     return (Body("counted_short_runs", (*kind, held, *_rule(*rule)), held * _size(size), *traffic),)
+
+
+def larger_step(
+    fmt: Format, blocks: str, size: int, rule: tuple[Scheme, RangeUpdate, ScaleFormat]
+) -> Sequence[Body]:
+    """The same of a tensor that all multiprocessors together have no room for."""
+    first = observe(blocks, size, fmt=fmt, rule=rule, finishes=blocks != "tensor")
+    if blocks == "tensor":
+        codes = (int(fmt), 0, 0, _ELEMENTS[size], *_rule(*rule))
+        return (*first, Body("counted_tensor", codes, _UNROLL * _size(size), size, size + 1 / 8))
+    if rule[2] != ScaleFormat.E4M3:
+        return (*first, *forward(fmt, blocks, size))
+    elements = int(blocks.removeprefix("blocks of "))
+    chosen = (*largest_first(elements), *choose(fmt, rule[0], rule[2], elements))
+    return (*first, *chosen, *forward(fmt, blocks, size))
 
 
 def largest_first(elements: int = 1) -> Sequence[Body]:

@@ -98,9 +98,13 @@ def _quantization(name: str) -> Iterator[Variant]:
     rule = (int8.scheme, RangeUpdate.MOVING_AVERAGE, int8.scales)
     longer = cuda.step(int8.format, "rows", size, rule, held=8)
     yield from _pair("observe and quantize", "int8, longer rows", name, traffic, None, longer)
-    for blocks in ("larger tensor", "larger columns"):
-        larger = cuda.step(int8.format, blocks, size, rule)
-        yield from _pair("observe and quantize", f"int8, {blocks}", name, traffic, None, larger)
+    for format_name, blocks in (("int8", "tensor"), ("int8", "columns"), ("NVFP4", "blocks of 16")):
+        fmt = FORMATS[format_name]
+        larger = cuda.larger_step(
+            fmt.format, blocks, size, (fmt.scheme, RangeUpdate.MOVING_AVERAGE, fmt.scales)
+        )
+        case = f"{format_name}, {blocks}, larger"
+        yield from _pair("observe and quantize", case, name, traffic, None, larger)
     one_by_one = (
         *cuda.observe("rows", size, fmt=int8.format, rule=rule),
         *cuda.forward(int8.format, "rows", size),

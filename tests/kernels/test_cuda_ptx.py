@@ -192,9 +192,12 @@ def test_backward(recorded: Recorded, dtype: torch.dtype, in_place: bool) -> Non
         ((900, 48), (450, 1), "uint8_average", FP32, ["step_of_held_columns"]),
         ((1024, 16), (512, 1), "e4m3_fixed", FP16, ["step_of_held_columns"]),
         ((64, 16), (64, 1), "int4_latest", BF16, ["observe_columns", "fake_quantize_columns"]),
+        ((50, 512), (1, 16), "nvfp4", BF16, ["step_of_held_nvfp4"]),
+        ((15, 512), (1, 16), "nvfp4", FP32, ["step_of_held_nvfp4"]),
+        ((3, 512), (1, 16), "nvfp4", FP16, ["step_of_held_nvfp4"]),
         (
             (8, 256),
-            (1, 16),
+            (1, 32),
             "nvfp4",
             BF16,
             ["observe_short_runs", "largest_magnitudes", "choose_parameters", "fake_quantize_runs"],
@@ -217,7 +220,7 @@ def test_step(
         state = [value.clone() for value in state]
         recorded.names.clear()
         found = recorded("observe_and_fake_quantize_", x, *state, True, config.packed(), True)
-        assert [re.search(r"cuda\d+([a-z_]+)I", name)[1] for name in recorded.names] == kernels
+        assert [re.search(r"cuda\d+([a-z][a-z_0-9]*)I", name)[1] for name in recorded.names] == kernels
         wanted = reference_step(x, low, high, config, True)
         for got, value, name in zip((*found, *state), wanted, names, strict=True):
             assert_same_bits(got, value, name)

@@ -226,12 +226,48 @@ def test_columns_that_blocks_of_threads_hold(step: Step, dtype: torch.dtype, lib
             assert library.whole_grids() - whole_grids == 3 * waits[dtype.itemsize == 2]
 
 
+# Elements of NVFP4: what one block of threads holds; several, of one to three tiles, the last of which is not
+# whole; and more than all hold.
+NVFP4 = {4: (1008, 1040, 20000, 24576, 24592), 2: (2000, 2064, 40016, 49152, 49168)}
+
+
+@pytest.mark.usefixtures("turns")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("update", list(RangeUpdate), ids=lambda update: update.name)
+def test_nvfp4_that_blocks_of_threads_hold(
+    update: RangeUpdate, dtype: torch.dtype, library: ctypes.CDLL
+) -> None:
+    """Scales of all blocks follow from the largest magnitude, wherever that is."""
+    step = next(each for each in STEPS if each.name == "nvfp4")
+    config = QuantConfig(block_size=(16,), **(step.config | {"update": update}))
+    generator = torch.Generator().manual_seed(1)
+    sizes = NVFP4[dtype.itemsize]
+    for numel in sizes:
+        x = torch.randn(numel, generator=generator).to(dtype)
+        running = running_of((numel // 16,), dtype, 1)
+        launches, whole_grids = library.launches(), library.whole_grids()
+        check_step(x, running, config, FORMS[1])
+        for value in filter(math.isfinite, SPECIAL):
+            x[torch.randint(0, numel, (3,), generator=generator)] = value
+        check_step(x, None, config, FORMS[0])
+        for place, value in ((0, 1e4), (-1, -1e4), (numel // 2, math.inf), (numel // 3, math.nan)):
+            changed = x.clone()
+            changed[place] = value
+            check_step(changed, running, config, FORMS[2])
+        check_step(torch.zeros_like(x), None, config, FORMS[1])
+        if numel == sizes[-1]:
+            assert library.launches() - launches > 7
+        else:
+            assert library.launches() - launches == 7
+            assert library.whole_grids() - whole_grids == 7 * (numel != sizes[0])
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_other_ways_where_blocks_of_threads_cannot_wait(
     device: str, dtype: torch.dtype, library: ctypes.CDLL
 ) -> None:
-    step = next(each for each in STEPS if each.name == "uint8_average")
+    steps = {each.name: each for each in STEPS}
     fits = 8 * 3 * 64 * 4 * 16 // dtype.itemsize  # blocks, tiles, threads, packs, bytes
     columns = 8 * 8 * 16 // dtype.itemsize
     library.hold_blocks(*DEVICES[device])
@@ -243,7 +279,11 @@ def test_other_ways_where_blocks_of_threads_cannot_wait(
             ((110, columns // 2), (110, 1), 0, True),
             ((110, columns), (110, 1), 0, False),
             ((110, columns // 2), (110, 1), 1, False),
+            ((fits,), (16,), 0, True),
+            ((fits,), (16,), 1, False),
+            ((fits,), (32,), 0, False),
         ):
+            step = steps["nvfp4" if block[0] < 100 else "uint8_average"]
             x = torch.randn(shape, generator=torch.Generator().manual_seed(fits)).to(dtype)
             launches, whole_grids = library.launches(), library.whole_grids()
             config = QuantConfig(block_size=block, **step.config)

@@ -4,12 +4,10 @@
 // several blocks have a part of them each, tell the others what they found in it, and wait.
 #pragma once
 
-#include "cuda/grid.cuh"
-#include "cuda/quantize/observe_and_fake_quantize.cuh"
+#include "cuda/quantize/held_tensor.cuh"
 
 namespace coreai::cuda {
 
-constexpr int kHeldBlocks = 4;  // of threads, at least, on a multiprocessor whose shared memory has room for them
 constexpr int kSharedRows = 8;  // packs of a thread in shared memory
 // Packs that a thread takes at once; the last it keeps in registers, which parameters of eight columns leave few of.
 template <Element kElement>

@@ -2,9 +2,9 @@
 //
 // Blocks that are runs of whole packs stay in registers between the two looks at them, and memory is read once: short ones
 // lie side by side in a warp, whose lanes choose the parameters of different blocks; of longer ones several warps have one,
-// or one warp does, and the first warp of the threads chooses for all. A single block that is too large for that, and
-// columns, are read once where held_steps.cuh can. Else a single block takes two kernels, of which the second merges what
-// the first has found. All others are observed and quantized one after the other.
+// or one warp does, and the first warp of the threads chooses for all. A single block that is too large for that,
+// columns, and NVFP4 are read once where held_steps.cuh can. Else a single block takes two kernels, of which the second
+// merges what the first has found. All others are observed and quantized one after the other.
 #pragma once
 
 #include "cuda/quantize/fake_quantize.cuh"
@@ -153,6 +153,16 @@ __device__ __forceinline__ void step_rows(const StepJob& job) {
   }
 }
 
+// Of two blocks that a lane and its neighbour at `distance` have in common, each gets one: the half of it that it has merged
+// with the half that the other gives for its own.
+__device__ __forceinline__ WideningKeys trade(WideningKeys a, WideningKeys b, int distance) {
+  const bool keeps_second = (threadIdx.x & static_cast<uint32_t>(distance)) != 0;
+  const WideningKeys given = {keeps_second ? a.low : b.low, keeps_second ? a.high : b.high};
+  WideningKeys kept = {keeps_second ? b.low : a.low, keeps_second ? b.high : a.high};
+  kept.merge(given.of_lane_across(distance));
+  return kept;
+}
+
 // A tile of step_short_runs, which is whole or the tensor's last.
 template <class K, Element kElement, int kHeld, class Quick, bool kWhole>
 __device__ __forceinline__ void step_short_tile(const StepJob& job, uint32_t tile) {
@@ -178,14 +188,7 @@ __device__ __forceinline__ void step_short_tile(const StepJob& job, uint32_t til
     extremes.take(pack[i]);
     keys[i] = WideningKeys::of(extremes.range());
   }
-  // Of kHeld lanes each gets one pack's block: half of what it has it trades for the other half of a neighbour's.
-  const auto trade = [&](WideningKeys a, WideningKeys b, int distance) {
-    const bool keeps_second = (lane & static_cast<uint32_t>(distance)) != 0;
-    const WideningKeys given = {keeps_second ? a.low : b.low, keeps_second ? a.high : b.high};
-    WideningKeys kept = {keeps_second ? b.low : a.low, keeps_second ? b.high : a.high};
-    kept.merge(given.of_lane_across(distance));
-    return kept;
-  };
+  // Of kHeld lanes each gets one pack's block.
 #pragma unroll
   for (int distance = 1; distance < kHeld; distance *= 2) {
 #pragma unroll
