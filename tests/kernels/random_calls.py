@@ -3,9 +3,14 @@
 The tests of ``test_backends_agree.py`` with cases drawn by a seed: without hypothesis, which takes longer to
 choose a case than the operators do. A failure prints the seed; ``--start SEED --examples 1`` repeats it.
 Triton's kernels without a GPU: ``TRITON_INTERPRET=1 python -m tests.kernels.random_calls --backend triton``.
+The interpreter runs a launch's programs one after another: all but one of fifty cases have few blocks then.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import math
+import os
 import random
 import sys
 import time
@@ -19,7 +24,8 @@ from tqdm import tqdm
 
 from coreai_kernels import RangeUpdate, ScaleFormat, Scheme, native, use_backend
 from tests.kernels import test_backends_agree as tests
-from tests.kernels.support import cases
+from tests.kernels.faster_interpreter import faster_interpreter
+from tests.kernels.support import Case, cases
 
 __all__ = ["main"]
 
@@ -51,6 +57,7 @@ class Draw:
 Test = Callable[..., None]
 _ONE, _FORMULATION = (cases(),), (cases(), tests.formulations)
 _FIXED = st.sampled_from([(None, None), (-0.7, None), (None, 1.3), (-2.0, 0.3)])
+_INTERPRETED_BLOCKS = 8
 # Test, what it takes, and how many operators of the backend under test it calls.
 TESTS: list[tuple[Any, tuple[Any, ...], int]] = [
     (tests.test_fake_quantize, _FORMULATION, 3),
@@ -69,12 +76,27 @@ TESTS: list[tuple[Any, tuple[Any, ...], int]] = [
 ]
 
 
-def run(seed: int) -> int:
-    """One example of each test; the number of calls."""
+def with_blocks(case: Case, most: int) -> Case:
+    """The case with at most so many blocks: the largest side of its grid is halved until they are so few."""
+    grid = list(case.grid)
+    while math.prod(grid) > most:
+        largest = grid.index(max(grid))
+        grid[largest] = (grid[largest] + 1) // 2
+    shape = tuple(side * block for side, block in zip(grid, case.block_size, strict=True))
+    return dataclasses.replace(case, shape=shape)
+
+
+def run(seed: int, blocks: int | None = None) -> int:
+    """One example of each test; the number of calls.
+
+    With ``blocks``, all but one of fifty cases have at most so many.
+    """
     count = 0
     for number, (test, strategies, calls) in enumerate(TESTS):
         draw = Draw(seed * len(TESTS) + number)
         arguments = [draw(each) for each in strategies]
+        if blocks is not None and draw.choose.random() < 0.98:
+            arguments = [with_blocks(each, blocks) if isinstance(each, Case) else each for each in arguments]
         if test is tests.test_quantize_and_dequantize:
             arguments.append(draw)
         test.hypothesis.inner_test(*arguments)
@@ -99,15 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     tests.TESTED = arguments.backend
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of NaN under Triton's interpreter
+    interpreted = arguments.backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    blocks = _INTERPRETED_BLOCKS if interpreted else None
     start, count, seed = time.process_time(), 0, arguments.start
     last = None if arguments.examples is None else arguments.start + arguments.examples
     bar = tqdm(total=arguments.calls, unit="call", disable=None)
-    with bar, use_backend(arguments.backend):
+    faster = faster_interpreter() if interpreted else contextlib.nullcontext()
+    with bar, faster, use_backend(arguments.backend):
         while count < arguments.calls if last is None else seed < last:
             if time.process_time() - start > arguments.seconds:
                 break
             try:
-                done = run(seed)
+                done = run(seed, blocks)
             except Exception as error:
                 error.add_note(f"--start {seed} --examples 1")
                 raise

@@ -13,6 +13,8 @@ import torch
 
 import coreai_kernels as ck
 from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
+from tests.kernels import random_calls, test_backends_agree
+from tests.kernels.faster_interpreter import faster_interpreter
 from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
 from tests.kernels.gptq_support import check_gptq_columns
 from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
@@ -213,6 +215,17 @@ def test_masks(content: str, layout: str) -> None:
             check_blocks("triton", "cpu", weight, 1, block_size)
         check_blocks("triton", "cpu", Weight((70, 40), content, layout, dtype, seed=i), 13, (70, 1))
         check_product("triton", "cpu", weight, Weight((4, 8, 3, 6), "special", "contiguous", dtype))
+
+
+def test_random_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
+    monkeypatch.setattr(test_backends_agree, "TESTED", "triton")
+    load = tl.load
+    with faster_interpreter(), ck.use_backend("triton"):
+        assert [random_calls.run(seed, blocks=8) for seed in range(4)] == [15] * 4
+        assert tl.load is not load
+    assert tl.load is load
 
 
 def test_every_update_is_here() -> None:
