@@ -101,7 +101,7 @@ bench: $(NATIVE)
 count: $(NATIVE)
 	@$(BIN)/python -m benchmarks.instructions $(COUNT_FLAGS)
 
-# AddressSanitizer, UBSan, ThreadSanitizer, valgrind. Debian: apt install g++ valgrind
+# AddressSanitizer, UBSan, ThreadSanitizer, valgrind. Debian: apt install g++ valgrind libomp-14-dev
 sanitize: $(SETUP)
 	PYTHON=$(CURDIR)/$(BIN)/python .ci/sanitize
 

@@ -10,7 +10,7 @@ namespace {
 // Eight values fill `bits` whole bytes, so that threads and loops can start at any multiple of eight. They are
 // handled as the bytes of one word, whose fields are joined pairwise: 8 of kBits, 4 of 2 kBits, 2 of 4 kBits.
 constexpr int64_t kGroup = 8;
-constexpr int64_t kGrain = 1 << 16;
+constexpr int64_t kGrain = 2 * kParallelElements;
 
 constexpr uint64_t repeat(uint64_t field, int width) {
   uint64_t word = 0;

@@ -13,7 +13,11 @@
 namespace coreai::cpu {
 
 // Elements that are worth a thread, as in torch's own operators: those of a training step find the threads awake.
-constexpr int64_t kParallelElements = 1 << 15;
+// tools/sanitize.py gives few, so that threads share small tensors, too.
+#ifndef COREAI_PARALLEL_ELEMENTS
+#define COREAI_PARALLEL_ELEMENTS (1 << 15)
+#endif
+constexpr int64_t kParallelElements = COREAI_PARALLEL_ELEMENTS;
 
 // In memory order every axis splits into (blocks, block); neighbours of one kind merge. What remains, from the
 // inside out: `run` neighbouring elements share a block, `columns` blocks follow each other, and the rows so

@@ -10,9 +10,9 @@
 namespace coreai::cpu {
 namespace {
 
-constexpr int64_t kGrain = 1 << 17;  // elements that are worth a thread
-constexpr int64_t kPattern = 4096;   // elements that are copied at once
-constexpr int64_t kShortRun = 64;    // shorter ones are not worth a call of the C library
+constexpr int64_t kGrain = 4 * kParallelElements;  // elements that are worth a thread
+constexpr int64_t kPattern = 4096;                 // elements that are copied at once
+constexpr int64_t kShortRun = 64;                  // shorter ones are not worth a call of the C library
 
 int64_t first_block(const Geometry& g, int64_t row) {
   int64_t base = 0;
