@@ -1,6 +1,10 @@
 // The extension module. Loading it runs the operator registrations of the other files; its own functions
-// only tell what was built. In CPython's limited API, so that one file serves every Python from 3.11 on.
+// only tell what was built. In CPython's limited API, so that one file serves every Python from 3.11 on; those without a GIL
+// have no such API.
+#include <pyconfig.h>
+#ifndef Py_GIL_DISABLED
 #define Py_LIMITED_API 0x030B0000
+#endif
 #include <Python.h>
 
 #include <exception>
@@ -80,6 +84,9 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
+#ifdef Py_GIL_DISABLED
+  PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
   void* functions = const_cast<coreai::CaptureFunctions*>(coreai::capture_functions());
   PyObject* capsule = PyCapsule_New(functions, coreai::kCaptureCapsule, nullptr);
   if (capsule == nullptr || PyModule_AddObjectRef(module, "capture_functions", capsule) < 0) {

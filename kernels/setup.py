@@ -1,10 +1,11 @@
 """Builds the native parts of coreai_kernels; everything else about the distribution is in pyproject.toml.
 
 Made here, in ``coreai_kernels``: ``_C.abi3.so`` (a Python module: CPU kernels, for every CPython from 3.11
-and every torch from 2.10 on), ``_C_cuda.so`` (a plain library, loaded only beside a CUDA torch, since a
-CPU-only torch lacks the symbols that it needs), ``_C_autograd-torch2.13-cp311.so`` (a Python module,
-loaded only beside the torch and the Python that it was built for; a wheel has several), and
-``_build_report.json``, which tells the library at run time what is missing and why.
+and every torch from 2.10 on; without a GIL, for this CPython alone), ``_C_cuda.so`` (a plain library, loaded
+only beside a CUDA torch, since a CPU-only torch lacks the symbols that it needs),
+``_C_autograd-torch2.13-cp311.so`` (a Python module, loaded only beside the torch and the Python that it was
+built for; a wheel has several), and ``_build_report.json``, which tells the library at run time what is
+missing and why.
 
 Why not torch's own extension builder: it gives all sources the same flags, and here each instruction
 set has its own; and importing torch costs more than an incremental build. Why not ninja: for a dozen files,
@@ -354,20 +355,18 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
     builder.build([*others, *reversed(kernels)], builder.link(), output)
 
 
-def build_autograd(
-    builder: Builder, folder: Path, torch: Torch, python: tuple[int, int], include: Path
-) -> Path:
+def build_autograd(builder: Builder, folder: Path, torch: Torch, python: str, include: Path) -> Path:
     """Build the library of autograd nodes, the one part that needs more of torch than its stable ABI."""
     output = folder / LIBRARIES["autograd_library"](torch.version, python)
     builder.build(autograd_jobs(builder, torch, include), builder.link(), output, "torch_python")
     return output
 
 
-def autograd_targets(builder: Builder) -> list[tuple[Torch, tuple[int, int], Path]]:
+def autograd_targets(builder: Builder) -> list[tuple[Torch, str, Path]]:
     """Return each torch, and each Python with its include folder, that autograd's library is built for."""
     torches = [Torch.at(Path(path)) for path in _paths("COREAI_AUTOGRAD_TORCHES")] or [builder.torch]
     pythons = [(_python_version(Path(path)), Path(path)) for path in _paths("COREAI_AUTOGRAD_PYTHONS")]
-    pythons = pythons or [(sys.version_info[:2], Path(sysconfig.get_path("include")))]
+    pythons = pythons or [(LIBRARIES["PYTHON"], Path(sysconfig.get_path("include")))]
     return [(torch, *python) for python in pythons for torch in torches]
 
 
@@ -375,12 +374,14 @@ def _paths(variable: str) -> list[str]:
     return [path for path in os.environ.get(variable, "").split(os.pathsep) if path]
 
 
-def _python_version(include: Path) -> tuple[int, int]:
+def _python_version(include: Path) -> str:
     header = include / "patchlevel.h"
     if not header.exists():
         raise BuildError(f"{include} has no headers of Python", "correct COREAI_AUTOGRAD_PYTHONS")
     numbers = dict(re.findall(r"#define PY_(MAJOR|MINOR)_VERSION\s+(\d+)", header.read_text()))
-    return int(numbers["MAJOR"]), int(numbers["MINOR"])
+    configuration = include / "pyconfig.h"
+    without_gil = configuration.exists() and "#define Py_GIL_DISABLED 1" in configuration.read_text()
+    return f"{numbers['MAJOR']}.{numbers['MINOR']}" + "t" * without_gil
 
 
 def autograd_jobs(builder: Builder, torch: Torch, python: Path) -> list[Job]:
@@ -492,7 +493,7 @@ def build_all(directory: Path, output: Path, in_place: bool) -> dict[str, dict[s
                 report["autograd"] = {
                     "built": True,
                     "torch": list(dict.fromkeys(torch.version for torch, _, _ in targets)),
-                    "python": list(dict.fromkeys("{}.{}".format(*python) for _, python, _ in targets)),
+                    "python": list(dict.fromkeys(python for _, python, _ in targets)),
                 }
             except BuildError as error:
                 report["autograd"] = _failure(error, mode)
@@ -525,7 +526,12 @@ if __name__ == "__main__":
     setup(
         # The list of sources serves only to show setuptools that there is something to build.
         ext_modules=[
-            Extension("coreai_kernels._C", ["../csrc/bindings.cpp"], optional=True, py_limited_api=True)
+            Extension(
+                "coreai_kernels._C",
+                ["../csrc/bindings.cpp"],
+                optional=True,
+                py_limited_api=not LIBRARIES["FREE_THREADED"],
+            )
         ],
         cmdclass={"build_ext": BuildNative, "sdist": SourceDistribution},
     )

@@ -24,7 +24,7 @@ from coreai_opt import doctor
 ROOT = Path(__file__).resolve().parents[1]
 
 MODULE = libraries.MODULE
-AUTOGRAD = libraries.autograd_library(torch.__version__, sys.version_info[:2])
+AUTOGRAD = libraries.autograd_library(torch.__version__, libraries.PYTHON)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="needs the source tree")
 needs_compiler = pytest.mark.skipif(
@@ -201,8 +201,8 @@ class TestNativeBuild:
         ).returncode
 
     def test_module_uses_the_limited_api_alone(self, built):
-        if shutil.which("nm") is None:
-            pytest.skip("no nm")
+        if shutil.which("nm") is None or libraries.FREE_THREADED:
+            pytest.skip("no nm, or no limited API")
         command = ["nm", "-D", "--undefined-only", built / "kernels/coreai_kernels" / MODULE]
         symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
         private = [name for name in symbols if name.startswith(("_Py", "__Py"))]
@@ -233,7 +233,7 @@ class TestNativeBuild:
         folder = shutil.copytree(built / "kernels", tmp_path / "kernels") / "coreai_kernels"
         path = folder / "_build_report.json"
         report = json.loads(path.read_text())
-        python = "{}.{}".format(*sys.version_info)
+        python = libraries.PYTHON
         assert report["autograd"] == {"built": True, "torch": [torch.__version__], "python": [python]}
         (folder / AUTOGRAD).rename(folder / "_C_autograd-torch2.9-cp310.so")
         code = "from coreai_kernels import native; print(native.autograd_missing)"

@@ -11,7 +11,9 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <array>
+#include <atomic>
 #include <cstddef>
+#include <mutex>
 #include <utility>
 
 #include "autograd/nodes.h"
@@ -27,10 +29,29 @@ using python::Ref;
 enum class Miss { kInput, kMode, kState, kMemory, kSwitch, kHook, kClass, kCount };
 constexpr std::array<const char*, 7> kMissNames = {"input", "mode", "state", "memory", "switch", "hook", "class"};
 
-// Guarded by the GIL, as everything here but the kernels.
+// The GIL guards everything here but the kernels. Pythons without one have locks in their dictionaries, and here is another
+// for what is not Python's.
+#ifdef Py_GIL_DISABLED
+using Mutex = std::mutex;
+#else
+struct Mutex {
+  void lock() {}
+  void unlock() {}
+};
+#endif
+
+class Counter {
+ public:
+  void add() { count_.fetch_add(1, std::memory_order_relaxed); }
+  void reset() { count_.store(0, std::memory_order_relaxed); }
+  unsigned long long now() const { return count_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<unsigned long long> count_ = 0;
+};
 struct Counters {
-  uint64_t hits = 0;
-  std::array<uint64_t, static_cast<size_t>(Miss::kCount)> misses = {};
+  Counter hits;
+  std::array<Counter, static_cast<size_t>(Miss::kCount)> misses;
 };
 Counters counters;
 
@@ -75,11 +96,23 @@ class Placed {
 // An entry of a dictionary that has to go on being the same object, or absent; None counts as absent.
 class Slot {
  public:
-  Slot(PyObject* owner, PyObject* key) : owner_(owner), key_(key), value_(now()) {}
+  Slot(PyObject* owner, PyObject* key) : owner_(owner), key_(key), value_(taken()) {}
   bool holds() const { return now() == value_.get(); }
   PyObject* value() const { return value_.get(); }
 
  private:
+  Ref taken() const {
+#ifdef Py_GIL_DISABLED
+    PyObject* value = nullptr;  // another thread may put something else in its place, and drop it
+    if (PyDict_GetItemRef(owner_.get(), key_.get(), &value) < 0) throw python::Error();
+    const Ref held(value == Py_None ? nullptr : value);
+    Py_XDECREF(value);
+    return held;
+#else
+    return Ref(now());
+#endif
+  }
+  // To compare only: without a GIL nothing keeps the object.
   PyObject* now() const {
     PyObject* value = PyDict_GetItemWithError(owner_.get(), key_.get());
     return value == Py_None ? nullptr : value;
@@ -113,7 +146,8 @@ class Class {
 
  private:
   unsigned int now() const {
-    return static_cast<unsigned int>(reinterpret_cast<PyTypeObject*>(type_.get())->tp_version_tag);
+    return static_cast<unsigned int>(
+        __atomic_load_n(&reinterpret_cast<PyTypeObject*>(type_.get())->tp_version_tag, __ATOMIC_RELAXED));
   }
 
   Ref type_;
@@ -132,7 +166,13 @@ class Hooks {
   std::vector<Py_ssize_t> now() const {
     std::vector<Py_ssize_t> keys;
     Py_ssize_t at = 0;
+#ifdef Py_GIL_DISABLED
+    Py_BEGIN_CRITICAL_SECTION(hooks_.get());
+#endif
     for (PyObject *key, *hook; PyDict_Next(hooks_.get(), &at, &key, &hook);) keys.push_back(PyLong_AsSsize_t(key));
+#ifdef Py_GIL_DISABLED
+    Py_END_CRITICAL_SECTION();
+#endif
     return keys;
   }
 
@@ -234,14 +274,14 @@ class Entry {
 };
 
 const CaptureFunctions& cpu_functions() {
-  static const void* found = nullptr;
+  static std::atomic<const void*> found = nullptr;
   if (found == nullptr) found = PyCapsule_Import(kCaptureCapsule, 0);
   if (found == nullptr) throw python::Error();
-  return *static_cast<const CaptureFunctions*>(found);
+  return *static_cast<const CaptureFunctions*>(found.load());
 }
 
 // Of CUDA tensors, if the library for them is there.
-const CaptureFunctions* cuda_functions = nullptr;
+std::atomic<const CaptureFunctions*> cuda_functions = nullptr;
 
 bool can_capture(const Tensor& input) { return input.is_cpu() || (input.is_cuda() && cuda_functions); }
 
@@ -277,18 +317,15 @@ class CapturedCalls {
     if (!is_plain(input) || has_tangent(input)) return miss(Miss::kInput);
     if (!is_plain_eager()) return miss(Miss::kMode);
     if (const Miss failure = guard_.failure(); failure != Miss::kCount) return miss(failure);
-    for (const auto& entry : entries_) {
-      if (!entry->suits(input)) continue;
-      ++counters.hits;
-      Tensor output;
-      {
-        const auto held = entry;  // another thread may capture, and drop this one
-        const python::Unlocked others_may_run;
-        output = held->run(input);
-      }
-      return python::wrapped(std::move(output));
+    const auto entry = find(input);
+    if (!entry) return miss(Miss::kInput);
+    counters.hits.add();
+    Tensor output;
+    {
+      const python::Unlocked others_may_run;
+      output = entry->run(input);
     }
-    return miss(Miss::kInput);
+    return python::wrapped(std::move(output));
   }
 
   bool is_valid() const { return guard_.failure() == Miss::kCount; }
@@ -323,8 +360,17 @@ class CapturedCalls {
   static constexpr size_t kMost = 16;
 
   static PyObject* miss(Miss reason) {
-    ++counters.misses[static_cast<size_t>(reason)];
+    counters.misses[static_cast<size_t>(reason)].add();
     return Py_NewRef(Py_None);
+  }
+
+  // Held by the caller, too: another thread may capture, and drop it.
+  std::shared_ptr<const Entry> find(const Tensor& input) {
+    const std::lock_guard<Mutex> alone(mutex_);
+    for (const auto& entry : entries_) {
+      if (entry->suits(input)) return entry;
+    }
+    return nullptr;
   }
 
   template <class Capture>
@@ -341,13 +387,19 @@ class CapturedCalls {
       call.reset(capture());
     }
     if (!call) return false;
-    if (entries_.size() == kMost) entries_.erase(entries_.begin());
-    entries_.push_back(std::make_shared<const Entry>(name, input, std::move(call)));
+    std::shared_ptr<const Entry> dropped, entry = std::make_shared<const Entry>(name, input, std::move(call));
+    const std::lock_guard<Mutex> alone(mutex_);
+    if (entries_.size() == kMost) {
+      dropped = std::move(entries_.front());
+      entries_.erase(entries_.begin());
+    }
+    entries_.push_back(std::move(entry));
     return true;
   }
 
   bool can_capture_;
   Guard guard_;
+  Mutex mutex_;
   std::vector<std::shared_ptr<const Entry>> entries_;
 };
 
@@ -440,16 +492,17 @@ PyObject* use_cuda(PyObject*, PyObject* address) {
 PyObject* counts(PyObject*, PyObject*) {
   PyObject* misses = PyDict_New();
   for (size_t i = 0; misses && i < kMissNames.size(); ++i) {
-    PyObject* count = PyLong_FromUnsignedLongLong(counters.misses[i]);
+    PyObject* count = PyLong_FromUnsignedLongLong(counters.misses[i].now());
     if (count == nullptr || PyDict_SetItemString(misses, kMissNames[i], count) < 0) Py_CLEAR(misses);
     Py_XDECREF(count);
   }
   if (misses == nullptr) return nullptr;
-  return Py_BuildValue("{sKsN}", "hits", static_cast<unsigned long long>(counters.hits), "misses", misses);
+  return Py_BuildValue("{sKsN}", "hits", counters.hits.now(), "misses", misses);
 }
 
 PyObject* reset_counts(PyObject*, PyObject*) {
-  counters = {};
+  counters.hits.reset();
+  for (Counter& one : counters.misses) one.reset();
   return Py_NewRef(Py_None);
 }
 
@@ -481,6 +534,9 @@ PyMODINIT_FUNC PyInit__C_autograd() {
     python::check_layout(at::detail::empty_cpu({0}, at::kFloat, false, std::nullopt));
     PyObject* module = PyModule_Create(&definition);
     PyObject* type = module ? PyType_FromSpec(&calls_spec) : nullptr;
+#ifdef Py_GIL_DISABLED
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
     const bool added = type && PyModule_AddObjectRef(module, "CapturedCalls", type) == 0;
     Py_XDECREF(type);
     if (!added) Py_CLEAR(module);

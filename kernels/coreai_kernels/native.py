@@ -10,7 +10,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .libraries import REINSTALL, autograd_library, torch_interface
+from .libraries import PYTHON, REINSTALL, autograd_library, torch_interface
 
 __all__ = ["Missing", "autograd", "autograd_missing", "cuda_missing", "extension", "missing"]
 
@@ -88,16 +87,14 @@ def _capture_cuda() -> None:
 
 def _load_autograd() -> tuple[ModuleType | None, Missing | None]:
     # It uses what torch may change from version to version: whether another one loads would be no test of it.
-    python = sys.version_info[:2]
-    path = _FOLDER / autograd_library(torch.__version__, python)
+    path = _FOLDER / autograd_library(torch.__version__, PYTHON)
     entry = _report("autograd")
     # The report of an earlier version, beside sources that are newer, names no Pythons.
     if not path.exists() and entry and entry["built"] and "python" in entry:
         torches = {torch_interface(version) for version in entry["torch"]}
-        this = f"{python[0]}.{python[1]}"
-        if torch_interface(torch.__version__) not in torches or this not in entry["python"]:
+        if torch_interface(torch.__version__) not in torches or PYTHON not in entry["python"]:
             others = f"torch {', '.join(entry['torch'])} and Python {', '.join(entry['python'])}"
-            cause = f"it was built for {others}, and this is torch {torch.__version__} and Python {this}"
+            cause = f"it was built for {others}, and this is torch {torch.__version__} and Python {PYTHON}"
             return None, Missing(cause, REINSTALL)
     return _load_library("autograd", path, lambda: _import_file("coreai_kernels._C_autograd", path))
 

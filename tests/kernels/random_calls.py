@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     blocks = _INTERPRETED_BLOCKS if interpreted else None
     start, count, seed = time.process_time(), 0, arguments.start
     last = None if arguments.examples is None else arguments.start + arguments.examples
-    bar = tqdm(total=arguments.calls, unit="call", disable=None)
+    bar = tqdm(total=arguments.calls, unit="call", mininterval=1)
     faster = faster_interpreter() if interpreted else contextlib.nullcontext()
     with bar, faster, use_backend(arguments.backend):
         while count < arguments.calls if last is None else seed < last:
