@@ -28,6 +28,7 @@ __all__ = [
     "make_plan",
     "plan_for",
     "same_methods",
+    "settings_generation",
     "simulates_as_built_in",
     "state_for",
 ]
@@ -98,6 +99,7 @@ class QuantizationPlan:
         config: settings of the fused training step, None if the modules' methods do something else.
         packed_config: the same as eager mode's operator takes it.
         state: buffers that have been found to suit the fused training step.
+        made_for: the generation of the settings that it was made from.
     """
 
     __slots__ = (
@@ -108,6 +110,7 @@ class QuantizationPlan:
         "is_integer",
         "is_stateless",
         "keeps_range",
+        "made_for",
         "packed_config",
         "state",
         "uses_minval",
@@ -126,6 +129,7 @@ class QuantizationPlan:
         self.config = None if is_empty or config is None else config.with_block_size(self.block_size)
         self.packed_config = self.config.packed() if is_eager and self.config is not None else None
         self.state: State = (None,) * 5
+        self.made_for: tuple[object, ...] = ()
 
     def select(
         self, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
@@ -176,26 +180,24 @@ def plan_for(module: FakeQuantizer, tensor: Tensor) -> QuantizationPlan:
     """The same, kept for the generation of the module's settings."""
     if torch.compiler.is_compiling():
         return make_plan(module, tensor)
-    plans, generation = module._plans, _settings_generation(module)
-    if plans.generation != generation:
-        plans.clear()
-        plans.generation = generation
+    # Read before the settings: if another thread changes them meanwhile, the plan is made anew the next time.
+    plans, generation = module._plans, settings_generation(module)
     key = (tensor.shape, tensor.dtype)
     plan = plans.get(key)
-    if plan is None:
-        if len(plans) >= _MOST_PLANS:
-            plans.clear()
-        plan = plans[key] = make_plan(module, tensor)
+    if plan is None or plan.made_for != generation:
+        if plan is not None or len(plans) >= _MOST_PLANS:
+            plans.clear()  # of other settings, or too many
+        plan = make_plan(module, tensor)
+        plan.made_for = generation
+        plans[key] = plan
     return plan
 
 
 class Plans(dict[tuple[torch.Size, torch.dtype], QuantizationPlan]):
-    """A module's plans by shape and dtype, and the generation of the settings that they were made from."""
-
-    generation: tuple[object, ...] = ()
+    """A module's plans by shape and dtype."""
 
 
-def _settings_generation(module: FakeQuantizer) -> tuple[object, ...]:
+def settings_generation(module: FakeQuantizer) -> tuple[object, ...]:
     """What is equal as long as no setting of the module, its calculator and its range calculator changes."""
     calculator = module._modules.get("qparams_calculator")
     ranges = calculator and calculator._modules.get("range_calculator")

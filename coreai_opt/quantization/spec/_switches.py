@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from coreai_kernels.imports import once_imported
+from coreai_kernels.runtime import Generation
 from coreai_opt.quantization.spec._generation import HasGeneration
 
 __all__ = ["Flags", "SwitchableFakeQuantize"]
@@ -63,13 +64,18 @@ def _has_values(buffer: Tensor) -> bool:
 
 
 class Flags:
-    """Mirror of a fake quantizer's flag buffers, which belong to the ``state_dict`` and rule."""
+    """Mirror of a fake quantizer's flag buffers, which belong to the ``state_dict`` and rule.
+
+    Attributes:
+        thrown: a generation for each time that a switch was thrown by a method.
+    """
 
     NAMES = ("_disabled", "fake_quant_enabled", "observer_enabled")
 
-    __slots__ = ("_disabled", "_fake_quant", "_observe")
+    __slots__ = ("_disabled", "_fake_quant", "_observe", "thrown")
 
     def __init__(self, disabled: bool = False, fake_quant: bool = True, observe: bool = True) -> None:
+        self.thrown = Generation()
         self._disabled, self._fake_quant, self._observe = (
             _Switch(disabled),
             _Switch(fake_quant),
@@ -185,10 +191,14 @@ class SwitchableFakeQuantize(HasGeneration, FakeQuantizeBase):
         return self._flags
 
     def _write_flag(self, name: str, value: bool) -> None:
-        self._current_flags().set(name, bool(value))
+        before = self._current_flags().values()
+        self._flags.set(name, bool(value))
         getattr(self, name).fill_(value)
         if not torch.compiler.is_compiling():
             self._flags.adopt(self._buffers)
+            # Last: a forward in another thread that sees the old generation may have seen either value.
+            if self._flags.values() != before:
+                self._flags.thrown.advance()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SwitchableFakeQuantize":
         # Moving a module changes its buffers' identity, not their values: nothing to read on the device.

@@ -21,7 +21,7 @@ from coreai_opt._utils.spec_utils import PartialConstructor, with_args
 from coreai_opt.config.spec.compression_simulator import CompressionSimulatorBase, Storage
 from coreai_opt.config.spec.factory import CompressionTargetTensor
 from coreai_opt.quantization.spec import _affine
-from coreai_opt.quantization.spec._fast_path import capture_simulation, capture_step
+from coreai_opt.quantization.spec._fast_path import Decision, capture_simulation, capture_step
 from coreai_opt.quantization.spec._legacy import accept_release_0_2
 from coreai_opt.quantization.spec._plan import (
     Facts,
@@ -49,6 +49,8 @@ from coreai_opt.quantization.spec.qscheme import QuantizationScheme
 __all__ = ["FakeQuantizeImplBase", "fp4_forward"]
 
 logger = logging.getLogger(__name__)
+
+_NOTHING_CAPTURED = {"_captured": None, "_capture": (None, None)}
 
 
 class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
@@ -99,6 +101,7 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         self.qparams_calculator = qparams_calculator
         self._plans = Plans()
         self._captured: CapturedCalls | None = None
+        self._capture: tuple[CapturedCalls | None, Decision | None] = (None, None)
 
     @classmethod
     def built_in_class(cls) -> type["FakeQuantizeImplBase"]:
@@ -244,18 +247,19 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
                 output = captured(tensor)
                 if output is not None:
                     return output
+            thrown = flags.thrown.now
             flags.update(self._buffers)
-        if flags.disabled or not (flags.fake_quant or flags.observe):
+        # Once: another thread may throw a switch at any time.
+        disabled, fake_quant, observe = switches = flags.values()
+        if disabled or not (fake_quant or observe):
             return tensor
         try:
             if is_sharded(tensor):
-                return self._forward_in_parts(
-                    with_sums(tensor), flags.observe or self.is_stateless, flags.fake_quant
-                )
+                return self._forward_in_parts(with_sums(tensor), observe or self.is_stateless, fake_quant)
             plan = plan_for(self, tensor)
-            observes = flags.observe or plan.is_stateless
+            observes = observe or plan.is_stateless
             config = None if torch.onnx.is_in_onnx_export() else plan.config
-            if observes and flags.fake_quant and config is not None:
+            if observes and fake_quant and config is not None:
                 calculator: Any = self._modules["qparams_calculator"]
                 state = state_for(plan, calculator, tensor)
                 if state is not None:
@@ -263,14 +267,14 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
                     if plan.is_stateless:
                         calculator.show(state[0][:3])
                     if state[0] is plan.state and not torch.compiler.is_compiling():
-                        capture_step(self, plan, tensor)
+                        capture_step(self, plan, tensor, Decision(thrown, switches, plan.made_for))
                     return output
-            output = self._forward_in_parts(tensor, observes, flags.fake_quant)
+            output = self._forward_in_parts(tensor, observes, fake_quant)
             if not observes and not torch.compiler.is_compiling():
-                capture_simulation(self, plan, tensor)
+                capture_simulation(self, plan, tensor, Decision(thrown, switches, plan.made_for))
             return output
         except _BlockSizeMismatchError:
-            if not (flags.observe or self.is_stateless):
+            if not (observe or self.is_stateless):
                 raise
             self._warn_and_disable(tensor.shape)
             return tensor
@@ -301,11 +305,11 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
         return simulates_as_built_in(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plans": Plans(), "_captured": None}
+        return {**super().__getstate__(), "_plans": Plans(), **_NOTHING_CAPTURED}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
-        replica.__dict__.update(_plans=Plans(), _captured=None)
+        replica.__dict__.update(_plans=Plans(), **_NOTHING_CAPTURED)
         return replica
 
     def _warn_and_disable(self, shape: torch.Size) -> None:

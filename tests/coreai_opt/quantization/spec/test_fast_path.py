@@ -453,6 +453,47 @@ def test_threads(make_activation):
         assert torch.equal(output, last)
 
 
+def _as_module_is(module, x):
+    """What the module gives where nothing is captured."""
+    return copy.deepcopy(module)(x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.disable_fake_quant(),
+        lambda module: module.fake_quant_enabled.zero_(),
+        lambda module: setattr(module, "quant_max", 3),
+        lambda module: setattr(module.qparams_calculator, "scale", torch.full((1, 1), 0.25)),
+    ],
+    ids=["a switch", "a buffer of a switch", "a setting", "a buffer"],
+)
+@pytest.mark.parametrize("observes", [True, False])
+def test_what_another_thread_changes_during_a_forward_is_not_missed(
+    make_activation, x, monkeypatch, change, observes
+):
+    module = make_activation()
+    module(x)
+    module.enable_observer(observes)
+    operators = module_of_forward.training_step_op if observes else module_of_forward.fake_quantize_op
+    apply = operators.apply
+
+    def meanwhile(*args):
+        output = apply(*args)
+        thread = threading.Thread(target=change, args=(module,))
+        thread.start()
+        thread.join()
+        return output
+
+    module._captured = None
+    monkeypatch.setattr(operators, "apply", meanwhile)
+    module(x)
+    monkeypatch.setattr(operators, "apply", apply)
+    for _ in range(2):
+        wanted = _as_module_is(module, x)
+        assert torch.equal(module(x), wanted)
+
+
 def test_nothing_is_kept_of_a_module_that_is_gone(make_activation, x):
     import gc
     import weakref
