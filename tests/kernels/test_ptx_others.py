@@ -26,7 +26,13 @@ def generator() -> torch.Generator:
 
 @pytest.mark.parametrize(
     ("n", "m", "axis", "dtype"),
-    [(2, 4, 1, torch.bfloat16), (2, 4, 1, torch.float32), (3, 6, 0, torch.float32)],
+    [
+        (2, 4, 1, torch.bfloat16),
+        (2, 4, 1, torch.float32),
+        (4, 8, 1, torch.bfloat16),
+        (3, 8, 1, torch.float32),
+        (3, 6, 0, torch.float32),
+    ],
 )
 def test_nm_mask(n: int, m: int, axis: int, dtype: torch.dtype) -> None:
     weight = Layout("weight", (24, 72), ()).tensor(dtype)

@@ -11,11 +11,11 @@ from tests.kernels.aot_support import ARCHITECTURES, BF16, FP32, Variant, check,
 
 
 def _nm(dtype: torch.dtype, n: int, m: int, axis: int) -> Variant:
-    in_registers = (m, axis) == (4, 1)
+    in_registers = m in (4, 8) and axis == 1
     return Variant(
         f"nm-{short(dtype)}-{n}_{m}-axis_{axis}",
         lambda: masks.nm_mask(meta(1024, 4096, dtype=dtype), n, m, axis),
-        ("quads" if in_registers else "groups",),
+        ("neighbours" if in_registers else "groups",),
         wide_loads=in_registers,
         wide_stores=in_registers,
         divides=False,

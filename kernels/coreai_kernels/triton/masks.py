@@ -32,30 +32,52 @@ def magnitude_key(x):
 
 
 @triton.jit
-def _before(other, key, FIRST: tl.constexpr):
-    """1 where an element with key ``other`` ranks before one with ``key``; ``FIRST``: its index is lower."""
-    if FIRST:
-        before = other >= key
-    else:
-        before = other > key
-    return before.to(tl.int32)
+def _rank(keys, PLACE: tl.constexpr, M: tl.constexpr):
+    """How many of ``M`` elements rank before the one at ``PLACE``: of equals, those at lower places."""
+    SIGN: tl.constexpr = keys[0].dtype.primitive_bitwidth - 1
+    rank = tl.zeros_like(keys[0]) + (M - 1 - PLACE)
+    for place in tl.static_range(M):  # keys are positive: differences do not overflow
+        if place < PLACE:
+            rank -= (keys[PLACE] - keys[place] - 1) >> SIGN
+        elif place > PLACE:
+            rank += (keys[place] - keys[PLACE] - 1) >> SIGN
+    return rank
 
 
 @triton.jit(do_not_specialize=["numel"])
-def _quads(weight, mask, numel, N: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr):
-    # Groups of four neighbours: a thread holds whole groups, and compares them without the others.
+def _neighbours(
+    weight, mask, numel, N: tl.constexpr, M: tl.constexpr, UNIT: tl.constexpr, TILE: tl.constexpr
+):
+    # Groups of four or eight neighbours: a thread holds whole groups, and compares them without the others.
     start = tl.program_id(0).to(tl.int64) * TILE
     element = tl.arange(0, TILE)
-    valid = element < numel.to(tl.int64) * UNIT - start
-    x = tl.load(weight + start + element, mask=valid, other=0.0)
-    even, odd = tl.split(tl.reshape(magnitude_key(x), (TILE // 4, 2, 2)))
-    k0, k2 = tl.split(even)
-    k1, k3 = tl.split(odd)
-    r0 = _before(k1, k0, False) + _before(k2, k0, False) + _before(k3, k0, False)
-    r1 = _before(k0, k1, True) + _before(k2, k1, False) + _before(k3, k1, False)
-    r2 = _before(k0, k2, True) + _before(k1, k2, True) + _before(k3, k2, False)
-    r3 = _before(k0, k3, True) + _before(k1, k3, True) + _before(k2, k3, True)
-    rank = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), (TILE,))
+    valid = None
+    if UNIT != TILE:
+        valid = element < numel.to(tl.int64) * UNIT - start
+    key = magnitude_key(tiles.load_valid(weight + start + element, valid))
+    if M == 4:
+        even, odd = tl.split(tl.reshape(key, (TILE // 4, 2, 2)))
+        k0, k2 = tl.split(even)
+        k1, k3 = tl.split(odd)
+        keys = (k0, k1, k2, k3)
+        even = tl.join(_rank(keys, 0, 4), _rank(keys, 2, 4))
+        odd = tl.join(_rank(keys, 1, 4), _rank(keys, 3, 4))
+    else:
+        even, odd = tl.split(tl.reshape(key, (TILE // 8, 2, 2, 2)))
+        k04, k26 = tl.split(even)
+        k15, k37 = tl.split(odd)
+        k0, k4 = tl.split(k04)
+        k1, k5 = tl.split(k15)
+        k2, k6 = tl.split(k26)
+        k3, k7 = tl.split(k37)
+        keys = (k0, k1, k2, k3, k4, k5, k6, k7)
+        r04 = tl.join(_rank(keys, 0, 8), _rank(keys, 4, 8))
+        r15 = tl.join(_rank(keys, 1, 8), _rank(keys, 5, 8))
+        r26 = tl.join(_rank(keys, 2, 8), _rank(keys, 6, 8))
+        r37 = tl.join(_rank(keys, 3, 8), _rank(keys, 7, 8))
+        even = tl.join(r04, r26)
+        odd = tl.join(r15, r37)
+    rank = tl.reshape(tl.join(even, odd), (TILE,))
     tl.store(mask + start + element, tl.where(rank < N, 1.0, 0.0).to(mask.dtype.element_ty), mask=valid)
 
 
@@ -165,10 +187,12 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     if numel == 0:
         return mask
     inner = source.stride(axis) if source.size(axis) > 1 else 1
-    if m == 4 and inner == 1:
-        tile, unit = tiles.tile_elements(numel, source.element_size()), tiles.unit_of(numel)
+    if m in (4, 8) and inner == 1:
+        tile = tiles.tile_elements(numel, source.element_size())
+        unit = tiles.unit_of(numel, tile)
         programs = triton.cdiv(numel, tile)
-        launch(_quads, programs, source, source, mask, numel // unit, N=int(n), UNIT=unit, TILE=tile, warps=4)
+        constants = {"N": int(n), "M": int(m), "UNIT": unit, "TILE": tile}
+        launch(_neighbours, programs, source, source, mask, numel // unit, **constants, warps=4)
         return mask
     padded = triton.next_power_of_2(m)
     tile = max(1, 4096 // (padded * padded))
