@@ -9,6 +9,7 @@ import math
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from coreai_kernels.formats import Format
 
@@ -30,6 +31,7 @@ __all__ = [
     "inside_bits",
     "is_finite",
     "narrow",
+    "one_each",
     "quantize_value",
     "round_half_even",
     "round_to",
@@ -133,7 +135,7 @@ def fused_multiply_add(a, b, c):
     if INTERPRETED:
         # The product is exact in float64. An inexact sum gets a last bit of 1 there, which the second
         # rounding does not mistake for a tie.
-        product = a.to(tl.float64) * b.to(tl.float64)
+        product = a.to(tl.float64) * b
         addend = c.to(tl.float64)
         total = product + addend
         part = total - product
@@ -187,6 +189,21 @@ def _corrected_product(x, scale, reciprocal, FINITE: tl.constexpr):
 
 
 @triton.jit
+def is_equal(a, b):
+    """1 where two float32 numbers are equal, else 0, in float32.
+
+    One instruction of NVIDIA's GPUs. LLVM makes vectors of comparisons, whose bits are packed and unpacked.
+    """
+    if INTERPRETED or not is_cuda():
+        one = tl.where(a == b, 1.0, 0.0)
+    else:
+        one = tl.inline_asm_elementwise(
+            "set.eq.f32.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return one
+
+
+@triton.jit
 def for_products(scale, zero_point, low, high, FORMAT: tl.constexpr, QUOTIENT: tl.constexpr):
     """What :func:`fake_quantize_by_product` takes: unit, its reciprocal and the bounds.
 
@@ -218,7 +235,10 @@ def fake_quantize_by_product(
     QUOTIENT: tl.constexpr,
     FINITE: tl.constexpr,
 ):
-    """:func:`fake_quantize_by_division` without a division. FINITE: all ``x`` are numbers."""
+    """:func:`fake_quantize_by_division` without a division; 1 or 0 in float32 says what lay inside.
+
+    FINITE: all ``x`` are numbers.
+    """
     DOWN: tl.constexpr = 1.0 if QUOTIENT == EXACT else _DOWN
     EXPONENT: tl.constexpr = 0 if QUOTIENT == EXACT else -64
     value = x
@@ -231,7 +251,7 @@ def fake_quantize_by_product(
     if FORMAT == 0:
         q = q + _INTEGERS * DOWN
     clamped = tl.minimum(tl.maximum(q, low, propagate_nan=_NAN_ALL), high, propagate_nan=_NAN_ALL)
-    inside = clamped == q
+    inside = is_equal(clamped, q)
     if FORMAT == 0:
         y = (clamped - _INTEGERS * DOWN) * unit
         if HAS_OFFSET:
@@ -277,13 +297,24 @@ def dequantize_value(q, scale, zero_point, offset, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def inside_bits(inside):
-    """Pack groups of 8 along the last axis: element ``i`` is bit ``i``."""
-    bit = 1 << tl.arange(0, 8)
-    if len(inside.shape) == 2:
-        bits = tl.sum(tl.where(inside, bit[None, :], 0), 1)
+def inside_bits(inside, WHOLE: tl.constexpr):
+    """Pack groups of 8 along the last axis: element ``i`` is bit ``i``.
+
+    Of truth values, which need fewer registers; or of ones and zeros in float32, with fewer instructions.
+    WHOLE: a thread has groups of these, else maybe halves of groups.
+    """
+    if inside.dtype == tl.int1:
+        bits = tl.sum(tl.where(inside, 1 << tl.arange(0, 8), 0), len(inside.shape) - 1)
     else:
-        bits = tl.sum(tl.where(inside, bit[None, None, :], 0), 2)
+        even, odd = tl.split(tl.reshape(inside, inside.shape[:-1] + [2, 2, 2]))
+        even, odd = tl.split(fused_multiply_add(odd, 2.0, even))
+        half = fused_multiply_add(odd, 4.0, even)
+        if WHOLE:
+            first, second = tl.split(half)
+            value = fused_multiply_add(second, 16.0, first)
+        else:
+            value = tl.sum(half * (1.0 + 15.0 * tl.arange(0, 2)), len(half.shape) - 1)
+        bits = (value + _ALL_INTEGERS).to(tl.int32, bitcast=True)
     return bits.to(tl.uint8)
 
 
@@ -323,6 +354,17 @@ def block_range(low, high, AXIS: tl.constexpr):
     else:
         new_low, new_high = tl.reduce((low, high), AXIS, wider_range)
     return new_low, new_high
+
+
+@triton.jit
+def one_each(values):
+    """The same values, in a layout that gives a thread as few of them as there can be.
+
+    The compiler else lets every thread compute what follows from a block's range, of all the blocks whose
+    elements it has. A gather, here of each value itself, gets a layout of its own.
+    """
+    index = tl.expand_dims(tl.zeros(values.shape, tl.int32), 0)
+    return tl.reshape(tl.gather(tl.expand_dims(values, 0), index, 0), values.shape)
 
 
 @triton.jit

@@ -18,7 +18,6 @@ from coreai_kernels.formats import ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.foreach import mask_starts, split_block_sizes
 from coreai_kernels.triton import fake_quantize, observe_and_fake_quantize, tiles
-from coreai_kernels.triton.elementwise import fp32, narrow
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import dense, geometry_of
 from coreai_kernels.triton.observe_and_fake_quantize import register_tile, register_tile_plan
@@ -146,8 +145,8 @@ def _backward_list(
     valid = element < left
     if IN_PLACE:  # what passes is not even read
         valid = valid & (bits != 255)[:, None]
-    g = fp32(tl.load(grad + start + element, mask=valid, other=0.0))
-    tl.store(output + start + element, narrow(fake_quantize.masked(g, bits), DTYPE), mask=valid)
+    g = tl.load(grad + start + element, mask=valid, other=0.0)
+    tl.store(output + start + element, fake_quantize.masked(g, bits), mask=valid)
 
 
 class _Launches:

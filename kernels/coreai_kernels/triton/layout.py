@@ -57,6 +57,7 @@ class TileShape(NamedTuple):
         wide: whether positions need 64 bits.
         full: whether tiles cover blocks without a rest.
         depth, blocks, run: of a tile.
+        pieces: pieces of a block that a thread has.
     """
 
     levels: int
@@ -68,6 +69,7 @@ class TileShape(NamedTuple):
     depth: int
     blocks: int
     run: int
+    pieces: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,6 +58,8 @@ def _sweep(
             y, inside = fake_quantize_by_product(
                 x, unit, reciprocal, offset, lowest, highest, 0, HAS_LOW, CORRECTED, False
             )
+            passes = inside
+            inside = inside != 0.0
             # The sum's order is free, and so is an error of its size.
             slope = tl.where(inside, (y - x) * inverse, tl.where(x - offset > top, 1.0, ratio))
         else:
@@ -65,10 +67,11 @@ def _sweep(
             clamped = tl.where(q > level_low, q, level_low)
             clamped = tl.where(clamped < level_high, clamped, level_high)
             inside = clamped == q
+            passes = inside.to(tl.float32)
             y = clamped * step + offset
             slope = tl.where(inside, tl.math.div_rn(y - x, span), tl.where(clamped == level_high, 1.0, ratio))
             slope = tl.where(valid, slope, 0.0)  # an infinite range makes NaN of zeros
-        tl.store(output + at, narrow(g * inside.to(tl.float32), output.dtype.element_ty), mask=valid)
+        tl.store(output + at, narrow(g * passes, output.dtype.element_ty), mask=valid)
         # What lies beyond the piece has no gradient.
         sum_range += g * slope
         if HAS_LOW:

@@ -59,9 +59,9 @@ def _neighbours(
         even, odd = tl.split(tl.reshape(key, (TILE // 4, 2, 2)))
         k0, k2 = tl.split(even)
         k1, k3 = tl.split(odd)
-        keys = (k0, k1, k2, k3)
-        even = tl.join(_rank(keys, 0, 4), _rank(keys, 2, 4))
-        odd = tl.join(_rank(keys, 1, 4), _rank(keys, 3, 4))
+        quad = (k0, k1, k2, k3)
+        even = tl.join(_rank(quad, 0, 4), _rank(quad, 2, 4))
+        odd = tl.join(_rank(quad, 1, 4), _rank(quad, 3, 4))
     else:
         even, odd = tl.split(tl.reshape(key, (TILE // 8, 2, 2, 2)))
         k04, k26 = tl.split(even)

@@ -20,7 +20,7 @@ from coreai_kernels.formats import Format, ScaleFormat
 from coreai_kernels.quant_config import QuantConfig
 from coreai_kernels.reference.observe_and_fake_quantize import next_range
 from coreai_kernels.triton import tiles
-from coreai_kernels.triton.elementwise import block_range, fp32, is_finite
+from coreai_kernels.triton.elementwise import block_range, fp32, is_finite, one_each
 from coreai_kernels.triton.fake_quantize import empty_mask
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.layout import Geometry, TileShape, dense, geometry_of, grid_index, power_of_two
@@ -36,12 +36,31 @@ __all__ = ["observe_and_fake_quantize", "observe_and_fake_quantize_", "register_
 _LARGEST_RUN = 128 * 1024
 _LARGEST_BLOCK = 64 * 1024
 
-# Elements of the largest run of memory that has both ways to divide: 16 of each of 512 threads. With 32 of
-# them the compiler runs out of registers on some GPUs.
-_MOST_BY_PRODUCTS = tl.constexpr(8192)
+# Elements of the largest run of memory that has both ways to divide: 64 of each of 256 threads. With 512
+# threads the compiler runs out of registers on some GPUs.
+_MOST_BY_PRODUCTS = tl.constexpr(16384)
 _E8M0 = tl.constexpr(int(ScaleFormat.E8M0))
 
 State = tuple[Tensor | None, ...]
+
+
+@triton.jit
+def _over_depth(low, high, SHAPE: tl.constexpr):
+    """Ranges of the blocks, from those of their pieces.
+
+    A thread merges the pieces that it has; then threads exchange, so that few values are left for each to
+    merge with other threads'.
+    """
+    if SHAPE.pieces > 1:
+        low = tl.reshape(low, (SHAPE.pieces, SHAPE.depth // SHAPE.pieces, SHAPE.blocks))
+        high = tl.reshape(high, (SHAPE.pieces, SHAPE.depth // SHAPE.pieces, SHAPE.blocks))
+        low, high = block_range(low, high, 0)
+    if SHAPE.depth > SHAPE.pieces and SHAPE.blocks > 1:
+        low, high = one_each(low), one_each(high)
+    low, high = block_range(low, high, 0)
+    if SHAPE.blocks > 1:
+        low, high = one_each(low), one_each(high)
+    return low, high
 
 
 @triton.jit
@@ -80,41 +99,53 @@ def register_tile(
     d = tl.arange(0, SHAPE.depth)[:, None, None]
     b = tl.arange(0, SHAPE.blocks)[None, :, None]
     r = tl.arange(0, SHAPE.run)[None, None, :]
-    valid = first_block + b < blocks
-    if not SHAPE.full:
-        valid = valid & (d < depth) & (r < run)
+    block = first_block + tl.arange(0, SHAPE.blocks)
+    if SHAPE.blocks_unit % SHAPE.blocks == 0:
+        exists = None
+    else:
+        exists = block < blocks
+    EVEN: tl.constexpr = SHAPE.full and SHAPE.blocks_unit % SHAPE.blocks == 0
+    if EVEN:
+        valid = None
+    else:
+        valid = first_block + b < blocks
+        if not SHAPE.full:
+            valid = valid & (d < depth) & (r < run)
     start = outer.to(tl.int64) * depth * width + first_block.to(tl.int64) * run
     tile = d * width + b * run + r
-    x = tl.load(input + start + tile, mask=valid, other=0.0)
-    block = first_block + tl.arange(0, SHAPE.blocks)
+    x = tiles.load_valid(input + start + tile, valid)
     index = place.to(tl.int64) + block.to(tl.int64) * block_stride
-    exists = block < blocks
+    OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
+    # Of each block.
+    ZERO_POINT: tl.constexpr = (
+        CONFIG.format == 0
+        and not CONFIG.use_minval
+        and ((CONFIG.asymmetric and CONFIG.scale_format != _E8M0) if OBSERVE else state[3] is not None)
+    )
     zp = 0.0
     off = 0.0
     finite = None
     if OBSERVE:
         # The zeros of the padding change nothing: every range is widened to hold zero.
         low, high = block_range(fp32(x), fp32(x), 2)
-        low, high = block_range(low, high, 0)
+        low, high = _over_depth(low, high, SHAPE)
         if CONFIG.scale_format != _E8M0:  # whose products need no correction
             finite = is_finite(low, high)
         scale, zero_point, minval = finish(low, high, index, exists, exists, state, numbers, CONFIG, DTYPE)
-        if CONFIG.format == 0 and CONFIG.use_minval:
+        if OFFSET:
             zp = numbers[0]
             off = minval
-        elif CONFIG.format == 0:
+        elif ZERO_POINT:
             zp = zero_point.to(tl.float32)
+        elif CONFIG.format == 0 and CONFIG.scale_format != _E8M0:  # the same for all blocks
+            zp = numbers[3] * 1.0
     else:
-        scale = tl.load(state[2] + index, mask=exists, other=1.0)
-        if CONFIG.format == 0 and CONFIG.use_minval:
+        scale = tiles.load_valid(state[2] + index, exists, 1.0)
+        if OFFSET:
             zp = numbers[0]
-            off = tl.load(state[4] + index, mask=exists, other=0.0)
-        elif CONFIG.format == 0 and state[3] is not None:
-            zp = tl.load(state[3] + index, mask=exists, other=0).to(tl.float32)
-    OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
-    ZERO_POINT: tl.constexpr = (
-        CONFIG.format == 0 and not CONFIG.use_minval and (OBSERVE or state[3] is not None)
-    )
+            off = tiles.load_valid(state[4] + index, exists)
+        elif ZERO_POINT:
+            zp = tiles.load_valid(state[3] + index, exists, 0).to(tl.float32)
     if SHAPE.blocks == 1:  # one value each
         scale = tl.sum(scale, 0)
         if finite is not None:
@@ -136,10 +167,9 @@ def register_tile(
             within = group % (SHAPE.run // 8)
             byte = group // (SHAPE.run // 8) * (run // 8) + within
             valid_byte = (first_block + group // (SHAPE.run // 8) < blocks) & (within * 8 < run)
-        valid_byte = valid_byte & (row < depth)
+        valid_byte = None if EVEN else valid_byte & (row < depth)
         byte = row * (width // 8) + byte
         bits = mask + start // 8
-    GROUPS: tl.constexpr = (SHAPE.depth, SHAPE.blocks * SHAPE.run // 8, 8)
     tiles.fake_quantize_tile(
         x,
         scale,
@@ -161,7 +191,6 @@ def register_tile(
         CONFIG.scale_format == _E8M0,
         0 if SHAPE.blocks == 1 else 3,
         True,
-        GROUPS,
     )
 
 
@@ -216,8 +245,9 @@ def register_tile_plan(
 ) -> tuple[int, tuple[Any, ...], dict[str, Any], int] | None:
     """Programs, arguments, constants and warps for :func:`register_tile`; None if it cannot do it.
 
-    A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has two to
-    eight loads of 16 bytes, more when 512 threads are not enough. Masks need bytes of no other program.
+    A program takes enough neighbouring blocks for 8 KiB and for pieces of 64 bytes; a thread has eight loads
+    of 16 bytes, of wider elements sixteen, more when 512 threads are not enough. Masks need bytes of no
+    other program.
     """
     strided = geometry.strided
     if strided is None:
@@ -239,7 +269,7 @@ def register_tile_plan(
     if blocks * run * element_size < 32 and depth > 1 and blocks < strided.blocks:
         return None  # columns too tall to be read in pieces worth a transaction
     chunks = triton.cdiv(strided.blocks, blocks)
-    width_unit, blocks_unit = tiles.unit_of(strided.width), tiles.unit_of(strided.blocks)
+    width_unit, blocks_unit = tiles.unit_of(strided.width), tiles.unit_of(strided.blocks, blocks)
     run_unit = 0 if run == strided.run else tiles.unit_of(strided.run)
     sizes = tuple(level for level, _ in reversed(strided.outer))
     strides = tuple(stride for _, stride in reversed(strided.outer))
@@ -253,6 +283,12 @@ def register_tile_plan(
         sizes,
         strides,
     )
+    # The more elements a thread has, the more share what it does once: merging ranges, taking parameters. 64
+    # of them, of float64 32, with their blocks' parameters, fit its registers.
+    bytes_per_thread = min(64 * element_size, 256)
+    warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
+    vector = min(16 // element_size, blocks * run)
+    pieces = max(1, min(depth, size * blocks // (32 * warps * vector)))
     shape = TileShape(
         levels=len(sizes),
         width_unit=width_unit,
@@ -263,13 +299,8 @@ def register_tile_plan(
         depth=depth,
         blocks=blocks,
         run=run,
+        pieces=pieces,
     )
-    # The more elements a thread has, the more share what it does once: merging ranges, choosing parameters.
-    # Where blocks are no fewer than threads, the compiler gives each thread its own to choose for. Many
-    # blocks, and columns, leave it less room: it also has the parameters of several.
-    has_many = blocks > 32 and element_size < 4
-    bytes_per_thread = (32 if has_many else 64) if depth > 1 else (64 if has_many else 128)
-    warps = max(1, min(16, size * blocks * element_size // (32 * bytes_per_thread)))
     return strided.outer_size * chunks, arguments, {"SHAPE": shape}, warps
 
 

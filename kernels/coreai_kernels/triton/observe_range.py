@@ -35,12 +35,16 @@ def _values(
     run,
     width,
     SHAPE: tl.constexpr,
-    ONE_STEP: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    ONE_DEPTH: tl.constexpr,
 ):
-    """The values of a step, and the same again, for minima and maxima: where there are none, infinities."""
-    if ONE_STEP:
+    """Minima and maxima of the pieces that a thread has in a step: where there are none, infinities."""
+    if ONE_RUN:
         d0 = tl.cast(step, tl.int64) * SHAPE.depth
         r0 = 0
+    elif ONE_DEPTH:
+        d0 = 0
+        r0 = tl.cast(step, tl.int64) * SHAPE.run
     else:
         d0 = tl.cast(step // run_steps, tl.int64) * SHAPE.depth
         r0 = tl.cast(step % run_steps, tl.int64) * SHAPE.run
@@ -52,7 +56,21 @@ def _values(
         x = fp32(tl.load(input + (d0 * width + r0) + tile, mask=valid, other=0.0))
         low = tl.where(valid, x, float("inf"))
         high = tl.where(valid, x, float("-inf"))
+    if SHAPE.pieces > 1:
+        low = _in_pieces(low, SHAPE)
+        high = _in_pieces(high, SHAPE)
+        low, high = block_range(low, high, 0)
     return low, high
+
+
+@triton.jit
+def _in_pieces(x, SHAPE: tl.constexpr):
+    """A tile with an axis of pieces in front: parts of its depth or, where that is one, of its run."""
+    if SHAPE.depth > 1:
+        x = tl.reshape(x, (SHAPE.pieces, SHAPE.depth // SHAPE.pieces, SHAPE.blocks, SHAPE.run))
+    else:
+        x = tl.reshape(x, (SHAPE.pieces, 1, SHAPE.blocks, SHAPE.run // SHAPE.pieces))
+    return x
 
 
 @triton.jit(
@@ -93,7 +111,9 @@ def _strided(
     CONFIG: tl.constexpr,
     DTYPE: tl.constexpr,
     SHAPE: tl.constexpr,
-    ONE_STEP: tl.constexpr,
+    ONE_RUN: tl.constexpr,
+    ONE_DEPTH: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Ranges of ``SHAPE.blocks`` blocks of a strided reduction, or of one part of them.
@@ -110,9 +130,18 @@ def _strided(
         run = run * SHAPE.run_unit
     blocks = blocks * SHAPE.blocks_unit
     program = tl.program_id(0)
-    chunk = program % chunks
-    part = (program // chunks) % parts
-    outer = program // (chunks * parts)
+    if ONE_BLOCK:
+        chunk = program * 0
+        part = program
+        outer = chunk
+    elif SPLIT:
+        chunk = program % chunks
+        part = (program // chunks) % parts
+        outer = program // (chunks * parts)
+    else:
+        chunk = program % chunks
+        part = chunk * 0
+        outer = program // chunks
     d = tl.arange(0, SHAPE.depth)[:, None, None]
     b = tl.arange(0, SHAPE.blocks)[None, :, None]
     r = tl.arange(0, SHAPE.run)[None, None, :]
@@ -126,15 +155,39 @@ def _strided(
         last = first + steps + (part < rest).to(tl.int32)
     if SHAPE.depth == 1:  # there is a first step: no infinities have to be put in registers
         low, high = _values(
-            input + start, tile, d, r, valid_block, first, run_steps, depth, run, width, SHAPE, ONE_STEP
+            input + start,
+            tile,
+            d,
+            r,
+            valid_block,
+            first,
+            run_steps,
+            depth,
+            run,
+            width,
+            SHAPE,
+            ONE_RUN,
+            ONE_DEPTH,
         )
         first += 1
     else:
-        low = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("inf"), tl.float32)
-        high = tl.full((SHAPE.depth, SHAPE.blocks, SHAPE.run), float("-inf"), tl.float32)
+        low = tl.full((SHAPE.depth // SHAPE.pieces, SHAPE.blocks, SHAPE.run), float("inf"), tl.float32)
+        high = tl.full((SHAPE.depth // SHAPE.pieces, SHAPE.blocks, SHAPE.run), float("-inf"), tl.float32)
     for step in range(first, last):
         other_low, other_high = _values(
-            input + start, tile, d, r, valid_block, step, run_steps, depth, run, width, SHAPE, ONE_STEP
+            input + start,
+            tile,
+            d,
+            r,
+            valid_block,
+            step,
+            run_steps,
+            depth,
+            run,
+            width,
+            SHAPE,
+            ONE_RUN,
+            ONE_DEPTH,
         )
         low, high = wider_range(low, high, other_low, other_high)
     low, high = block_range(low, high, 2)
@@ -271,6 +324,9 @@ def _plan(
         sizes,
         strides,
     )
+    # 128 threads take 16 bytes each at a time.
+    pieces = depth * blocks * run // (128 * min(16 // element_size, blocks * run))
+    pieces = max(1, min(pieces, depth if depth > 1 else run)) if depth > 1 or blocks == 1 else 1
     shape = TileShape(
         levels=len(sizes),
         width_unit=width_unit,
@@ -281,8 +337,15 @@ def _plan(
         depth=depth,
         blocks=blocks,
         run=run,
+        pieces=pieces,
     )
-    constants = {"SHAPE": shape, "ONE_STEP": run_steps == 1, "SPLIT": parts > 1}
+    constants = {
+        "SHAPE": shape,
+        "ONE_RUN": run_steps == 1,
+        "ONE_DEPTH": depth >= strided.depth,
+        "ONE_BLOCK": whole == 1,
+        "SPLIT": parts > 1,
+    }
     return parts, whole * parts, arguments, constants
 
 

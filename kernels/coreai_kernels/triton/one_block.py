@@ -139,11 +139,14 @@ def _tile(
     element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(numel.to(tl.int64) * UNIT - start, TILE).to(tl.int32)
     valid_group = group * 8 < left
-    if UNIT == 8:
+    if UNIT == TILE:
+        valid_group = None
+        valid = None
+    elif UNIT == 8:
         valid = tl.broadcast_to(valid_group[:, None], (TILE // 8, 8))
     else:
         valid = element < left
-    x = fp32(tl.load(input + start + element, mask=valid, other=0.0))
+    x = fp32(tiles.load_valid(input + start + element, valid))
     if PRODUCT != 0:
         OFFSET: tl.constexpr = CONFIG.format == 0 and CONFIG.use_minval
         y, inside = fake_quantize_by_product(
@@ -154,7 +157,7 @@ def _tile(
     bits = mask
     if mask is not None:
         bits = mask + start // 8
-    tiles.store_tile(y, inside, output + start, element, valid, bits, group, valid_group, UNIT == 8, None)
+    tiles.store_tile(y, inside, output + start, element, valid, bits, group, valid_group, UNIT != 1)
 
 
 def quantize_one_block(
@@ -178,10 +181,12 @@ def quantize_one_block(
         constants: likewise.
     """
     numel = source.numel()
-    unit = tiles.unit_of(numel)
     tile = tiles.tile_elements(numel, source.element_size())
     # Finishing the reduction costs a program about as much as a tile.
     repeat = 4 if numel >= _REPEAT_FROM else 1
+    # 32 elements a thread: with 64 of 2 bytes some loops run out of registers.
+    warps = 2 if tile == 2048 else 4
+    unit = tiles.unit_of(numel, tile) if numel % (tile * repeat) == 0 else tiles.unit_of(numel)
     launch(
         _one_block,
         triton.cdiv(numel, tile * repeat),
@@ -201,5 +206,5 @@ def quantize_one_block(
         UNIT=unit,
         TILE=tile,
         REPEAT=repeat,
-        warps=4,
+        warps=warps,
     )

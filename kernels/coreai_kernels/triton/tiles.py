@@ -28,6 +28,7 @@ from coreai_kernels.triton.elementwise import (
     has_short_bounds,
     inside_bits,
     narrow,
+    one_each,
     quantize_value,
     suits_products,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "QUANTIZE",
     "as_stored",
     "fake_quantize_tile",
+    "load_valid",
     "run",
     "spread",
     "store_tile",
@@ -69,16 +71,23 @@ def spread(value, BY: tl.constexpr):
 
 
 @triton.jit
+def load_valid(pointer, valid, other=0.0):
+    """What ``pointer`` points to; ``other`` where it does not exist. ``valid`` is None if all of it does."""
+    if valid is None:
+        x = tl.load(pointer)
+    else:
+        x = tl.load(pointer, mask=valid, other=other)
+    return x
+
+
+@triton.jit
 def _parameters(scale, zero_point, minval, index, valid, low, FORMAT: tl.constexpr):
     """Scale, zero point and offset of the blocks ``index``; constants where there are none.
 
     Loaded in the shape of ``index``, to be spread over the tile afterwards: the compiler else gives the tile
     the layout of this load.
     """
-    if valid is None:
-        s = fp32(tl.load(scale + index))
-    else:
-        s = fp32(tl.load(scale + index, mask=valid, other=1.0))
+    s = fp32(load_valid(scale + index, valid, 1.0))
     zp = 0.0
     off = 0.0
     if FORMAT == 0:
@@ -86,10 +95,7 @@ def _parameters(scale, zero_point, minval, index, valid, low, FORMAT: tl.constex
             zp = low
             off = fp32(tl.load(minval + index, mask=valid))
         elif zero_point is not None:
-            if valid is None:
-                zp = tl.load(zero_point + index).to(tl.float32)
-            else:
-                zp = tl.load(zero_point + index, mask=valid, other=0).to(tl.float32)
+            zp = load_valid(zero_point + index, valid, 0).to(tl.float32)
     return s, zp, off
 
 
@@ -140,7 +146,6 @@ def fake_quantize_tile(
     EXACT_SCALES: tl.constexpr,
     BY: tl.constexpr,
     WHOLE: tl.constexpr,
-    GROUPS: tl.constexpr,
 ):
     """Fake-quantize a tile, and store it and its mask. Where the scales allow, without divisions.
 
@@ -153,11 +158,11 @@ def fake_quantize_tile(
         high: upper bound.
         finite: of each scale, whether its elements are numbers all of them; None if that is not known.
         output: pointer to the result.
-        element: positions from it.
-        valid: which of them exist.
+        element: positions from it, in any shape.
+        valid: which of them exist; None if all do.
         mask: pointer to the packed mask, or None.
-        byte: positions from it.
-        valid_byte: which of them exist.
+        byte: positions from it, in the shape of groups of 8 elements.
+        valid_byte: which of them exist; None if all do.
         FORMAT: of the quantized values.
         HAS_ZERO_POINT: whether ``zp`` has a value for each scale.
         HAS_OFFSET: whether ``off`` is taken from the elements.
@@ -165,8 +170,8 @@ def fake_quantize_tile(
         EXACT_SCALES: whether the scales are powers of two.
         BY: how parameters are spread, or 0 if they are the whole tile's.
         WHOLE: whether the elements of a byte of the mask all exist, where one does.
-        GROUPS: shape of the tile in groups of 8, or None if it has one.
     """
+    x = fp32(x)  # ahead of the branch, where the compiler sees both halves of a register
     ZP_BY: tl.constexpr = BY if HAS_ZERO_POINT else 0
     OFFSET_BY: tl.constexpr = BY if HAS_OFFSET else 0
     # 0: divide; 1: where the scales do not allow products; 2: never.
@@ -179,9 +184,13 @@ def fake_quantize_tile(
             suits = suits & finite
         if len(suits.shape) > 0:
             suits = all_of(suits)
+        if BY == 3:
+            unit, reciprocal = one_each(unit), one_each(reciprocal)
+        if ZP_BY == 3:
+            low_units, high_units = one_each(low_units), one_each(high_units)
         if DIVIDE == 2 or suits:
-            y, inside = fake_quantize_by_product(
-                fp32(x),
+            y, ones = fake_quantize_by_product(
+                x,
                 spread(unit, BY),
                 spread(reciprocal, BY),
                 spread(off, OFFSET_BY),
@@ -192,31 +201,30 @@ def fake_quantize_tile(
                 PRODUCT,
                 finite is not None,
             )
-            store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+            store_tile(y, ones, output, element, valid, mask, byte, valid_byte, WHOLE)
         else:
             y, inside = fake_quantize_by_division(
-                fp32(x), spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
+                x, spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
             )
-            store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+            store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE)
     else:
         y, inside = fake_quantize_by_division(
-            fp32(x), spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
+            x, spread(s, BY), spread(zp, ZP_BY), spread(off, OFFSET_BY), low, high, FORMAT
         )
-        store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE, GROUPS)
+        store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE)
 
 
 @triton.jit
-def store_tile(
-    y, inside, output, element, valid, mask, byte, valid_byte, WHOLE: tl.constexpr, GROUPS: tl.constexpr
-):
+def store_tile(y, inside, output, element, valid, mask, byte, valid_byte, WHOLE: tl.constexpr):
     """The end of :func:`fake_quantize_tile`: store the results and their mask."""
-    tl.store(output + element, narrow(y, output.dtype.element_ty), mask=valid)
+    y = tl.reshape(narrow(y, output.dtype.element_ty), element.shape)
+    tl.store(output + element, y, mask=valid)
     if mask is not None:
         if not WHOLE:
-            inside = inside & valid
-        if GROUPS is not None:
-            inside = tl.reshape(inside, GROUPS)
-        tl.store(mask + byte, inside_bits(inside), mask=valid_byte)
+            inside = tl.where(valid, inside, 0)
+        inside = tl.reshape(inside, byte.shape + [8])
+        whole = output.dtype.element_ty.primitive_bitwidth <= 16
+        tl.store(mask + byte, inside_bits(inside, whole), mask=valid_byte)
 
 
 @triton.jit(do_not_specialize=["numel", "sizes", "strides"], do_not_specialize_on_alignment=["mask"])
@@ -246,11 +254,14 @@ def _flat(
     element = group[:, None] * 8 + tl.arange(0, 8)[None, :]
     left = tl.minimum(numel.to(tl.int64) * UNIT - start, TILE).to(tl.int32)
     valid_group = group * 8 < left
-    if UNIT == 8:
+    if UNIT == TILE:
+        valid_group = None
+        valid = None
+    elif UNIT == 8:
         valid = tl.broadcast_to(valid_group[:, None], (TILE // 8, 8))
     else:
         valid = element < left
-    x = tl.load(input + start + element, mask=valid, other=0.0)
+    x = load_valid(input + start + element, valid)
     if LEVELS == 0:
         s, zp, off = _parameters(scale, zero_point, minval, 0, None, low, FORMAT)
     else:
@@ -283,8 +294,7 @@ def _flat(
             SHORT and LEVELS == 0,
             False,
             0,
-            UNIT == 8,
-            None,
+            UNIT != 1,
         )
     else:
         y = _element(x, s, zp, off, low, high, FORMAT, OP, CODE)
@@ -316,6 +326,7 @@ def _rows(
     SHORT: tl.constexpr,
     WIDE: tl.constexpr,
     FULL: tl.constexpr,
+    EVEN: tl.constexpr,
     IN_ORDER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -329,9 +340,10 @@ def _rows(
         first_column = 0
         columns_left = COLUMNS
         start = first_row * COLUMNS
-        element = row[:, None, None] * COLUMNS + column[None, :, :]
-        byte = row[:, None] * (COLUMNS // 8) + group[None, :]
-        valid_byte = tl.broadcast_to(valid_row[:, None], (ROWS, COLUMNS // 8))
+        # One run of memory: its positions take fewer instructions than those of rows.
+        byte = tl.arange(0, ROWS * COLUMNS // 8)
+        element = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+        valid_byte = byte < (rows - first_row) * (COLUMNS // 8)
     else:
         # Passed as an eighth, so that the compiler knows the rows to be aligned.
         columns = columns_by_8.to(tl.int64) * 8
@@ -347,8 +359,15 @@ def _rows(
             element = row[:, None, None] * (columns_by_8 * 8) + column[None, :, :]
             byte = row[:, None] * columns_by_8 + group[None, :]
             valid_byte = valid_row[:, None] & valid_byte
-    valid = tl.broadcast_to(valid_byte[:, :, None], (ROWS, COLUMNS // 8, 8))
-    x = tl.load(input + start + element, mask=valid, other=0.0)
+    valid_column = column < columns_left
+    if EVEN:  # tiles cover the rows and columns without a rest
+        valid = None
+        valid_byte = None
+        valid_row = None
+        valid_column = None
+    else:
+        valid = tl.broadcast_to(tl.expand_dims(valid_byte, -1), valid_byte.shape + [8])
+    x = tl.reshape(load_valid(input + start + element, valid), (ROWS, COLUMNS // 8, 8))
     if not WIDE:
         first_row = first_row.to(tl.int32)
     if ROWS == 1:
@@ -365,7 +384,7 @@ def _rows(
     if BY_COLUMN:
         of_column = (first_column + column) * column_stride
         if LEVELS == 0:
-            s, zp, off = _parameters(scale, zero_point, minval, of_column, column < columns_left, low, FORMAT)
+            s, zp, off = _parameters(scale, zero_point, minval, of_column, valid_column, low, FORMAT)
         else:
             index = index + tl.zeros((ROWS,), tl.int32)
             index = index[:, None, None] + of_column[None, :, :]
@@ -399,13 +418,13 @@ def _rows(
             False,
             BY,
             True,
-            None,
         )
     else:
         zero_points = spread(zp, BY if FORMAT == 0 and minval is None and zero_point is not None else 0)
         offsets = spread(off, BY if FORMAT == 0 and minval is not None else 0)
         y = _element(x, spread(s, BY), zero_points, offsets, low, high, FORMAT, OP, CODE)
-        tl.store(output + start + element, _stored(y, output.dtype.element_ty, OP, CODE), mask=valid)
+        y = tl.reshape(_stored(y, output.dtype.element_ty, OP, CODE), element.shape)
+        tl.store(output + start + element, y, mask=valid)
 
 
 def tile_elements(numel: int, element_size: int) -> int:
@@ -418,13 +437,14 @@ def tile_elements(numel: int, element_size: int) -> int:
     return full if numel >= 1 << 20 else max(full // 4, 512)
 
 
-def unit_of(size: int) -> int:
-    """8 or 1: what to pass a size in, so that the kernel is compiled once and knows whether 8 divides it.
+def unit_of(size: int, tile: int = 1) -> int:
+    """``tile``, 8 or 1: what to pass a size in, so that the kernel is compiled once and knows its divisor.
 
     Most sizes are kept from Triton's own specialization, which would compile anew for every combination of
     sizes that 16 divides.
     """
-    return 8 if size % 8 == 0 else 1
+    unit = 8 if size % 8 == 0 else 1
+    return tile if tile > unit and size % tile == 0 else unit
 
 
 @functools.lru_cache(maxsize=8192)
@@ -438,7 +458,7 @@ def _plan(
     too_wide = triton.cdiv(levels[-1][0], 64) > _MOST_IN_Y if levels else False
     if geometry.blocks == 1 or levels[-1][0] % 8 or too_wide:
         sizes, strides = geometry.inner_first()
-        unit = unit_of(numel)
+        unit = unit_of(numel, tile)
         constants = {
             "LEVELS": len(sizes) if geometry.blocks > 1 else 0,
             "WIDE": geometry.wide,
@@ -459,6 +479,7 @@ def _plan(
         "BY_COLUMN": by_column,
         "WIDE": geometry.wide,
         "FULL": width == columns and not by_column,
+        "EVEN": rows % height == 0 and columns % width == 0,
         "IN_ORDER": not by_column and strides == (1,),
         "ROWS": height,
         "COLUMNS": width,
@@ -490,10 +511,10 @@ def run(
     if geometry.numel == 0:
         return
     kernel, programs, shape, constants = _plan(geometry, max(input.element_size(), output.element_size()))
-    # Of rows, twice as many elements a thread share parameters and positions: fewer instructions, and as many
-    # bytes under way, at the price of occupancy. Of wide elements columns have no registers for that.
-    halves = kernel is _rows and op == FAKE_QUANTIZE and constants["ROWS"] * constants["COLUMNS"] >= 2048
-    halves = halves and not (constants["BY_COLUMN"] and input.element_size() >= 4)
+    # Twice as many elements a thread share parameters and positions: fewer instructions, and as many bytes
+    # under way, at the price of occupancy. Where each element finds its own block, registers do not suffice.
+    size = constants["ROWS"] * constants["COLUMNS"] if kernel is _rows else constants["TILE"]
+    halves = op == FAKE_QUANTIZE and size >= 2048 and (kernel is _rows or constants["LEVELS"] == 0)
     input, code = as_stored(input)
     if op == QUANTIZE:
         output, code = as_stored(output)
