@@ -43,6 +43,17 @@ struct Lane {
     return a;  // not called on the host
 #endif
   }
+  static COREAI_HD F round_bfloat16(F a) {
+#if defined(__CUDA_ARCH__)
+    int32_t result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(a), "f"(0.0f));  // the first is the upper half
+    return as_float(result);
+#elif defined(COREAI_EMULATED_THREADS)
+    return as_float(static_cast<int32_t>(uint32_t{emulation::to_bfloat16(a)} << 16));
+#else
+    return a;  // not called on the host
+#endif
+  }
   static COREAI_HD M equal(F a, F b) { return a == b; }
   static COREAI_HD M greater(F a, F b) { return a > b; }
   static COREAI_HD M unordered(F a, F b) { return a != a || b != b; }

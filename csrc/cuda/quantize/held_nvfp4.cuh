@@ -27,6 +27,7 @@ __device__ __forceinline__ void step_held_nvfp4(const HeldJob& job) {
   uint4* slot = held + first;
   float* slot_of_largest = held_largest + thread;
   uint32_t tile = blockIdx.x;
+  const auto blocks = static_cast<uint32_t>(job.blocks);
   WideningKeys widest = {0, 0};
   // Block i of the lane is that of pack i * kLanes + lane % kLanes of the first lane of kLanes.
   const auto block_of = [&](uint32_t own, int i) {
@@ -53,7 +54,7 @@ __device__ __forceinline__ void step_held_nvfp4(const HeldJob& job) {
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
       const uint32_t block = block_of(own, i);
-      const bool exists = block < job.blocks;
+      const bool exists = block < blocks;
       const Range batch = keys[i].range();
       const Range old = job.after.update.reads_running() && exists ? running_range(job.after, kElement, block) : batch;
       const Range next = update_lanes<Lane>(job.after.update, kElement, batch, old);
@@ -87,7 +88,7 @@ __device__ __forceinline__ void step_held_nvfp4(const HeldJob& job) {
     for (int i = 0; i < kOwn; ++i) {
       const uint32_t block = block_of(own, i);
       const QParamsLanes<Lane> chosen = {two_level_scale<Lane>(job.after.rule, largest[i], tensor_scale), 0, 0.0f};
-      if (block < job.blocks) store_qparams(chosen, job.after.out, block);
+      if (block < blocks) store_qparams(chosen, job.after.out, block);
       params[i] = params_of<K>(job.affine, chosen);
     }
     __syncwarp();  // the others may read them
