@@ -12,7 +12,7 @@ set has its own; and importing torch costs more than an incremental build. Why n
 nearly all of which need only the stable headers, a thread pool is as quick, and building takes one tool less.
 
 Environment:
-    CXX                      C++20 compiler (default: the first of c++, g++, clang++)
+    CXX                      C++20 compiler (default: the first of c++, g++, clang++; by ccache if there)
     MAX_JOBS                 compilers run at the same time (default: number of CPUs)
     COREAI_BUILD_NATIVE      auto (default: a failure is recorded and the pure Python package is installed),
                              require (a failure is an error), skip
@@ -143,6 +143,7 @@ class Builder:
     def __init__(self, directory: Path, torch: Torch, in_place: bool) -> None:
         self.directory, self.torch = directory, torch
         self.cxx = _compiler()
+        self.compiler = [*_cache(self.cxx), *self.cxx]
         # Part of each object's name: another torch, Python or compiler makes other objects.
         version = _output([*self.cxx, "--version"])
         self.identity = [torch.version, sys.version, version]
@@ -207,6 +208,8 @@ class Builder:
         output.parent.mkdir(parents=True, exist_ok=True)
         _run([*command, "-o", f"{output}.new"], f"link {output.name}")
         os.replace(f"{output}.new", output)
+        for other in self.directory.glob(f"{output.name}.*"):  # of what is overwritten
+            other.unlink()
         stamp.touch()
 
     def _libraries(self, names: list[str]) -> list[str]:
@@ -327,6 +330,14 @@ def _compiler() -> list[str]:
     raise BuildError("no C++ compiler was found", _COMPILER_FIX)
 
 
+def _cache(cxx: list[str]) -> list[str]:
+    """Return ccache, if it is there and the user has not chosen the compiler, perhaps with one before it."""
+    ccache = shutil.which("ccache")
+    if os.environ.get("CXX") or ccache is None or os.path.realpath(cxx[0]) == os.path.realpath(ccache):
+        return []
+    return [ccache]
+
+
 def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
     known = {isa for isas in ISAS.values() for isa in isas}
     unknown = {path.stem for path in CSRC.glob("cpu/kernels_*.cpp")} - {f"kernels_{isa}" for isa in known}
@@ -339,16 +350,17 @@ def build_native(builder: Builder, output: Path, cuda_archs: str) -> None:
         f'-DCOREAI_TORCH_VERSION="{builder.torch.version}"',
         f'-DCOREAI_CUDA_ARCHS="{cuda_archs}"',
     ]
-    base = [*builder.cxx, *CXX_FLAGS, STABLE_ABI, *builder.includes(), *macros]
+    base = [*builder.compiler, *CXX_FLAGS, STABLE_ABI, *builder.includes(), *macros]
     kernels = [
         job
         for isa, path in reversed(present.items())
         for job in builder.jobs([path], [*base, *builder.isas[isa], *builder.quiet])
     ]
-    others = builder.jobs([CSRC / "bindings.cpp"], [*base, *facts])
-    for folder, units in (("common", 0), ("cpu", 0), ("cpu/*", 0), ("ops", 2)):
+    others = []
+    for folder, units in (("ops", 2), ("common", 0), ("cpu", 0), ("cpu/*", 0)):
         sources = sorted(CSRC.glob(f"{folder}/*.cpp"))
         others += builder.jobs([path for path in sources if path.stem[:8] != "kernels_"], base, units)
+    others += builder.jobs([CSRC / "bindings.cpp"], [*base, *facts])
     # The longest first: what is left for the end is short, and no processor waits for another.
     autograd = [autograd_jobs(builder, torch, include) for torch, _, include in autograd_targets(builder)]
     builder.start([*kernels, *itertools.chain(*autograd), *others])
@@ -385,7 +397,8 @@ def _python_version(include: Path) -> str:
 
 
 def autograd_jobs(builder: Builder, torch: Torch, python: Path) -> list[Job]:
-    command = [*builder.cxx, *CXX_FLAGS, *AUTOGRAD_FLAGS, *builder.includes(torch.root / "include", python)]
+    includes = builder.includes(torch.root / "include", python)
+    command = [*builder.compiler, *CXX_FLAGS, *AUTOGRAD_FLAGS, *includes]
     sources = sorted(CSRC.glob("autograd/*.cpp"))
     return builder.jobs(sources, command, units=1, headers=f"torch {torch.version}")
 

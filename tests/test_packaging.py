@@ -55,7 +55,8 @@ const CaptureFunctions* capture_functions() {
 AUTOGRAD_MODULE = """
 #include <Python.h>
 PyMODINIT_FUNC PyInit__C_autograd() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_autograd"};
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C_autograd", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }
 """
@@ -169,6 +170,26 @@ class TestNativeBuild:
     def test_changed_source_compiles_itself(self, built):
         (built / "csrc/cpu/kernels_generic.cpp").touch()
         assert compiled(build_in_place(built).stdout) == ["csrc/cpu/kernels_generic.cpp"]
+
+    def test_compiler_of_an_earlier_build_links_again(self, built, tmp_path):
+        tree = shutil.copytree(built, tmp_path / "tree")
+        for flag in ("-DONE", "-DOTHER", "-DONE"):
+            assert f"link {MODULE}" in build_in_place(tree, CXX=f"c++ {flag}").stdout
+
+    def test_ccache_compiles_unless_a_compiler_was_chosen(self, built, tmp_path):
+        tree = shutil.copytree(built, tmp_path / "tree")
+        log = tmp_path / "log"
+        ccache = tmp_path / "bin/ccache"
+        ccache.parent.mkdir()
+        ccache.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec "$@"\n')
+        ccache.chmod(0o755)
+        path = f"{ccache.parent}{os.pathsep}{os.environ['PATH']}"
+        build_in_place(tree, PATH=path, CXX="c++ -DCHOSEN")
+        assert not log.exists()
+        sources = compiled(build_in_place(tree, PATH=path).stdout)
+        calls = log.read_text().splitlines()
+        assert len(calls) == len(sources) > 0
+        assert all(" -c " in call for call in calls)
 
     def test_no_path_of_this_machine_in_the_binary(self, built):
         if shutil.which("readelf") is None:
