@@ -4,6 +4,7 @@ import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -98,6 +99,8 @@ class BaseCompressionAlgorithmController(CompressionAlgorithmController):
     @compression_rate.setter
     def compression_rate(self, compression_rate: float) -> None:
         highest = self.maximal_compression_rate
+        if not isinstance(compression_rate, Real):
+            raise TypeError(f"compression_rate must be a number; got {compression_rate!r}")
         if not 0 <= compression_rate <= highest:
             raise ValueError(f"compression_rate must be in [0, {highest:g}]; got {compression_rate!r}")
         self._set_compression_rate(float(compression_rate))

@@ -116,6 +116,8 @@ def test_kept_filters_are_multiples_of_eight() -> None:
         assert all(count % 8 == 0 and count > 0 for count in kept)
     with pytest.raises(ValueError, match="compression_rate must be in"):
         controller.compression_rate = 0.99
+    with pytest.raises(TypeError, match="compression_rate must be a number; got 'half'"):
+        controller.compression_rate = "half"
 
 
 @pytest.mark.parametrize("ranking", [{}, {"all_weights": True}])
