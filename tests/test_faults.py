@@ -10,9 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from coreai_opt.pruning.config import PolynomialDecaySchedule
 from coreai_opt.pruning.spec import PruningSpec
 from coreai_opt.quantization import Quantizer, QuantizerConfig
 from tests.kernels.support import assert_same_bits
+from tests.threads import together
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="needs processes that share what was imported"
@@ -247,32 +248,15 @@ def test_memory_that_ends_in_a_forward_leaves_the_simulator_as_it_was() -> None:
     assert process.exitcode == 0
 
 
-def in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run ``work`` at the same time, and raise what any of them raises."""
-    errors: list[BaseException] = []
-
-    def run(index: int) -> None:
-        try:
-            work(index)
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_models_in_threads_of_their_own(tmp_path: Path) -> None:
     """Four trainings at once end as one does."""
     start = prepared()
     states = [copy.deepcopy(start) for _ in range(4)]
     train(*start, tmp_path / "alone.safetensors")
-    in_threads(4, lambda index: train(*states[index], tmp_path / f"{index}.safetensors"))
+    together(
+        *(partial(train, *state, tmp_path / f"{index}.safetensors") for index, state in enumerate(states))
+    )
     for model, *_ in states:
         for name, value in start[0].state_dict().items():
             assert_same_bits(model.state_dict()[name], value, name)
@@ -295,4 +279,4 @@ def test_one_model_in_several_threads() -> None:
             torch.autograd.grad(output.sum(), inputs)
             time.sleep(0)
 
-    in_threads(4, work)
+    together(*(partial(work, index) for index in range(4)))

@@ -5,21 +5,30 @@ from torch import Tensor
 
 from coreai_kernels.reference.bits import pack_mask, unpack_mask
 
-__all__ = ["backward", "choose", "forward_"]
+__all__ = ["backward", "choose_", "forward_"]
 
 
-def choose(
-    low: Tensor, high: Tensor, is_symmetric: bool, quant_min: float, quant_max: float, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of blocks with these ranges: torchao's ``choose_qparams_affine``."""
+def choose_(
+    scale: Tensor,
+    zero_point: Tensor,
+    ranges: tuple[Tensor, Tensor],
+    is_symmetric: bool,
+    quant_min: float,
+    quant_max: float,
+    eps: float,
+) -> None:
+    """Write scale and zero point of blocks with these ranges: torchao's ``choose_qparams_affine``."""
+    low, high = ranges
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     width = quant_max - quant_min
     if is_symmetric:
-        scale = (torch.maximum(-low, high) / (width / 2)).clamp(min=eps)
-        return scale, torch.zeros_like(scale, dtype=torch.int32)
-    scale = ((high - low) / width).clamp(min=eps)
-    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
-    return scale, zero_point.to(torch.int32)
+        scale.copy_((torch.maximum(-low, high) / (width / 2)).clamp(min=eps).view(scale.shape))
+        zero_point.zero_()
+        return
+    steps = ((high - low) / width).clamp(min=eps)
+    scale.copy_(steps.view(scale.shape))
+    offset = (quant_min - torch.round(low / steps)).clamp(quant_min, quant_max)
+    zero_point.copy_(offset.to(torch.int32).view(zero_point.shape))
 
 
 def forward_(
@@ -37,9 +46,7 @@ def forward_(
     """The output and the packed mask, which is empty if not wanted."""
     blocks = input.reshape(-1, run)
     if chooses:
-        found = choose(*blocks.aminmax(dim=1), is_symmetric, quant_min, quant_max, eps)
-        for parameter, values in zip((scale, zero_point), found, strict=True):
-            parameter.copy_(values.view(parameter.shape))
+        choose_(scale, zero_point, blocks.aminmax(dim=1), is_symmetric, quant_min, quant_max, eps)
     factor, offset = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
     q = torch.round(blocks * (1.0 / factor)) + offset
     output = ((q.clamp(quant_min, quant_max) - offset) * factor).view(input.shape)

@@ -30,10 +30,8 @@ def fake_quantize_by_reciprocal_(
     """See the reference."""
     blocks = input.reshape(-1, run)
     if chooses:
-        low, high = observe_range(blocks, [1, run])
-        found = reference.choose(low, high, is_symmetric, quant_min, quant_max, eps)
-        for parameter, values in zip((scale, zero_point), found, strict=True):
-            parameter.copy_(values.view(parameter.shape))
+        ranges = observe_range(blocks, [1, run])
+        reference.choose_(scale, zero_point, ranges, is_symmetric, quant_min, quant_max, eps)
     factor, points = scale.reshape(-1, 1), zero_point.reshape(-1, 1)
     output, mask = fake_quantize_forward(
         blocks * (1.0 / factor),

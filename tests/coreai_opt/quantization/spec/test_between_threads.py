@@ -4,13 +4,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from coreai_kernels import native
 from coreai_kernels.runtime import fast_path_counts, reset_fast_path_counts
+from tests.threads import together
 
 THREADS = 4
 # Inputs of more kinds than calls are captured for.
@@ -23,27 +23,6 @@ def frequent_switches():
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(before)
-
-
-def together(*work: Callable[[], None]) -> None:
-    """Run all at the same time, and raise what any of them raises."""
-    errors: list[BaseException] = []
-    begin = threading.Barrier(len(work))
-
-    def run(one: Callable[[], None]) -> None:
-        try:
-            begin.wait()
-            one()
-        except BaseException as error:  # noqa: BLE001 - raised below
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(one,)) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 @pytest.fixture
