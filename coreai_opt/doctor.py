@@ -151,6 +151,11 @@ def _examine_engine(diagnosis: Diagnosis) -> None:
     elif torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         diagnosis.add("GPU", "ok", ", ".join(names))
+    elif torch.xpu.is_available():
+        names = [torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count())]
+        diagnosis.add(
+            "GPU", "ok", f"{', '.join(names)} (xpu): Triton's kernels, which nobody has tried there"
+        )
     else:
         diagnosis.add("GPU", "missing", "torch sees none", "only needed for training on a GPU")
 

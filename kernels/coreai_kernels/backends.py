@@ -123,7 +123,7 @@ def _check_name(name: str) -> None:
 def _triton_reason() -> str:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed. To fix: pip install triton (Linux)"
-    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
+    if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() or torch.xpu.is_available():
         return ""
     return f"torch sees no GPU. To fix: {_TRITON_ON_CPU}, or install a driver and a GPU build of torch"
 

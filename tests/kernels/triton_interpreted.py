@@ -5,14 +5,19 @@ Not collected by itself: the variable TRITON_INTERPRET must be set before anythi
 ``TRITON_INTERPRET=1 pytest tests/kernels/triton_interpreted.py``.
 """
 
+import copy
 import os
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import coreai_kernels as ck
-from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme
+from coreai_kernels import Format, RangeUpdate, ScaleFormat, Scheme, wide
+from coreai_kernels.ops import library
 from tests.kernels import random_calls, test_backends_agree
 from tests.kernels.faster_interpreter import faster_interpreter
 from tests.kernels.gptq_support import KINDS as GPTQ_KINDS
@@ -21,6 +26,7 @@ from tests.kernels.gradient_support import DENSITIES, check_masked_in_place
 from tests.kernels.learned_support import SHAPES, check_learnable_range, check_sampled_mask
 from tests.kernels.learned_support import run as on_backend
 from tests.kernels.mask_support import CONTENTS, Weight, check_blocks, check_nm, check_product
+from tests.kernels.operator_samples import INEXACT, SAMPLES
 from tests.kernels.reciprocal_support import check_by_reciprocal
 from tests.kernels.reciprocal_support import draw as draw_for_reciprocal
 from tests.kernels.support import assert_same_bits
@@ -285,3 +291,32 @@ def test_gptq_columns_of_unusual_values(special: float) -> None:
 def test_by_reciprocal(kind: str, chooses: bool) -> None:
     x, gradient = (draw_for_reciprocal(kind, seed, 5, 48) for seed in (0, 1))
     check_by_reciprocal("triton", x, gradient, chooses, 4, run=24, is_symmetric=kind == "plain", eps=1e-6)
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Fails where an Intel GPU without float64 would."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.float64, func
+        return result
+
+
+@pytest.mark.parametrize(
+    "sample", [key for key in SAMPLES if "triton" in library._functions[key.split(", ")[0]]]
+)
+def test_gpus_without_float64(sample: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    name, args = sample.split(", ")[0], SAMPLES[sample]()
+    again = copy.deepcopy(args)  # some operators write into their arguments
+    with torch.no_grad():
+        expected = library._functions[name]["reference"](*again)
+        monkeypatch.setattr(wide, "has_float64", lambda device: False)
+        with WithoutFloat64():
+            found = library._functions[name]["triton"](*args)
+    for a, b in zip(tree_leaves((found, args)), tree_leaves((expected, again)), strict=True):
+        if isinstance(a, torch.Tensor) and name in INEXACT:
+            torch.testing.assert_close(a.float(), b.float(), rtol=1e-5, atol=1e-5, equal_nan=True)
+        elif isinstance(a, torch.Tensor) and not (name.startswith("foreach") and a.dtype == torch.uint8):
+            assert_same_bits(a, b)  # between the masks of several tensors lies anything

@@ -40,7 +40,7 @@ def define(
         schema: arguments and results in torch's schema language, e.g. ``"(Tensor x) -> Tensor"``.
         reference: implementation in plain torch, for any device.
         fake: shape function, run on fake tensors.
-        triton: implementation for CUDA tensors.
+        triton: implementation for CUDA and XPU tensors.
         on_cuda: what the reference stands in for where CUDA tensors have nothing faster: ``triton``, or
             ``cuda`` for an operator that is written in CUDA C++.
     """
@@ -51,9 +51,14 @@ def define(
     _operators[name] = getattr(torch.ops.coreai_kernels, name).default
     _functions[name] = {"reference": reference} | ({"triton": triton} if triton else {})
     on_gpu = triton if _TRITON_IS_INSTALLED else None
-    # A Mac's GPU has nothing faster.
+    # A Mac's GPU has nothing faster, nor has Intel's for what Triton's kernels leave out.
     _library.impl(name, reference, "MPS")
-    for key, missing, kernel in (("CPU", "native", None), ("CUDA", on_cuda, on_gpu)):
+    on_intel = on_gpu if triton else reference
+    for key, missing, kernel in (
+        ("CPU", "native", None),
+        ("CUDA", on_cuda, on_gpu),
+        ("XPU", "triton", on_intel),
+    ):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"coreai_kernels::{name}", key):
             _library.impl(name, kernel or _standing_in(missing, reference), key)
 

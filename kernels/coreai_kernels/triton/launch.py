@@ -8,6 +8,9 @@ from torch import Tensor
 
 __all__ = ["launch", "multiprocessors"]
 
+# Of the devices that Triton compiles for: NVIDIA's and AMD's, and Intel's.
+_GPUS: dict[str, Any] = {"cuda": torch.cuda, "xpu": torch.xpu}
+
 
 def launch(
     kernel: Any, programs: int | tuple[int, ...], on: Tensor, *args: Any, warps: int, **constants: Any
@@ -17,18 +20,22 @@ def launch(
     Fused multiply-add is off: ``(q - zero_point) * scale + offset`` rounds twice in the reference.
     """
     grid = programs if isinstance(programs, tuple) else (programs,)
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
+    gpus = _GPUS.get(on.device.type)
+    if gpus is not None and on.device.index != gpus.current_device():
+        with gpus.device(on.device):
             kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
         return
     kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=False)
 
 
 def multiprocessors(on: Tensor) -> int:
-    """Number of streaming multiprocessors; that of an H100 where there is no GPU to ask."""
-    return _multiprocessors(on.device.index) if on.is_cuda else 132
+    """Number of streaming multiprocessors (Intel: Xe cores); that of an H100 where there is no GPU to ask."""
+    return _multiprocessors(on.device) if on.device.type in _GPUS else 132
 
 
 @functools.cache
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+def _multiprocessors(device: torch.device) -> int:
+    properties = _GPUS[device.type].get_device_properties(device.index)
+    if device.type == "xpu":
+        return int(properties.gpu_subslice_count)
+    return int(properties.multi_processor_count)

@@ -20,6 +20,7 @@ from coreai_kernels.triton.elementwise import (
 )
 from coreai_kernels.triton.launch import launch, multiprocessors
 from coreai_kernels.triton.layout import StridedReduction, dense, geometry_of
+from coreai_kernels.wide import widened
 
 __all__ = ["learnable_range_backward"]
 
@@ -171,7 +172,7 @@ def learnable_range_backward(
         TILE=_TILE,
         warps=4,
     )
-    total = sums.double().sum(1).float()
+    total = widened(sums).sum(1).float()
     shape = [range.shape[axis] for axis in order]
     back = [order.index(axis) for axis in sorted(order)]
     to_low, to_range = (total[:, i].reshape(shape).permute(back).contiguous() for i in (0, 1))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from coreai_kernels import wide
 from coreai_kernels.reference import block_mask as reference
 from coreai_kernels.triton import tiles
 from coreai_kernels.triton.elementwise import fp32, narrow
@@ -235,6 +236,8 @@ def top_blocks(weight: Tensor, num_keep: int, block_size: list[int]) -> Tensor:
     chosen = weight.new_empty([size // block for size, block in zip(weight.shape, block_size, strict=True)])
     if weight.numel() == 0:
         return chosen
+    if not wide.has_float64(weight.device):
+        return reference.top_blocks(weight, num_keep, tuple(block_size))
     norms = _block_norms(dense(weight), block_size)
     return chosen.copy_(torch.ops.coreai_kernels.topk_mask(norms, num_keep))
 

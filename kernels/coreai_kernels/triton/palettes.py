@@ -12,6 +12,7 @@ from torch import Tensor
 from coreai_kernels.reference.layout import from_vectors, to_vectors
 from coreai_kernels.reference.palettize import bounds_before_rounding, decision_bounds
 from coreai_kernels.triton.launch import launch
+from coreai_kernels.wide import sum_dtype
 
 __all__ = ["lookup", "lookup_backward", "lookup_packed", "palettize", "tile_of"]
 
@@ -268,4 +269,4 @@ def lookup_backward(
             TILE=min(part, 256),
             warps=4,
         )
-    return partial.sum(1, dtype=torch.float64).float()
+    return partial.sum(1, dtype=sum_dtype(grad.device)).float()

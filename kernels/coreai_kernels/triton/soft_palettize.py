@@ -11,6 +11,7 @@ from coreai_kernels.reference.layout import from_vectors, to_vectors
 from coreai_kernels.reference.soft_palettize import LEAST_MASS
 from coreai_kernels.triton.launch import launch
 from coreai_kernels.triton.palettes import tile_of
+from coreai_kernels.wide import sum_dtype, widened
 
 __all__ = ["soft_centroids", "soft_centroids_backward", "soft_palettize", "soft_palettize_backward"]
 
@@ -140,7 +141,7 @@ class _Problem:
         return vectors.float() if vectors.dtype == torch.float64 else vectors
 
     def run(self, step: int, **inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output like the weight, and sums ``(blocks, clusters, dim)`` and masses in float64."""
+        """Output like the weight, and sums ``(blocks, clusters, dim)`` and masses in ``sum_dtype``."""
         count = self.vectors.size(1)
         tile = tile_of(count)
         tiles = triton.cdiv(count, tile)
@@ -172,8 +173,8 @@ class _Problem:
             )
         if step == _PALETTIZE:
             return output, none, none
-        totals = sums.sum(1, dtype=torch.float64)
-        return output, totals, masses.sum(1, dtype=torch.float64) if step == _CENTROIDS else none
+        dtype = sum_dtype(sums.device)
+        return output, sums.sum(1, dtype=dtype), masses.sum(1, dtype=dtype) if step == _CENTROIDS else none
 
     def like_weight(self, output: Tensor) -> Tensor:
         result = from_vectors(output, self.weight.shape, self.block_size)
@@ -204,7 +205,7 @@ def soft_centroids(
     problem = _Problem(weight, centroids, temperature, block_size)
     _, sums, masses = problem.run(_CENTROIDS)
     stays = (masses < LEAST_MASS).unsqueeze(2)
-    moved = torch.where(stays, problem.table.double(), sums / masses.unsqueeze(2))
+    moved = torch.where(stays, widened(problem.table), sums / masses.unsqueeze(2))
     return moved.float(), masses.float()
 
 
@@ -223,4 +224,4 @@ def soft_centroids_backward(
     rates = torch.where(stays, 0.0, grad.float() / mass.unsqueeze(2)).contiguous()
     offsets = (rates * moved).sum(2).contiguous()
     output, sums, _ = problem.run(_CENTROIDS_BACKWARD, rates=rates, offsets=offsets)
-    return problem.like_weight(output), (sums + torch.where(stays, grad.double(), 0.0)).float()
+    return problem.like_weight(output), (sums + torch.where(stays, widened(grad), 0.0)).float()
