@@ -22,6 +22,7 @@ from torchao.quantization.quant_primitives import (
 )
 
 import coreai_kernels
+from coreai_accelerate import torchao_pt2e
 from coreai_accelerate.state import STATE, TorchaoReport, fall_back, has_kernels
 
 __all__ = ["FusedIntxFakeQuantizer", "accelerate", "restore"]
@@ -33,35 +34,35 @@ _LEFT: dict[type, str] = {
     Int4WeightFakeQuantizer: "its scale has a gradient, too",
 }
 _LEAST_SCALE = torch.finfo(torch.float32).smallest_normal  # unless the configuration has one
-_OF_PT2E = "one kernel of torch's, which rounds by the reciprocal of the scale"
 
 
 def accelerate(model: nn.Module) -> TorchaoReport:
     """See :func:`coreai_accelerate.torchao`."""
     report = TorchaoReport()
     for name, module in model.named_modules():
-        if type(module) is FusedIntxFakeQuantizer:
+        kind = type(module)
+        if kind in _FUSED.values():
             report.replaced.append(name)
-        elif type(module) is IntxFakeQuantizer:
-            reason = _refusal(module)
+        elif kind in _FUSED:
+            reason = _refusal(module) if kind is IntxFakeQuantizer else torchao_pt2e.refusal(module)
             if reason is None:
-                module.__class__ = FusedIntxFakeQuantizer
+                module.__class__ = _FUSED[kind]
                 STATE.of_torchao.add(module)
                 report.replaced.append(name)
             else:
                 report.left[name] = reason
-        elif isinstance(module, FakeQuantizerBase):
-            report.left[name] = _LEFT.get(type(module), "a subclass")
-        elif isinstance(module, FakeQuantizeBase):
-            is_torchaos = type(module).__module__.startswith("torchao.")
-            report.left[name] = _OF_PT2E if is_torchaos else "not a class of torchao"
+        elif isinstance(module, FakeQuantizerBase | FakeQuantizeBase):
+            report.left[name] = _LEFT.get(kind, "a subclass")
+        elif any(base.__name__ == "FakeQuantizeBase" for base in kind.__mro__):
+            report.left[name] = "not a class of torchao"
     return report
 
 
 def restore() -> None:
     """Give the simulators that :func:`accelerate` has replaced torchao's class again."""
+    torchaos = {fused: kind for kind, fused in _FUSED.items()}
     for module in STATE.of_torchao:
-        module.__class__ = IntxFakeQuantizer
+        module.__class__ = torchaos[type(module)]
     STATE.of_torchao.clear()
 
 
@@ -150,3 +151,7 @@ def _refusal(module: IntxFakeQuantizer) -> str | None:
         isinstance(granularity, PerAxis) and granularity.axis == 0
     )
     return None if is_known else "granularity"
+
+
+# Classes on the engine, by torchao's.
+_FUSED: dict[type, type] = {IntxFakeQuantizer: FusedIntxFakeQuantizer, **torchao_pt2e.FUSED}

@@ -15,7 +15,6 @@ from torchao.quantization import (
     PerGroup,
     quantize_,
 )
-from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from torchao.quantization.qat import (
     Float8FakeQuantizeConfig,
     IntxFakeQuantizeConfig,
@@ -181,7 +180,6 @@ def test_what_is_left_and_why() -> None:
     }
     modules = {name: FakeQuantizerBase.from_config(config) for name, config in configs.items()}
     modules |= {"mine": Mine(IntxFakeQuantizeConfig(**group))}
-    modules |= {"pt2e": FakeQuantize(), "fused": FusedMovingAvgObsFakeQuantize()}
     report = coreai_accelerate.torchao(nn.ModuleDict(modules))
     assert not report.replaced
     assert report.left == {
@@ -192,8 +190,6 @@ def test_what_is_left_and_why() -> None:
         "float8": "its scale has a gradient, too",
         "int4": "its scale has a gradient, too",
         "mine": "a subclass",
-        "pt2e": "one kernel of torch's, which rounds by the reciprocal of the scale",
-        "fused": "one kernel of torch's, which rounds by the reciprocal of the scale",
     }
 
 

@@ -53,6 +53,40 @@ def test_threads_share_the_work() -> None:
         assert_same_bits(one, other)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["plain", "ties", "zeros", "tiny"]),
+    rows=st.integers(1, 40),
+    run=st.sampled_from([8, 16, 24, 40, 136]),
+    bits=st.integers(2, 16),
+    seed=st.integers(0, 99),
+)
+def test_straight_through_is_torchs_fake_quantization(
+    isa: str, kind: str, rows: int, run: int, bits: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(rows, generator=generator) * 0.1 + 1e-3
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    zero_point = torch.randint(low, high + 1, (rows,), dtype=torch.int32, generator=generator)
+    gradient = draw("not finite", seed, rows, run)
+    options = {"run": run, "chooses": False, "is_symmetric": True, "eps": 1.0, "straight_through": True}
+    found = []
+    for backend in ("torch", "native", "reference"):
+        leaf = draw(kind, seed, rows, run).requires_grad_()
+        if backend == "torch":
+            output = torch.fake_quantize_per_channel_affine(leaf, scale, zero_point, 0, low, high)
+        else:
+            with ck.use_backend(backend):
+                output = ck.fake_quantize_by_reciprocal(
+                    leaf, scale, zero_point, quant_min=low, quant_max=high, **options
+                )
+        output.backward(gradient)
+        found.append((output.detach(), leaf.grad))
+    for each in found[1:]:
+        for one, other in zip(found[0], each, strict=True):
+            assert_same_bits(one, other)
+
+
 def test_the_gradient_is_the_definitions() -> None:
     x = torch.linspace(-3, 3, 64).view(2, 32)
     scale, zero_point = torch.tensor([0.3, 0.1]), torch.tensor([1, -2], dtype=torch.int32)

@@ -1,10 +1,11 @@
-"""``fake_quantize_by_reciprocal``: the simulator of torchao's quantization-aware training."""
+"""``fake_quantize_by_reciprocal``: the simulator of torchao's training, and torch's own fake quantization."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from coreai_kernels.ops.fake_quantize import straight_through as with_straight_through
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import by_reciprocal as reference
 from coreai_kernels.triton import registry as triton
@@ -37,12 +38,10 @@ define(
 class _ByReciprocal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, scale: Tensor, zero_point: Tensor, *options: Any) -> Tensor:
-        output, mask = implementation("fake_quantize_by_reciprocal_")(
-            input, scale, zero_point, *options, True
-        )
+        output, mask = _forward(input, scale, zero_point, *options, True)
         ctx.save_for_backward(mask, scale)
         ctx.run = options[0]
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -66,11 +65,16 @@ def fake_quantize_by_reciprocal(
     quant_min: int,
     quant_max: int,
     eps: float,
+    straight_through: bool = False,
 ) -> Tensor:
     """Round and clip ``input * (1 / scale) + zero_point``, and go back, as torchao's eager simulator does.
 
     Bit for bit, but for the sign of NaN. The gradient inside the range is ``grad * scale * (1 / scale)``,
     rounded twice, and zero outside.
+
+    With ``straight_through`` the gradient is ``grad * inside``. That and the values are those of
+    ``torch.fake_quantize_per_tensor_affine`` and ``torch.fake_quantize_per_channel_affine`` where
+    ``input * (1 / scale)`` fits an int64.
 
     Args:
         input: contiguous float32 tensor, blocks of ``run`` elements one after another.
@@ -82,6 +86,7 @@ def fake_quantize_by_reciprocal(
         quant_min: smallest quantized value.
         quant_max: largest quantized value.
         eps: the least scale that is chosen.
+        straight_through: which gradient.
 
     Raises:
         TypeError: a dtype is not allowed.
@@ -105,7 +110,12 @@ def fake_quantize_by_reciprocal(
             f"got {scale.numel()} and {zero_point.numel()}"
         )
     options = (run, chooses, is_symmetric, float(quant_min), float(quant_max), eps)
+    if straight_through:
+        return with_straight_through(input, _forward, (scale, zero_point, *options))
     if input.requires_grad and torch.is_grad_enabled():
         return _ByReciprocal.apply(input, scale, zero_point, *options)  # type: ignore[no-any-return]
-    forward = implementation("fake_quantize_by_reciprocal_")
-    return forward(input.detach(), scale, zero_point, *options, False)[0]  # type: ignore[no-any-return]
+    return _forward(input.detach(), scale, zero_point, *options, False)[0]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    return implementation("fake_quantize_by_reciprocal_")(*args)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from coreai_kernels.reference.bits import pack_mask, unpack_mask
+from coreai_kernels.reference.qparams import to_int32
 
 __all__ = ["backward", "choose_", "forward_"]
 
@@ -28,7 +29,7 @@ def choose_(
     steps = ((high - low) / width).clamp(min=eps)
     scale.copy_(steps.view(scale.shape))
     offset = (quant_min - torch.round(low / steps)).clamp(quant_min, quant_max)
-    zero_point.copy_(offset.to(torch.int32).view(zero_point.shape))
+    zero_point.copy_(to_int32(offset).view(zero_point.shape))
 
 
 def forward_(

@@ -7,7 +7,7 @@ from coreai_kernels.formats import Format, ScaleFormat, largest_exponent
 from coreai_kernels.reference.rounding import round_to_format
 from coreai_kernels.types import RangeUpdate, Scheme
 
-__all__ = ["choose_qparams", "tensor_scale", "update_range"]
+__all__ = ["choose_qparams", "tensor_scale", "to_int32", "update_range"]
 
 SMALLEST_SCALE = ScaleFormat.FLOAT32.facts.smallest
 INT32_MIN = -(2**31)
@@ -77,7 +77,7 @@ def choose_qparams(
     if scheme == Scheme.ASYMMETRIC:
         scale = rounded(_divide(rounded(high - low), quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
         zero_point = rounded(quant_min - torch.round(rounded(low / scale))).clamp(quant_min, quant_max)
-        return scale, _to_int32(zero_point), low
+        return scale, to_int32(zero_point), low
     scale = rounded(_divide(amax, (quant_max - quant_min) / 2)).clamp(min=SMALLEST_SCALE)
     zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
     return scale, zero_point, -amax
@@ -88,7 +88,7 @@ def _divide(x: Tensor, divisor: float) -> Tensor:
     return x / torch.full_like(x, divisor)
 
 
-def _to_int32(x: Tensor) -> Tensor:
+def to_int32(x: Tensor) -> Tensor:
     """Truncate; NaN becomes the smallest integer, as on x86, where C++ leaves it undefined."""
     return torch.where(x.isnan(), INT32_MIN, x.nan_to_num().to(torch.int32)).to(torch.int32)
 

@@ -1,0 +1,167 @@
+"""PT2E's fake quantizers, on the engine: those that observe minimum and maximum, on CPU tensors.
+
+The observer, or torch's fused operator, sees the extremes of the tensor's rows in place of the tensor: what
+it computes of them is its own. The tensor is then rounded by the engine, with that scale and zero point.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
+from torchao.quantization.pt2e.observer import (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    PerChannelMinMaxObserver,
+)
+
+import coreai_kernels
+from coreai_accelerate.state import fall_back
+from coreai_kernels import backends, native
+from coreai_kernels.reference.layout import from_memory_order, memory_order
+
+__all__ = ["FUSED", "FusedFakeQuantize", "FusedMovingAverageFakeQuantize", "refusal"]
+
+_OBSERVERS = (
+    MinMaxObserver,
+    MovingAverageMinMaxObserver,
+    PerChannelMinMaxObserver,
+    MovingAveragePerChannelMinMaxObserver,
+)
+# Torch converts to int64 what it rounds, which is one thing or another for what does not fit. So much does.
+_LARGEST = 2.0**20
+_LEAST_SCALE = 2.0**-40
+_MOST_LEVELS = 2**16
+# From so many elements on it pays: below, what is around the kernels takes longer than torch's operator.
+_FEWEST = 1 << 15
+# Rows that a tensor with one scale is taken as, so that threads have something to share.
+_ROWS = (64, 32, 16, 8, 4, 2, 1)
+
+
+class FusedFakeQuantize(FakeQuantize):  # type: ignore[misc]
+    """PT2E's fake quantizer, which rounds on the engine."""
+
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803
+        """What torchao's forward returns."""
+        return _forward(self, X, super().forward)
+
+
+class FusedMovingAverageFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
+    """PT2E's fused fake quantizer, which rounds on the engine."""
+
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803
+        """What torchao's forward returns."""
+        return _forward(self, X, super().forward)
+
+
+# By torchao's class.
+FUSED: dict[type, type] = {
+    FakeQuantize: FusedFakeQuantize,
+    FusedMovingAvgObsFakeQuantize: FusedMovingAverageFakeQuantize,
+}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the engine does not compute what a module of PT2E's classes does; None if it does."""
+    observer = module.activation_post_process
+    if type(observer) not in _OBSERVERS:
+        return f"the observer {type(observer).__name__}"
+    if module.zero_point.dtype != torch.int32:
+        return "zero points that are no integers"
+    if _levels(observer) > _MOST_LEVELS:
+        return "more than 16 bits"
+    if float(observer.eps) < _LEAST_SCALE:
+        return "scales below 2**-40"
+    if module.is_per_channel and module.ch_axis != 0:
+        return "channels that are not axis 0"
+    return None
+
+
+def _levels(observer: Any) -> int:
+    return max(abs(observer.quant_min), abs(observer.quant_max)) + 1
+
+
+def _forward(module: Any, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Tensor:
+    """The simulator on the engine, or ``torchaos`` forward."""
+    if torch.compiler.is_compiling() or module.fake_quant_enabled.item() != 1:
+        return torchaos(x)
+    rows, reason = _rows(module, x)
+    if rows is None:
+        return _left(reason, x, torchaos)
+    low, high = coreai_kernels.observe_range(rows.detach(), block_size=(1, rows.shape[1]))
+    extremes = torch.cat([low, high], 1)
+    # Not so for NaN.
+    if not extremes.abs().amax().item() <= _LARGEST:
+        return _left("values beyond 2**20, or not finite", x, torchaos)
+    torchaos(extremes)  # torch's fused operator computes scale and zero point without observing, too
+    scale, zero_point, observer = module.scale, module.zero_point, module.activation_post_process
+    count = len(rows) if module.is_per_channel else 1
+    if scale.shape != (count,) or zero_point.shape != (count,) or not scale.amin().item() >= _LEAST_SCALE:
+        fall_back("torchao: parameters of another kind")
+        return _by_torch(module, x)
+    output = coreai_kernels.fake_quantize_by_reciprocal(
+        rows,
+        scale.expand(len(rows)).contiguous(),
+        zero_point.expand(len(rows)).contiguous(),
+        run=rows.shape[1],
+        chooses=False,
+        is_symmetric=True,
+        quant_min=observer.quant_min,
+        quant_max=observer.quant_max,
+        eps=1.0,
+        straight_through=True,
+    )
+    return output.view(x.shape) if x.is_contiguous() else from_memory_order(output, x.shape, memory_order(x))
+
+
+def _rows(module: Any, x: Tensor) -> tuple[Tensor | None, str]:
+    """The tensor as rows that have a scale each, in the order of memory; or None, and why not."""
+    reason: str | None = None
+    if x.numel() < _FEWEST:
+        reason = "few elements"
+    elif x.dtype != torch.float32:
+        reason = str(x.dtype).removeprefix("torch.")
+    elif type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
+        reason = "kind of tensor"  # torch has one kernel for a GPU, and the host would have to wait here
+    elif native.extension is None and backends.forced() is None:
+        reason = "no compiled library"
+    elif _is_listened_to(module.activation_post_process):
+        reason = "hooks"
+    reason = reason or refusal(module)
+    if reason is not None:
+        return None, reason
+    order = list(range(x.dim())) if x.is_contiguous() else memory_order(x)
+    flat = x.permute(order)
+    if not flat.is_contiguous() or (module.is_per_channel and order[0] != 0):
+        return None, "strides"
+    sizes = (len(x),) if module.is_per_channel else _ROWS
+    for count in sizes:
+        if x.numel() % (8 * count) == 0:
+            return flat.reshape(count, -1), ""
+    return None, "block size"
+
+
+def _is_listened_to(observer: nn.Module) -> bool:
+    """Whether somebody else has a say in, or looks at, what is observed: not the tensor, but its extremes."""
+    every = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    own = observer._forward_hooks, observer._forward_pre_hooks
+    return any(map(len, (*every, *own))) or "forward" in vars(observer)
+
+
+def _by_torch(module: Any, x: Tensor) -> Tensor:
+    """What torchao's forward returns, after it has observed."""
+    observer = module.activation_post_process
+    bounds = observer.quant_min, observer.quant_max
+    if module.is_per_channel:
+        return torch.fake_quantize_per_channel_affine(
+            x, module.scale, module.zero_point, module.ch_axis, *bounds
+        )
+    return torch.fake_quantize_per_tensor_affine(x, module.scale, module.zero_point, *bounds)
+
+
+def _left(reason: str, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Tensor:
+    fall_back(f"torchao: {reason}")
+    return torchaos(x)
