@@ -6,7 +6,7 @@ machine leaves alone.
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,36 +21,52 @@ from benchmarks.turns import processor_seconds, steps_in_turns
 
 __all__ = ["CASES", "main", "measure"]
 
-CASES: dict[str, dict[str, Any]] = {
-    "int8, tokens": {"dtype": torch.int8, "granularity": "per_token", "is_symmetric": False},
-    "int8, channels": {"dtype": torch.int8, "granularity": "per_channel"},
-    "int4, groups of 32": {"dtype": torch.int4, "group_size": 32},
+
+def _intx(**fields: Any) -> torch.nn.Module:
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
+
+    return IntxFakeQuantizer(IntxFakeQuantizeConfig(**fields))  # type: ignore[no-any-return]
+
+
+def _pt2e(observer: str, **fields: Any) -> torch.nn.Module:
+    from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
+    from torchao.quantization.pt2e import observer as observers
+
+    bounds = {"dtype": torch.int8, "quant_min": -128, "quant_max": 127}
+    return FusedMovingAvgObsFakeQuantize(getattr(observers, observer), **bounds, **fields)  # type: ignore[no-any-return]
+
+
+CASES: dict[str, Callable[[], torch.nn.Module]] = {
+    "int8, tokens": partial(_intx, dtype=torch.int8, granularity="per_token", is_symmetric=False),
+    "int8, channels": partial(_intx, dtype=torch.int8, granularity="per_channel"),
+    "int4, groups of 32": partial(_intx, dtype=torch.int4, group_size=32),
+    "PT2E, tensor": partial(_pt2e, "MovingAverageMinMaxObserver", qscheme=torch.per_tensor_affine),
+    "PT2E, channels": partial(
+        _pt2e, "MovingAveragePerChannelMinMaxObserver", qscheme=torch.per_channel_symmetric, ch_axis=0
+    ),
 }
+_COLUMNS = ("torchao", "torchao, compiled", "native")
 _SAMPLE_SECONDS = 0.05
 
 
-def measure(sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def measure(cases: Sequence[str], sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Medians over ``rounds``, in seconds a step."""
     sys.path.append(str(Path(__file__).parents[1] / "kernels"))  # in case that the plugin is not installed
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
-
     import coreai_accelerate
 
     settle_allocator()
     rows = []
-    for name, fields in CASES.items():
+    for name in cases:
         for size in sizes:
             x = torch.randn(size, size, requires_grad=True)
             gradient = torch.randn(size, size)
-            eager, engine, compiled = (IntxFakeQuantizer(IntxFakeQuantizeConfig(**fields)) for _ in range(3))
+            eager, engine = CASES[name](), CASES[name]()
             if not coreai_accelerate.torchao(engine).replaced:
                 raise RuntimeError(f"{name} does not run on the engine: is COREAI_ACCELERATE=0 set?")
-            torch._dynamo.reset()
-            modules = {
-                "torchao": eager,
-                "torchao, compiled": torch.compile(compiled, fullgraph=True, dynamic=False),
-                "native": engine,
-            }
+            modules = {"torchao": eager, "native": engine}
+            if not name.startswith("PT2E"):  # inductor calls the operator of PT2E's as it is
+                torch._dynamo.reset()
+                modules["torchao, compiled"] = torch.compile(CASES[name](), fullgraph=True, dynamic=False)
 
             def step(module: torch.nn.Module, x: torch.Tensor = x, gradient: torch.Tensor = gradient) -> None:
                 module(x).backward(gradient)
@@ -69,20 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.torchao", description=__doc__)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 256, 1024, 2048])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all figures")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rows = measure(arguments.sizes, arguments.rounds)
+    rows = measure(arguments.cases, arguments.sizes, arguments.rounds)
     table = Table(title="A step of torchao's simulators, processor time in µs", title_justify="left")
     for heading in ("simulator", "size", "torchao", "compiled", "on the engine", "ratios"):
         table.add_column(heading, justify="left" if heading == "simulator" else "right")
     for row in rows:
         seconds = row["seconds"]
-        figures = [f"{1e6 * each:,.0f}" for each in seconds.values()]
-        ratios = [f"{seconds[whose] / seconds['native']:.2f}×" for whose in seconds if whose != "native"]
+        contenders = [whose for whose in ("torchao", "torchao, compiled") if whose in seconds]
+        figures = [f"{1e6 * seconds[whose]:,.0f}" if whose in seconds else "" for whose in _COLUMNS]
+        ratios = [f"{seconds[whose] / seconds['native']:.2f}×" for whose in contenders]
         table.add_row(row["case"], f"{row['size']}²", *figures, ", ".join(ratios))
     Console(width=110).print(table)
     if arguments.json:
