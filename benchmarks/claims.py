@@ -296,6 +296,16 @@ CLAIMS = {
         "what is around it, and a call costs no Python: that was not measured.",
         **_against("torchao, compiled", lambda row: True, "torchao's, compiled", _square),
     ),
+    "pt2e": Claim(
+        title="A fake quantizer of PT2E's is {} on this engine",
+        results="pt2e-avx2-2cores.json",
+        peer="`FusedMovingAvgObsFakeQuantize` of torchao 0.18.0, one C++ operator of torch's, forward and "
+        f"backward, beside the same object after `coreai_accelerate.torchao`. {_TURNS}",
+        against="int8 on one thread, in float32. Below 32,768 elements, so at 64², torch's operator runs, "
+        "behind some Python. Other jobs ran on both cores: times are the processor's, and longer than on an "
+        "idle machine.",
+        **_against("torchao", lambda row: True, "torchao's", _square),
+    ),
     "palettes": Claim(
         title="4-bit palettes of a 4096² weight are found {}",
         results="clustering-xeon-2cores.json",

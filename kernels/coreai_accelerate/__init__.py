@@ -65,8 +65,9 @@ def torchao(model: nn.Module) -> TorchaoReport:
 
     Those that give the same values, gradients and parameters bit for bit: ``IntxFakeQuantizer`` per token,
     and symmetric per channel or group, on float32; so what ``QATConfig`` prepares for integers, in linear
-    layers and embeddings. They become instances of a subclass of torchao's class, in place: the state of the
-    model, copies, and torchao's convert step are as before.
+    layers and embeddings. And of PT2E ``FakeQuantize`` and ``FusedMovingAvgObsFakeQuantize`` that observe
+    minimum and maximum, on float32 on a CPU. They become instances of a subclass of torchao's class, in
+    place: the state of the model, copies, and torchao's convert step are as before.
 
     Args:
         model: the prepared model. What it lacks simulators of torchao's, is left as it is.
