@@ -10,7 +10,9 @@ results bit for bit. What the engine cannot do the same goes to Apple's method, 
 ``COREAI_ACCELERATE=0`` leaves both packages alone; :func:`disable` takes everything back.
 """
 
+import importlib.metadata
 import os
+import warnings
 
 from torch import nn
 
@@ -44,13 +46,28 @@ def activate() -> None:
             "To fix: pip uninstall coreai-opt-fused, then pip install --force-reinstall --no-deps coreai-opt "
             "for Apple's package; or leave the call out"
         )
+    _tell_of_both_packages()
     from coreai_accelerate import palettization, pruning, quantization
 
-    for part in (quantization, pruning, palettization):
-        STATE.replacements += part.replacements()
-    for replacement in STATE.replacements:
+    found = [each for part in (quantization, pruning, palettization) for each in part.replacements()]
+    for replacement in found:
         replacement.apply()
+    STATE.replacements[:] = found
     STATE.is_active = True
+
+
+def _tell_of_both_packages() -> None:
+    try:
+        version = importlib.metadata.version("coreai-opt-fused")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    warnings.warn(
+        f"coreai-opt-fused {version} is installed beside Apple's coreai-opt, and both are imported as "
+        "coreai_opt: files of the one may have replaced files of the other. To fix: pip uninstall coreai-opt "
+        "coreai-opt-fused, then install the one that is wanted",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _is_wanted() -> bool:
@@ -77,8 +94,11 @@ def torchao(model: nn.Module) -> TorchaoReport:
 
     Raises:
         ImportError: torchao is missing, or too far from 0.18, which this was made for.
+        TypeError: ``model`` is no module.
         ValueError: ``COREAI_ACCELERATE`` is neither 0 nor 1.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if not _is_wanted():
         return TorchaoReport()
     try:
@@ -95,8 +115,6 @@ def disable() -> None:
 
     Apple's simulators made meanwhile run Apple's methods again.
     """
-    for replacement in reversed(STATE.replacements):
-        replacement.undo()
     STATE.replacements.clear()
     STATE.is_active = False
     if STATE.of_torchao:

@@ -1,16 +1,14 @@
 """Apple's k-means palettizer, with clustering of the engine.
 
-The palettizer builds its simulator by name, not through a registry: the plugin rebinds that name. Scalar
-blocks are clustered by :func:`coreai_kernels.kmeans_1d`, which is exact as Apple's is; vectors, masked blocks
-and all else go Apple's way.
+Scalar blocks are clustered by :func:`coreai_kernels.kmeans_1d`, which is exact as Apple's is; vectors, masked
+blocks and all else go Apple's way.
 """
 
 import torch
 from torch import Tensor
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, Replacement, fall_back, has_kernels
-from coreai_opt.palettization.kmeans import palettizer
+from coreai_accelerate.state import STATE, PickledAs, Replacement, fall_back, has_kernels
 from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
 
 __all__ = ["FusedKMeansFakePalettize", "replacements"]
@@ -18,8 +16,13 @@ __all__ = ["FusedKMeansFakePalettize", "replacements"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class FusedKMeansFakePalettize(_KMeansFakePalettize):
+class FusedKMeansFakePalettize(_KMeansFakePalettize, PickledAs):
     """Apple's simulator, which clusters scalars on the engine."""
+
+    _pickled_as = _KMeansFakePalettize
+
+    def _get_name(self) -> str:
+        return _KMeansFakePalettize.__name__  # a printed model looks as it did
 
     def _cluster_weights_1d(
         self, block_weight: Tensor, block_sensitivity: Tensor | None, num_clusters: int | None = None
@@ -69,7 +72,4 @@ class FusedKMeansFakePalettize(_KMeansFakePalettize):
 
 def replacements() -> list[Replacement]:
     """The simulator that the palettizer builds."""
-    namespace = vars(palettizer)
-    return [
-        Replacement("palettizer's simulator", namespace, "_KMeansFakePalettize", FusedKMeansFakePalettize)
-    ]
+    return [Replacement("palettizer's simulator", _KMeansFakePalettize, FusedKMeansFakePalettize)]

@@ -1,30 +1,69 @@
 """Apple's prune simulator, with masks of the engine."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, Replacement
-from coreai_opt.pruning.spec import PruneImplBase
+from coreai_accelerate.state import STATE, PickledAs, Replacement, fall_back, has_kernels
+from coreai_opt.pruning.spec import ChannelStructured
+from coreai_opt.pruning.spec.prune import _MagnitudePruneImpl
 
 __all__ = ["FusedMagnitudePrune", "replacements"]
 
-_Apple = PruneImplBase.REGISTRY["default"]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What Apple's mask is made by, as it was when the plugin was imported.
+_METHODS = {
+    name: getattr(_MagnitudePruneImpl, name)
+    for name in ("compute_mask", "_compute_unstructured_mask", "_compute_channel_mask")
+}
 
 
-class FusedMagnitudePrune(_Apple):  # type: ignore[misc, valid-type]
+class FusedMagnitudePrune(_MagnitudePruneImpl, PickledAs):
     """Apple's magnitude pruning, with the masks of the engine. Of equal magnitudes the first stay."""
 
-    @staticmethod
-    def _compute_unstructured_mask(weight: Tensor, sparsity: float) -> Tensor:
-        if not STATE.is_active or weight.numel() == 0:
-            return _Apple._compute_unstructured_mask(weight, sparsity)  # type: ignore[no-any-return]
-        return coreai_kernels.topk_mask(weight, _kept(weight.numel(), sparsity))
+    _pickled_as = _MagnitudePruneImpl
+
+    def _get_name(self) -> str:
+        return _MagnitudePruneImpl.__name__  # a printed model looks as it did
 
     @staticmethod
-    def _compute_channel_mask(weight: Tensor, sparsity: float, axis: int) -> Tensor:
-        if not STATE.is_active or weight.numel() == 0:
-            return _Apple._compute_channel_mask(weight, sparsity, axis)  # type: ignore[no-any-return]
-        return coreai_kernels.channel_mask(weight, _kept(weight.shape[axis], sparsity), axis, expanded=True)
+    def compute_mask(weight: Tensor, sparsity: float, pruning_scheme: Any) -> Tensor:
+        """Ones for what stays, zeros for what is pruned."""
+        if not 0 < sparsity < 1 or weight.numel() == 0:  # all ones or all zeros
+            return _MagnitudePruneImpl.compute_mask(weight, sparsity, pruning_scheme)  # type: ignore[no-any-return]
+        reason = _refusal(weight, pruning_scheme)
+        if reason is not None:
+            fall_back(reason)
+            return _MagnitudePruneImpl.compute_mask(weight, sparsity, pruning_scheme)  # type: ignore[no-any-return]
+        weight = weight.detach()
+        if isinstance(pruning_scheme, ChannelStructured):
+            axis = pruning_scheme.axis
+            return coreai_kernels.channel_mask(
+                weight, _kept(weight.shape[axis], sparsity), axis, expanded=True
+            )
+        return coreai_kernels.topk_mask(weight, _kept(weight.numel(), sparsity))
+
+
+def _refusal(weight: Tensor, scheme: Any) -> str | None:
+    """Why Apple's method computes the mask; None if the engine does."""
+    if not STATE.is_active:
+        return "not active"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "compiled or exported program"
+    if weight.dtype not in _DTYPES:
+        return str(weight.dtype).removeprefix("torch.")
+    if not has_kernels(weight):
+        return "no compiled library"
+    if any(getattr(_MagnitudePruneImpl, name) is not method for name, method in _METHODS.items()):
+        return "methods"
+    if isinstance(scheme, ChannelStructured):
+        if weight.dtype != torch.float32:  # of which Apple's norms are sums, which tie
+            return "channels of " + str(weight.dtype).removeprefix("torch.")
+        if not -weight.dim() <= scheme.axis < weight.dim():
+            return "axis"
+    return None
 
 
 def _kept(count: int, sparsity: float) -> int:
@@ -34,5 +73,4 @@ def _kept(count: int, sparsity: float) -> int:
 
 def replacements() -> list[Replacement]:
     """The prune simulator that specifications get by default."""
-    registry = PruneImplBase.REGISTRY
-    return [Replacement("prune simulator", registry, "default", FusedMagnitudePrune, old_key="apple")]
+    return [Replacement("prune simulator", _MagnitudePruneImpl, FusedMagnitudePrune)]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from coreai_accelerate.state import STATE, Replacement, fall_back, has_kernels
+from coreai_accelerate.state import STATE, PickledAs, Replacement, fall_back, has_kernels
 from coreai_kernels import Format, QuantConfig, RangeUpdate, ScaleFormat, Scheme, grid_shape
 from coreai_kernels.formats import NUMBER_FORMATS
 from coreai_kernels.ops import fake_quantize, observe_and_fake_quantize
 from coreai_kernels.runtime import Generation, Guarded, capture
 from coreai_opt.quantization.spec import qparams_calculator as calculators
 from coreai_opt.quantization.spec import range_calculator as ranges
-from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase, _DefaultFakeQuantizeImpl
+from coreai_opt.quantization.spec.fake_quantize import _DefaultFakeQuantizeImpl
 
 __all__ = ["FusedFakeQuantize", "replacements"]
 
@@ -49,13 +49,17 @@ _METHODS = (
     *("quantize", "dequantize", "get_block_size", "calculate_qparams", "_fused_fake_quant_dequant"),
     *("_quantize_int", "_quantize_float", "_dequantize_int", "_dequantize_float", "_select_int_offsets"),
 )
+_CALCULATOR_METHODS = (
+    *("forward", "compute_qparams", "get_qparams", "update_running_range", "_get_min_and_max_val"),
+    *("_compute_scale_zero_point_minval", "_compute_e8m0_scale", "_resolve_axis"),
+)
 _CALCULATOR_SLOTS = (
     *("dtype", "qscheme", "quant_min", "quant_max", "scale_dtype", "float_range", "averaging_constant"),
     *("_export_mode", "_initialized", "_granularity"),
-    *("forward", "compute_qparams", "get_qparams", "update_running_range", "_get_min_and_max_val"),
-    *("_compute_scale_zero_point_minval", "_compute_e8m0_scale"),
+    *_CALCULATOR_METHODS,
 )
-_RANGE_SLOTS = ("granularity", "quantization_target", "forward", "_generate_min_max", "_reshape_min_max")
+_RANGE_METHODS = ("forward", "_generate_min_max", "_reshape_min_max")
+_RANGE_SLOTS = ("granularity", "quantization_target", *_RANGE_METHODS)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -66,8 +70,10 @@ def _config(*arguments: Any) -> tuple[QuantConfig, Tensor]:
     return config, config.packed()
 
 
-class FusedFakeQuantize(_DefaultFakeQuantizeImpl):
+class FusedFakeQuantize(_DefaultFakeQuantizeImpl, PickledAs):
     """Apple's default fake quantizer, whose forward is the engine's."""
+
+    _pickled_as = _DefaultFakeQuantizeImpl
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign; what was captured for the settings before is stale, but for the training mode."""
@@ -79,9 +85,8 @@ class FusedFakeQuantize(_DefaultFakeQuantizeImpl):
         return _DefaultFakeQuantizeImpl.__name__  # a printed model looks as it did
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.pop("_captured", None)
-        return state
+        own = ("_captured", "_generation")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
@@ -145,8 +150,7 @@ def _refusal(module: FusedFakeQuantize, tensor: Tensor, calculator: Any, observe
         return "hooks"
     if _listens(torch_module._global_forward_hooks) or _listens(torch_module._global_forward_pre_hooks):
         return "hooks"
-    is_own = not {*_CALCULATOR_SLOTS[-7:]} & vars(calculator).keys()
-    if not is_own or {*_RANGE_SLOTS[-3:]} & vars(its_ranges).keys():
+    if {*_CALCULATOR_METHODS} & vars(calculator).keys() or {*_RANGE_METHODS} & vars(its_ranges).keys():
         return "methods"
     if not vars(calculator).get("_initialized", True) or calculator.scale.numel() == 0:
         return "first observation"
@@ -200,6 +204,9 @@ def _fused(module: FusedFakeQuantize, tensor: Tensor) -> Tensor | None:
     running = state[3]
     if state[0].shape != grid or state[0].device != tensor.device:
         fall_back("state of another shape")
+        return None
+    if any(each is not None and each.dtype == torch.float64 for each in state):
+        fall_back("float64")
         return None
     if running is not None and (running.shape != grid or running.dtype != tensor.dtype):
         fall_back("running range of another dtype")
@@ -307,5 +314,4 @@ def _guarded(module: FusedFakeQuantize) -> Guarded:
 
 def replacements() -> list[Replacement]:
     """The fake quantizer that specifications get by default."""
-    registry = FakeQuantizeImplBase.REGISTRY
-    return [Replacement("fake quantizer", registry, "default", FusedFakeQuantize, old_key="apple")]
+    return [Replacement("fake quantizer", _DefaultFakeQuantizeImpl, FusedFakeQuantize)]

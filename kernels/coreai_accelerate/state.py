@@ -1,7 +1,9 @@
 """What the plugin has replaced in Apple's package, and what it left to Apple's methods."""
 
+import copyreg
+import functools
+import inspect
 from collections import Counter
-from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
@@ -11,40 +13,58 @@ from torch import Tensor, nn
 from coreai_kernels import backends, native
 from coreai_kernels.runtime import fast_path_counts
 
-__all__ = ["STATE", "Replacement", "Status", "TorchaoReport", "fall_back", "has_kernels"]
+__all__ = ["STATE", "PickledAs", "Replacement", "Status", "TorchaoReport", "fall_back", "has_kernels"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replacement:
-    """One name of Apple's package that the plugin rebinds: an entry of a registry or of a module.
+    """A class of Apple's package whose new instances are of a subclass of the plugin's.
+
+    Where instances are made, not in a registry: configurations name Apple's class, with the plugin and
+    without, and those made earlier, or read from a file, are served.
 
     Attributes:
         what: its name, for :func:`coreai_accelerate.status`.
-        owner: the registry or namespace.
-        key: the entry.
-        value: what it becomes.
-        old_key: another key that keeps the old value, for specifications that name its class.
+        apple: the class.
+        fused: the subclass.
     """
 
     what: str
-    owner: MutableMapping[str, Any]
-    key: str
-    value: Any
-    old_key: str | None = None
-    _old: Any = None
+    apple: type
+    fused: type
 
     def apply(self) -> None:
-        """Rebind."""
-        self._old = self.owner[self.key]
-        self.owner[self.key] = self.value
-        if self.old_key is not None:
-            self.owner[self.old_key] = self._old
+        """From now on, calling Apple's class makes the subclass, while the plugin is active."""
+        if self.apple in _HAVE_NEW:
+            return
+        # For good: Python does not forget that a class had a __new__.
+        _HAVE_NEW.add(self.apple)
+        apple, fused = self.apple, self.fused
 
-    def undo(self) -> None:
-        """Bind what was bound before."""
-        self.owner[self.key] = self._old
-        if self.old_key is not None:
-            del self.owner[self.old_key]
+        def __new__(cls: type, *_: Any, **__: Any) -> Any:  # noqa: N807
+            return object.__new__(fused if cls is apple and STATE.is_active else cls)
+
+        # The constructor's arguments stay visible to who asks the class for them.
+        __new__.__signature__ = inspect.signature(apple.__init__)  # type: ignore[attr-defined, misc]
+        apple.__new__ = __new__  # type: ignore[assignment, method-assign]
+
+
+_HAVE_NEW: set[type] = set()
+
+
+class PickledAs:
+    """The last base of a subclass, of which a pickle is one of the class that it takes the place of."""
+
+    __slots__ = ()
+    _pickled_as: type
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As by default, with the other class: it can be loaded without the plugin."""
+        function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        if "_pickled_as" in vars(type(self)):  # else it is of a user's subclass
+            # Not __newobj__ itself, which pickle allows for the object's own class alone.
+            function, arguments = functools.partial(copyreg.__newobj__, self._pickled_as), ()  # type: ignore[attr-defined]
+        return function, arguments, *state
 
 
 @dataclass
@@ -63,11 +83,13 @@ def has_kernels(tensor: Tensor) -> bool:
 
     They are no faster than the methods that they would take the place of.
     """
-    return not tensor.is_cpu or native.extension is not None or backends.forced() is not None
+    if backends.forced() is not None:
+        return True
+    return native.extension is not None if tensor.is_cpu else tensor.device.type != "mps"
 
 
 def fall_back(reason: str) -> None:
-    """Count a call that goes to Apple's method."""
+    """Count a call that goes to Apple's method, or torchao's."""
     STATE.fallbacks[reason] += 1
 
 
@@ -91,12 +113,14 @@ class Status:
     Attributes:
         is_active: whether Apple's package runs on the engine.
         replaced: what is replaced.
-        fallbacks: calls that went to Apple's method since the process began, by reason.
+        torchao: how many of torchao's simulators run on the engine.
+        fallbacks: calls that went to Apple's or torchao's method since the process began, by reason.
         fast_path: :func:`coreai_kernels.runtime.fast_path_counts`.
     """
 
     is_active: bool
     replaced: tuple[str, ...]
+    torchao: int
     fallbacks: dict[str, int]
     fast_path: dict[str, Any]
 
@@ -104,4 +128,6 @@ class Status:
     def now(cls) -> "Status":
         """The current one."""
         replaced = tuple(each.what for each in STATE.replacements)
-        return cls(STATE.is_active, replaced, dict(STATE.fallbacks), fast_path_counts())
+        return cls(
+            STATE.is_active, replaced, len(STATE.of_torchao), dict(STATE.fallbacks), fast_path_counts()
+        )

@@ -4,6 +4,7 @@ The observer, or torch's fused operator, sees the extremes of the tensor's rows 
 it computes of them is its own. The tensor is then rounded by the engine, with that scale and zero point.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,8 @@ from torchao.quantization.pt2e.observer import (
 )
 
 import coreai_kernels
-from coreai_accelerate.state import fall_back
-from coreai_kernels import backends, native
+from coreai_accelerate.state import STATE, PickledAs, fall_back, has_kernels
+from coreai_kernels.ops.fake_quantize import has_tangent
 from coreai_kernels.reference.layout import from_memory_order, memory_order
 
 __all__ = ["FUSED", "FusedFakeQuantize", "FusedMovingAverageFakeQuantize", "refusal"]
@@ -41,16 +42,34 @@ _FEWEST = 1 << 15
 _ROWS = (64, 32, 16, 8, 4, 2, 1)
 
 
-class FusedFakeQuantize(FakeQuantize):  # type: ignore[misc]
+class OnTheEngine(PickledAs):
+    """A simulator of torchao's that runs on the engine: a copy does, too, and a pickle is torchao's."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As by default, where ``__reduce_ex__`` would give torchao's class."""
+        result = memo[id(self)] = object.__new__(type(self))
+        result.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[attr-defined]
+        if self in STATE.of_torchao:
+            STATE.of_torchao.add(result)  # type: ignore[arg-type]
+        return result
+
+
+class FusedFakeQuantize(FakeQuantize, OnTheEngine):  # type: ignore[misc]
     """PT2E's fake quantizer, which rounds on the engine."""
+
+    _pickled_as = FakeQuantize
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         """What torchao's forward returns."""
         return _forward(self, X, super().forward)
 
 
-class FusedMovingAverageFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
+class FusedMovingAverageFakeQuantize(FusedMovingAvgObsFakeQuantize, OnTheEngine):  # type: ignore[misc]
     """PT2E's fused fake quantizer, which rounds on the engine."""
+
+    _pickled_as = FusedMovingAvgObsFakeQuantize
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         """What torchao's forward returns."""
@@ -126,7 +145,9 @@ def _rows(module: Any, x: Tensor) -> tuple[Tensor | None, str]:
         reason = str(x.dtype).removeprefix("torch.")
     elif type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
         reason = "kind of tensor"  # torch has one kernel for a GPU, and the host would have to wait here
-    elif native.extension is None and backends.forced() is None:
+    elif has_tangent(x):
+        reason = "tangent"
+    elif not has_kernels(x):
         reason = "no compiled library"
     elif _is_listened_to(module.activation_post_process):
         reason = "hooks"

@@ -24,6 +24,8 @@ from torchao.quantization.quant_primitives import (
 import coreai_kernels
 from coreai_accelerate import torchao_pt2e
 from coreai_accelerate.state import STATE, TorchaoReport, fall_back, has_kernels
+from coreai_accelerate.torchao_pt2e import OnTheEngine
+from coreai_kernels.ops.fake_quantize import has_tangent
 
 __all__ = ["FusedIntxFakeQuantizer", "accelerate", "restore"]
 
@@ -33,6 +35,8 @@ _LEFT: dict[type, str] = {
     Float8FakeQuantizer: "its scale has a gradient, too",
     Int4WeightFakeQuantizer: "its scale has a gradient, too",
 }
+_METHODS = {"_per_token_forward", "_per_channel_or_group_forward", "_should_compute_qparams"}
+_INT32_MIN = -(2**31)
 _LEAST_SCALE = torch.finfo(torch.float32).smallest_normal  # unless the configuration has one
 
 
@@ -55,6 +59,10 @@ def accelerate(model: nn.Module) -> TorchaoReport:
             report.left[name] = _LEFT.get(kind, "a subclass")
         elif any(base.__name__ == "FakeQuantizeBase" for base in kind.__mro__):
             report.left[name] = "not a class of torchao"
+        elif "FakeQuantized" in kind.__name__ and not any(
+            isinstance(each, FakeQuantizerBase) for each in module.children()
+        ):
+            report.left[name] = "a layer that has no fake quantizers of its own"
     return report
 
 
@@ -66,8 +74,10 @@ def restore() -> None:
     STATE.of_torchao.clear()
 
 
-class FusedIntxFakeQuantizer(IntxFakeQuantizer):  # type: ignore[misc]
+class FusedIntxFakeQuantizer(IntxFakeQuantizer, OnTheEngine):  # type: ignore[misc]
     """torchao's integer fake quantizer, whose forward and gradient are the engine's."""
+
+    _pickled_as = IntxFakeQuantizer
 
     def forward(self, x: Tensor) -> Tensor:
         """What torchao's forward returns."""
@@ -77,10 +87,13 @@ class FusedIntxFakeQuantizer(IntxFakeQuantizer):  # type: ignore[misc]
         chooses, config = self._should_compute_qparams(), self.config
         if chooses:
             shape = x.shape[:-1] if isinstance(config.granularity, PerToken) else (len(x), x.shape[-1] // run)
-            scale = torch.empty(shape, device=x.device)
+            scale = torch.empty(shape, dtype=torch.float32, device=x.device)
             zero_point = torch.empty(shape, dtype=torch.int32, device=x.device)
         else:
             scale, zero_point = self.scale, self.zero_point
+            if zero_point.dtype == config.zero_point_precision == torch.float32:
+                whole = zero_point.to(torch.int32)
+                zero_point = whole if torch.equal(whole.float(), zero_point) else zero_point
             kinds = ((scale, torch.float32), (zero_point, torch.int32))
             if not all(_fits(tensor, dtype, x.numel() // run) for tensor, dtype in kinds):
                 fall_back("torchao: parameters of another kind")
@@ -97,20 +110,31 @@ class FusedIntxFakeQuantizer(IntxFakeQuantizer):  # type: ignore[misc]
             quant_max=high,
             eps=_LEAST_SCALE if config.eps is None else config.eps,
         )
-        self.scale, self.zero_point = scale, zero_point
+        if chooses:
+            if config.zero_point_precision == torch.float32:
+                # Of ranges that are not finite torchao's is NaN, and so is more of its output.
+                if zero_point.numel() and zero_point.amin().item() == _INT32_MIN:
+                    fall_back("torchao: not finite")
+                    return super().forward(x)  # type: ignore[no-any-return]
+                zero_point = zero_point.float()
+            self.scale, self.zero_point = scale, zero_point
         return output
 
     def _run(self, x: Tensor) -> int | None:
         """Elements of a block, which lie one after another; None where torchao's forward has to decide."""
         if not self.enabled:
             return None
-        reason = _refusal(self)
+        reason = _refusal(self) or ("methods" if _METHODS & vars(self).keys() else None)
+        if reason is None and self.config.zero_point_precision == torch.float32 and not x.is_cpu:
+            reason = "precision of the parameters"  # the host would have to wait
         if reason is None and x.dtype != torch.float32:
             reason = str(x.dtype).removeprefix("torch.")
         if reason is None and (type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.dim() < 2):
             reason = "kind of tensor"
         if reason is None and not x.is_contiguous():
             reason = "strides"
+        if reason is None and has_tangent(x):
+            reason = "tangent"
         if reason is None and not has_kernels(x):
             reason = "no compiled library"
         if reason is None:
@@ -139,7 +163,9 @@ def _refusal(module: IntxFakeQuantizer) -> str | None:
     if config.eps is not None and config.eps <= 0:
         return "scales of zero"
     # No precision of scales is the tensor's.
-    if config.scale_precision not in (None, torch.float32) or config.zero_point_precision != torch.int32:
+    if config.scale_precision not in (None, torch.float32):
+        return "precision of the parameters"
+    if config.zero_point_precision not in (torch.int32, torch.float32):
         return "precision of the parameters"
     if isinstance(granularity, PerToken):
         return "symmetric tokens" if config.is_symmetric else None

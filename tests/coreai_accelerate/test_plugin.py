@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -157,7 +158,7 @@ def test_subclasses_keep_their_methods() -> None:
     called = []
 
     @FakeQuantizeImplBase.register("mine")
-    class Mine(FakeQuantizeImplBase.REGISTRY["default"]):
+    class Mine(type(simulators(trained()[0])[0])):
         def _fused_fake_quant_dequant(self, *args, **kwargs):
             called.append(1)
             return super()._fused_fake_quant_dequant(*args, **kwargs)
@@ -210,6 +211,156 @@ def test_pruning_and_palettes() -> None:
     print(torch.equal(alone[0], found[0]), (alone[1] - found[1]).abs().max().item() < 1e-7)
     """
     assert run(script)[-2:] == ["True", "True"]
+
+
+def test_masks_are_the_engines_and_apples() -> None:
+    script = """
+    import coreai_kernels
+    from coreai_opt.pruning import MagnitudePruner
+    from coreai_opt.pruning.spec import ChannelStructured, PruneImplBase, Unstructured
+
+    apple, calls = PruneImplBase.REGISTRY["default"], []
+    for name in ("topk_mask", "channel_mask"):
+        given = getattr(coreai_kernels, name)
+        setattr(coreai_kernels, name, lambda *a, given=given, **k: calls.append(1) or given(*a, **k))
+    coreai_accelerate.activate()
+    model = MagnitudePruner(nn.Sequential(nn.Linear(64, 32))).prepare((torch.randn(2, 64),))
+    (simulator,) = [each for each in model.modules() if isinstance(each, apple)]
+    print(type(simulator).__name__, len(calls), coreai_accelerate.status().fallbacks)
+
+    def outcome(cls, *args):
+        try:
+            return cls.compute_mask(*args)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+
+    same = []
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.complex64):
+        weight = (torch.randperm(64 * 33 * 5).view(64, 33, 5) - 2999.75).to(dtype)
+        if dtype in (torch.float16, torch.bfloat16):  # whose magnitudes tie, but for powers of two
+            weight = (2.0 ** (torch.randperm(24).view(4, 6) - 12)).to(dtype)
+        for scheme in (Unstructured(), *(ChannelStructured(axis=axis) for axis in (0, -1, 7))):
+            for sparsity in (0.0, 0.3, 0.5, 0.99, 1.0):
+                one, other = (outcome(cls, weight, sparsity, scheme) for cls in (apple, type(simulator)))
+                same.append(torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other)
+    print(all(same), len(same))
+    print(*sorted(coreai_accelerate.status().fallbacks), sep=", ")
+    """
+    left = "axis, channels of bfloat16, channels of float16, complex64, float64, int32"
+    assert " ".join(run(script)) == f"FusedMagnitudePrune 1 {{}} True 120 {left}"
+
+
+CONFIGURATIONS = """
+    def kind(config):
+        model = Quantizer(nn.Sequential(nn.Linear(8, 16)), config).prepare((torch.randn(2, 8),))
+        return {type(each).__name__ for each in simulators(model)}
+"""
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_configurations_are_apples_with_and_without_the_plugin(mode: str) -> None:
+    script = f"""
+    {CONFIGURATIONS}
+    before = QuantizerConfig(execution_mode="{mode}")
+    coreai_accelerate.activate()
+    during = QuantizerConfig(execution_mode="{mode}")
+    print(kind(before), kind(during), before == during, QuantizationSpec() == QuantizationSpec())
+    coreai_accelerate.disable()
+    again = QuantizerConfig.from_dict(during.to_dict())
+    print(kind(before), kind(during), kind(again), kind(pickle.loads(pickle.dumps(during))), again == before)
+    """
+    fused, apples = "{'FusedFakeQuantize'}", "{'_DefaultFakeQuantizeImpl'}"
+    assert run(script) == [fused, fused, "True", "True", *[apples] * 4, "True"]
+
+
+def test_registries_stay_the_users() -> None:
+    script = """
+    from coreai_opt.quantization.spec.fake_quantize import FakeQuantizeImplBase
+    import inspect
+    registry, apple = FakeQuantizeImplBase.REGISTRY, FakeQuantizeImplBase.REGISTRY["default"]
+    before, arguments = dict(registry), inspect.signature(apple)
+    coreai_accelerate.activate()
+    print(dict(registry) == before, inspect.signature(apple) == arguments)
+    class Mine(apple):
+        pass
+    registry["default"] = registry["apple"] = Mine
+    coreai_accelerate.disable()
+    print(registry["default"] is Mine, registry["apple"] is Mine)
+    """
+    assert run(script) == ["True"] * 4
+
+
+def test_pickles_are_apples(tmp_path: Path) -> None:
+    """They load without the engine, and those that were made without it run on it."""
+    script = f"""
+    from coreai_opt.config.spec import CompressionTargetTensor
+    from coreai_opt.palettization.kmeans.kmeans_fake_palettize import _KMeansFakePalettize
+    from coreai_opt.pruning.spec import PruneImplBase, Unstructured
+    from coreai_opt.quantization.spec import QuantizationComponentFactory
+    coreai_accelerate.activate()
+    made = [
+        QuantizationComponentFactory.construct(QuantizationSpec(), CompressionTargetTensor.WEIGHT),
+        PruneImplBase.REGISTRY["default"](0.5, Unstructured()),
+    ]
+    weight = torch.linspace(-1, 1, 128).view(16, 8)
+    for _ in range(3): expected = [each(weight) for each in made]
+    print(*(type(each).__name__ for each in made))
+    torch.save([pickle.dumps(each) for each in made] + expected, {str(tmp_path / "made.pt")!r})
+    again = [pickle.loads(pickle.dumps(each, protocol)) for each in made for protocol in (0, 2, 5)]
+    print({{type(each) for each in again}} == {{type(each) for each in made}})
+    coreai_accelerate.disable()
+    print({{type(copy.deepcopy(each)) for each in made}} == {{type(each).__mro__[1] for each in made}})
+    """
+    assert run(script) == ["FusedFakeQuantize", "FusedMagnitudePrune", "True", "True"]
+    code = f"""
+import pickle, torch, coreai_opt
+one, two, *expected = torch.load({str(tmp_path / "made.pt")!r}, weights_only=False)
+weight = torch.linspace(-1, 1, 128).view(16, 8)
+for each, found in zip((one, two), expected):
+    each = pickle.loads(each)
+    print(type(each).__name__, torch.equal(each(weight), found))
+"""
+    without = {**os.environ, "PYTHONPATH": str(oracle.FOLDER), "COREAI_ACCELERATE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=without, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["_DefaultFakeQuantizeImpl", "True", "_MagnitudePruneImpl", "True"], (
+        done.stderr
+    )
+
+
+def test_buffers_in_float64_go_to_apples_method() -> None:
+    script = """
+    from coreai_opt.config.spec import CompressionTargetTensor
+    from coreai_opt.quantization.spec import QuantizationComponentFactory
+    found = []
+    for active in (False, True):
+        if active: coreai_accelerate.activate()
+        torch.manual_seed(0)
+        spec = QuantizationSpec(dtype=torch.uint8, qscheme="asymmetric", qformulation="minval")
+        one = QuantizationComponentFactory.construct(spec, CompressionTargetTensor.ACTIVATION)
+        for _ in range(3): one(torch.randn(16, 64))
+        one.double().disable_observer()
+        found.append(torch.stack([one(torch.randn(16, 64)) for _ in range(5)]))
+    print(torch.equal(*found), coreai_accelerate.status().fallbacks["float64"])
+    """
+    assert run(script) == ["True", "5"]
+
+
+def test_the_drop_in_beside_apples_package_is_told(tmp_path: Path) -> None:
+    facts = tmp_path / "coreai_opt_fused-9.9.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: coreai-opt-fused\nVersion: 9.9\n")
+    paths = os.pathsep.join([str(tmp_path), str(oracle.FOLDER), str(KERNELS)])
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "import coreai_opt, coreai_accelerate; coreai_accelerate.activate()"],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "coreai-opt-fused 9.9 is installed beside Apple's coreai-opt" in done.stderr
+    assert "To fix: pip uninstall coreai-opt coreai-opt-fused" in done.stderr
 
 
 def test_a_wrong_value_of_the_variable_is_an_error() -> None:

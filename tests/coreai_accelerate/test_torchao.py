@@ -17,6 +17,7 @@ from torchao.quantization import (
 )
 from torchao.quantization.qat import (
     Float8FakeQuantizeConfig,
+    Int8DynActInt4WeightQATQuantizer,
     IntxFakeQuantizeConfig,
     IntxFakeQuantizer,
     QATConfig,
@@ -169,6 +170,9 @@ def test_what_is_left_and_why() -> None:
     class Mine(IntxFakeQuantizer):
         pass
 
+    class NVFP4FakeQuantizedLinear(nn.Linear):
+        pass
+
     group = {"dtype": torch.int4, "group_size": 32}
     configs: dict[str, Any] = {
         "learning": IntxFakeQuantizeConfig(**group, range_learning=True, is_dynamic=False),
@@ -179,7 +183,7 @@ def test_what_is_left_and_why() -> None:
         "int4": Int4WeightFakeQuantizeConfig(),
     }
     modules = {name: FakeQuantizerBase.from_config(config) for name, config in configs.items()}
-    modules |= {"mine": Mine(IntxFakeQuantizeConfig(**group))}
+    modules |= {"mine": Mine(IntxFakeQuantizeConfig(**group)), "layer": NVFP4FakeQuantizedLinear(8, 8)}
     report = coreai_accelerate.torchao(nn.ModuleDict(modules))
     assert not report.replaced
     assert report.left == {
@@ -190,6 +194,7 @@ def test_what_is_left_and_why() -> None:
         "float8": "its scale has a gradient, too",
         "int4": "its scale has a gradient, too",
         "mine": "a subclass",
+        "layer": "a layer that has no fake quantizers of its own",
     }
 
 
@@ -249,6 +254,74 @@ def test_copies_pickles_and_compiled_programs() -> None:
     assert same(expected, [pickle.loads(pickle.dumps(module))(x)])
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     assert same(expected, [compiled(x)])
+
+
+def test_another_default_dtype() -> None:
+    found = []
+    for module in (IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"])) for _ in range(2)):
+        if found:
+            coreai_accelerate.torchao(module)
+        x = draw("plain", (4, 32))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found.append([module(x), module.scale, module.zero_point])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert same(*found)
+
+
+def test_copies_and_pickles_belong_to_who_made_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(module)
+    copied, pickled = copy.deepcopy(module), pickle.dumps(module)
+    again = pickle.loads(pickled)
+    assert (type(copied), type(again)) == (FusedIntxFakeQuantizer, IntxFakeQuantizer)
+    assert coreai_accelerate.status().torchao >= 2
+    assert b"coreai_accelerate" not in pickled
+    coreai_accelerate.disable()
+    assert (type(module), type(copied)) == (IntxFakeQuantizer, IntxFakeQuantizer)
+    assert coreai_accelerate.status().torchao == 0
+
+
+@pytest.mark.parametrize("kind", SPECIALS)
+def test_linear_layers_with_parameters_in_float32(kind: str) -> None:
+    """What ``Int8DynActInt4WeightQATQuantizer`` prepares: zero points are numbers in float32."""
+    found: list[list[torch.Tensor]] = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        quantizer = Int8DynActInt4WeightQATQuantizer(groupsize=32)
+        model = quantizer.prepare(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32)))
+        if found:
+            report = coreai_accelerate.torchao(model)
+            assert len(report.replaced) == 4
+            assert not report.left
+        seen = []
+        for seed in range(2):
+            x = draw(kind, (4 + seed, 3, 64)).requires_grad_()
+            output = model(x)
+            output.backward(torch.ones_like(output))
+            assert x.grad is not None
+            seen += [output.detach(), x.grad]
+        simulators = [each for each in model.modules() if isinstance(each, IntxFakeQuantizer)]
+        seen += [each for one in simulators for each in (one.scale, one.zero_point)]
+        found.append(seen + [each.grad for each in model.parameters() if each.grad is not None])
+    assert same(*found)
+
+
+def test_tangents_and_replaced_methods_are_torchaos() -> None:
+    module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(module)
+    x = draw("plain", (4, 32))
+    with pytest.raises(RuntimeError, match="jvp"):  # as torchao alone does
+        torch.func.jvp(module, (x,), (torch.ones_like(x),))
+    module._per_channel_or_group_forward = lambda x: x + 1
+    assert torch.equal(module(x), x + 1)
+    assert coreai_accelerate.status().fallbacks["torchao: methods"] > 0
+
+
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module; got NoneType"):
+        coreai_accelerate.torchao(None)  # type: ignore[arg-type]
 
 
 def test_disable_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 #include "cpu/palettes/split_windows.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
 
 #include "cpu/kernels.h"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from coreai_kernels.ops.fake_quantize import has_tangent
 from coreai_kernels.ops.fake_quantize import straight_through as with_straight_through
 from coreai_kernels.ops.library import define, implementation
 from coreai_kernels.reference import by_reciprocal as reference
@@ -112,7 +113,7 @@ def fake_quantize_by_reciprocal(
     options = (run, chooses, is_symmetric, float(quant_min), float(quant_max), eps)
     if straight_through:
         return with_straight_through(input, _forward, (scale, zero_point, *options))
-    if input.requires_grad and torch.is_grad_enabled():
+    if (input.requires_grad and torch.is_grad_enabled()) or has_tangent(input):  # torch refuses the latter
         return _ByReciprocal.apply(input, scale, zero_point, *options)  # type: ignore[no-any-return]
     return _forward(input.detach(), scale, zero_point, *options, False)[0]
 

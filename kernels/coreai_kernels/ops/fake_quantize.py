@@ -160,7 +160,7 @@ def records_gradient(operator: Callable[..., Any]) -> bool:
 def straight_through(input: Tensor, operator: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
     """Output of ``operator(input, *args, with_mask)``, in eager mode, with the straight-through gradient."""
     if not records_gradient(operator):
-        if not torch.compiler.is_compiling() and _has_tangent(input):
+        if not torch.compiler.is_compiling() and has_tangent(input):
             return _StraightThroughOfDual.apply(input, operator, args)  # type: ignore[no-any-return]
         if input.requires_grad and torch.is_grad_enabled():
             if torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -178,7 +178,7 @@ def _straight_through_for_tracer(
     return output.detach() + (passed - passed.detach()).nan_to_num()  # type: ignore[no-any-return]
 
 
-def _has_tangent(input: Tensor) -> bool:
+def has_tangent(input: Tensor) -> bool:
     """Whether the tensor carries a tangent of forward-mode differentiation."""
     level = forward_ad._current_level
     return level >= 0 and forward_ad.unpack_dual(input, level=level).tangent is not None
