@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 from collections import OrderedDict
 
 import pytest
@@ -274,6 +275,10 @@ def test_nothing_waits_for_the_device():
             simulator(weight).sum().backward()
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.11" and sys.version_info[:3] == (3, 13, 0),
+    reason="beside CPython 3.13.0 torch 2.10 compiles programs that miss changes of a module's attributes",
+)
 @pytest.mark.parametrize("warm", [False, True])
 def test_compiled_without_a_graph_break(warm):
     torch._dynamo.reset()
