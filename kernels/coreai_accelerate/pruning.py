@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, PickledAs, Replacement, fall_back, has_kernels
+from coreai_accelerate.state import STATE, PickledAs, Replacement, fall_back, has_kernels, is_traced
 from coreai_opt.pruning.spec import ChannelStructured
 from coreai_opt.pruning.spec.prune import _MagnitudePruneImpl
 
@@ -31,7 +31,9 @@ class FusedMagnitudePrune(_MagnitudePruneImpl, PickledAs):
     @staticmethod
     def compute_mask(weight: Tensor, sparsity: float, pruning_scheme: Any) -> Tensor:
         """Ones for what stays, zeros for what is pruned."""
-        if not 0 < sparsity < 1 or weight.numel() == 0:  # all ones or all zeros
+        # Else the mask is all ones or all zeros; a program that is compiled has no place for the count.
+        is_plain = 0 < sparsity < 1 and weight.numel() > 0 and not torch.compiler.is_compiling()
+        if not is_plain:
             return _MagnitudePruneImpl.compute_mask(weight, sparsity, pruning_scheme)  # type: ignore[no-any-return]
         reason = _refusal(weight, pruning_scheme)
         if reason is not None:
@@ -50,7 +52,7 @@ def _refusal(weight: Tensor, scheme: Any) -> str | None:
     """Why Apple's method computes the mask; None if the engine does."""
     if not STATE.is_active:
         return "not active"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_traced(weight):
         return "compiled or exported program"
     if weight.dtype not in _DTYPES:
         return str(weight.dtype).removeprefix("torch.")
@@ -61,6 +63,8 @@ def _refusal(weight: Tensor, scheme: Any) -> str | None:
     if isinstance(scheme, ChannelStructured):
         if weight.dtype != torch.float32:  # of which Apple's norms are sums, which tie
             return "channels of " + str(weight.dtype).removeprefix("torch.")
+        if weight.dim() == 1:
+            return "channels of one axis"
         if not -weight.dim() <= scheme.axis < weight.dim():
             return "axis"
     return None

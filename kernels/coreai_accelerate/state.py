@@ -8,12 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 
 from coreai_kernels import backends, native
 from coreai_kernels.runtime import fast_path_counts
 
-__all__ = ["STATE", "PickledAs", "Replacement", "Status", "TorchaoReport", "fall_back", "has_kernels"]
+__all__ = [
+    "STATE",
+    "PickledAs",
+    "Replacement",
+    "Status",
+    "TorchaoReport",
+    "fall_back",
+    "has_kernels",
+    "is_traced",
+]
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,16 @@ class Replacement:
         _HAVE_NEW.add(self.apple)
         apple, fused = self.apple, self.fused
 
-        def __new__(cls: type, *_: Any, **__: Any) -> Any:  # noqa: N807
-            return object.__new__(fused if cls is apple and STATE.is_active else cls)
+        def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+            made = fused if cls is apple and STATE.is_active else cls
+            following = super(apple, cls).__new__  # type: ignore[misc]
+            if following is object.__new__:
+                return following(made)
+            return following(made, *args, **kwargs)
 
         # The constructor's arguments stay visible to who asks the class for them.
         __new__.__signature__ = inspect.signature(apple.__init__)  # type: ignore[attr-defined, misc]
-        apple.__new__ = __new__  # type: ignore[assignment, method-assign]
+        apple.__new__ = staticmethod(__new__)  # type: ignore[assignment, method-assign]
 
 
 _HAVE_NEW: set[type] = set()
@@ -86,6 +100,16 @@ def has_kernels(tensor: Tensor) -> bool:
     if backends.forced() is not None:
         return True
     return native.extension is not None if tensor.is_cpu else tensor.device.type != "mps"
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether a program is being recorded or transformed, in which values cannot be asked for."""
+    return (
+        type(tensor) not in (Tensor, nn.Parameter)
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
 
 
 def fall_back(reason: str) -> None:

@@ -20,7 +20,7 @@ from torchao.quantization.pt2e.observer import (
 )
 
 import coreai_kernels
-from coreai_accelerate.state import STATE, PickledAs, fall_back, has_kernels
+from coreai_accelerate.state import STATE, PickledAs, fall_back, has_kernels, is_traced
 from coreai_kernels.ops.fake_quantize import has_tangent
 from coreai_kernels.reference.layout import from_memory_order, memory_order
 
@@ -47,12 +47,19 @@ class OnTheEngine(PickledAs):
 
     __slots__ = ()
 
+    def __copy__(self) -> Any:
+        """As :meth:`__deepcopy__`."""
+        return self._with_state(self.__reduce_ex__(4)[2], object.__new__(type(self)))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """As by default, where ``__reduce_ex__`` would give torchao's class."""
         result = memo[id(self)] = object.__new__(type(self))
-        result.__setstate__(copy.deepcopy(self.__reduce_ex__(4)[2], memo))  # type: ignore[attr-defined]
+        return self._with_state(copy.deepcopy(self.__reduce_ex__(4)[2], memo), result)
+
+    def _with_state(self, state: Any, result: Any) -> Any:
+        result.__setstate__(state)
         if self in STATE.of_torchao:
-            STATE.of_torchao.add(result)  # type: ignore[arg-type]
+            STATE.of_torchao.add(result)
         return result
 
 
@@ -105,7 +112,11 @@ def _levels(observer: Any) -> int:
 
 def _forward(module: Any, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Tensor:
     """The simulator on the engine, or ``torchaos`` forward."""
-    if torch.compiler.is_compiling() or module.fake_quant_enabled.item() != 1:
+    if torch.compiler.is_compiling():
+        return torchaos(x)
+    if is_traced(x):
+        return _left("compiled, traced or transformed", x, torchaos)
+    if module.fake_quant_enabled.item() != 1:
         return torchaos(x)
     rows, reason = _rows(module, x)
     if rows is None:
@@ -117,8 +128,7 @@ def _forward(module: Any, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Te
         return _left("values beyond 2**20, or not finite", x, torchaos)
     torchaos(extremes)  # torch's fused operator computes scale and zero point without observing, too
     scale, zero_point, observer = module.scale, module.zero_point, module.activation_post_process
-    count = len(rows) if module.is_per_channel else 1
-    if scale.shape != (count,) or zero_point.shape != (count,) or not scale.amin().item() >= _LEAST_SCALE:
+    if not _fit(module, len(rows) if module.is_per_channel else 1):
         fall_back("torchao: parameters of another kind")
         return _by_torch(module, x)
     output = coreai_kernels.fake_quantize_by_reciprocal(
@@ -136,6 +146,19 @@ def _forward(module: Any, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Te
     return output.view(x.shape) if x.is_contiguous() else from_memory_order(output, x.shape, memory_order(x))
 
 
+def _fit(module: Any, count: int) -> bool:
+    """Whether scale and zero point are of the usual kind and size."""
+    scale, zero_point, observer = module.scale, module.zero_point, module.activation_post_process
+    if (scale.dtype, zero_point.dtype) != (torch.float32, torch.int32):
+        return False
+    if scale.shape != (count,) or zero_point.shape != (count,):
+        return False
+    # Torch refuses zero points of channels that are no quantized values.
+    bounds = (observer.quant_min, observer.quant_max) if module.is_per_channel else (-_LARGEST, _LARGEST)
+    low, high = zero_point.aminmax()
+    return scale.amin().item() >= _LEAST_SCALE and low.item() >= bounds[0] and high.item() <= bounds[1]
+
+
 def _rows(module: Any, x: Tensor) -> tuple[Tensor | None, str]:
     """The tensor as rows that have a scale each, in the order of memory; or None, and why not."""
     reason: str | None = None
@@ -143,8 +166,8 @@ def _rows(module: Any, x: Tensor) -> tuple[Tensor | None, str]:
         reason = "few elements"
     elif x.dtype != torch.float32:
         reason = str(x.dtype).removeprefix("torch.")
-    elif type(x) not in (Tensor, nn.Parameter) or not x.is_cpu:
-        reason = "kind of tensor"  # torch has one kernel for a GPU, and the host would have to wait here
+    elif not x.is_cpu:
+        reason = "device"  # torch has one kernel for a GPU, and the host would have to wait here
     elif has_tangent(x):
         reason = "tangent"
     elif not has_kernels(x):

@@ -23,7 +23,7 @@ from torchao.quantization.quant_primitives import (
 
 import coreai_kernels
 from coreai_accelerate import torchao_pt2e
-from coreai_accelerate.state import STATE, TorchaoReport, fall_back, has_kernels
+from coreai_accelerate.state import STATE, TorchaoReport, fall_back, has_kernels, is_traced
 from coreai_accelerate.torchao_pt2e import OnTheEngine
 from coreai_kernels.ops.fake_quantize import has_tangent
 
@@ -125,8 +125,10 @@ class FusedIntxFakeQuantizer(IntxFakeQuantizer, OnTheEngine):  # type: ignore[mi
         if not self.enabled:
             return None
         reason = _refusal(self) or ("methods" if _METHODS & vars(self).keys() else None)
-        if reason is None and self.config.zero_point_precision == torch.float32 and not x.is_cpu:
-            reason = "precision of the parameters"  # the host would have to wait
+        if reason is None and self.config.zero_point_precision == torch.float32:
+            # The host looks at them.
+            reason = None if x.is_cpu else "precision of the parameters"
+            reason = "compiled, traced or transformed" if is_traced(x) else reason
         if reason is None and x.dtype != torch.float32:
             reason = str(x.dtype).removeprefix("torch.")
         if reason is None and (type(x) not in (Tensor, nn.Parameter) or x.numel() == 0 or x.dim() < 2):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torchao.quantization.pt2e as pt2e
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchao.quantization.pt2e import observer
 from torchao.quantization.pt2e.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -218,7 +220,7 @@ def test_what_is_left_and_why() -> None:
         ("block size", lambda: draw("plain", 3, 5)),
         ("strides", lambda: draw("plain", 8, 64)[:, ::2]),
         ("values beyond 2**20, or not finite", lambda: draw("large", 8, 64)),
-        ("kind of tensor", lambda: draw("plain", 8, 64).as_subclass(Mine)),
+        ("compiled, traced or transformed", lambda: draw("plain", 8, 64).as_subclass(Mine)),
         ("few elements", lambda: torch.empty(0, 8)),
     ],
 )
@@ -273,13 +275,57 @@ def test_copies_pickles_compiled_programs_and_disable() -> None:
         each.disable_observer()
     x = draw("plain", 8, 64)
     expected = [alone(x)]
-    assert same(expected, [copy.deepcopy(module)(x)])
+    for copied in (copy.deepcopy(module), copy.copy(module)):
+        assert type(copied) is FusedMovingAverageFakeQuantize
+        assert same(expected, [copied(x)])
     assert same(expected, [pickle.loads(pickle.dumps(module))(x)])
     assert same(expected, [torch.compile(module, backend="eager", fullgraph=True)(x)])
     _, other = pair("tensor")
     assert (type(module), type(other)) == (FusedMovingAverageFakeQuantize, FusedFakeQuantize)
     coreai_accelerate.disable()
     assert (type(module), type(other)) == (FusedMovingAvgObsFakeQuantize, FakeQuantize)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["tensor", "fused"])
+def test_parameters_in_other_dtypes_and_out_of_range(name: str, dtype: torch.dtype) -> None:
+    found = []
+    for module in pair(name):
+        x = draw("plain", 8, 64)
+        module(x)
+        module.disable_observer()
+        seen = [module.to(dtype)(x)]
+        module.float().zero_point.fill_(2**24 + 1)
+        found.append([*seen, module(x)])
+    assert same(*found)
+
+
+def test_a_zero_point_of_a_channel_that_is_no_quantized_value() -> None:
+    _, module = pair("channels")
+    module(draw("plain", 8, 64))
+    module.disable_observer()
+    module.zero_point.fill_(300)
+    with pytest.raises(RuntimeError, match="`zero_point` must be between `quant_min` and `quant_max`"):
+        module(draw("plain", 8, 64))
+
+
+@pytest.mark.parametrize("name", ["tensor", "fused"])
+def test_transformed_and_traced(name: str) -> None:
+    found = []
+    for module in pair(name):
+        x = draw("plain", 8, 64)
+        module(x)
+        seen = (
+            [torch.func.grad(lambda x, module=module: module(x).square().sum())(x)] if name == "fused" else []
+        )
+        module.disable_observer()
+        seen.append(torch.func.grad(lambda x, module=module: module(x).square().sum())(x))
+        seen.append(make_fx(module)(x)(x * 2) if name == "fused" else torch.func.vmap(module)(x))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            shape = module(mode.from_tensor(x)).shape if name == "fused" else x.shape
+        seen.append(torch.tensor(shape))
+        found.append([each.detach() for each in seen])
+    assert same(*found)
 
 
 def network() -> nn.Module:
