@@ -116,6 +116,8 @@ def _forward(module: Any, x: Tensor, torchaos: Callable[[Tensor], Tensor]) -> Te
         return torchaos(x)
     if is_traced(x):
         return _left("compiled, traced or transformed", x, torchaos)
+    if not x.is_cpu:  # torch has one kernel for a GPU, and the host would wait in the next line
+        return _left("device", x, torchaos)
     if module.fake_quant_enabled.item() != 1:
         return torchaos(x)
     rows, reason = _rows(module, x)
@@ -166,8 +168,6 @@ def _rows(module: Any, x: Tensor) -> tuple[Tensor | None, str]:
         reason = "few elements"
     elif x.dtype != torch.float32:
         reason = str(x.dtype).removeprefix("torch.")
-    elif not x.is_cpu:
-        reason = "device"  # torch has one kernel for a GPU, and the host would have to wait here
     elif has_tangent(x):
         reason = "tangent"
     elif not has_kernels(x):
