@@ -4,7 +4,8 @@ PYTHON ?= python3
 # Where pip finds a smaller torch, if not in its own index: for example
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_FLAGS ?=
-PYTEST_FLAGS ?= -n 2 --dist worksteal
+# A test that hangs fails, with the place where it does.
+PYTEST_FLAGS ?= -n 2 --dist worksteal --timeout 900
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -109,7 +110,7 @@ sanitize: $(SETUP)
 FUZZ ?= 10
 fuzz: $(NATIVE) $(ORACLE)
 	FUZZ_EXAMPLES=$$((200 * $(FUZZ))) FUZZ_CALLS=$$((2000 * $(FUZZ))) FUZZ_START=$$(date +%s) \
-		$(BIN)/python -m pytest $(PYTEST_FLAGS) tests/fuzz tests/parity/test_sequences.py tests/kernels/test_backends_agree.py
+		$(BIN)/python -m pytest $(PYTEST_FLAGS) --timeout 0 tests/fuzz tests/parity/test_sequences.py tests/kernels/test_backends_agree.py
 
 build: $(NATIVE)
 

@@ -79,9 +79,15 @@ def train(model: nn.Module, pruner: MagnitudePruner, quantizer: Quantizer, path:
 
 
 def forked(work: Callable[..., None], *args: Any) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process = multiprocessing.get_context("fork").Process(target=_with_one_thread, args=(work, *args))
     process.start()
     return process
+
+
+def _with_one_thread(work: Callable[..., None], *args: Any) -> None:
+    # OpenMP's others, which an earlier test may have started, are not forked: it would wait for them for ever.
+    torch.set_num_threads(1)
+    work(*args)
 
 
 def end_as_if_not_killed(folder: Path) -> int:
