@@ -85,7 +85,7 @@ def forked(work: Callable[..., None], *args: Any) -> Any:
 
 
 def _with_one_thread(work: Callable[..., None], *args: Any) -> None:
-    # OpenMP's others, which an earlier test may have started, are not forked: it would wait for them for ever.
+    # OpenMP's other threads, if an earlier test started any, are not forked: it would wait for them for ever.
     torch.set_num_threads(1)
     work(*args)
 

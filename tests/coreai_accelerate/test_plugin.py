@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from coreai_kernels import native
+from tests import forked
 from tests.parity import oracle
 
 KERNELS = oracle.ROOT / "kernels"
@@ -21,12 +22,16 @@ pytestmark = [
     pytest.mark.skipif(native.extension is None, reason="without a compiled library Apple's methods run"),
 ]
 
-PRELUDE = """
-import copy, pickle, warnings
+PRELUDE = f"""
+import copy, pickle, sys, warnings
 warnings.simplefilter("ignore")
+sys.path.append({str(oracle.ROOT)!r})
+from tests.parity.torchao_patterns import keep_copies, keep_traces
+keep_traces()
 import torch
 from torch import nn
 import coreai_opt, coreai_accelerate
+keep_copies()
 coreai_accelerate.disable()  # where the distribution is installed, the import has activated it
 from coreai_opt.quantization import ModuleQuantizerConfig, QuantizationSpec, Quantizer, QuantizerConfig
 
@@ -48,14 +53,8 @@ def trained(mode="eager", steps=4):
 
 
 def run(script: str, **environment: str) -> list[str]:
-    paths = os.pathsep.join([str(oracle.FOLDER), str(KERNELS)])
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PRELUDE + textwrap.dedent(script)],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    paths = [str(oracle.FOLDER), str(KERNELS)]
+    done = forked.run(textwrap.dedent(script), PRELUDE, paths, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split()
 

@@ -2,7 +2,7 @@
 
 It exchanges the functions of Triton's language anew for every launch and every function that a kernel calls,
 makes a table of all dtypes whenever it looks one up, and computes integers a second time in 64 bits, to see
-whether they overflow: positions in small tensors cannot, and ``triton_interpreted.py`` keeps that check.
+whether they overflow: positions in small tensors cannot, and ``make test-without-native`` keeps that check.
 """
 
 import contextlib

@@ -20,13 +20,15 @@ def main(job_file: str, result_file: str) -> None:
     sys.path[:0] = [job["package_folder"], *job["engine"]]
     torch.set_num_threads(1)
     if job.get("keep_traces"):
-        from .torchao_patterns import keep_traces
+        from . import torchao_patterns
 
-        keep_traces()
+        torchao_patterns.keep_traces()
     import coreai_opt
 
     if Path(job["package_folder"]).resolve() not in Path(str(coreai_opt.__file__)).resolve().parents:
         raise SystemExit(f"imported {coreai_opt.__file__}, not the package in {job['package_folder']}")
+    if job.get("keep_traces"):
+        torchao_patterns.keep_copies()
     if job["engine"]:
         import coreai_accelerate
 

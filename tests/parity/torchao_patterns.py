@@ -1,8 +1,11 @@
-"""Traces of torchao's small patterns, kept for as long as the oracle's process runs.
+"""Traces and copies of small patterns, kept for as long as the oracle's process runs.
 
 Apple's graph mode has torchao trace the same few dozen patterns (dropouts, batch norms, convolutions with one
 behind them) at each prepare, finalize and switch between training and evaluation: most of the time of its
 tests. What is traced depends on the pattern's code and on the shapes of its example inputs.
+
+Most of what is left are copies of some 560 patterns of its own at each prepare, since torch's matcher takes
+their second output off. It does so once where a pattern's copy is the same one each time.
 """
 
 import copy
@@ -13,8 +16,10 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from torch.fx import GraphModule
+from torch.fx.passes.utils import matcher_with_name_node_map_utils as matcher
 
-__all__ = ["keep_traces"]
+__all__ = ["keep_copies", "keep_traces"]
 
 _NAME = "_get_aten_graph_module_for_pattern"
 
@@ -29,6 +34,18 @@ def keep_traces() -> None:
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get(_NAME) is original:
             setattr(module, _NAME, kept)
+
+
+def keep_copies() -> None:
+    """Let Apple's package copy each pattern once. To be called after it is imported."""
+    from coreai_opt.quantization._graph import _annotation_pattern_registry as registry
+
+    split = functools.cache(matcher._split_to_graph_and_name_node_map)
+    copy_once = functools.cache(copy.deepcopy)
+    matcher._split_to_graph_and_name_node_map = split
+    registry.deepcopy = lambda value: (
+        copy_once(value) if isinstance(value, GraphModule) else copy.deepcopy(value)
+    )
 
 
 def _kept(trace: Callable[..., Any]) -> Callable[..., Any]:
