@@ -50,6 +50,10 @@ help:
 	@echo 'make doctor     what is installed and which backends run'
 	@echo 'make clean      remove build products (distclean: the environments, too)'
 
+# Two workers of two threads on two cores: OpenMP's threads would wait for each other by spinning, which is half of
+# the processor time.
+test test-fast test-without-native fuzz: export OMP_WAIT_POLICY := passive
+
 demo: $(NATIVE)
 	$(BIN)/python examples/digits_qat.py $(DEMO_FLAGS)
 	$(BIN)/python examples/controllers/composed.py

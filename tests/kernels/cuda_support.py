@@ -1,6 +1,7 @@
 """CUDA C++ without a GPU: compiled for the CPU to run, and by nvcc to look at."""
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -39,12 +40,24 @@ def includes(folder: Path) -> list[str]:
 def emulated(name: str, folder: Path, threads: int = 64, *defines: str) -> ctypes.CDLL:
     """``emulation/{name}.cpp``, whose blocks of so many threads take turns on the CPU.
 
-    What it registers with torch's dispatcher is for CPU tensors, in the namespace ``coreai_emulated``.
+    What it registers with torch's dispatcher is for CPU tensors, in the namespace ``coreai_emulated``. It is
+    compiled once for all workers of the tests.
     """
     if COMPILER is None:
         pytest.skip("no C++ compiler")
+    shared = folder.parents["PYTEST_XDIST_WORKER" in os.environ]
+    stem = "-".join([name, str(threads), *defines])
+    with (shared / f"{stem}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = shared / f"{stem}.so"
+        if not library.exists():
+            os.replace(_compile(name, folder, threads, *defines), library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(name: str, folder: Path, threads: int, *defines: str) -> Path:
     library = folder / f"{name}.so"
-    command = [COMPILER, "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
+    command = [str(COMPILER), "-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread"]
     command += [f"-DCOREAI_EMULATED_THREADS={threads}", *defines]
     command += [*includes(folder), f"-I{ROOT / 'tests/kernels'}"]
     command += [f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", "-isystem", TORCH_HEADERS]
@@ -52,7 +65,7 @@ def emulated(name: str, folder: Path, threads: int = 64, *defines: str) -> ctype
     command += [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    return ctypes.CDLL(str(library))
+    return library
 
 
 def _with_schemas(
