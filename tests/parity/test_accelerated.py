@@ -172,7 +172,7 @@ def older(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     if not list(test_palettizer_older.FOLDER.glob(f"coreai_opt-{test_palettizer_older.VERSION}.dist-info")):
         pytest.skip(test_palettizer_older.INSTALL)
     folder = tmp_path_factory.mktemp("older")
-    job = {"module": "older_runs"}
+    job = {"module": "older_runs", "keep_traces": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "FOLDER", Path(test_palettizer_older.FOLDER))
         return [oracle.ask(job, folder, accelerated) for accelerated in (False, True)]

@@ -41,7 +41,7 @@ CONTINUED = tuple(
 )
 
 
-JOB = {"module": "graph_runs", "keep_traces": True}
+JOB = {"module": "graph_runs"}
 CALLS_JOB = JOB | {"probes": tuple(PROBES), "calls": tuple(CALLS)}
 
 ours = functools.cache(run)

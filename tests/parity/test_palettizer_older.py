@@ -27,7 +27,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Any:
         pytest.skip(INSTALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "FOLDER", FOLDER)
-        return oracle.ask({"module": "palettizer_older"}, tmp_path_factory.mktemp("older"))
+        return oracle.ask(
+            {"module": "palettizer_older", "keep_traces": False}, tmp_path_factory.mktemp("older")
+        )
 
 
 def state_of(answer: Any) -> dict[str, Tensor]:
