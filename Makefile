@@ -66,8 +66,8 @@ test: $(NATIVE) $(ORACLE)
 test-fast: $(NATIVE)
 	@$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow' $(FAST_TESTS)
 
-# A wheel built without a compiler, installed into a folder of its own, and the tests beside it: everything on the
-# reference, then fake quantizers on Triton's interpreter.
+# A wheel built without a compiler, installed into a folder of its own, and fast tests beside it: on the reference, then
+# fake quantizers on Triton's interpreter.
 test-without-native: $(SETUP)
 	rm -rf $(WITHOUT)
 	mkdir -p $(WITHOUT)/source
@@ -76,7 +76,7 @@ test-without-native: $(SETUP)
 	$(PIP) install -q --no-deps --target $(WITHOUT)/site $(WITHOUT)/*.whl
 	cp -r tests pyproject.toml $(WITHOUT)/site
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 $(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) \
-		-m 'not slow' tests/coreai_opt/quantization tests/coreai_opt/pruning tests/coreai_opt/palettization
+		-m 'not slow' $(filter tests/coreai_opt/%,$(FAST_TESTS))
 	cd $(WITHOUT)/site && COREAI_TEST_WITHOUT_NATIVE=1 TRITON_INTERPRET=1 COREAI_KERNELS_BACKEND=triton \
 		$(CURDIR)/$(BIN)/python -m pytest $(PYTEST_FLAGS) -k 'not compile' \
 		tests/coreai_opt/quantization/spec/test_fake_quantize.py tests/coreai_opt/quantization/test_modes.py

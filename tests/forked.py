@@ -5,13 +5,16 @@ modules are imported cannot be set by a script's environment: it is that of the 
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 __all__ = ["run"]
 
@@ -27,16 +30,27 @@ def run(script: str, imports: str, paths: list[str], **environment: str) -> subp
     """
     server = _server(imports, os.pathsep.join(paths))
     with tempfile.TemporaryDirectory() as folder:
-        request = {"script": script, "environment": environment, "folder": folder}
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process that imports failed: {imports}")
+        try:
+            code = _ask(server, {"script": script, "environment": environment, "folder": folder})
+        except (
+            BaseException
+        ):  # a test's time is over, say: the answer would be taken for that of another script
+            _end(server)
+            _server.cache_clear()
+            raise
         out, err = ((Path(folder) / name).read_text() for name in ("out", "err"))
-    return subprocess.CompletedProcess([script], int(answer), out, err)
+    return subprocess.CompletedProcess([script], code, out, err)
+
+
+def _ask(server: subprocess.Popen[str], request: dict[str, Any]) -> int:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    if not answer:
+        raise RuntimeError("the process that imports has ended; what it wrote is among the tests' output")
+    return int(answer)
 
 
 @functools.cache
@@ -47,17 +61,25 @@ def _server(imports: str, paths: str) -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    atexit.register(server.kill)
+    atexit.register(_end, server)
     return server
 
 
+def _end(server: subprocess.Popen[str]) -> None:
+    """End it, and the script that it runs."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
+
+
 def _serve(imports: str) -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what imports print is not an answer
-    names = {"__name__": "__main__"}
+    answers, requests = os.fdopen(os.dup(1), "w"), os.fdopen(os.dup(0))
+    os.dup2(2, 1)  # what imports print is not an answer, and what scripts read no request
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    names: dict[str, Any] = {"__name__": "__main__"}
     exec(imports, names)
-    for line in sys.stdin:
+    for line in requests:
         child = os.fork()
         if child == 0:
             _run(json.loads(line), names)
@@ -66,7 +88,7 @@ def _serve(imports: str) -> None:
         answers.flush()
 
 
-def _run(request: dict, names: dict) -> None:
+def _run(request: dict[str, Any], names: dict[str, Any]) -> None:
     """In the child: run a script to the end of its process."""
     os.environ.update(request["environment"])
     for name, descriptor in (("out", 1), ("err", 2)):

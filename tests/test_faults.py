@@ -80,7 +80,8 @@ def train(model: nn.Module, pruner: MagnitudePruner, quantizer: Quantizer, path:
 
 
 def forked(work: Callable[..., None], *args: Any) -> Any:
-    process = multiprocessing.get_context("fork").Process(target=_with_one_thread, args=(work, *args))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_with_one_thread, args=(work, *args), daemon=True)
     process.start()
     return process
 
