@@ -2,12 +2,11 @@
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import coreai_kernels
+from tests import forked
 
 __all__ = ["INSTALL", "ask", "find"]
 
@@ -28,11 +27,11 @@ def find() -> bool:
 
 
 def ask(job: dict[str, Any], folder: Path, accelerated: bool = False) -> Any:
-    """The answer of `jobs.main` to ``job``; ``folder`` receives the files in between.
+    """The answer of `jobs.main` to ``job``, in a process of its own; ``folder`` receives its files.
 
     Args:
-        job: what to do.
-        folder: for the files.
+        job: what to do. ``keep_traces``: False for a release that `torchao_patterns` is not for.
+        folder: for files in between.
         accelerated: with the plugin that puts the engine under Apple's package.
 
     Raises:
@@ -40,25 +39,19 @@ def ask(job: dict[str, Any], folder: Path, accelerated: bool = False) -> Any:
     """
     folder.mkdir(parents=True, exist_ok=True)
     job_file, result_file = folder / "job.pickle", folder / "result.pickle"
+    job_file.write_bytes(pickle.dumps(job))
     # The engine under test, and the plugin's source in case that it is not installed beside it.
     engine = [str(Path(str(coreai_kernels.__file__)).parents[1]), str(ROOT / "kernels")]
-    facts = {"package_folder": str(FOLDER.resolve()), "engine": engine if accelerated else []}
-    job_file.write_bytes(pickle.dumps(job | facts))
-    # -P and no PYTHONPATH: the package under test must be the one in the oracle's folder, whoever starts us.
-    program = (
-        f"import sys; sys.path.append({str(ROOT)!r}); "
-        f"from {__package__}.jobs import main; main(*sys.argv[1:])"
+    # The package under test must be the one in the oracle's folder, whoever starts us. The plugin may be
+    # installed here, and would be activated by the import.
+    package = str(FOLDER.resolve())
+    imports = (
+        f"import os, sys; sys.path.append({str(ROOT)!r}); os.environ['COREAI_ACCELERATE'] = '0'; "
+        f"from {__package__}.jobs import load, main; "
+        f"load({package!r}, {job.get('keep_traces', True)})"
     )
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    # The plugin may be installed here, and would be activated by the import.
-    environment["COREAI_ACCELERATE"] = str(int(accelerated))
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program, str(job_file), str(result_file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    script = f"main({str(job_file)!r}, {str(result_file)!r}, {accelerated})"
+    done = forked.run(script, imports, [package, *engine], COREAI_ACCELERATE=str(int(accelerated)))
     if done.returncode:
         raise RuntimeError(f"the oracle process failed:\n{done.stderr[-5000:]}")
     return pickle.loads(result_file.read_bytes())
