@@ -32,9 +32,8 @@ def run(script: str, imports: str, paths: list[str], **environment: str) -> subp
     with tempfile.TemporaryDirectory() as folder:
         try:
             code = _ask(server, {"script": script, "environment": environment, "folder": folder})
-        except (
-            BaseException
-        ):  # a test's time is over, say: the answer would be taken for that of another script
+        except BaseException:
+            # A test's time is over, say: another script would get this one's answer.
             _end(server)
             _server.cache_clear()
             raise

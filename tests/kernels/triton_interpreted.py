@@ -58,12 +58,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
-def interpreter() -> Iterator[None]:
+def load() -> Iterator[Any]:
+    """Under the faster interpreter: what Triton's ``load`` is outside of it."""
     import triton.language as tl
 
     load = tl.load
     with faster_interpreter():
-        yield
+        yield load
     assert tl.load is load
 
 
@@ -236,10 +237,13 @@ def test_masks(content: str, layout: str) -> None:
         check_product("triton", "cpu", weight, Weight((4, 8, 3, 6), "special", "contiguous", dtype))
 
 
-def test_random_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_calls(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.language as tl
+
     monkeypatch.setattr(test_backends_agree, "TESTED", "triton")
     with ck.use_backend("triton"):
         assert [random_calls.run(seed, blocks=8) for seed in range(4)] == [15] * 4
+    assert tl.load is not load
 
 
 def test_every_update_is_here() -> None:
