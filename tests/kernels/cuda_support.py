@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ TORCH_HEADERS = str(Path(torch.__file__).parent / "include")
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 _libraries = {name: torch.library.Library(name, "DEF") for name in ("coreai_emulated", "coreai_recorded")}
+_registered: set[str] = set()
 
 
 def includes(folder: Path) -> list[str]:
@@ -68,27 +69,25 @@ def _compile(name: str, folder: Path, threads: int, *defines: str) -> Path:
     return library
 
 
-def _with_schemas(
-    namespace: str, operators: Sequence[str], library: Callable[[], ctypes.CDLL]
-) -> ctypes.CDLL:
-    for operator in operators:
-        schema = str(getattr(torch.ops.coreai_kernels, operator).default._schema)
-        _libraries[namespace].define(schema.removeprefix("coreai_kernels::"))
-    loaded = library()
-    torch.ops.load_library(loaded._name)
-    return loaded
+def _with_schemas(namespace: str, operators: Sequence[str], library: ctypes.CDLL) -> ctypes.CDLL:
+    # The fixtures of a module are set up again when a worker returns to it; what was registered stays.
+    if library._name not in _registered:
+        for operator in operators:
+            schema = str(getattr(torch.ops.coreai_kernels, operator).default._schema)
+            _libraries[namespace].define(schema.removeprefix("coreai_kernels::"))
+        torch.ops.load_library(library._name)
+        _registered.add(library._name)
+    return library
 
 
 def emulated_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
     """The same, with the schemas of such operators of ``coreai_kernels`` for what it registers."""
-    return _with_schemas("coreai_emulated", operators, lambda: emulated(name, folder))
+    return _with_schemas("coreai_emulated", operators, emulated(name, folder))
 
 
 def recorded_operators(name: str, operators: Sequence[str], folder: Path) -> ctypes.CDLL:
     """The same in ``coreai_recorded``; kernels are not run, but told to whom ``tell`` names."""
-    return _with_schemas(
-        "coreai_recorded", operators, lambda: emulated(name, folder, 256, "-DCOREAI_RECORDED")
-    )
+    return _with_schemas("coreai_recorded", operators, emulated(name, folder, 256, "-DCOREAI_RECORDED"))
 
 
 def build_emulated_gpu(folder: Path, *defines: str, threads: int = 64) -> None:
