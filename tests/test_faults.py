@@ -28,7 +28,7 @@ from coreai_opt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMag
 from coreai_opt.pruning.config import PolynomialDecaySchedule
 from coreai_opt.pruning.spec import PruningSpec
 from coreai_opt.quantization import Quantizer, QuantizerConfig
-from tests import forked as clean
+from tests import forked
 from tests.kernels.support import assert_same_bits
 from tests.threads import together
 
@@ -79,7 +79,7 @@ def train(model: nn.Module, pruner: MagnitudePruner, quantizer: Quantizer, path:
             coreai_opt.save_checkpoint(model, path)
 
 
-def forked(work: Callable[..., None], *args: Any) -> Any:
+def child(work: Callable[..., None], *args: Any) -> Any:
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_with_one_thread, args=(work, *args), daemon=True)
     process.start()
@@ -95,27 +95,29 @@ def _with_one_thread(work: Callable[..., None], *args: Any) -> None:
 def end_as_if_not_killed(folder: Path) -> int:
     """Train in processes that are killed at random moments; return how many were. The caller never trains."""
     importlib.import_module("torch._dynamo")  # optimizers do, which takes longer than a process may live
-    whole = forked(train, *prepared(), folder / "whole.safetensors")
+    whole = child(train, *prepared(), folder / "whole.safetensors")
     whole.join()
     expected = coreai_opt.load_checkpoint(network(), folder / "whole.safetensors").model.state_dict()
     path = folder / "killed" / "model.safetensors"
     path.parent.mkdir()
-    choose, kills = random.Random(1), 0
+    choose, kills, longest = random.Random(1), 0, 0.4
     state: Any = prepared()
     for _ in range(200):
         if steps_of(state[1]) == STEPS:
             break
-        process = forked(train, *state, path)
-        process.join(choose.uniform(0.05, 0.4))
+        process = child(train, *state, path)
+        process.join(choose.uniform(0.05, longest))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
             kills += 1
             process.join()
+        before = steps_of(state[1])
         if path.exists():
-            before = steps_of(state[1])
             model, compressors = coreai_opt.load_checkpoint(network(), path)
             state = (model, *compressors)
             assert steps_of(state[1]) >= before
+        if steps_of(state[1]) == before:  # on a busy machine a step takes longer than any of them lived
+            longest *= 1.5
     assert steps_of(state[1]) == STEPS
     found = state[0].state_dict()
     assert list(found) == list(expected)
@@ -134,7 +136,7 @@ def test_killed_while_it_trains_and_saves(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) > 0
 
@@ -155,7 +157,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path: Path) -> None:
             os._exit(3)
         os._exit(0)
 
-    process = forked(save)
+    process = child(save)
     process.join()
     assert process.exitcode == 3
     assert path.read_bytes() == content
@@ -171,7 +173,7 @@ def as_nobody(work: Callable[[], None]) -> int:
             os.setuid(65534)
         work()
 
-    process = forked(run)
+    process = child(run)
     process.join()
     status: int = process.exitcode
     return status
@@ -253,7 +255,7 @@ def test_memory_that_ends_in_a_forward_leaves_the_simulator_as_it_was() -> None:
     # Not forked from here: an earlier test may have left as much free memory as the output takes.
     script = f"from {__name__} import memory_ends_in_a_forward; memory_ends_in_a_forward()"
     imports = f"import warnings; warnings.simplefilter('ignore'); import {__name__}"
-    done = clean.run(script, imports, [str(Path(__file__).parents[1]), *filter(None, sys.path)])
+    done = forked.run(script, imports, [str(Path(__file__).parents[1]), *filter(None, sys.path)])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
