@@ -171,7 +171,7 @@ def test_killed_while_it_exports_or_searches(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TQDM_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=800)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     kills = dict(line.split()[:2] for line in done.stdout.splitlines())
     assert list(kills) == list(CASES)

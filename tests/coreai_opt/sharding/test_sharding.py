@@ -27,7 +27,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
         check=False,
         cwd=ROOT,
         env=ENVIRONMENT,
