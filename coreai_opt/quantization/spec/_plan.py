@@ -42,7 +42,7 @@ _MOST_PLANS = 256
 STATE = ("scale", "zero_point", "minval", "running_min", "running_max")
 
 _FORWARD_METHODS = ("forward", "calculate_qparams", "_forward_in_parts", "_simulate")
-_SIMULATION_METHODS = ("quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant")
+_SIMULATION_METHODS = ("get_block_size", "_fused_fake_quant_dequant")
 
 _RANGE_METHODS = ("forward", "get_block_size", "_generate_min_max", "_reshape_min_max")
 _CALCULATOR_METHODS = ("forward", "compute_qparams", "_get_min_and_max_val", "_store", "update_running_range")

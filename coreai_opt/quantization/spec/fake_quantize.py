@@ -334,7 +334,12 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
 
 @FakeQuantizeImplBase.register("default")
 class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
-    """Fake quantization on the fused kernels, with the straight-through gradient."""
+    """Fake quantization on the fused kernels, with the straight-through gradient.
+
+    A subclass simulates in the same way, in the blocks of its :meth:`get_block_size`. Its own
+    :meth:`quantize` takes part in exports alone; to simulate through it, derive from
+    :class:`FakeQuantizeImplBase`.
+    """
 
     def quantize(
         self,
@@ -385,9 +390,23 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
             tensor, *qparams, block_size=block_size, quant_min=quant_min, format=fmt, dtype=output_dtype
         )
 
+    def _fused_fake_quant_dequant(
+        self, tensor: Tensor, scale: Tensor, zero_point: Tensor | None, minval: Tensor | None
+    ) -> Tensor:
+        """Quantize and dequantize in one kernel; the methods of these names are not called."""
+        qparams = (scale, zero_point, minval)
+        if not _is_exporting():
+            return self._straight_through(tensor, qparams)
+        built_in = _DefaultFakeQuantizeImpl
+        q = built_in.quantize(self, tensor, *qparams, cast_to_target_dtype=False)
+        return built_in.dequantize(self, q, *qparams)
+
     def _simulate(self, tensor: Tensor, qparams: QParams) -> Tensor:
         if _is_exporting() or not self._simulates_as_built_in():
             return super()._simulate(tensor, qparams)
+        return self._straight_through(tensor, qparams)  # the kernels convert to float32 themselves
+
+    def _straight_through(self, tensor: Tensor, qparams: QParams) -> Tensor:
         if tensor.numel() == 0:  # whatever the blocks
             return tensor.clone()
         plan = plan_for(self, tensor)

@@ -143,8 +143,8 @@ def test_a_declined_boundary_leaves_its_neighbours_quantized() -> None:
 def own_classes() -> Iterator[None]:
     @FakeQuantizeImplBase.register("halved")
     class Halved(FakeQuantizeImplBase.get_class("default")):  # type: ignore[misc]
-        def dequantize(self, *args: Any, **kwargs: Any) -> Tensor:
-            return super().dequantize(*args, **kwargs) / 2
+        def _fused_fake_quant_dequant(self, *args: Any, **kwargs: Any) -> Tensor:
+            return super()._fused_fake_quant_dequant(*args, **kwargs) / 2
 
     @QParamsCalculatorBase.register("widened")
     class Widened(StaticQParamsCalculator):

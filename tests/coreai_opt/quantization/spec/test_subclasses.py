@@ -1,5 +1,7 @@
 """Users' own quantizers, calculators and range calculators, registered under a key and named in a spec."""
 
+import functools
+
 import pytest
 import torch
 
@@ -54,24 +56,57 @@ def test_they_are_with_observation_off_too(make, x, rounding):
     assert [call[0] for call in rounding] == ["quantize", "dequantize"]
 
 
-@pytest.mark.parametrize("method", ["quantize", "dequantize"])
-def test_a_method_overridden_in_a_subclass_of_the_default(make, x, registration, method):
+@pytest.mark.parametrize("on", ["class", "instance"])
+@pytest.mark.parametrize("method", ["quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant"])
+def test_a_method_that_hands_on_to_the_default_keeps_values_and_gradient(make, x, registration, method, on):
     calls = []
 
     def override(self, *args, **kwargs):
         calls.append(method)
         return getattr(DEFAULT, method)(self, *args, **kwargs)
 
-    registration(FakeQuantizeImplBase, "mine")(type("Mine", (DEFAULT,), {method: override}))
-    module = make(fake_quantize_cls="mine")
-    assert torch.equal(module(x), make()(x))
-    assert calls == [method]
+    if on == "class":
+        registration(FakeQuantizeImplBase, "mine")(type("Mine", (DEFAULT,), {method: override}))
+        module = make(fake_quantize_cls="mine")
+    else:
+        module = make()
+        module(x)
+        setattr(module, method, functools.partial(override, module))
+    default = make()
+    for observes in (True, True, False, False):
+        for each in (module, default):
+            each.enable_observer(observes)
+        given, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+        assert torch.equal(module(given), default(expected))
+        (gradient,) = torch.autograd.grad(module(given).square().sum(), given)
+        (wanted,) = torch.autograd.grad(default(expected).square().sum(), expected)
+        assert wanted.any()
+        assert torch.equal(gradient, wanted)
+    # Training goes through one kernel, as Apple's does: it calls neither quantize nor dequantize.
+    assert bool(calls) == (method in ("get_block_size", "_fused_fake_quant_dequant"))
+
+
+def test_blocks_of_a_subclass(make, x, registration):
+    @registration(FakeQuantizeImplBase, "rows")
+    class Rows(DEFAULT):
+        def get_block_size(self, tensor_shape):
+            return 1, tensor_shape[1]
+
+    module = make(fake_quantize_cls="rows")
+    scale = torch.rand(len(x), 1) + 0.1
+    zero_point = torch.ones_like(scale, dtype=torch.int32)
+    output = module._fused_fake_quant_dequant(x, scale, zero_point, torch.zeros_like(scale))
+    rows = [
+        make()._fused_fake_quant_dequant(row[None], size[None], zero_point[:1], torch.zeros(1, 1))
+        for row, size in zip(x, scale, strict=True)
+    ]
+    assert torch.equal(output, torch.cat(rows))
 
 
 def test_a_method_replaced_on_the_instance(make, x):
     module = make()
     module(x)
-    module.dequantize = lambda tensor, *args: torch.zeros_like(tensor)
+    module._fused_fake_quant_dequant = lambda tensor, *args: torch.zeros_like(tensor)
     assert not module(x).any()
 
 
