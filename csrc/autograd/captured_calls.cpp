@@ -138,20 +138,30 @@ class Switch {
   int64_t value_;
 };
 
-// A class whose attributes, with those of its bases, have to stay: Python renews the tag when any is assigned.
+// A class whose attributes, with those of its bases, have to stay: Python renews the tag when any is assigned. What a
+// slot holds of it must not get another class, either.
 class Class {
  public:
-  explicit Class(PyObject* type) : type_(type), tag_(now()) {}
-  bool holds() const { return tag_ != 0 && now() == tag_; }
+  Class(PyObject* type, const std::vector<Slot>& slots) : type_(type), tag_(now()) {
+    for (const Slot& slot : slots) {
+      if (slot.value() && is_of(slot.value())) instances_.emplace_back(slot.value());
+    }
+  }
+  bool holds() const {
+    return tag_ != 0 && now() == tag_ &&
+           std::all_of(instances_.begin(), instances_.end(), [this](PyObject* one) { return is_of(one); });
+  }
 
  private:
   unsigned int now() const {
     return static_cast<unsigned int>(
         __atomic_load_n(&reinterpret_cast<PyTypeObject*>(type_.get())->tp_version_tag, __ATOMIC_RELAXED));
   }
+  bool is_of(PyObject* object) const { return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(type_.get()); }
 
   Ref type_;
   unsigned int tag_;
+  std::vector<PyObject*> instances_;  // which the slots keep
 };
 
 // A dictionary of hooks that has to keep its entries. Torch numbers hooks: no two have the same key.
@@ -203,7 +213,9 @@ class Guard {
     const auto is_dict = [](PyObject* x) { return PyDict_Check(x); };
     for (PyObject* one : python::elements(hooks, is_dict, "hooks must be a list of dict")) hooks_.emplace_back(one);
     const auto is_class = [](PyObject* x) { return PyType_Check(x); };
-    for (PyObject* type : python::elements(classes, is_class, "classes must be a list of type")) classes_.emplace_back(type);
+    for (PyObject* type : python::elements(classes, is_class, "classes must be a list of type")) {
+      classes_.emplace_back(type, slots_);
+    }
   }
 
   // What does not hold; kCount if all does.

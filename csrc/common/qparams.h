@@ -19,15 +19,15 @@ struct QParamsRule {
   static COREAI_HOST QParamsRule of(Scheme scheme, Format format, double quant_min, double quant_max,
                                     ScaleFormat scale_format, Element rounding) {
     const double width = quant_max - quant_min;
-    const double of_integers = scheme == Scheme::kAsymmetric ? width : width / 2;
+    const bool is_asymmetric = format == Format::kInt && scheme == Scheme::kAsymmetric;
     return {.scheme = scheme,
             .format = format,
             .scale_format = scale_format,
             .rounding = rounding,
             .quant_min = static_cast<float>(quant_min),
             .quant_max = static_cast<float>(quant_max),
-            .divisor = static_cast<float>(format == Format::kInt ? of_integers : quant_max),
-            .middle = static_cast<int32_t>(__builtin_floor((quant_min + quant_max + 1) / 2)),
+            .divisor = static_cast<float>(is_asymmetric ? width : width / 2),
+            .middle = static_cast<int32_t>((quant_min + quant_max + 1) / 2),
             .largest_exponent = coreai::largest_exponent(format, quant_max)};
   }
 };

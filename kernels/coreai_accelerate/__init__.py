@@ -90,7 +90,7 @@ def torchao(model: nn.Module) -> TorchaoReport:
         model: the prepared model. What it lacks simulators of torchao's, is left as it is.
 
     Returns:
-        Which simulators run on the engine, and why others do not.
+        Which simulators run on the engine, and why others do not; with ``COREAI_ACCELERATE=0`` it is empty.
 
     Raises:
         ImportError: torchao is missing, or too far from 0.18, which this was made for.

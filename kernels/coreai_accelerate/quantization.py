@@ -164,7 +164,17 @@ def _refusal(module: FusedFakeQuantize, tensor: Tensor, calculator: Any, observe
         and its_ranges.quantization_target == module.quantization_target
     ):
         return "settings that differ"
+    if observes and not _holds(module.target_dtype, module.quant_min, module.quant_max):
+        return "range of the quantized values"  # Apple's forward says so
     return None if calculator.scale_dtype in _SCALE_FORMATS else "scale format"
+
+
+def _holds(dtype: torch.dtype, low: float, high: float) -> bool:
+    """Whether an integer dtype has the values from ``low`` to ``high``; others are not looked at."""
+    if dtype.is_floating_point:
+        return True
+    limits = torch.iinfo(dtype)
+    return limits.min <= low and high <= limits.max
 
 
 def _listens(hooks: dict[int, Any]) -> bool:

@@ -68,6 +68,9 @@ class FusedFakeQuantize(FakeQuantize, OnTheEngine):  # type: ignore[misc]
 
     _pickled_as = FakeQuantize
 
+    def _get_name(self) -> str:
+        return FakeQuantize.__name__
+
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         """What torchao's forward returns."""
         return _forward(self, X, super().forward)
@@ -77,6 +80,9 @@ class FusedMovingAverageFakeQuantize(FusedMovingAvgObsFakeQuantize, OnTheEngine)
     """PT2E's fused fake quantizer, which rounds on the engine."""
 
     _pickled_as = FusedMovingAvgObsFakeQuantize
+
+    def _get_name(self) -> str:
+        return FusedMovingAvgObsFakeQuantize.__name__
 
     def forward(self, X: Tensor) -> Tensor:  # noqa: N803
         """What torchao's forward returns."""

@@ -67,10 +67,14 @@ def accelerate(model: nn.Module) -> TorchaoReport:
 
 
 def restore() -> None:
-    """Give the simulators that :func:`accelerate` has replaced torchao's class again."""
+    """Give the simulators that :func:`accelerate` has replaced torchao's class again.
+
+    Those that somebody has given another class since keep that one.
+    """
     torchaos = {fused: kind for kind, fused in _FUSED.items()}
     for module in STATE.of_torchao:
-        module.__class__ = torchaos[type(module)]
+        kind = type(module)
+        module.__class__ = torchaos.get(kind, kind)
     STATE.of_torchao.clear()
 
 

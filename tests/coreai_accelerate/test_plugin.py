@@ -193,6 +193,59 @@ def test_a_patched_calculator_is_called() -> None:
     assert run(script) == ["1", "[1,", "1,", "2]"]
 
 
+@pytest.mark.parametrize("part", ["qparams_calculator", "qparams_calculator.range_calculator"])
+def test_a_calculator_that_gets_another_class_is_that_classs(part: str) -> None:
+    script = f"""
+    coreai_accelerate.activate()
+    model, _ = trained()
+    simulator = simulators(model)[0]
+    simulator.enable_observer()
+    x = torch.randn(5, 8)
+    for _ in range(4): simulator(x)
+    hits, called = coreai_accelerate.status().fast_path["hits"], []
+    simulator(x)
+    found = simulator.get_submodule("{part}")
+    class Mine(type(found)):
+        def forward(self, *args):
+            called.append(1)
+            return super().forward(*args)
+    found.__class__ = Mine
+    before = coreai_accelerate.status().fast_path["hits"]
+    simulator(x)
+    simulator(x)
+    print(before - hits, coreai_accelerate.status().fast_path["hits"] - before, called)
+    """
+    assert run(script) == ["1", "0", "[1,", "1]"]
+
+
+def test_quantized_ranges_of_ones_own() -> None:
+    script = """
+    from coreai_opt.config.spec import CompressionTargetTensor
+    from coreai_opt.quantization.spec import QuantizationComponentFactory
+    x = torch.linspace(-2, 3, 65)[None]
+    def outputs():
+        for dtype, scheme, low, high in (
+            ("int8", "symmetric_with_clipping", -127, 5),
+            ("int4", "symmetric", -8, 4),
+            ("uint8", "symmetric", 0, 6),
+            ("int8", "asymmetric", -9, 100),
+            (torch.float8_e4m3fn, "symmetric", -100, 448),
+            ("uint4", "symmetric", -3, 9),
+        ):
+            spec = QuantizationSpec(dtype=dtype, qscheme=scheme)
+            made = QuantizationComponentFactory.construct(spec, CompressionTargetTensor.ACTIVATION)
+            made(x)
+            for each in (made, made.qparams_calculator): each.quant_min, each.quant_max = low, high
+            try: yield [made(x).tolist() for _ in range(3)], made.qparams_calculator.scale.tolist()
+            except AssertionError as error: yield str(error)
+    expected = list(outputs())
+    coreai_accelerate.activate()
+    print(list(outputs()) == expected, [type(each).__name__ for each in expected])
+    print(coreai_accelerate.status().fallbacks["range of the quantized values"])
+    """
+    assert run(script) == ["True", "['tuple',", *["'tuple',"] * 4, "'str']", "1"]
+
+
 def test_pruning_and_palettes() -> None:
     script = """
     from coreai_opt.palettization import KMeansPalettizer

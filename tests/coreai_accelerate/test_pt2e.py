@@ -282,6 +282,8 @@ def test_copies_pickles_compiled_programs_and_disable() -> None:
     assert same(expected, [torch.compile(module, backend="eager", fullgraph=True)(x)])
     _, other = pair("tensor")
     assert (type(module), type(other)) == (FusedMovingAverageFakeQuantize, FusedFakeQuantize)
+    assert str(module).startswith("FusedMovingAvgObsFakeQuantize(")
+    assert str(other).startswith("FakeQuantize(")
     coreai_accelerate.disable()
     assert (type(module), type(other)) == (FusedMovingAvgObsFakeQuantize, FakeQuantize)
 

@@ -328,8 +328,13 @@ def test_disable_and_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     module = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
     coreai_accelerate.torchao(module)
     assert type(module) is FusedIntxFakeQuantizer
+    other = IntxFakeQuantizer(IntxFakeQuantizeConfig(**CONFIGS["groups"]))
+    coreai_accelerate.torchao(other)
+    other.__class__ = spy = type("Spy", (FusedIntxFakeQuantizer,), {})
     coreai_accelerate.disable()
     assert type(module) is IntxFakeQuantizer
+    assert type(other) is spy
+    assert not coreai_accelerate.status().torchao
     monkeypatch.setenv("COREAI_ACCELERATE", "0")
     assert not coreai_accelerate.torchao(module).replaced
     assert type(module) is IntxFakeQuantizer

@@ -141,8 +141,11 @@ def cases(draw: st.DrawFn, max_side: int = 40, formats: list[Format] | None = No
     if format == Format.INT:
         quant_min, quant_max = draw(st.sampled_from(INTEGER_RANGES))
     else:
-        quant_max = FLOAT_RANGES[format]
-        quant_min = -quant_max
+        largest = FLOAT_RANGES[format]
+        # Who narrows a range may do so on one side.
+        parts = st.sampled_from([(1, 1), (1, 1), (0.25, 1), (1, 0.25), (0, 1)])
+        quant_min, quant_max = (part * largest for part in draw(parts))
+        quant_min = -quant_min
     return Case(
         shape=tuple(g * b for g, b in zip(grid, block, strict=True)),
         block_size=tuple(block),

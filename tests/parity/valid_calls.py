@@ -174,8 +174,47 @@ def custom_quantize() -> Any:
     api.FakeQuantizeImplBase.register("parity_truncating")(Truncating)
     module = simulator(fake_quantize_cls="parity_truncating", dtype="int4")
     x = torch.randn(4, 10)
-    module(x)
-    return module.dequantize(torch.ones(4, 10, dtype=torch.int8), *module.calculate_qparams())
+    trained = step(module, x)
+    return trained, module.dequantize(torch.ones(4, 10, dtype=torch.int8), *module.calculate_qparams())
+
+
+def methods_that_hand_on() -> Any:
+    base = api.FakeQuantizeImplBase.get_class("default")
+    found = {}
+    for name in ("quantize", "dequantize", "get_block_size", "_fused_fake_quant_dequant"):
+
+        def hand_on(self: Any, *arguments: Any, name: str = name, **options: Any) -> Any:
+            return getattr(base, name)(self, *arguments, **options)
+
+        api.FakeQuantizeImplBase.register(f"parity_{name}")(type("Mine", (base,), {name: hand_on}))
+        for dtype in ("int4", "float8_e4m3fn"):
+            module = simulator("activation", fake_quantize_cls=f"parity_{name}", dtype=dtype)
+            steps = [step(module, torch.randn(4, 10)) for _ in range(2)]
+            module.enable_observer(False)
+            found[f"{name}, {dtype}"] = [*steps, step(module, torch.randn(4, 10))]
+    return found
+
+
+def ranges_of_ones_own() -> Any:
+    """Quantized values in a narrower range than the dtype's, which a user has assigned."""
+    found = {}
+    cases = [
+        *(
+            ("int8", scheme, low, high)
+            for scheme in SCHEMES
+            for low, high in ((-127, 4), (-9, 100), (-50, -9))
+        ),
+        *(("uint4", scheme, *bounds) for scheme in SCHEMES for bounds in ((0, 6), (3, 14))),
+        *(("float8_e4m3fn", "symmetric", *bounds) for bounds in ((-100, 448), (-448, 30), (0, 448))),
+        ("float4_e2m1fn", "symmetric", -2, 6),
+    ]
+    for dtype, scheme, low, high in cases:
+        module = simulator("activation", dtype=dtype, qscheme=scheme)
+        for each in (module, module.qparams_calculator):
+            each.quant_min, each.quant_max = low, high
+        x = torch.randn(4, 10)
+        found[f"{dtype} {scheme} {low} {high}"] = [step(module, x), step(module, 2 * x)]
+    return found
 
 
 def partial() -> Any:
@@ -314,6 +353,8 @@ VALUES: dict[str, Callable[[], Any]] = {
     "custom qparams calculator": custom_calculator,
     "custom running calculator": custom_running_calculator,
     "custom dequantize": custom_quantize,
+    "methods that hand on": methods_that_hand_on,
+    "ranges of one's own": ranges_of_ones_own,
     "partial": partial,
     "repr of partial": lambda: (
         api.QuantizationComponentFactory.construct_partial(

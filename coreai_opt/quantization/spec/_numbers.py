@@ -12,6 +12,7 @@ __all__ = [
     "SCALE_DTYPES",
     "SUPPORTED_DTYPES",
     "bits_of",
+    "check_range",
     "format_of",
     "is_float_format",
     "range_of",
@@ -90,3 +91,16 @@ def range_of(dtype: torch.dtype, clipped: bool) -> tuple[int | float, int | floa
     if str(dtype).startswith("torch.uint"):
         return 0, 2**bits - 1
     return -(2 ** (bits - 1)) + clipped, 2 ** (bits - 1) - 1
+
+
+def check_range(dtype: torch.dtype, quant_min: float, quant_max: float) -> None:
+    """Raise ValueError if what holds a quantized value of ``dtype`` does not hold integers of that range."""
+    storage = storage_dtype_of(dtype)
+    if storage.is_floating_point or is_float_format(dtype):
+        return
+    limits = torch.iinfo(storage)
+    if not limits.min <= quant_min <= quant_max <= limits.max:
+        raise ValueError(
+            f"quant_min and quant_max of {dtype} must be from {limits.min} to {limits.max}, in that order; "
+            f"got {quant_min} and {quant_max}"
+        )

@@ -287,6 +287,7 @@ def facts_of(module: FakeQuantizer) -> Facts:
     forward is the built-in one, and the settings of the fused training step but for its block size.
     """
     fmt = _numbers.format_of(module.dtype)
+    _numbers.check_range(module.dtype, module.quant_min, module.quant_max)
     quant_min, quant_max = float(module.quant_min), float(module.quant_max)
     is_integer = fmt == Format.INT
     uses_minval = is_integer and module.qformulation == QuantizationFormulation.MINVAL

@@ -102,6 +102,7 @@ class QParamsCalculatorBase(ClassRegistryMixin, HasGeneration):
 
     def _get_min_and_max_val(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """The ends of the blocks' ranges, widened to contain zero."""
+        _numbers.check_range(self.dtype, self.quant_min, self.quant_max)
         low, high = self.float_range
         if low is not None and high is not None:
             block_size = self.range_calculator.get_block_size(tensor.shape)
@@ -184,7 +185,8 @@ class StatefulQParamsCalculatorBase(QParamsCalculatorBase):
         Raises:
             RuntimeError: the tensor has another grid of blocks than the one observed before. Axes with a
                 single block do not count, so per-tensor parameters serve tensors of all ranks.
-            ValueError: the granularity does not fit the tensor's shape.
+            ValueError: the granularity does not fit the tensor's shape, or the quantized range its
+                dtype.
         """
         if self._export_mode or (self._is_initialized() and self._has_fixed_range()):
             return self.scale, self.zero_point, self.minval

@@ -71,15 +71,14 @@ def choose_qparams(
     if scale_format == ScaleFormat.E4M3:
         scale = _two_level_scale(amax, tensor_scale(min_val, max_val, quant_max), quant_max)
         return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
-    if fmt != Format.INT:
-        scale = rounded(_divide(amax, quant_max)).clamp(min=SMALLEST_SCALE)
-        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
-    if scheme == Scheme.ASYMMETRIC:
+    if fmt == Format.INT and scheme == Scheme.ASYMMETRIC:
         scale = rounded(_divide(rounded(high - low), quant_max - quant_min)).clamp(min=SMALLEST_SCALE)
         zero_point = rounded(quant_min - torch.round(rounded(low / scale))).clamp(quant_min, quant_max)
         return scale, to_int32(zero_point), low
     scale = rounded(_divide(amax, (quant_max - quant_min) / 2)).clamp(min=SMALLEST_SCALE)
-    zero_point = torch.full_like(scale, (quant_min + quant_max + 1) // 2, dtype=torch.int32)
+    if fmt != Format.INT:
+        return scale, torch.zeros_like(scale, dtype=torch.int32), torch.zeros_like(scale)
+    zero_point = torch.full_like(scale, int((quant_min + quant_max + 1) / 2), dtype=torch.int32)
     return scale, zero_point, -amax
 
 

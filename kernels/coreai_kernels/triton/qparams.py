@@ -90,7 +90,7 @@ def two_level_scale(low, high, numbers, of_tensor):
     """An e4m3 number times the scale of the tensor."""
     low, high = with_zero(low, high)
     amax = tl.maximum(-low, high, propagate_nan=_NAN_ALL)
-    of_block = tl.math.div_rn(tl.math.div_rn(amax, numbers[2]), of_tensor)
+    of_block = tl.math.div_rn(tl.math.div_rn(amax, numbers[1]), of_tensor)
     of_block = tl.maximum(of_block, _SMALLEST_E4M3, propagate_nan=_NAN_ALL)
     of_block = tl.minimum(of_block, _LARGEST_E4M3, propagate_nan=_NAN_ALL)
     return round_to_format(of_block, _E4M3_VALUES) * of_tensor
@@ -233,17 +233,14 @@ def constants_of(config: QuantConfig) -> Constants:
 def numbers_of(config: QuantConfig) -> tuple[float | int | None, ...]:
     """Scalars of a step: bounds, divisor, symmetric zero point, shares of the average, fixed range."""
     quant_min, quant_max = float(config.quant_min), float(config.quant_max)
-    if config.format != Format.INT:
-        divisor = quant_max
-    elif config.scheme == Scheme.ASYMMETRIC:
-        divisor = quant_max - quant_min
-    else:
-        divisor = (quant_max - quant_min) / 2
+    divisor = quant_max - quant_min
+    if config.format != Format.INT or config.scheme != Scheme.ASYMMETRIC:
+        divisor /= 2
     return (
         quant_min,
         quant_max,
         divisor,
-        int((quant_min + quant_max + 1) // 2),
+        int((quant_min + quant_max + 1) / 2),
         float(config.averaging_constant),
         1.0 - config.averaging_constant,
         None if config.range_min is None else float(config.range_min),

@@ -180,6 +180,26 @@ def test_other_misfits_are_errors(make, x):
         make()(torch.ones(2, 2, dtype=torch.int32))
 
 
+@pytest.mark.parametrize(("dtype", "bounds"), [("int4", (-200, 7)), ("uint8", (-3, 255)), ("int8", (9, -9))])
+def test_a_range_that_the_dtype_has_not_is_refused(make_activation, x, dtype, bounds):
+    module = make_activation(dtype=dtype)
+    expected = module(x)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    parts = (module, module.qparams_calculator)
+    given = parts[0].quant_min, parts[0].quant_max
+    for each in parts:
+        each.quant_min, each.quant_max = bounds
+    for part in parts:
+        with pytest.raises(
+            ValueError, match=rf"quant_min and quant_max of torch.{dtype} must be from .* got {bounds[0]} and"
+        ):
+            part(2 * x)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    for each in parts:
+        each.quant_min, each.quant_max = given
+    assert torch.equal(module(x), expected)
+
+
 @pytest.mark.parametrize("calculator", ["moving_average", "global_minmax", "static"])
 def test_another_grid_of_blocks_is_refused(make_activation, x, calculator):
     module = make_activation(granularity=PerChannelGranularity(axis=0), qparam_calculator_cls=calculator)
