@@ -202,7 +202,7 @@ def ranges_of_ones_own() -> Any:
         *(
             ("int8", scheme, low, high)
             for scheme in SCHEMES
-            for low, high in ((-127, 4), (-9, 100), (-50, -9))
+            for low, high in ((-127, 5), (-9, 100), (-50, -10))
         ),
         *(("uint4", scheme, *bounds) for scheme in SCHEMES for bounds in ((0, 6), (3, 14))),
         *(("float8_e4m3fn", "symmetric", *bounds) for bounds in ((-100, 448), (-448, 30), (0, 448))),
