@@ -173,13 +173,20 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
         masked = list(self._masked())
         steps = {simulator: simulator.steps() + 1 for simulator, _ in masked}
         scheduled = [simulator for simulator in steps if simulator.schedule is not None]
-        sparsities = [simulator.sparsity_after(steps[simulator]) for simulator in scheduled]
+        on_their_own = [simulator for simulator in scheduled if _updates_on_its_own(simulator)]
+        sparsities = {
+            simulator: simulator.sparsity_after(steps[simulator])
+            for simulator in scheduled
+            if simulator not in on_their_own
+        }
         if steps:
             torch._foreach_add_([simulator.step_count for simulator in steps], 1)
         for simulator in steps:
             simulator.count_step()
-        for simulator, sparsity in zip(scheduled, sparsities, strict=True):
+        for simulator, sparsity in sparsities.items():
             simulator.set_sparsity(sparsity)
+        for simulator in on_their_own:
+            simulator.update_sparsity(steps[simulator])
         self._refresh(masked)
 
     @property
@@ -281,6 +288,14 @@ class MagnitudePruner(EagerCompressionComponentBuilderMixin, _BasePruner):
             for module, attribute, simulator in found:
                 store_semi_structured(module, attribute, simulator)
         return chosen
+
+
+_UPDATE_SPARSITY = PruneImplBase.update_sparsity
+
+
+def _updates_on_its_own(simulator: PruneImplBase) -> bool:
+    """Whether ``update_sparsity`` is a subclass's, or has been replaced."""
+    return "update_sparsity" in vars(simulator) or type(simulator).update_sparsity is not _UPDATE_SPARSITY
 
 
 def _masks_of(group: list[tuple[PruneImplBase, Tensor]]) -> Sequence[Tensor]:

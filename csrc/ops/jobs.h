@@ -104,6 +104,8 @@ class StepJob {
         scale_(checked("scale", state_.scale, ScalarType::Float, layout), layout.block_index, false),
         low_("running_min", state_.running_min, x.output.scalar_type(), layout, has_running),
         high_("running_max", state_.running_max, x.output.scalar_type(), layout, has_running) {
+    STD_TORCH_CHECK(state_.running_min.has_value() == state_.running_max.has_value(),
+                    "running_min and running_max must both be given, or neither");
     if (state_.zero_point) {
       zero_point_.emplace(checked("zero_point", *state_.zero_point, ScalarType::Int, layout), layout.block_index, false);
     }

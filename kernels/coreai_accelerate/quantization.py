@@ -212,6 +212,12 @@ def _fused(module: FusedFakeQuantize, tensor: Tensor) -> Tensor | None:
         return _dynamic(calculator, tensor, grid, arguments, simulates)
     state = tuple(calculator._buffers.get(name) for name in _BUFFERS)
     running = state[3]
+    is_running = _UPDATES[type(calculator)] != RangeUpdate.LATEST
+    is_integer = _FORMATS.get(module.dtype, Format.INT) == Format.INT
+    needed = state[:1] + state[1:3] * is_integer + state[3:] * is_running
+    if any(each is None for each in needed):
+        fall_back("state of another shape")
+        return None
     if state[0].shape != grid or state[0].device != tensor.device:
         fall_back("state of another shape")
         return None

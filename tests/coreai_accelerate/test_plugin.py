@@ -218,6 +218,30 @@ def test_a_calculator_that_gets_another_class_is_that_classs(part: str) -> None:
     assert run(script) == ["1", "0", "[1,", "1]"]
 
 
+def test_buffers_that_are_ones_no_more_are_apples_to_treat() -> None:
+    script = """
+    def losses(name, how):
+        model, _ = trained()
+        simulator = next(s for s in simulators(model) if hasattr(s.qparams_calculator, "running_max"))
+        simulator.enable_observer()
+        x = torch.linspace(-1, 1, 8)[None].repeat(5, 1)
+        for _ in range(3): simulator(x)
+        calculator = simulator.qparams_calculator
+        value = getattr(calculator, name) * 2
+        delattr(calculator, name)
+        if how != "gone": setattr(calculator, name, nn.Parameter(value) if how == "parameter" else value)
+        try: return [simulator(x).tolist() for _ in range(2)]
+        except AttributeError as error: return str(error)
+    names, ways = ("scale", "running_min", "running_max"), ("parameter", "attribute", "gone")
+    cases = [(name, how) for name in names for how in ways]
+    expected = [losses(*case) for case in cases]
+    coreai_accelerate.activate()
+    print([losses(*case) for case in cases] == expected, [type(each).__name__ for each in expected])
+    """
+    found = run(script)
+    assert found[0] == "True", found
+
+
 def test_quantized_ranges_of_ones_own() -> None:
     script = """
     from coreai_opt.config.spec import CompressionTargetTensor

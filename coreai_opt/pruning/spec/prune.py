@@ -79,8 +79,8 @@ class PruneImplBase(CompressionSimulatorBase):
             pruning_scheme: which elements are pruned together.
 
         Returns:
-            Tensor of the weight's shape: 1 for what stays, 0 for what is pruned. It may be an expanded view;
-            the buffer ``mask`` gets memory of its own then.
+            Tensor of the weight's shape: 1 for what stays, 0 for what is pruned. The buffer ``mask`` has
+            memory of its own.
         """
 
     @property
@@ -226,7 +226,8 @@ class PruneImplBase(CompressionSimulatorBase):
         ):
             self.mask.copy_(mask)
         else:
-            self.mask = mask
+            # Memory of its own: a subclass may keep what it has computed, or give several weights the same.
+            self.mask = mask.clone()
         self._stale = False
 
     def extra_repr(self) -> str:

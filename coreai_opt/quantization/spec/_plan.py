@@ -27,6 +27,7 @@ __all__ = [
     "facts_of",
     "make_plan",
     "plan_for",
+    "remember_methods",
     "same_methods",
     "settings_generation",
     "simulates_as_built_in",
@@ -212,7 +213,8 @@ def settings_generation(module: FakeQuantizer) -> tuple[object, ...]:
 def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[State, bool] | None:
     """The tensors that the fused step updates, and whether they hold a running range.
 
-    None if the step cannot update them: a running range of another dtype than the tensor's.
+    None if the step cannot update them: a running range of another dtype than the tensor's, or one of them
+    that is a buffer no more.
 
     Raises:
         RuntimeError: they are for another grid of blocks, or on another device.
@@ -231,10 +233,20 @@ def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[
         and known[4] is running_max
     ):
         return known, plan.keeps_range
+    state = (scale, zero_point, minval, running_min, running_max)
+    needed = [scale, *([zero_point, minval] if plan.is_integer else []), *state[3:5] * plan.keeps_range]
+    if any(each is None for each in needed):
+        return None
+    for each in state:
+        if each is not None and each.device != tensor.device:
+            raise RuntimeError(
+                f"the tensor is on {tensor.device}, its fake quantizer on {each.device}: "
+                f"move the module with .to({str(tensor.device)!r})"
+            )
     if scale.shape == plan.grid and (
         not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
     ):
-        plan.state = (scale, zero_point, minval, running_min, running_max)
+        plan.state = state
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
 
@@ -253,11 +265,6 @@ def _state_of_other_shape(
     has_running = is_shaped(calculator.running_min) if plan.keeps_range else False
     if has_running and calculator.running_min.dtype != tensor.dtype:
         return None
-    if calculator.scale.device != tensor.device:
-        raise RuntimeError(
-            f"the tensor is on {tensor.device}, its fake quantizer on {calculator.scale.device}: "
-            f"move the module with .to({str(tensor.device)!r})"
-        )
     state: list[Tensor | None] = []
     for name in STATE:
         buffer = getattr(calculator, name, None)
@@ -349,18 +356,37 @@ def _range_update_of(module: FakeQuantizer) -> RangeUpdate | None:
         return None
     if _is_hooked(vars(calculator), vars(ranges)):
         return None
+    # Calculators with a running range call it by super().
+    if qparams_calculator.QParamsCalculatorBase.compute_qparams is not _COMPUTE_QPARAMS:
+        return None
     for built_in, update in _RANGE_UPDATES.items():
         if isinstance(calculator, built_in) and same_methods(calculator, built_in, _CALCULATOR_METHODS):
             return update
     return None
 
 
+# Methods of built-in classes as they were written: a class can be patched, too.
+_WRITTEN: dict[tuple[type, str], Any] = {}
+
+
+def remember_methods(built_in: type, names: tuple[str, ...] = _FORWARD_METHODS + _SIMULATION_METHODS) -> None:
+    """Note what :func:`same_methods` compares with, where the class is defined."""
+    _WRITTEN.update({(built_in, name): getattr(built_in, name, None) for name in names})
+
+
+_COMPUTE_QPARAMS = qparams_calculator.QParamsCalculatorBase.compute_qparams
+remember_methods(range_calculator.MinMaxRangeCalculator, _RANGE_METHODS)
+remember_methods(qparams_calculator.StatefulQParamsCalculatorBase, ("get_qparams",))
+for _built_in in _RANGE_UPDATES:
+    remember_methods(_built_in, _CALCULATOR_METHODS)
+
+
 def same_methods(obj: object, built_in: type, names: tuple[str, ...]) -> bool:
-    """Whether the object's methods of these names are those of the class ``built_in``."""
+    """Whether the object's methods of these names are those that the class ``built_in`` was written with."""
     if not vars(obj).keys().isdisjoint(names):
         return False
     cls = type(obj)
-    return all(getattr(cls, name, None) is getattr(built_in, name, None) for name in names)
+    return all(getattr(cls, name, None) is _WRITTEN[built_in, name] for name in names)
 
 
 def _is_hooked(its: dict[str, Any], range_its: dict[str, Any]) -> bool:

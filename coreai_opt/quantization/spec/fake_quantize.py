@@ -30,6 +30,7 @@ from coreai_opt.quantization.spec._plan import (
     facts_of,
     make_plan,
     plan_for,
+    remember_methods,
     simulates_as_built_in,
     state_for,
 )
@@ -420,6 +421,9 @@ class _DefaultFakeQuantizeImpl(FakeQuantizeImplBase):
         return fake_quantize_op.apply(
             tensor, scale, zero_point, minval, block_size, fmt, quant_min, quant_max
         )
+
+
+remember_methods(_DefaultFakeQuantizeImpl)
 
 
 def _needs_torch_operators(tensor: Tensor, dtype: torch.dtype) -> bool:

@@ -1,6 +1,7 @@
 """The pruner: which weights it finds, what it leaves as it was, and what it refuses."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from coreai_opt.pruning import (
     MagnitudePrunerConfig,
     PruningSpec,
 )
+from coreai_opt.pruning.config import PolynomialDecaySchedule
 from coreai_opt.pruning.spec import ChannelStructured, PruneImplBase
 from coreai_opt.quantization import QuantizationSpec
 
@@ -295,3 +297,49 @@ def test_a_custom_algorithm(registration, model, x):
     pruner.prepare((x,))
     pruner.finalize(backend=TORCH)
     assert 0.3 < zeros(model.fc.weight) / 256 < 0.7
+
+
+@pytest.mark.parametrize("kept", ["one tensor for all", "the weight"])
+def test_masks_have_memory_of_their_own(registration, kept):
+    known = {}
+
+    @registration(PruneImplBase, "kept")
+    class Kept(PruneImplBase):
+        @staticmethod
+        def compute_mask(weight, sparsity, pruning_scheme):
+            return weight if kept == "the weight" else known.setdefault(weight.shape, (weight > 0).float())
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    MagnitudePruner(model, everywhere(PruningSpec(pruning_algo="kept"))).prepare((torch.ones(2, 8),))
+    masks = [layer.parametrizations.weight[0].mask for layer in model]
+    before = [masks[1].clone(), model[0].parametrizations.weight.original.clone()]
+    masks[0].zero_()
+    assert torch.equal(masks[1], before[0])
+    assert torch.equal(model[0].parametrizations.weight.original, before[1])
+
+
+@pytest.mark.parametrize("on", ["subclass", "instance", "class"])
+def test_who_overrides_update_sparsity_decides(registration, model, x, on, monkeypatch):
+    default = PruneImplBase.get_class("default")
+    given = PruneImplBase.update_sparsity
+
+    def every_other_step(self, step_count):
+        given(self, step_count // 2 * 2)
+
+    registration(PruneImplBase, "slow")(type("Slow", (default,), {"update_sparsity": every_other_step}))
+    spec = PruningSpec(target_sparsity=0.75, pruning_algo="slow" if on == "subclass" else "default")
+    schedule = PolynomialDecaySchedule(total_iters=6)
+    pruner = MagnitudePruner(model, everywhere(spec, schedule))
+    pruner.prepare((x,))
+    for simulator in simulators(model).values():
+        if on == "instance":
+            simulator.update_sparsity = functools.partial(every_other_step, simulator)
+    if on == "class":
+        monkeypatch.setattr(PruneImplBase, "update_sparsity", every_other_step)
+    found = []
+    for _ in range(6):
+        pruner.step()
+        found.append(simulators(model)["fc.weight"].sparsity)
+    wanted = [schedule.compute_sparsity(step // 2 * 2, 0.75) for step in range(1, 7)]
+    assert found == wanted
+    assert simulators(model)["fc.weight"].mask.sum() == 256 - round(256 * wanted[-1])

@@ -664,3 +664,41 @@ def test_captured_calls_refuse_other_arguments():
         calls.capture_step(torch.ones(2))
     with pytest.raises(TypeError, match="integer"):
         calls.capture_simulation(torch.ones(2), torch.ones(1), None, None, ("a",), 0, -8.0, 7.0)
+
+
+@pytest.mark.parametrize("how", ["parameter", "attribute"])
+@pytest.mark.parametrize("name", ["scale", "running_min", "running_max"])
+def test_a_buffer_that_is_one_no_more_is_used(make_activation, x, name, how):
+    module, expected = make_activation(), make_activation()
+    for each in (module, expected):
+        for _ in range(3):
+            each(x)
+    calculator = module.qparams_calculator
+    value = getattr(calculator, name) * 2
+    getattr(expected.qparams_calculator, name).copy_(value)
+    if how == "attribute":
+        calculator._buffers.pop(name)
+    setattr(calculator, name, nn.Parameter(value) if how == "parameter" else value)
+    for _ in range(3):
+        assert torch.equal(module(x), expected(x))
+    assert torch.equal(getattr(calculator, name), getattr(expected.qparams_calculator, name))
+
+
+@pytest.mark.parametrize("name", ["running_min", "running_max"])
+def test_a_buffer_that_is_gone_is_an_error(make_activation, x, name):
+    module = make_activation()
+    for _ in range(3):
+        module(x)
+    delattr(module.qparams_calculator, name)
+    with pytest.raises(AttributeError, match=name):
+        module(x)
+
+
+@pytest.mark.parametrize("name", ["scale", "running_max"])
+def test_a_buffer_on_another_device_is_an_error(make_activation, x, name):
+    module = make_activation()
+    for _ in range(3):
+        module(x)
+    setattr(module.qparams_calculator, name, getattr(module.qparams_calculator, name).to("meta"))
+    with pytest.raises(RuntimeError, match="the tensor is on cpu, its fake quantizer on meta"):
+        module(x)

@@ -1,11 +1,14 @@
 """Users' own quantizers, calculators and range calculators, registered under a key and named in a spec."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
 
 from coreai_opt.quantization.spec import (
+    MinMaxRangeCalculator,
+    MovingAverageQParamsCalculator,
     QParamsCalculatorBase,
     RangeCalculatorBase,
     RunningRangeMixin,
@@ -227,3 +230,31 @@ def test_an_unregistered_subclass_is_refused(make_activation):
 
     with pytest.raises(ValueError, match=r"Mine is not among the classes.*Register it first"):
         make_activation(qparam_calculator_cls=Mine)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (MinMaxRangeCalculator, "_generate_min_max"),
+        (RangeCalculatorBase, "forward"),
+        (QParamsCalculatorBase, "compute_qparams"),
+        (StatefulQParamsCalculatorBase, "forward"),
+        (MovingAverageQParamsCalculator, "update_running_range"),
+        (FakeQuantizeImplBase, "get_block_size"),
+        (DEFAULT, "_fused_fake_quant_dequant"),
+    ],
+)
+def test_a_method_patched_on_a_built_in_class_is_called(make_activation, x, cls, name, when):
+    module, expected = make_activation(), make_activation()
+    outputs = [expected(x) for _ in range(5)]
+    if when == "after":
+        for _ in range(3):
+            module(x)
+    with mock.patch.object(cls, name, autospec=True, side_effect=getattr(cls, name)) as patched:
+        found = [module(x) for _ in range(2)]
+    assert patched.called
+    assert torch.equal(found[-1], outputs[4 if when == "after" else 1])
+    called = patched.call_count
+    module(x)
+    assert patched.call_count == called
