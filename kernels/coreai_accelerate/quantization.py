@@ -88,6 +88,15 @@ class FusedFakeQuantize(_DefaultFakeQuantizeImpl, PickledAs):
         own = ("_captured", "_generation")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
+    # torch.__future__.set_swap_module_params_on_conversion: torch swaps only tensors that nobody else holds.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.pop("_captured", None)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.__dict__.pop("_captured", None)
+        super()._load_from_state_dict(*args)
+
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica.__dict__.pop("_captured", None)

@@ -218,6 +218,21 @@ def test_a_calculator_that_gets_another_class_is_that_classs(part: str) -> None:
     assert run(script) == ["1", "0", "[1,", "1]"]
 
 
+def test_tensors_that_torch_swaps_are_not_held() -> None:
+    script = """
+    coreai_accelerate.activate()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    model, _ = trained()
+    x, state = torch.ones(5, 8), copy.deepcopy(model.state_dict())
+    expected = [model(x) for _ in range(3)]
+    model.load_state_dict(state)
+    first = model(x)
+    model.double().float()
+    print(torch.equal(first, expected[0]), torch.equal(model(x), first))
+    """
+    assert run(script) == ["True", "True"]
+
+
 def test_buffers_that_are_ones_no_more_are_apples_to_treat() -> None:
     script = """
     def losses(name, how):

@@ -232,23 +232,28 @@ def state_for(plan: QuantizationPlan, calculator: Any, tensor: Tensor) -> tuple[
         and known[3] is running_min
         and known[4] is running_max
     ):
+        _require_same_device(tensor, known[:1])
         return known, plan.keeps_range
     state = (scale, zero_point, minval, running_min, running_max)
     needed = [scale, *([zero_point, minval] if plan.is_integer else []), *state[3:5] * plan.keeps_range]
     if any(each is None for each in needed):
         return None
-    for each in state:
-        if each is not None and each.device != tensor.device:
-            raise RuntimeError(
-                f"the tensor is on {tensor.device}, its fake quantizer on {each.device}: "
-                f"move the module with .to({str(tensor.device)!r})"
-            )
+    _require_same_device(tensor, state)
     if scale.shape == plan.grid and (
         not plan.keeps_range or (running_min.shape == plan.grid and running_min.dtype == tensor.dtype)
     ):
         plan.state = state
         return plan.state, plan.keeps_range
     return _state_of_other_shape(plan, calculator, tensor)
+
+
+def _require_same_device(tensor: Tensor, state: State) -> None:
+    for each in state:
+        if each is not None and each.device != tensor.device:
+            raise RuntimeError(
+                f"the tensor is on {tensor.device}, its fake quantizer on {each.device}: "
+                f"move the module with .to({str(tensor.device)!r})"
+            )
 
 
 def _new_params(plan: QuantizationPlan, tensor: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -305,6 +305,15 @@ class FakeQuantizeImplBase(CompressionSimulatorBase, SwitchableFakeQuantize):
     def _simulates_as_built_in(self) -> bool:
         return simulates_as_built_in(self)
 
+    # torch.__future__.set_swap_module_params_on_conversion: torch swaps only tensors that nobody else holds.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.__dict__.update(_plans=Plans(), **_NOTHING_CAPTURED)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.__dict__.update(_plans=Plans(), **_NOTHING_CAPTURED)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_plans": Plans(), **_NOTHING_CAPTURED}
 

@@ -702,3 +702,21 @@ def test_a_buffer_on_another_device_is_an_error(make_activation, x, name):
     setattr(module.qparams_calculator, name, getattr(module.qparams_calculator, name).to("meta"))
     with pytest.raises(RuntimeError, match="the tensor is on cpu, its fake quantizer on meta"):
         module(x)
+
+
+@pytest.fixture
+def swapped():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def test_tensors_that_torch_swaps_are_not_held(settled, x, swapped):
+    expected, state = settled(x), copy.deepcopy(settled.state_dict())
+    settled.load_state_dict(state)
+    assert torch.equal(settled(x), expected)
+    settled.load_state_dict(state)
+    settled.double().float()
+    settled.load_state_dict(state)
+    assert torch.equal(settled(x), expected)
